@@ -1,0 +1,51 @@
+"""Evaluate a saved model on a test set: by default the one that it was trained for.
+
+python launchers/evaluate.py outputs/wordnet/model
+python launchers/evaluate.py outputs/wordnet/model dataset_path=/elsewhere data.test_batch_size=512 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from xmc_trainer.cli import run
+from xmc_trainer.config import load_config
+from xmc_trainer.errors import UserError
+
+_ALLOWED = ("dataset_path", "data.", "environment.", "training.evaluation.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a saved model")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(_ALLOWED)}: where it differs")
+    parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object, as fractions")
+    arguments = parser.parse_intermixed_args()
+    for word in arguments.settings:
+        if not word.startswith(_ALLOWED):
+            raise UserError(f"{word}: a saved model can be given only {', '.join(_ALLOWED)} settings")
+    folder = Path(arguments.model)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
+    config = load_config([f"dataset={folder / 'config.yaml'}", *arguments.settings])
+
+    from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
+    from xmc_trainer.metrics import table
+    from xmc_trainer.model import XMCModel
+
+    model = XMCModel.load(folder, None if config.environment.device == "auto" else config.environment.device)
+    metrics, corpus = evaluate_saved(model.saved, config, model.device)
+    if arguments.json:
+        print(json.dumps(metrics))
+        return
+    floor = most_popular(corpus, metrics_of(config.training.evaluation, corpus))
+    print(f"{corpus.num_labels} labels, {len(corpus.test)} test texts, per cent")
+    for names in (("P", "PSP"), ("nDCG", "PSnDCG"), ("R",)):
+        columns = tuple(f"{name}@{k}" for name in names for k in (1, 3, 5) if f"{name}@{k}" in metrics)
+        print(table({"this model": metrics, "most popular labels": floor}, columns))
+
+
+if __name__ == "__main__":
+    run(main)

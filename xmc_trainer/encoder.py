@@ -1,0 +1,121 @@
+"""The text encoder: any Hugging Face AutoModel, pooled to one feature vector a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from xmc_trainer.errors import UserError
+
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "none": nn.Identity}
+
+
+class TextEncoder(nn.Module):
+    """Backbone, pooling, dropout, and optionally a penultimate layer.
+
+    Args:
+        backbone: of `load_backbone`.
+        pool_mode: "last_hidden_avg", the mean of the last layer over the text's tokens, or "last_nhidden_conlast", the
+            first token of the last `feature_layers` layers, the last layer first.
+        penultimate_size: width of a linear layer with `penultimate_activation` after the dropout; None: no such layer.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        *,
+        pool_mode: str = "last_hidden_avg",
+        feature_layers: int = 1,
+        embed_dropout: float = 0.0,
+        penultimate_size: int | None = None,
+        penultimate_activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.pool_mode, self.feature_layers = pool_mode, feature_layers
+        self.penultimate_activation = penultimate_activation
+        self.dropout = nn.Dropout(embed_dropout)
+        width = backbone.config.hidden_size * feature_layers
+        self.penultimate = None
+        if penultimate_size is not None:
+            activation = _ACTIVATIONS[penultimate_activation]()
+            self.penultimate = nn.Sequential(nn.Linear(width, penultimate_size), activation)
+        self.out_features: int = penultimate_size or width
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """int64 [b, T] token ids and 0/1 mask -> features [b, out_features] in the backbone's dtype."""
+        if self.pool_mode == "last_hidden_avg":
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            mask = attention_mask[:, :, None].to(hidden.dtype)
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+        else:
+            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+            pooled = torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
+        pooled = self.dropout(pooled)
+        return pooled if self.penultimate is None else self.penultimate(pooled)
+
+    def parameter_groups(self, encoder_lr: float, penultimate_lr: float, weight_decay: float) -> list[dict]:
+        """Optimizer groups: weight decay on matrices, none on biases and norms; the penultimate layer's own rate."""
+        parts = [(self.backbone, encoder_lr)]
+        if self.penultimate is not None:
+            parts.append((self.penultimate, penultimate_lr))
+        groups = []
+        for module, lr in parts:
+            params = [p for p in module.parameters() if p.requires_grad]
+            for chosen, decay in (
+                ([p for p in params if p.ndim > 1], weight_decay),
+                ([p for p in params if p.ndim <= 1], 0.0),
+            ):
+                if chosen:
+                    groups.append({"params": chosen, "lr": lr, "weight_decay": decay})
+        return groups
+
+    def save_pretrained(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """Write backbone (Hugging Face layout) and penultimate layer as safetensors.
+
+        Args: state: this module's full state dict; under ZeRO the module itself holds only a share of it.
+        """
+        prefix = "backbone."
+        backbone = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        self.backbone.save_pretrained(folder, state_dict=backbone)
+        rest = {name: value.contiguous() for name, value in state.items() if not name.startswith(prefix)}
+        if rest:
+            save_file(rest, folder / "penultimate.safetensors")
+
+    def load_penultimate(self, folder: Path) -> None:
+        """Read what `save_pretrained` wrote beside the backbone."""
+        if self.penultimate is not None:
+            state = load_file(folder / "penultimate.safetensors")
+            self.penultimate.load_state_dict({k.removeprefix("penultimate."): v for k, v in state.items()})
+
+
+def _load(loader: type, name: str, field: str, **options: object) -> object:
+    try:
+        return loader.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{field}={name}: cannot be loaded; name a folder that holds the model, or a hub id that is reachable or "
+            f"in the local Hugging Face cache ({reason})"
+        ) from None
+
+
+def load_backbone(name: str, for_cpu: bool = False) -> PreTrainedModel:
+    """The model of a folder or hub id, in float32. UserError if it is not to be had (offline, for example)."""
+    backbone = _load(AutoModel, name, "model.encoder.encoder_model", dtype=torch.float32)
+    if for_cpu:
+        # The backward pass of torch's fused attention takes as long as the rest of the encoder on a CPU (2.13).
+        backbone.set_attn_implementation("eager")
+    if getattr(backbone, "pooler", None) is not None:
+        # Pooling is ours, and a layer without a gradient breaks data-parallel reduction.
+        backbone.pooler = None
+    return backbone
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id. UserError if it is not to be had."""
+    return _load(AutoTokenizer, name, "model.encoder.encoder_tokenizer")

@@ -1,0 +1,159 @@
+"""The accelerate/DeepSpeed engine: how a run is started, and every way of starting it wrongly that we know of.
+
+`python`, `accelerate launch` and `deepspeed` end up in `build_accelerator`. The DeepSpeed JSON holds systems settings
+only; what the configuration knows (precision, batch, accumulation, clipping) stands there as "auto", is filled in from
+the configuration, and is refused where the JSON says something else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin
+
+from xmc_trainer.errors import UserError
+
+# The dynamic loss scale of fp16 starts at 2^12.
+_INITIAL_SCALE_POWER = 12
+
+
+def build_accelerator(
+    *,
+    device: str,
+    cuda_device_id: int,
+    mixed_precision: str,
+    accumulation: int,
+    micro_batch: int,
+    max_grad_norm: float,
+    deepspeed_config: str | None,
+) -> Accelerator:
+    """The Accelerator of this process, with the process group set up.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        mixed_precision: "no", "fp16" or "bf16".
+        accumulation: micro-batches an optimizer step.
+        micro_batch: texts a micro-batch over all ranks.
+        max_grad_norm: 0 for no clipping.
+        deepspeed_config: JSON file, for the `deepspeed` launcher; `accelerate launch` names its own.
+    Raises UserError for combinations that would train wrongly or not at all.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if micro_batch % world_size:
+        raise UserError(f"data.batch_size={micro_batch}: does not divide by the {world_size} processes; change either")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("environment.device=cuda: there is no usable GPU; set environment.device=auto or cpu")
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and mixed_precision == "fp16":
+        raise UserError("training.amp.dtype=float16: needs a GPU; on a CPU set bfloat16 or training.amp.enabled=false")
+    path = _deepspeed_config_path(deepspeed_config)
+    if on_cpu and path is not None and torch.cuda.is_available():
+        raise UserError("environment.device=cpu: with DeepSpeed hide the GPUs instead (CUDA_VISIBLE_DEVICES= in front)")
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    elif world_size == 1:
+        torch.cuda.set_device(cuda_device_id)
+    elif cuda_device_id:
+        raise UserError("environment.cuda_device_id: leave it at 0 with several processes; the launcher assigns GPUs")
+
+    handlers, plugin = [], None
+    if path is not None or world_size > 1:
+        # Without a backend named, accelerate on a CPU may start every rank alone. Tokenising, under which the other
+        # ranks wait, may take an hour.
+        handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=2))]
+    if path is not None:
+        if on_cpu:
+            _skip_shared_memory_build()
+        settings = deepspeed_settings(path, mixed_precision, accumulation, micro_batch // world_size, max_grad_norm)
+        plugin = DeepSpeedPlugin(hf_ds_config=settings)
+    accelerator = Accelerator(
+        cpu=on_cpu and path is None,  # accelerate drops DeepSpeed where it is told to use the CPU
+        mixed_precision=mixed_precision,
+        deepspeed_plugin=plugin,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        kwargs_handlers=handlers,
+    )
+    if accelerator.num_processes != world_size:
+        raise UserError(
+            f"{world_size} processes were started but would not train together; start them by accelerate launch "
+            "--config_file launchers/accelerate_zero2.yaml, or by deepspeed launchers/train.py --deepspeed_config FILE"
+        )
+    return accelerator
+
+
+def _deepspeed_config_path(argument: str | None) -> str | None:
+    launched = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS") is not None or (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError("FSDP is not supported: use an accelerate configuration with distributed_type: DEEPSPEED")
+    from_accelerate = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if argument is not None:
+        if launched and from_accelerate not in ("none", argument):
+            raise UserError(
+                f"--deepspeed_config={argument}: accelerate launch already hands over {from_accelerate}; drop one"
+            )
+        return argument
+    if launched and from_accelerate == "none":
+        raise UserError("the accelerate configuration names no deepspeed_config_file; take one of ds_configs/")
+    return from_accelerate if launched else None
+
+
+def _skip_shared_memory_build() -> None:
+    # On CPU DeepSpeed compiles a shared-memory communication extension on first use: half a minute, it needs g++, and a
+    # stale lock file of a killed build blocks every later run. Gloo does the same work.
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_settings(
+    path: str, mixed_precision: str, accumulation: int, rank_batch: int, max_grad_norm: float
+) -> dict[str, Any]:
+    """The DeepSpeed JSON with the configuration's values in place of "auto". UserError where they contradict."""
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed_config={path}: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    for block in ("optimizer", "scheduler"):
+        if block in settings:
+            raise UserError(f"{path}: remove the {block!r} block; training.optimization sets it")
+
+    def fill(section: dict[str, Any], key: str, value: Any, field: str) -> None:
+        if section.get(key, "auto") not in ("auto", value):
+            raise UserError(f'{path}: {key}={section[key]} contradicts {field}={value}; write "auto" there')
+        section[key] = value
+
+    fill(settings, "gradient_accumulation_steps", accumulation, "training.optimization.grad_accum_step")
+    fill(settings, "train_micro_batch_size_per_gpu", rank_batch, "data.batch_size / processes")
+    fill(settings, "gradient_clipping", max_grad_norm, "training.optimization.max_grad_norm")
+    for name in ("fp16", "bf16"):
+        fill(settings.setdefault(name, {}), "enabled", mixed_precision == name, "(training.amp) " + name)
+    settings["fp16"].setdefault("initial_scale_power", _INITIAL_SCALE_POWER)
+    if settings.get("train_batch_size", "auto") == "auto":
+        settings.pop("train_batch_size", None)
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if mixed_precision == "fp16" and stage == 0:
+        raise UserError(
+            f"{path}: fp16 at ZeRO stage 0 trains wrongly; take stage 1, 2 or 3, or training.amp.dtype=bfloat16"
+        )
+    # Our learning rates are set from outside, and torch's optimizers are exact at every stage.
+    settings.setdefault("zero_allow_untested_optimizer", True)
+    return settings
+
+
+def step_was_applied(accelerator: Accelerator, encoder: Any, optimizer: Any) -> bool:
+    """Whether the step just made changed the encoder (fp16 skips overflowing ones). Ask right after the step only."""
+    if not accelerator.sync_gradients:
+        return False
+    if hasattr(encoder, "was_step_applied"):
+        return encoder.was_step_applied()
+    return not optimizer.step_was_skipped

@@ -1,0 +1,134 @@
+"""Evaluation: the top labels of every text, over all ranks, into the ranking metrics; in training and afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from xmc_trainer.checkpoint import SavedModel
+from xmc_trainer.config import Config, EvaluationConfig
+from xmc_trainer.data import Corpus, MicroBatch, TextBatches, load_corpus, plan_eval
+from xmc_trainer.errors import UserError
+from xmc_trainer.head import FixedFanInHead
+from xmc_trainer.metrics import RankingMetrics, inverse_propensity
+
+
+@torch.no_grad()
+def evaluate(
+    encode: Callable[[Tensor, Tensor], Tensor],
+    head: FixedFanInHead,
+    batches: Iterable[dict[str, Any]],
+    metrics: RankingMetrics,
+    device: torch.device,
+    progress: bool = False,
+) -> dict[str, float]:
+    """The metrics of a data set; the same on every rank.
+
+    Args:
+        encode: (input_ids, attention_mask) -> features.
+        batches: of `TextBatches`, this rank's; every rank must have the same number of them.
+        metrics: empty.
+    """
+    ranks = head.ranks
+    for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
+        batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+        counts = batch["label_counts"]
+        features = encode(batch["input_ids"], batch["attention_mask"])[: counts.shape[0]]
+        _, predicted = head.topk(features, metrics.k, batch.get("filter_ids"), batch.get("filter_counts"))
+        sizes = ranks.sizes(counts.shape[0], device)
+        label_ids = batch["label_ids"]
+        label_ids = ranks.gather_rows(label_ids, ranks.sizes(label_ids.shape[0], device))
+        predicted, counts = ranks.gather_rows(predicted, sizes), ranks.gather_rows(counts, sizes)
+        metrics.add(predicted.cpu().numpy(), label_ids.cpu().numpy(), counts.cpu().numpy())
+    return metrics.result()
+
+
+def corpus_of(config: Config, tokenizer: Any, progress: bool = True) -> Corpus:
+    """The tokenised data set that a configuration names."""
+    data = config.data
+    layout = "hf" if data.hf_source else "lf" if data.is_lf_data else "raw"
+    return load_corpus(
+        folder=config.data_folder,
+        layout=layout,
+        tokenizer=tokenizer,
+        max_len=data.max_len,
+        cache_dir=data.cache_dir,
+        hf_source=data.hf_source,
+        hf_train_split=data.hf_train_split,
+        hf_test_split=data.hf_test_split,
+        text_column=data.text_column,
+        label_column=data.label_column,
+        label_text_file=data.label_text_file,
+        augment_label_data=data.augment_label_data,
+        use_filter_eval=data.use_filter_eval,
+        num_labels=data.num_labels,
+        progress=progress,
+    )
+
+
+def loader_of(
+    corpus: Corpus,
+    split: str,
+    plan: list[MicroBatch],
+    *,
+    rank: int,
+    pad_token_id: int,
+    workers: int,
+    device: torch.device,
+) -> DataLoader:
+    """This rank's batches of a plan over "train" or "test"; test batches carry the filter pairs, if there are any."""
+    batches = TextBatches(
+        corpus.train if split == "train" else corpus.test,
+        plan,
+        rank=rank,
+        pad_token_id=pad_token_id,
+        filter_pairs=corpus.filter_pairs if split == "test" else None,
+    )
+    return DataLoader(batches, batch_size=None, num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
+
+
+def metrics_of(config: EvaluationConfig, corpus: Corpus) -> RankingMetrics:
+    """Empty metrics, with the propensities of the whole training set if they are asked for."""
+    if not config.eval_psp:
+        return RankingMetrics()
+    return RankingMetrics(inverse_propensity(corpus.label_counts(), len(corpus.train), config.A, config.B))
+
+
+def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
+    """The floor of every comparison: the most frequent training labels, predicted for every test text."""
+    popular = np.argsort(-corpus.label_counts(), kind="stable")[: metrics.k]
+    relevant = corpus.test_labels()
+    counts = np.diff(relevant.offsets)
+    metrics.add(np.broadcast_to(popular, (len(counts), len(popular))), relevant.ids, counts)
+    return metrics.result()
+
+
+def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
+    """Metrics of a saved model on the test set that `config` names, and that data set. One process.
+
+    Raises UserError if the data set's labels are not the model's.
+    """
+    corpus = corpus_of(config, saved.tokenizer)
+    if corpus.num_labels != saved.head.num_labels:
+        raise UserError(
+            f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; name the data set "
+            "that it was trained on (dataset_path, data.folder)"
+        )
+    plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=1)
+    loader = loader_of(
+        corpus,
+        "test",
+        plan,
+        rank=0,
+        pad_token_id=saved.tokenizer.pad_token_id,
+        workers=config.data.num_workers,
+        device=device,
+    )
+    metrics = metrics_of(config.training.evaluation, corpus)
+    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=True), corpus

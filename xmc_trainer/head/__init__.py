@@ -1,0 +1,7 @@
+"""The classifier: a fixed fan-in linear layer over labels that trains itself inside its forward pass."""
+
+from xmc_trainer.head.layer import FixedFanInHead
+from xmc_trainer.head.optimizers import SGD, AdamW
+from xmc_trainer.head.rewire import RewireReport, RewireRule
+
+__all__ = ["SGD", "AdamW", "FixedFanInHead", "RewireReport", "RewireRule"]

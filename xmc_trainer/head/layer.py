@@ -1,0 +1,301 @@
+"""FixedFanInHead: the classifier over this rank's share of the labels, and the one bridge to autograd.
+
+The head never meets an engine, an optimizer or autograd's gradient buffers. Its forward pass computes the loss and the
+gradient of the features, and, at the end of an optimizer step, has already updated the weights; its backward pass
+hands the stored feature gradient to the encoder. In a training script that still reads
+
+    loss = head(encoder(texts), label_ids, label_counts)
+    loss.backward()
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xmc_trainer.head.losses import LOSSES
+from xmc_trainer.head.optimizers import SGD, AdamW
+from xmc_trainer.head.partition import label_range
+from xmc_trainer.head.rewire import RewireReport, RewireRule, random_index, random_weight, rewire
+from xmc_trainer.kernels.counter_rng import Stream
+from xmc_trainer.kernels.reference import HeadTensors, Update, unpack_candidates
+from xmc_trainer.ops import select_backend
+from xmc_trainer.parallel import Ranks
+
+
+def ragged_rows(counts: Tensor) -> Tensor:
+    """int [B] numbers of entries a row -> int64 [sum], the row of each entry."""
+    return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts.to(torch.int64))
+
+
+class _HeadStep(torch.autograd.Function):
+    """Forward runs the head step; backward returns the feature gradient that it left."""
+
+    @staticmethod
+    def forward(ctx: Any, feat_bd: Tensor, head: FixedFanInHead, train: bool, batch: tuple[Any, ...]) -> Tensor:
+        loss, grad_bd = head._step(feat_bd.detach(), train, *batch)
+        ctx.save_for_backward(grad_bd)
+        ctx.feat_dtype = feat_bd.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_bd,) = ctx.saved_tensors
+        # grad_output carries fp16's loss scale: multiply in float32, round once.
+        return (grad_bd * grad_output.float()).to(ctx.feat_dtype), None, None, None
+
+
+class FixedFanInHead(nn.Module):
+    """Linear classifier in which every label reads `fan_in` of the d features, sharded by labels over the ranks.
+
+    Weights, index and optimizer state are buffers, not parameters: nothing outside may train, shard or move them apart.
+
+    Args:
+        in_features: d, at most 65,536.
+        num_labels: L over all ranks. This rank holds `labels`, a contiguous group-aligned range.
+        fan_in: F <= d; None for a dense head (F = d, no index).
+        group_size: consecutive labels that share one index row.
+        loss: "bce" or "squared_hinge", summed over labels.
+        text_reduction: "sum" or "mean" over the texts of an optimizer step, all ranks and micro-batches together.
+        optimizer: SGD(...) or AdamW(...) of this package; default SGD(momentum=0.9). `lr` is an attribute, to be set by a schedule.
+        weight_dtype: float32, or bfloat16 with stochastic rounding, for weights and optimizer state.
+        seed: of index, weights, rounding and rewiring; the same on every rank.
+        tile_labels: labels a tile: bounds the working memory (a few [B, tile] and [tile, d] float32 matrices).
+        ranks: the process group; default: the initialised one, or this process alone.
+
+    Attributes:
+        steps: updates made so far. skipped: int64 scalar on the device, updates skipped for a non-finite feature.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        fan_in: int | None = 128,
+        group_size: int = 1,
+        bias: bool = True,
+        loss: str = "bce",
+        text_reduction: str = "sum",
+        optimizer: SGD | AdamW | None = None,
+        lr: float = 0.05,
+        weight_decay: float = 0.0,
+        weight_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        tile_labels: int = 8192,
+        backend: str = "auto",
+        ranks: Ranks | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if fan_in is not None and not 1 <= fan_in <= in_features:
+            raise ValueError(f"fan_in={fan_in}: must be between 1 and in_features={in_features}")
+        if in_features > 1 << 16:
+            raise ValueError(f"in_features={in_features}: at most 65536")
+        if weight_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"weight_dtype={weight_dtype}: float32 or bfloat16")
+        if text_reduction not in ("sum", "mean"):
+            raise ValueError(f"text_reduction={text_reduction!r}: sum or mean")
+        self.in_features, self.num_labels = in_features, num_labels
+        self.fan_in, self.group_size = fan_in, 1 if fan_in is None else group_size
+        self.loss_name, self.text_reduction = loss, text_reduction
+        optimizer = optimizer or SGD(momentum=0.9)
+        self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.seed, self.tile_labels = seed, tile_labels
+        self.ranks = ranks or Ranks()
+        self.labels = self.labels_of(self.ranks.rank)
+        self.steps = 0
+        self._loss_fn = LOSSES[loss]
+        self._backend = select_backend(backend)
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # features and pairs of this step's earlier micro-batches
+
+        shape = (len(self.labels), fan_in or in_features)
+        self.register_buffer("weight", torch.empty(shape, dtype=weight_dtype, device=device))
+        self.register_buffer("bias", torch.zeros(shape[0], device=device) if bias else None)
+        index = None
+        if fan_in is not None:
+            dtype = torch.int16 if in_features <= 1 << 15 else torch.int32
+            index = torch.empty(-(-shape[0] // self.group_size), fan_in, dtype=dtype, device=device)
+        self.register_buffer("index", index)
+        for name in optimizer.state_names:
+            self.register_buffer(f"weight_{name}", torch.zeros_like(self.weight))
+            self.register_buffer(f"bias_{name}", torch.zeros_like(self.bias) if bias else None)
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self.reset_parameters()
+
+    def labels_of(self, rank: int) -> range:
+        """The global label ids that `rank` owns."""
+        return label_range(self.num_labels, self.group_size, rank, self.ranks.size)
+
+    def load_labels(self, labels: range, tensors: dict[str, Tensor]) -> None:
+        """Copy the weight, index and bias of a range of global label ids into the part of it that this rank owns.
+
+        Args: labels: starts at a group boundary. tensors: as of a rank that owns just these labels.
+        """
+        start, stop = max(labels.start, self.labels.start), min(labels.stop, self.labels.stop)
+        if start >= stop:
+            return
+        for name, value in tensors.items():
+            unit = self.group_size if name == "index" else 1
+            to_first, from_first = (start - self.labels.start) // unit, (start - labels.start) // unit
+            count = -(-(stop - start) // unit)
+            getattr(self, name)[to_first : to_first + count] = value[from_first : from_first + count]
+
+    def reset_parameters(self) -> None:
+        """Random index, weights uniform in +-1/sqrt(fan_in), zero bias; from the seed and global ids alone."""
+        fan_in, device = self.weight.shape[1], self.weight.device
+        for start in range(0, len(self.labels), self.tile_labels):
+            part = self.weight[start : start + self.tile_labels]
+            first = (self.labels.start + start) * fan_in
+            element = torch.arange(first, first + part.numel(), device=device).view_as(part)
+            part.copy_(random_weight(element, fan_in, self.seed, 0, Stream.INIT_WEIGHT))
+        if self.index is not None:
+            first_row = self.labels.start // self.group_size
+            for start in range(0, self.index.shape[0], self.tile_labels):
+                part = self.index[start : start + self.tile_labels]
+                row = torch.arange(part.shape[0], device=device) + first_row + start
+                part.copy_(random_index(row, fan_in, self.in_features, self.seed, part.dtype))
+
+    def tensors(self) -> HeadTensors:
+        """The kernels' view of this rank's part: the same memory."""
+        names = self.optimizer.state_names
+        return HeadTensors(
+            weight_LF=self.weight,
+            index_RF=self.index,
+            bias_L=self.bias,
+            group_size=self.group_size,
+            label_start=self.labels.start,
+            weight_state=[getattr(self, f"weight_{name}") for name in names],
+            bias_state=[getattr(self, f"bias_{name}") for name in names] if self.bias is not None else [],
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, num_labels={self.num_labels}, labels={self.labels}, "
+            f"fan_in={self.fan_in or 'dense'}, group_size={self.group_size}, loss={self.loss_name}, "
+            f"optimizer={self.optimizer}"
+        )
+
+    def forward(
+        self,
+        feat_bd: Tensor,
+        label_ids: Tensor,
+        label_counts: Tensor,
+        *,
+        end_of_step: bool = True,
+        texts_in_step: int | None = None,
+        engine_divisor: float = 1.0,
+    ) -> Tensor:
+        """The loss of this micro-batch over all ranks; in training mode also the update, if the step ends here.
+
+        Args:
+            feat_bd: this rank's features, float, [b, d]; b may be 0 and may differ between ranks.
+            label_ids: int [sum of label_counts], the global ids of the positives, text after text.
+            label_counts: int [b].
+            end_of_step: false for every micro-batch of an optimizer step but the last. The head keeps such a batch's
+                features and labels and makes one update from all of them at the end.
+            texts_in_step: texts of the whole optimizer step; needed only for text_reduction="mean" with several
+                micro-batches (the default is this micro-batch's, over all ranks).
+            engine_divisor: what the training engine divides gradients by, to be undone here: the product of the ranks it
+                averages over and the micro-batches it averages over.
+        Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
+            of a step's micro-batches add up to the step's loss.
+        """
+        batch = (label_ids, label_counts, end_of_step, texts_in_step, engine_divisor)
+        train = self.training and torch.is_grad_enabled()
+        if feat_bd.requires_grad and torch.is_grad_enabled():
+            return _HeadStep.apply(feat_bd, self, train, batch)
+        return self._step(feat_bd, train, *batch)[0]
+
+    def _step(
+        self,
+        feat_bd: Tensor,
+        train: bool,
+        label_ids: Tensor,
+        label_counts: Tensor,
+        end_of_step: bool,
+        texts_in_step: int | None,
+        engine_divisor: float,
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, feature gradient [b, d] float32) of this micro-batch; see `forward`."""
+        feat_Bd, label_P, row_P, sizes = self._gather(feat_bd, label_ids, label_counts)
+        texts = feat_Bd.shape[0]
+        text_weight = 1.0
+        if self.text_reduction == "mean":
+            if texts_in_step is None and (self._kept or not end_of_step):
+                raise ValueError("texts_in_step is needed for text_reduction='mean' with several micro-batches a step")
+            text_weight = 1.0 / (texts_in_step or texts)
+        grad_start, update = 0, None
+        if train and end_of_step:
+            self.steps += 1
+            update = Update(self.optimizer, self.lr, self.weight_decay, self.seed, self.steps)
+            grad_start = sum(kept[0].shape[0] for kept in self._kept)
+            feat_Bd = torch.cat([kept[0] for kept in self._kept] + [feat_Bd])
+            label_P = torch.cat([kept[1] for kept in self._kept] + [label_P])
+            row_P = torch.cat([kept[2] for kept in self._kept] + [row_P + grad_start])
+            self._kept = []
+        elif train:
+            before = sum(kept[0].shape[0] for kept in self._kept)
+            self._kept.append((feat_Bd, label_P, row_P + before))
+        loss_B, grad_Bd, finite = self._backend.head_step(
+            self.tensors(),
+            feat_Bd,
+            label_P,
+            row_P,
+            loss_fn=self._loss_fn,
+            text_weight=text_weight,
+            grad_start=grad_start,
+            update=update,
+            tile_labels=self.tile_labels,
+        )
+        if update is not None:
+            self.skipped += ~finite
+        grad_bd = self.ranks.scatter_sum_rows(grad_Bd, sizes) * engine_divisor
+        return self.ranks.sum(loss_B.sum() * text_weight), grad_bd
+
+    def _gather(
+        self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """All ranks' features, their (local label, row) pairs as int64, and the number of rows of each rank."""
+        sizes = self.ranks.sizes(feat_bd.shape[0], feat_bd.device)
+        feat_Bd = self.ranks.gather_rows(feat_bd, sizes)
+        label_P, row_P = self._gather_pairs(label_ids, label_counts, sizes)
+        return feat_Bd, label_P, row_P, sizes
+
+    def _gather_pairs(self, label_ids: Tensor, label_counts: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        counts = self.ranks.gather_rows(label_counts, sizes)
+        label_ids = self.ranks.gather_rows(label_ids, self.ranks.sizes(label_ids.shape[0], label_ids.device))
+        return label_ids.to(torch.int64) - self.labels.start, ragged_rows(counts)
+
+    @torch.no_grad()
+    def topk(
+        self, feat_bd: Tensor, k: int, skip_ids: Tensor | None = None, skip_counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k best labels over all ranks for this rank's texts; equal scores go to the smaller label id.
+
+        Args:
+            feat_bd: [b, d]; every rank must call, b may differ and be 0.
+            skip_ids, skip_counts: ragged global label ids to leave out for each text; None on every rank or on none.
+        Returns: scores float32 [b, k] (logits) and label ids int64 [b, k], best first; id -1 and score -inf where
+            fewer than k labels are left.
+        """
+        sizes = self.ranks.sizes(feat_bd.shape[0], feat_bd.device)
+        feat_Bd = self.ranks.gather_rows(feat_bd, sizes)
+        label_P = row_P = torch.empty(0, dtype=torch.int64, device=feat_bd.device)
+        if skip_ids is not None:
+            label_P, row_P = self._gather_pairs(skip_ids, skip_counts, sizes)
+        key_Bk = self._backend.head_topk(self.tensors(), feat_Bd, k, label_P, row_P, tile_labels=self.tile_labels)
+        if self.ranks.size > 1:
+            every = self.ranks.gather_rows(key_Bk, [key_Bk.shape[0]] * self.ranks.size)
+            merged = every.view(self.ranks.size, -1, k).transpose(0, 1).flatten(1)
+            key_Bk = merged.topk(k, dim=1).values.split(sizes)[self.ranks.rank]
+        return unpack_candidates(key_Bk)
+
+    @torch.no_grad()
+    def rewire(self, rule: RewireRule) -> RewireReport:
+        """Prune and regrow this rank's connections; see `xmc_trainer.head.rewire`. Deterministic in (seed, steps)."""
+        if self.index is None:
+            raise ValueError("a dense head has no connections to rewire")
+        return rewire(self.tensors(), self.in_features, rule, self.seed, self.steps, self.tile_labels)

@@ -1,0 +1,26 @@
+"""The losses: element-wise over (text, label), summed over labels by the head step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def bce(logit: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy with logits: log(1 + e^z) - y z, and its derivative sigmoid(z) - y.
+
+    Args: logit float32, positive bool, of one shape. Returns: (loss, dloss/dlogit), float32.
+    """
+    y = positive.to(logit.dtype)
+    return functional.softplus(logit) - y * logit, torch.sigmoid(logit) - y
+
+
+def squared_hinge(logit: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+    """max(0, 1 - s z)^2 with s = 1 for positives, -1 for the rest, and its derivative -2 s max(0, 1 - s z)."""
+    sign = torch.where(positive, 1.0, -1.0)
+    margin = (1 - sign * logit).clamp_min(0)
+    return margin.square(), -2 * sign * margin
+
+
+LOSSES = {"bce": bce, "squared_hinge": squared_hinge}

@@ -1,0 +1,140 @@
+"""Rewiring: which features a label reads is learned by pruning small weights and growing new connections.
+
+Two steps. `plan` is pure: from the weights, the index and a key it decides which slots go and which features come.
+`apply` edits index, weights and optimizer state of those slots, here and nowhere else. Everything is a function of the
+seed, the step and the global row, so any sharding rewires alike, without communication.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xmc_trainer.kernels.counter_rng import Stream, make_key, random_order, uniform
+from xmc_trainer.kernels.reference import HeadTensors
+
+
+@dataclass(frozen=True)
+class RewireRule:
+    """What a rewiring does.
+
+    prune_mode "threshold" drops slots whose magnitude is below `amount`, "fraction" the smallest floor(amount * F) slots
+    of each row. The magnitude of a slot is the mean |weight| over the labels that share it. Growth is uniform over the
+    features that the row does not read. `growth_init_mode` is "zero" or "random" (uniform, as at the start).
+    """
+
+    prune_mode: str = "threshold"
+    amount: float = 0.01
+    growth_init_mode: str = "zero"
+
+
+@dataclass(frozen=True)
+class RewireReport:
+    """What a rewiring did, over this rank's rows."""
+
+    moved: int  # slots that read another feature now
+    slots: int  # slots in all
+
+    @property
+    def share(self) -> float:
+        return self.moved / max(self.slots, 1)
+
+    @property
+    def survivors(self) -> int:
+        return self.slots - self.moved
+
+
+def scheduled_amount(start: float, end: float, step: int, last_step: int) -> float:
+    """Cosine decay from `start` at step 0 to `end` at `last_step`."""
+    progress = min(step / max(last_step, 1), 1.0)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def random_index(rows: Tensor, fan_in: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """The first index: `fan_in` distinct features of 0..d-1 for each global row id (int64 [R]), ascending. [R, F]."""
+    order = random_order(make_key(seed, 0, Stream.INIT_INDEX), rows, d)
+    return (order.topk(fan_in, dim=1, largest=False).values & 0xFFFF).sort(dim=1).values.to(dtype)
+
+
+def random_weight(element: Tensor, fan_in: int, seed: int, step: int, stream: Stream) -> Tensor:
+    """Uniform in +-1/sqrt(fan_in), torch.nn.Linear's default; float32 for int64 global element ids."""
+    return (2 * uniform(make_key(seed, step, stream), element) - 1) / math.sqrt(fan_in)
+
+
+def plan(
+    magnitude_RF: Tensor, index_RF: Tensor, row_R: Tensor, d: int, rule: RewireRule, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Which slots are re-pointed, and to which features.
+
+    Args:
+        magnitude_RF: float32, mean |weight| of each slot over its group.
+        index_RF: int64.
+        row_R: int64 global row ids.
+        d: number of features.
+    Returns: moved bool [R, F]; feature int64 [R, F], the new index (equal to the old where not moved). A row never
+        reads a feature twice; where fewer features are absent than slots were pruned, the smallest slots move.
+    """
+    rows, fan_in = magnitude_RF.shape
+    absent = d - fan_in
+    if absent == 0:
+        return torch.zeros_like(magnitude_RF, dtype=torch.bool), index_RF
+    if rule.prune_mode == "threshold":
+        wanted = (magnitude_RF < rule.amount).sum(1, keepdim=True)
+    else:
+        wanted = torch.full((rows, 1), int(rule.amount * fan_in), device=magnitude_RF.device)
+    # A stable sort: equal magnitudes go in slot order, on every device.
+    rank = magnitude_RF.argsort(dim=1, stable=True).argsort(dim=1)
+    moved = rank < wanted.clamp_max(absent)
+    order = random_order(make_key(seed, step, Stream.GROW_INDEX), row_R, d)
+    order.scatter_(1, index_RF, torch.iinfo(torch.int64).max)
+    candidate = order.topk(min(fan_in, absent), dim=1, largest=False).values & 0xFFFF
+    ordinal = (moved.cumsum(1) - 1).clamp(0, candidate.shape[1] - 1)
+    return moved, torch.where(moved, candidate.gather(1, ordinal), index_RF)
+
+
+def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tensor, weight_RGF: Tensor | None) -> None:
+    """Edit index, weights and optimizer state of the moved slots of rows first_row, first_row + 1, ...
+
+    Args: weight_RGF: float32 first weights of the grown slots [R, G, F]; None: zero.
+    """
+    rows, fan_in = moved_RF.shape
+    head.index_RF[first_row : first_row + rows] = feature_RF.to(head.index_RF.dtype)
+    start = first_row * head.group_size
+    weight = head.weight_LF[start : start + rows * head.group_size]
+    labels = weight.shape[0]  # the last group may be short
+    moved = moved_RF.repeat_interleave(head.group_size, dim=0)[:labels]
+    if weight_RGF is None:
+        weight.masked_fill_(moved, 0)
+    else:
+        weight.copy_(torch.where(moved, weight_RGF.reshape(-1, fan_in)[:labels].to(weight.dtype), weight))
+    for state in head.weight_state:
+        state[start : start + labels].masked_fill_(moved, 0)
+
+
+def rewire(head: HeadTensors, d: int, rule: RewireRule, seed: int, step: int, tile_labels: int) -> RewireReport:
+    """Plan and apply over all rows of this rank, tile by tile. Synchronises with the host once, for the report."""
+    group, fan_in = head.group_size, head.weight_LF.shape[1]
+    rows = head.index_RF.shape[0]
+    device = head.weight_LF.device
+    moved_total = torch.zeros((), dtype=torch.int64, device=device)
+    tile = max(1, tile_labels // group)
+    for first in range(0, rows, tile):
+        last = min(first + tile, rows)
+        magnitude = head.weight_LF[first * group : last * group].float().abs()
+        short = (last - first) * group - magnitude.shape[0]
+        size = torch.full((last - first, 1), float(group), device=device)
+        size[-1] -= short
+        magnitude = torch.nn.functional.pad(magnitude, (0, 0, 0, short)).view(-1, group, fan_in).sum(1) / size
+        row = torch.arange(first, last, device=device) + head.label_start // group
+        moved, feature = plan(magnitude, head.index_RF[first:last].to(torch.int64), row, d, rule, seed, step)
+        grown = None
+        if rule.growth_init_mode == "random":
+            first_element = (head.label_start + first * group) * fan_in
+            element = torch.arange(first_element, first_element + (last - first) * group * fan_in, device=device)
+            grown = random_weight(element, fan_in, seed, step, Stream.GROW_WEIGHT).view(-1, group, fan_in)
+        apply(head, first, moved, feature, grown)
+        moved_total += moved.sum()
+    return RewireReport(moved=int(moved_total), slots=rows * fan_in)

@@ -1,0 +1,239 @@
+"""Hooks: everything that happens around the training step. A user's own are added the same way, after ours.
+
+class MyHook(Hook):
+    def on_step_end(self, trainer):
+        ...
+
+Trainer(config, hooks=[MyHook()]).train()
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, to_yaml
+from xmc_trainer.head import RewireReport, RewireRule
+from xmc_trainer.head.rewire import scheduled_amount
+from xmc_trainer.metrics import table
+from xmc_trainer.schedules import cosine_with_warmup
+
+if TYPE_CHECKING:
+    from xmc_trainer.trainer import Trainer
+
+
+class Hook:
+    """The protocol. Every method is called on every rank, with the trainer, whose `state` says where training is."""
+
+    def on_train_start(self, trainer: Trainer) -> None: ...
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """Before the micro-batches of an optimizer step."""
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        """After a real optimizer step: encoder and head hold new weights. Not after one that fp16 skipped."""
+
+    def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        """Every second or so: the steps since the last call, as {"step", "epoch", "loss", "lr", "encoder_lr", ...}."""
+
+    def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
+        """After a rewiring with the scheduled threshold or fraction `amount`; the report covers this rank's labels."""
+
+    def on_epoch_end(self, trainer: Trainer) -> None: ...
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None: ...
+
+    def on_save(self, trainer: Trainer, folder: Any) -> None: ...
+
+    def on_train_end(self, trainer: Trainer) -> None: ...
+
+
+class ScheduleHook(Hook):
+    """Sets the learning rates of encoder and head before each step: a pure function of the step."""
+
+    def __init__(self, warmup_steps: int, head_lr: float) -> None:
+        self.warmup_steps, self.head_lr = warmup_steps, head_lr
+        self._peaks: list[float] = []
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        self._peaks = [group["lr"] for group in trainer.optimizer.param_groups]
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        factor = cosine_with_warmup(trainer.state.step, self.warmup_steps, trainer.state.total_steps)
+        for group, peak in zip(trainer.optimizer.param_groups, self._peaks):
+            group["lr"] = peak * factor
+        trainer.head.lr = self.head_lr * factor
+
+
+class RewireHook(Hook):
+    """Rewires the head every `rewire_interval` real steps until the share `rewire_end_epoch` of the training."""
+
+    def __init__(self, ffi: FFIConfig) -> None:
+        self.ffi = ffi
+        self._real_steps = 0
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        self._real_steps += 1
+        last_step = int(self.ffi.rewire_end_epoch * trainer.state.total_steps)
+        if self._real_steps % self.ffi.rewire_interval or trainer.state.step > last_step:
+            return
+        by_threshold = self.ffi.prune_mode == "threshold"
+        amount = self.ffi.rewire_threshold if by_threshold else self.ffi.rewire_fraction
+        if self.ffi.use_rewire_scheduling:
+            end = min(self.ffi.rewire_end_threshold, amount) if by_threshold else 0.0
+            amount = scheduled_amount(amount, end, trainer.state.step, last_step)
+        report = trainer.head.rewire(RewireRule(self.ffi.prune_mode, amount, self.ffi.growth_init_mode))
+        trainer.dispatch("on_rewire", report, amount)
+
+
+class EvaluateHook(Hook):
+    """Evaluates at the end of epochs; always after the last."""
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self.config = config
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        done, last = trainer.state.epoch + 1, trainer.state.finished
+        if last or done % self.config.test_evaluate_every == 0:
+            trainer.evaluate("test")
+        if self.config.train_evaluate and (last or done % self.config.train_evaluate_every == 0):
+            trainer.evaluate("train")
+
+
+class BestModelHook(Hook):
+    """Keeps the model with the best test P@1 so far."""
+
+    def __init__(self, folder_name: str, best_p1: float) -> None:
+        self.folder_name, self.best_p1 = folder_name, best_p1
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        if split == "test" and metrics["P@1"] > self.best_p1:
+            self.best_p1 = metrics["P@1"]
+            trainer.save(trainer.run_folder / self.folder_name)
+
+
+class ProgressHook(Hook):
+    """A progress bar with loss, rate and time left; on request a line every `print_iter` steps; metrics as a table."""
+
+    def __init__(self, print_iter: int | None) -> None:
+        self.print_iter = print_iter
+        self._bar: tqdm | None = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.accelerator.is_main_process:
+            self._bar = tqdm(
+                total=trainer.state.total_steps, desc="train", unit="step", mininterval=1.0, smoothing=0.05
+            )
+
+    def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        if self._bar is None:
+            return
+        self._bar.set_postfix_str(f"epoch {trainer.state.epoch + 1} loss {records[-1]['loss']:.4g}", refresh=False)
+        self._bar.update(len(records))
+        for record in records:
+            if self.print_iter and record["step"] % self.print_iter == 0:
+                self._bar.write(f"step {record['step']}: loss {record['loss']:.6g}, lr {record['lr']:.3g}")
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.write(table({f"epoch {trainer.state.epoch + 1} {split}": metrics}))
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class JsonLogHook(Hook):
+    """log.jsonl in the run folder: one object a line, for every step, evaluation, rewiring and save."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._start = time.monotonic()
+
+    def write(self, record: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(record | {"seconds": round(time.monotonic() - self._start, 3)}) + "\n")
+            self._file.flush()
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if trainer.accelerator.is_main_process:
+            self._file = open(trainer.run_folder / "log.jsonl", "w", encoding="utf-8")
+
+    def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self.write({"event": "step"} | record)
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        self.write({"event": "evaluate", "split": split, "step": trainer.state.step} | metrics)
+
+    def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
+        counts = {"moved": report.moved, "survivors": report.survivors, "share": report.share}
+        self.write({"event": "rewire", "step": trainer.state.step, "amount": amount} | counts)
+
+    def on_save(self, trainer: Trainer, folder: Any) -> None:
+        self.write({"event": "save", "step": trainer.state.step, "folder": str(folder)})
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class WandbHook(Hook):
+    """Losses, rates and metrics to Weights & Biases (WANDB_MODE=offline works)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._run: Any = None
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        if not trainer.accelerator.is_main_process:
+            return
+        import wandb
+        import yaml
+
+        name = self.config.training.verbose.wandb_runname
+        self._run = wandb.init(
+            project="xmc_trainer",
+            name=None if name == "none" else name,
+            dir=str(trainer.run_folder),
+            config=yaml.safe_load(to_yaml(self.config)),
+        )
+
+    def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
+        if self._run is not None:
+            for record in records:
+                self._run.log(
+                    {f"train/{key}": record[key] for key in ("loss", "lr", "encoder_lr")}, step=record["step"]
+                )
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        if self._run is not None:
+            self._run.log({f"{split}/{name}": value for name, value in metrics.items()}, step=trainer.state.step)
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+def default_hooks(config: Config) -> list[Hook]:
+    """The hooks of a configuration, in the order in which they run.
+
+    Rates are set before anything else; rewiring edits the head before anyone looks at it; evaluation comes before the
+    hooks that save and show its result.
+    """
+    ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
+    hooks: list[Hook] = [ScheduleHook(optimization.warmup_steps, optimization.lr)]
+    if ffi.use_sparse_layer and ffi.rewire_interval:
+        hooks.append(RewireHook(ffi))
+    hooks.append(EvaluateHook(config.training.evaluation))
+    if config.training.use_checkpoint:
+        hooks.append(BestModelHook(config.training.checkpoint_file, config.training.best_p1))
+    hooks.append(ProgressHook(verbose.print_iter if verbose.show_iter else None))
+    if verbose.logging:
+        hooks.append(JsonLogHook())
+    if verbose.use_wandb:
+        hooks.append(WandbHook(config))
+    return hooks

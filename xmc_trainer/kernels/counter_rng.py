@@ -1,0 +1,99 @@
+"""Counter-based random numbers: a pure function of (seed, step, stream, element id).
+
+A generator with state would make the draw of an element depend on tiling, device and world size. Here every draw is a
+hash of what it is for, so a sharded, a retiled and a resumed run draw the same numbers.
+
+The hash is two rounds of the 32-bit finaliser `lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018), in
+int32 arithmetic that wraps, which torch and Triton compute alike on every device.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_M1, _M2 = 0x7FEB352D, 0x846CA68B
+_LOW32 = 0xFFFFFFFF
+
+
+class Stream(IntEnum):
+    """What a draw is for: draws of different streams are independent."""
+
+    INIT_INDEX = 1
+    INIT_WEIGHT = 2
+    GROW_INDEX = 3
+    GROW_WEIGHT = 4
+    ROUND_WEIGHT = 5
+    ROUND_STATE = 6  # one stream for each state tensor, counted up from here
+
+
+def _signed(value: int) -> int:
+    value &= _LOW32
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _mix_int(x: int) -> int:
+    x &= _LOW32
+    x = ((x ^ (x >> 16)) * _M1) & _LOW32
+    x = ((x ^ (x >> 15)) * _M2) & _LOW32
+    return x ^ (x >> 16)
+
+
+def _mix(x: Tensor) -> Tensor:
+    # int32 shifts carry the sign down; the mask makes them logical.
+    x = (x ^ ((x >> 16) & 0xFFFF)) * _signed(_M1)
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * _signed(_M2)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def make_key(seed: int, step: int, stream: int) -> tuple[int, int]:
+    """Two 32-bit keys for `random_bits`."""
+    first = _mix_int(_mix_int(seed) ^ _mix_int((seed >> 32) + 0x9E3779B9) ^ (stream * 0x85EBCA6B))
+    second = _mix_int(first ^ _mix_int(step + 0x27D4EB2F))
+    return first, second
+
+
+def random_bits(key: tuple[int, int], element: Tensor) -> Tensor:
+    """32 random bits for each global element id.
+
+    Args:
+        key: of `make_key`.
+        element: int64, any shape, non-negative.
+    Returns: int32 of the same shape.
+    """
+    low, high = element.to(torch.int32), (element >> 32).to(torch.int32)
+    x = _mix(low ^ _signed(key[0]))
+    return _mix(x + high * _signed(0x9E3779B1) ^ _signed(key[1]))
+
+
+def uniform(key: tuple[int, int], element: Tensor) -> Tensor:
+    """float32 in [0, 1), 24 random bits each, for int64 element ids of any shape."""
+    return ((random_bits(key, element) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def round_to_bfloat16(value: Tensor, key: tuple[int, int], element: Tensor) -> Tensor:
+    """Stochastic rounding: the expectation over keys of the bfloat16 result is `value`.
+
+    Args:
+        value: float32, finite.
+        element: int64 ids, the shape of `value`.
+    """
+    # bfloat16 is the upper half of float32. Adding 16 random bits to the lower half carries over with a probability
+    # equal to the part that truncation would lose.
+    bits = value.contiguous().view(torch.int32) + (random_bits(key, element) & 0xFFFF)
+    return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+
+
+def random_order(key: tuple[int, int], row: Tensor, d: int) -> Tensor:
+    """A random ranking of the numbers 0..d-1 for each row.
+
+    Args:
+        row: int64 [R], global row ids.
+        d: at most 65,536.
+    Returns: int64 [R, d] keys; sorted ascending they give a uniformly random permutation, and no two are equal.
+    """
+    feature = torch.arange(d, device=row.device)
+    bits = random_bits(key, row[:, None] * d + feature).to(torch.int64)
+    return (bits << 16) | feature  # the feature number breaks ties, so that every device picks the same

@@ -1,0 +1,204 @@
+"""The head step in plain torch, on any device: the test oracle of the other backends and the CPU backend.
+
+Shapes (capital letters as in every kernel):
+    L labels of this rank, G = group_size, R = ceil(L / G) index rows, F fan-in, d features, B texts,
+    T labels of one tile, P (text, label) pairs.
+
+Maths, for a tile of labels t with dense weights D_Td (row l is zero but at index[l // G], where it is weight[l]):
+    z_BT  = x_Bd D_Td^T + bias_T        loss_B += sum_T loss(z, y)         g_BT = text_weight * dloss/dz
+    dx_Bd += g_BT D_Td                  dW_TF = (g_BT^T x_Bd)[:, index]     weight_TF <- update(weight_TF, dW_TF)
+
+and the tile is finished: neither B x L logits nor an L x F gradient ever exists. Scattering a tile into a dense matrix
+and using matrix products is many times faster on a CPU than gathering features (and it is simpler to read); the
+products take the full d, which the fused GPU kernels avoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from xmc_trainer.kernels.counter_rng import Stream, make_key, round_to_bfloat16
+
+LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class UpdateRule(Protocol):
+    """An element-wise optimizer: see `xmc_trainer.head.optimizers`."""
+
+    def update(
+        self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+
+@dataclass
+class HeadTensors:
+    """What one rank owns of the head. The step edits these tensors in place."""
+
+    weight_LF: Tensor  # float32 or bfloat16
+    index_RF: Tensor | None  # int16 or int32; None: dense, F = d
+    bias_L: Tensor | None  # float32
+    group_size: int
+    label_start: int  # global id of local label 0
+    weight_state: list[Tensor] = field(default_factory=list)  # each like weight_LF
+    bias_state: list[Tensor] = field(default_factory=list)  # each like bias_L
+
+
+@dataclass(frozen=True)
+class Update:
+    """How the step ends: None in its place means that the weights stay (accumulation micro-batch)."""
+
+    rule: UpdateRule
+    lr: float
+    weight_decay: float
+    seed: int
+    step: int  # 1 for the first update
+
+
+def dense_tile(head: HeadTensors, start: int, stop: int, d: int) -> tuple[Tensor, Tensor | None]:
+    """Labels start..stop as a dense float32 matrix [T, d], and their index rows as int64 [T, F] (None if dense)."""
+    weight = head.weight_LF[start:stop].to(torch.float32)
+    if head.index_RF is None:
+        return weight, None
+    group = torch.arange(start, stop, device=weight.device) // head.group_size
+    index = head.index_RF[group].to(torch.int64)
+    return weight.new_zeros(stop - start, d).scatter_(1, index, weight), index
+
+
+def pair_mask(label_P: Tensor, row_P: Tensor, start: int, stop: int, rows: int) -> Tensor:
+    """bool [B, T]: which (text, label) pairs fall into labels start..stop. A repeated pair counts once."""
+    tile = stop - start
+    local = label_P - start
+    # Pairs of other tiles land in one extra column, so that no size depends on the data (no host synchronisation).
+    column = torch.where((local >= 0) & (local < tile), local, tile)
+    mask = torch.zeros(rows, tile + 1, dtype=torch.bool, device=label_P.device)
+    mask[row_P, column] = True
+    return mask[:, :tile]
+
+
+def head_step(
+    head: HeadTensors,
+    feat_Bd: Tensor,
+    label_P: Tensor,
+    row_P: Tensor,
+    *,
+    loss_fn: LossFn,
+    text_weight: float,
+    grad_start: int,
+    update: Update | None,
+    tile_labels: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, feature gradient and (with `update`) the weight update over this rank's labels.
+
+    Args:
+        head: edited in place if `update` is given.
+        feat_Bd: features, any float dtype; the arithmetic is float32.
+        label_P, row_P: int64 pairs (local label, text); labels outside 0..L-1 are ignored.
+        loss_fn: (logits, positive) -> (loss, dloss/dlogit), element-wise.
+        text_weight: factor on every text's loss in both gradients.
+        grad_start: losses and feature gradients are returned for texts grad_start..B-1 only; the texts before them
+            (earlier micro-batches) take part in the weight update alone.
+    Returns:
+        loss_b float32 [B - grad_start]: each text's loss summed over this rank's labels, without text_weight.
+        grad_bd float32 [B - grad_start, d].
+        finite: bool scalar on the device; false if a feature was not finite, and then nothing was updated.
+    """
+    feat = feat_Bd.to(torch.float32)
+    rows, d = feat.shape
+    labels = head.weight_LF.shape[0]
+    finite = torch.isfinite(feat).all()
+    loss_b = feat.new_zeros(rows - grad_start)
+    grad_bd = feat.new_zeros(rows - grad_start, d)
+    for start in range(0, labels, tile_labels):
+        stop = min(start + tile_labels, labels)
+        dense_Td, index_TF = dense_tile(head, start, stop, d)
+        logit_BT = feat @ dense_Td.T
+        if head.bias_L is not None:
+            logit_BT += head.bias_L[start:stop]
+        loss_BT, dlogit_BT = loss_fn(logit_BT, pair_mask(label_P, row_P, start, stop, rows))
+        loss_b += loss_BT[grad_start:].sum(1)
+        dlogit_BT *= text_weight
+        grad_bd += dlogit_BT[grad_start:] @ dense_Td
+        if update is not None:
+            grad_TF = dlogit_BT.T @ feat
+            if index_TF is not None:
+                grad_TF = grad_TF.gather(1, index_TF)
+            _update_tile(head, start, stop, grad_TF, dlogit_BT, update, finite)
+    return loss_b, grad_bd, finite
+
+
+def _update_tile(
+    head: HeadTensors, start: int, stop: int, grad_TF: Tensor, dlogit_BT: Tensor, update: Update, finite: Tensor
+) -> None:
+    rows = slice(start, stop)
+    weight = head.weight_LF[rows]
+    state = [tensor[rows] for tensor in head.weight_state]
+    new = update.rule.update(
+        weight.float(), grad_TF, [s.float() for s in state], update.lr, update.weight_decay, update.step
+    )
+    first = (head.label_start + start) * weight.shape[1]
+    _store(weight, new[0], finite, update, Stream.ROUND_WEIGHT, first)
+    for number, (old, value) in enumerate(zip(state, new[1])):
+        _store(old, value, finite, update, Stream.ROUND_STATE + number, first)
+    if head.bias_L is not None:
+        bias = head.bias_L[rows]
+        state = [tensor[rows] for tensor in head.bias_state]
+        new = update.rule.update(bias, dlogit_BT.sum(0), state, update.lr, 0.0, update.step)
+        for old, value in zip([bias, *state], [new[0], *new[1]]):
+            old.copy_(torch.where(finite, value, old))
+
+
+def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, stream: int, first_element: int) -> None:
+    """Write float32 values into a weight or state tile: stochastically rounded if it is bfloat16, not at all unless finite."""
+    if old.dtype == torch.bfloat16:
+        element = torch.arange(first_element, first_element + old.numel(), device=old.device).view_as(old)
+        value = round_to_bfloat16(value, make_key(update.seed, update.step, stream), element)
+    old.copy_(torch.where(finite, value, old))
+
+
+# Top-k. A candidate is one int64: the score's bits, order-preserving, above the complement of the label id. Sorting
+# these sorts by score and breaks ties by the smaller label id, the same on every device and for every tiling.
+_ID_MAX = 2**31 - 1
+
+
+def _pack(score: Tensor, label: Tensor) -> Tensor:
+    bits = (score.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(torch.int64) << 32) + (_ID_MAX - label)
+
+
+def unpack_candidates(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores (float32) and label ids (int64) of packed candidates; id -1 where the score is -inf (no such label)."""
+    ordered = (key >> 32).to(torch.int32)
+    score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
+    label = _ID_MAX - (key & 0xFFFFFFFF)
+    return score, torch.where(score == -torch.inf, -1, label)
+
+
+def head_topk(
+    head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor, *, tile_labels: int
+) -> Tensor:
+    """The best k labels of this rank for each text, as packed candidates (see `unpack_candidates`).
+
+    Args:
+        skip_label_P, skip_row_P: int64 pairs (local label, text) to leave out.
+    Returns: int64 [B, k], best first. Rows with fewer than k labels end in candidates of score -inf.
+    """
+    feat = feat_Bd.to(torch.float32)
+    rows, d = feat.shape
+    nothing = _pack(torch.full((1,), -torch.inf), torch.tensor([_ID_MAX])).to(feat.device)
+    best = nothing.expand(rows, k)
+    for start in range(0, head.weight_LF.shape[0], tile_labels):
+        stop = min(start + tile_labels, head.weight_LF.shape[0])
+        score_BT = feat @ dense_tile(head, start, stop, d)[0].T
+        if head.bias_L is not None:
+            score_BT += head.bias_L[start:stop]
+        if skip_label_P.numel():
+            score_BT.masked_fill_(pair_mask(skip_label_P, skip_row_P, start, stop, rows), -torch.inf)
+        label = torch.arange(start, stop, device=feat.device) + head.label_start
+        best = torch.cat([best, _pack(score_BT, label)], 1).topk(k, dim=1).values
+    return best

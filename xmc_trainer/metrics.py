@@ -1,0 +1,110 @@
+"""Ranking metrics of extreme classification, by the definitions of the Extreme Classification Repository's pyxclib.
+
+For a text with relevant labels Y, predictions p_1, p_2, ... and weights q_l (1, or the inverse propensity):
+
+    P@k    = mean over texts of (1/k) sum_{i<=k} [p_i in Y]
+    R@k    = mean of (1/|Y|) sum_{i<=k} [p_i in Y]
+    nDCG@k = mean of (sum_{i<=k} [p_i in Y] / log2(i+1)) / (sum_{i<=min(k,|Y|)} 1 / log2(i+1))
+    PSP@k, PSnDCG@k: the sums of P@k and nDCG@k with q_{p_i} as weight, divided by what the best possible ranking of
+    the relevant labels (by q, descending) scores: a ratio of means, not a mean of ratios.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def inverse_propensity(label_counts: np.ndarray, texts: int, a: float, b: float) -> np.ndarray:
+    """1 / propensity of each label (Jain et al., KDD 2016): 1 + C (n_l + B)^-A, C = (log N - 1)(B + 1)^A.
+
+    Args: label_counts: training texts a label, [L]; texts: N, training texts in all. Returns: float64 [L].
+    """
+    c = (np.log(texts) - 1) * (b + 1) ** a
+    return 1 + c * (np.asarray(label_counts, dtype=np.float64) + b) ** -a
+
+
+class RankingMetrics:
+    """Adds up batches of predictions; `result` gives the metrics as fractions in [0, 1] (PSP can exceed neither).
+
+    Args: inverse_propensity: float64 [L] for PSP and PSnDCG; None leaves them out.
+    """
+
+    def __init__(self, inverse_propensity: np.ndarray | None = None, ks: tuple[int, ...] = (1, 3, 5)) -> None:
+        self.ks, self._weight = ks, inverse_propensity
+        self.texts = 0
+        self._sums: dict[str, np.ndarray] = {}
+
+    @property
+    def k(self) -> int:
+        """Predictions needed a text."""
+        return max(self.ks)
+
+    def add(self, predicted: np.ndarray, label_ids: np.ndarray, label_counts: np.ndarray) -> None:
+        """One batch.
+
+        Args:
+            predicted: int [B, k], label ids, best first; -1 for none.
+            label_ids: int [sum of label_counts], relevant labels, text after text, without repeats.
+            label_counts: int [B].
+        """
+        predicted = np.asarray(predicted, dtype=np.int64)[:, : self.k]
+        label_ids, counts = np.asarray(label_ids, dtype=np.int64), np.asarray(label_counts, dtype=np.int64)
+        rows = len(counts)
+        self.texts += rows
+        row_of = np.repeat(np.arange(rows), counts)
+        width = max(label_ids.max(initial=0), predicted.max(initial=0)) + 1
+        relevant = np.isin(predicted + np.arange(rows)[:, None] * width, label_ids + row_of * width) & (predicted >= 0)
+
+        discount = 1 / np.log2(np.arange(self.k) + 2)
+        ideal = np.concatenate([[1.0], np.cumsum(discount)])  # [n]: DCG of n hits in front; rows without labels score 0
+        norm = ideal[np.minimum(counts[:, None], np.arange(1, self.k + 1))]
+        self._add("P", np.cumsum(relevant, 1))
+        self._add("R", np.cumsum(relevant, 1) / np.maximum(counts, 1)[:, None])
+        self._add("nDCG", np.cumsum(relevant * discount, 1) / norm)
+        if self._weight is None:
+            return
+        gain = relevant * self._weight[np.maximum(predicted, 0)]
+        best = self._best_gains(label_ids, row_of, counts)
+        for name, value in (("", gain), ("best ", best)):
+            self._add(f"{name}PSP", np.cumsum(value, 1))
+            self._add(f"{name}PSnDCG", np.cumsum(value * discount, 1) / norm)
+
+    def _best_gains(self, label_ids: np.ndarray, row_of: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """float64 [B, k]: the k largest weights among each text's relevant labels, descending, zeros behind."""
+        weight = self._weight[label_ids]
+        order = np.lexsort((-weight, row_of))
+        place = np.arange(len(label_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+        best = np.zeros((len(counts), self.k))
+        kept = place < self.k
+        best[row_of[kept], place[kept]] = weight[order][kept]
+        return best
+
+    def _add(self, name: str, value: np.ndarray) -> None:
+        self._sums[name] = self._sums.get(name, 0) + value.sum(0)
+
+    def result(self) -> dict[str, float]:
+        """{"P@1": ..., "nDCG@1": ..., "R@1": ..., "PSP@1": ..., "PSnDCG@1": ..., ...} for every k."""
+        if not self.texts:
+            raise ValueError("no texts were added")
+        out: dict[str, float] = {}
+        for k in self.ks:
+            out[f"P@{k}"] = float(self._sums["P"][k - 1] / k / self.texts)
+        for name in ("nDCG", "R"):
+            for k in self.ks:
+                out[f"{name}@{k}"] = float(self._sums[name][k - 1] / self.texts)
+        if self._weight is not None:
+            for name in ("PSP", "PSnDCG"):
+                for k in self.ks:
+                    best = self._sums[f"best {name}"][k - 1]
+                    out[f"{name}@{k}"] = float(self._sums[name][k - 1] / best) if best else 0.0
+        return out
+
+
+def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = ()) -> str:
+    """Metrics of several models as an aligned text table, in per cent; `columns` defaults to P and PSP at 1, 3, 5."""
+    first = next(iter(rows.values()))
+    columns = columns or tuple(f"{name}@{k}" for name in ("P", "PSP") for k in (1, 3, 5) if f"{name}@{k}" in first)
+    width = max(len(name) for name in rows)
+    lines = [" " * width + "".join(f"{column:>8}" for column in columns)]
+    lines += [f"{name:<{width}}" + "".join(f"{100 * m[column]:8.2f}" for column in columns) for name, m in rows.items()]
+    return "\n".join(lines)

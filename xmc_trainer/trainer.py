@@ -1,0 +1,316 @@
+"""The trainer: builds everything from a configuration, then runs the loop. Read `train` first."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from xmc_trainer.checkpoint import save_model
+from xmc_trainer.config import Config, to_yaml
+from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
+from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
+from xmc_trainer.engine import build_accelerator, step_was_applied
+from xmc_trainer.errors import UserError
+from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead
+from xmc_trainer.hooks import Hook, default_hooks
+from xmc_trainer.parallel import Ranks
+
+_ENCODER_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+# Losses stay on the device until this many seconds have passed: reading one waits for the device.
+_SECONDS_BETWEEN_LOSSES = 1.0
+
+
+@dataclass
+class TrainerState:
+    """Where training is."""
+
+    total_steps: int
+    epoch: int = 0  # from 0
+    step: int = 0  # optimizer steps made, over all epochs; fp16's skipped ones count
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+
+class Trainer:
+    """One training run on this process's share of the work.
+
+    Args:
+        config: of `load_config`.
+        deepspeed_config: DeepSpeed JSON file, if the `deepspeed` launcher started this process.
+        hooks: run after the ones that the configuration asks for.
+    """
+
+    def __init__(self, config: Config, *, deepspeed_config: str | None = None, hooks: list[Hook] | None = None) -> None:
+        optimization, data = config.training.optimization, config.data
+        self.config = config
+        self.accelerator = build_accelerator(
+            device=config.environment.device,
+            cuda_device_id=config.environment.cuda_device_id,
+            mixed_precision=config.training.amp.mixed_precision,
+            accumulation=optimization.grad_accum_step,
+            micro_batch=data.batch_size,
+            max_grad_norm=optimization.max_grad_norm,
+            deepspeed_config=deepspeed_config,
+        )
+        self.ranks, self.device = Ranks(), self.accelerator.device
+        self.run_folder = config.run_folder
+        set_seed(config.training.seed)
+        self.tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
+        backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=self.device.type == "cpu")
+        self.corpus = self._load_corpus()
+        self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
+        self._train_lengths = self.corpus.lengths("train")
+        self._test_lengths = self.corpus.lengths("test")
+
+        self.encoder_module = self._build_encoder(backbone)
+        self.head = self._build_head(self.encoder_module.out_features)
+        optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
+            self.encoder_module.parameter_groups(
+                optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder
+            ),
+            lr=optimization.encoder_lr,
+            fused=True,
+        )
+        # Only the encoder meets the engine; the head is its own.
+        self.encoder, self.optimizer = self.accelerator.prepare(self.encoder_module, optimizer)
+        # Ranks start from equal weights and then drop out different features.
+        set_seed(config.training.seed, device_specific=True)
+
+        texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
+        steps_per_epoch = math.ceil(texts / (data.batch_size * optimization.grad_accum_step))
+        total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
+        self.state = TrainerState(total_steps=int(total_steps))
+        self.hooks = default_hooks(config) + list(hooks or [])
+        self.metrics: dict[str, dict[str, float]] = {}  # the last evaluation of each split
+        self._losses: list[tuple[dict[str, Any], Tensor]] = []  # steps whose loss is still on the device
+        self._losses_read = time.monotonic()
+
+    # The loop -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
+        if self.accelerator.is_main_process:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            (self.run_folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.ranks.barrier()
+        self.dispatch("on_train_start")
+        while not self.state.finished:
+            self._train_epoch()
+            self._flush_losses()
+            self.dispatch("on_epoch_end")
+            self.state.epoch += 1
+        self.save(self.run_folder / "model")
+        self.dispatch("on_train_end")
+        return self.metrics["test"]
+
+    def _train_epoch(self) -> None:
+        self.encoder.train()
+        self.head.train()
+        optimization, data = self.config.training.optimization, self.config.data
+        accumulation = optimization.grad_accum_step
+        steps = plan_epoch(
+            self._train_lengths,
+            batch_size=data.batch_size,
+            accumulation=accumulation,
+            world_size=self.ranks.size,
+            seed=self.config.training.seed,
+            epoch=self.state.epoch,
+            length_grouped=data.length_grouped,
+            rows=self.train_rows,
+        )
+        steps = steps[: self.state.total_steps - self.state.step]
+        batches = iter(self._loader("train", [micro for step in steps for micro in step]))
+        for _ in steps:
+            self.dispatch("on_step_begin")
+            loss = torch.zeros((), device=self.device)
+            for micro in range(accumulation):
+                loss += self._micro_step(next(batches), end_of_step=micro == accumulation - 1)
+            applied = step_was_applied(self.accelerator, self.encoder, self.optimizer)
+            self.state.step += 1
+            self._record_loss(loss, applied)
+            if applied:
+                self.dispatch("on_step_end")
+
+    def _micro_step(self, batch: dict[str, Any], end_of_step: bool) -> Tensor:
+        """Forward and backward of one micro-batch, and at the end of the step both updates. Returns its loss, detached."""
+        optimization = self.config.training.optimization
+        tensors = self._to_device(batch)
+        with self.accelerator.accumulate(self.encoder):
+            features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
+            loss = self.head(
+                features[: tensors["label_counts"].shape[0]],
+                tensors["label_ids"],
+                tensors["label_counts"],
+                end_of_step=end_of_step,
+                texts_in_step=batch["rows_in_step"],
+                # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
+                engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
+            )
+            self.accelerator.backward(loss)
+            if optimization.max_grad_norm and self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.encoder.parameters(), optimization.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+    # Losses ---------------------------------------------------------------------------------------------------------
+
+    def _record_loss(self, loss: Tensor, applied: bool) -> None:
+        record = {
+            "step": self.state.step,
+            "epoch": self.state.epoch,
+            "lr": self.head.lr,
+            "encoder_lr": self.optimizer.param_groups[0]["lr"],
+            "encoder_skipped": not applied,
+        }
+        self._losses.append((record, loss))
+        if time.monotonic() - self._losses_read >= _SECONDS_BETWEEN_LOSSES:
+            self._flush_losses()
+
+    def _flush_losses(self) -> None:
+        if not self._losses:
+            return
+        values = torch.stack([loss for _, loss in self._losses]).tolist()
+        records = [record | {"loss": value} for (record, _), value in zip(self._losses, values)]
+        self._losses, self._losses_read = [], time.monotonic()
+        records[-1]["head_skipped"] = int(self.head.skipped)
+        self.dispatch("on_losses", records)
+        for record in records:
+            # fp16 may overflow now and then: its loss scale recovers, and the head skips such a step.
+            if not math.isfinite(record["loss"]) and self.config.training.amp.mixed_precision != "fp16":
+                raise UserError(
+                    f"the loss is not finite at step {record['step']}: lower training.optimization.encoder_lr or lr, or "
+                    "set training.optimization.max_grad_norm=1.0"
+                )
+
+    # Around the loop ------------------------------------------------------------------------------------------------
+
+    def dispatch(self, event: str, *arguments: Any) -> None:
+        """Call a method of every hook, in order."""
+        for hook in self.hooks:
+            getattr(hook, event)(self, *arguments)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Metrics on "test", or on "train" (as many training texts as there are test texts)."""
+        self.encoder.eval()
+        self.head.eval()
+        lengths, rows = (
+            (self._test_lengths, None) if split == "test" else (self._train_lengths, self._train_eval_rows())
+        )
+        plan = plan_eval(lengths, batch_size=self.config.data.test_batch_size, world_size=self.ranks.size, rows=rows)
+        metrics = evaluate(
+            self.encoder,
+            self.head,
+            self._loader(split, plan),
+            metrics_of(self.config.training.evaluation, self.corpus),
+            self.device,
+            progress=self.accelerator.is_main_process,
+        )
+        self.encoder.train()
+        self.head.train()
+        self.metrics[split] = metrics
+        self.dispatch("on_evaluate", split, metrics)
+        return metrics
+
+    def _train_eval_rows(self) -> Any:
+        size = min(len(self._test_lengths), len(self._train_lengths))
+        return sample_rows(len(self._train_lengths), size, self.config.training.seed)
+
+    def save(self, folder: Any) -> None:
+        """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""
+        save_model(
+            folder,
+            encoder=self.encoder_module,
+            encoder_state=self.accelerator.get_state_dict(self.encoder),
+            tokenizer=self.tokenizer,
+            head=self.head,
+            labels=self.corpus.labels,
+            max_len=self.config.data.max_len,
+            step=self.state.step,
+            config_yaml=to_yaml(self.config),
+        )
+        self.dispatch("on_save", folder)
+
+    # Building -------------------------------------------------------------------------------------------------------
+
+    def _load_corpus(self) -> Corpus:
+        with self.accelerator.local_main_process_first():
+            return corpus_of(self.config, self.tokenizer, progress=self.accelerator.is_local_main_process)
+
+    def _build_encoder(self, backbone: Any) -> TextEncoder:
+        config, penultimate = self.config.model.encoder, self.config.model.penultimate
+        if config.encoder_ftr_dim not in (None, backbone.config.hidden_size):
+            raise UserError(
+                f"model.encoder.encoder_ftr_dim={config.encoder_ftr_dim}: the encoder's is {backbone.config.hidden_size}"
+            )
+        longest = getattr(backbone.config, "max_position_embeddings", None)
+        if longest is not None and self.config.data.max_len > longest:
+            raise UserError(f"data.max_len={self.config.data.max_len}: this encoder reads at most {longest} tokens")
+        if config.feature_layers > backbone.config.num_hidden_layers:
+            raise UserError(
+                f"model.encoder.feature_layers={config.feature_layers}: the encoder has {backbone.config.num_hidden_layers}"
+            )
+        return TextEncoder(
+            backbone,
+            pool_mode=config.pool_mode,
+            feature_layers=config.feature_layers,
+            embed_dropout=config.embed_dropout,
+            penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
+            penultimate_activation=penultimate.penultimate_activation,
+        )
+
+    def _build_head(self, features: int) -> FixedFanInHead:
+        ffi, optimization = self.config.model.ffi, self.config.training.optimization
+        labels = self.corpus.num_labels
+        for field, value, found in (
+            ("input_features", ffi.input_features, features),
+            ("output_features", ffi.output_features, labels),
+        ):
+            if value not in (None, found):
+                raise UserError(f"model.ffi.{field}={value}: there are {found}")
+        if ffi.use_sparse_layer and ffi.fan_in > features:
+            raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {features} features to read")
+        if -(-labels // ffi.group_size) < self.ranks.size:
+            raise UserError(f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes")
+        optimizer = AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum)
+        return FixedFanInHead(
+            features,
+            labels,
+            fan_in=ffi.fan_in if ffi.use_sparse_layer else None,
+            group_size=ffi.group_size,
+            loss=optimization.loss_fn,
+            text_reduction=optimization.text_reduction,
+            optimizer=optimizer,
+            lr=optimization.lr,
+            weight_decay=optimization.wd,
+            weight_dtype=getattr(torch, ffi.weight_dtype),
+            seed=self.config.training.seed,
+            tile_labels=ffi.tile_labels,
+            backend=ffi.backend,
+            ranks=self.ranks,
+            device=self.device,
+        )
+
+    def _loader(self, split: str, plan: list[MicroBatch]) -> DataLoader:
+        return loader_of(
+            self.corpus,
+            split,
+            plan,
+            rank=self.ranks.rank,
+            pad_token_id=self.tokenizer.pad_token_id,
+            workers=self.config.data.num_workers,
+            device=self.device,
+        )
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        return {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
