@@ -138,6 +138,7 @@ class FFIConfig:
     weight_dtype: str = option(
         "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
+    bias_init: str = option("prior", "prior: the best constant for the share of positives in the data; or zero")
     backend: str = option("auto", "auto or reference (plain torch, CPU and GPU)")
     tile_labels: int = option(8192, "labels a tile of the head step: bounds its working memory")
     prune_mode: str = option("threshold", "threshold (|w| below it) or fraction (the smallest share of each row)")
@@ -160,6 +161,7 @@ class FFIConfig:
         _share("model.ffi.rewire_fraction", self.rewire_fraction)
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
+        _one_of("model.ffi.bias_init", self.bias_init, ("prior", "zero"))
         _one_of("model.ffi.backend", self.backend, ("auto", "reference"))
         _one_of("model.ffi.prune_mode", self.prune_mode, ("threshold", "fraction"))
         _one_of("model.ffi.growth_mode", self.growth_mode, ("random",))

@@ -20,6 +20,7 @@ from xmc_trainer.engine import build_accelerator, step_was_applied
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead
+from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.parallel import Ranks
 
@@ -282,12 +283,17 @@ class Trainer:
             raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {features} features to read")
         if -(-labels // ffi.group_size) < self.ranks.size:
             raise UserError(f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes")
+        first_bias = 0.0
+        if ffi.bias_init == "prior":
+            positives = int(self.corpus.label_counts().sum())
+            first_bias = best_constant(optimization.loss_fn, positives / (len(self.corpus.train) * labels))
         optimizer = AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum)
         return FixedFanInHead(
             features,
             labels,
             fan_in=ffi.fan_in if ffi.use_sparse_layer else None,
             group_size=ffi.group_size,
+            first_bias=first_bias,
             loss=optimization.loss_fn,
             text_reduction=optimization.text_reduction,
             optimizer=optimizer,

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from xmc_trainer.data.corpus import Ragged, flatten_lists
+from xmc_trainer.data.corpus import flatten_lists
+from xmc_trainer.data.sources import Ragged
 from xmc_trainer.errors import UserError
 
 # Texts are sorted by length within blocks of this many steps: long enough for little padding, short enough that what
@@ -31,7 +32,7 @@ class MicroBatch:
 
 def _rank_batch(field: str, batch_size: int, world_size: int) -> None:
     if batch_size % world_size:
-        raise UserError(f"data.{field}={batch_size}: does not divide by the {world_size} processes; change either")
+        raise UserError(f"data.{field}={batch_size}: does not divide by the {world_size} processes; change either one")
 
 
 def sample_rows(total: int, size: int | None, seed: int) -> np.ndarray | None:
@@ -39,7 +40,7 @@ def sample_rows(total: int, size: int | None, seed: int) -> np.ndarray | None:
     if size is None:
         return None
     if size > total:
-        raise UserError(f"data.train_sample={size}: there are only {total} training texts")
+        raise UserError(f"data.train_sample={size}: there are only {total} training texts; lower or remove it")
     return np.sort(np.random.Generator(np.random.Philox(seed)).choice(total, size, replace=False))
 
 
@@ -61,7 +62,8 @@ def plan_epoch(
         batch_size: texts a micro-batch over all ranks.
         length_grouped: texts of similar length share a step; the order of the steps stays random.
         rows: the part of the data set to train on; None: all.
-    Every row comes once. The last step may be short: its rows are spread evenly over micro-batches and ranks.
+    Every row comes once. One step may be short: its rows are spread evenly over micro-batches and ranks. Raises
+    UserError if the ranks cannot share a micro-batch equally.
     """
     _rank_batch("batch_size", batch_size, world_size)
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
@@ -102,7 +104,8 @@ class TextBatches(torch.utils.data.Dataset):
         input_ids, attention_mask: int64 [max(b, 1), T], padded to this batch's own longest text.
         label_counts: int32 [b]; label_ids: int32 [sum of label_counts].
         filter_counts, filter_ids: the same of the filter pairs, if there are any.
-        rows_in_step: int.
+        rows: int64 [b], rows of the data set.
+        rows_in_step: int, texts of the whole optimizer step.
     A rank without rows in a micro-batch (b = 0) gets one text of one padding token, so that the encoder can run; take
     features[:b].
     """
@@ -138,6 +141,7 @@ class TextBatches(torch.utils.data.Dataset):
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+            "rows": torch.from_numpy(rows.copy()),  # the plan's own array stays out of the caller's reach
             "rows_in_step": rows_in_step,
         }
         ragged = {"label": labels}

@@ -7,8 +7,11 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +21,17 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from xmc_trainer.data.sources import Row, Source, group_pairs, lf_source, raw_source
+from xmc_trainer.data.sources import Contents, Ragged, Row, Source, lf_source, raw_source
 from xmc_trainer.data.sources import hf_source as open_hf
 from xmc_trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 # Changes whenever the files of the cache change their meaning.
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 _ROWS_A_BATCH = 2000
 _MOST_PROCESSES = 16
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """Rows of different lengths: `ids` int32 [nnz], `offsets` int64 [rows + 1]."""
-
-    ids: np.ndarray
-    offsets: np.ndarray
-
-    def rows(self, rows: np.ndarray) -> Ragged:
-        """The rows of these numbers, in this order."""
-        counts = np.diff(self.offsets)[rows]
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        place = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], counts)
-        return Ragged(self.ids[place], offsets)
 
 
 @dataclass(frozen=True)
@@ -55,12 +43,14 @@ class Corpus:
             ascending) and length (tokens).
         labels: columns id and text, one row a label.
         filter_pairs: labels to leave out of the ranking of each test row; None: nothing to leave out.
+        fingerprint: hash of the source files' content, how they are read, and the tokenizer.
     """
 
     train: Dataset
     test: Dataset
     labels: Dataset
     filter_pairs: Ragged | None
+    fingerprint: str
 
     @property
     def num_labels(self) -> int:
@@ -74,7 +64,7 @@ class Corpus:
         """Training texts of every label, int64 [num_labels]."""
         counts = np.zeros(self.num_labels, dtype=np.int64)
         for chunk in self.train.data.column("labels").chunks:
-            counts += np.bincount(chunk.flatten().to_numpy(), minlength=self.num_labels)
+            np.add.at(counts, chunk.flatten().to_numpy().astype(np.int64), 1)
         return counts
 
     def test_labels(self) -> Ragged:
@@ -84,9 +74,11 @@ class Corpus:
 
 def flatten_lists(column: pa.ChunkedArray) -> Ragged:
     """An Arrow list column as numpy arrays, without Python lists in between."""
-    counts = column.combine_chunks().value_lengths().to_numpy() if len(column) else np.zeros(0, dtype=np.int64)
+    counts = [chunk.value_lengths().to_numpy() for chunk in column.chunks]
     ids = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    offsets = np.zeros(len(column) + 1, dtype=np.int64)
+    if counts:
+        np.cumsum(np.concatenate(counts), out=offsets[1:])
     return Ragged(np.concatenate(ids) if ids else np.zeros(0, dtype=np.int32), offsets)
 
 
@@ -112,69 +104,106 @@ def load_corpus(
 
     Args:
         folder: of layout "raw" or "lf"; "hf" reads `hf_source` instead (see `xmc_trainer.data.sources`).
+        label_text_file: layout "raw" only.
+        augment_label_data, use_filter_eval: layout "lf" only.
         max_len: tokens a text is cut to.
         num_labels: what the data must say; None: anything.
         progress: show progress bars.
     Raises UserError for whatever is wrong with the files; the cache then stays as it was.
     """
+    folder = Path(folder)
     if layout == "raw":
         source = raw_source(folder, label_text_file)
     elif layout == "lf":
         source = lf_source(folder, augment_label_data, use_filter_eval)
-    else:
+    elif layout == "hf" and hf_source:
         source = open_hf(hf_source, hf_train_split, hf_test_split, text_column, label_column)
-    if num_labels not in (None, len(source.labels)):
-        raise UserError(
-            f"data.num_labels={num_labels}: the data have {len(source.labels)} labels; correct it or remove it"
-        )
-    options = [_CACHE_FORMAT, layout, augment_label_data, use_filter_eval, label_text_file, max_len, source.identity]
-    target = Path(cache_dir).expanduser() / _fingerprint(source.files, options, tokenizer)
+    else:
+        raise ValueError(f"layout={layout!r}, hf_source={hf_source!r}: choose raw, lf, or hf with hf_source")
+    fingerprint = _fingerprint(source, layout, tokenizer, max_len)
+    target = Path(cache_dir).expanduser() / fingerprint
     if not target.is_dir():
-        _build(target, source, tokenizer, max_len, progress)
-    filter_pairs = None
-    if source.filter_pairs is not None:
-        with np.load(target / "filter_pairs.npz") as arrays:
-            filter_pairs = Ragged(arrays["ids"], arrays["offsets"])
+        contents = source.read()
+        _check_num_labels(num_labels, len(contents.labels))
+        with _progress_bars(progress):
+            _build(target, contents, folder if layout != "hf" else hf_source, tokenizer, max_len)
     train, test, labels = (datasets.load_from_disk(str(target / name)) for name in ("train", "test", "labels"))
-    return Corpus(train=train, test=test, labels=labels, filter_pairs=filter_pairs)
+    _check_num_labels(num_labels, len(labels))
+    filter_pairs = None
+    if (target / "filter_ids.npy").is_file():
+        filter_pairs = Ragged(np.load(target / "filter_ids.npy"), np.load(target / "filter_offsets.npy"))
+    return Corpus(train=train, test=test, labels=labels, filter_pairs=filter_pairs, fingerprint=fingerprint)
 
 
-def _fingerprint(files: list[Path], options: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    digest = hashlib.blake2b(json.dumps(options).encode(), digest_size=16)
-    for path in files:
-        digest.update(f"\0{path.name}\0{path.stat().st_size}\0".encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    # A tokenizer is what it does: the name of its folder or hub id says nothing about its content.
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    identity = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    digest.update(f"\0{type(tokenizer).__name__}\0{identity}".encode())
+def _check_num_labels(wanted: int | None, found: int) -> None:
+    if wanted not in (None, found):
+        raise UserError(f"data.num_labels={wanted}: the data have {found} labels; correct it or remove it")
+
+
+def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(
+        json.dumps([_CACHE_FORMAT, layout, source.identity, max_len, _tokenizer_identity(tokenizer)]).encode()
+    )
+    for path in source.files:
+        try:
+            with open(path, "rb") as file:
+                digest.update(f"\0{path.name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     return digest.hexdigest()
 
 
-def _build(target: Path, source: Source, tokenizer: PreTrainedTokenizerBase, max_len: int, progress: bool) -> None:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """A tokenizer is what it does: the name of its folder or hub id says nothing about its content."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = [tokenizer.get_vocab(), {name: str(value) for name, value in tokenizer.init_kwargs.items()}]
+    else:
+        # Truncation and padding are what it was last called with.
+        content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+    return [type(tokenizer).__name__, tokenizer.truncation_side, content]
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """Hides the bars of the datasets library, which has one switch for all of a process."""
+    hide = not shown and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
     try:
-        partial.mkdir(parents=True)
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
+def _build(
+    target: Path, contents: Contents, origin: Path | str, tokenizer: PreTrainedTokenizerBase, max_len: int
+) -> None:
+    """Write the cache folder `target`, whole or not at all."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Its name is unique, so processes that build the same corpus at once do not meet before the end.
+        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
-        raise UserError(f"data.cache_dir={target.parent}: {error.strerror}") from None
-    (datasets.enable_progress_bars if progress else datasets.disable_progress_bars)()
+        raise UserError(
+            f"data.cache_dir={target.parent}: {error.strerror}; name a folder that can be written"
+        ) from None
     try:
+        partial.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp's is for one user only
         sizes = {}
-        for split, rows in (("train", source.train()), ("test", source.test())):
+        for split, rows in (("train", contents.train()), ("test", contents.test())):
             sizes[split] = _tokenise(partial, split, rows, tokenizer, max_len)
-        if not sizes["train"] or not sizes["test"]:
-            empty = "training" if not sizes["train"] else "test"
-            raise UserError(
-                f"{source.files[0].parent if source.files else 'data.hf_source'}: the {empty} set has no texts"
-            )
-        table = {"id": [name for name, _ in source.labels], "text": [text for _, text in source.labels]}
+            if not sizes[split]:
+                raise UserError(f"{origin}: the {split} set has no texts with labels; check its files")
+        table = {"id": [name for name, _ in contents.labels], "text": [text for _, text in contents.labels]}
         Dataset.from_dict(table).save_to_disk(str(partial / "labels"))
-        if source.filter_pairs is not None:
-            ids, offsets = group_pairs(source.filter_pairs, sizes["test"])
-            np.savez(partial / "filter_pairs.npz", ids=ids, offsets=offsets)
+        if contents.filter_pairs is not None:
+            np.save(partial / "filter_ids.npy", contents.filter_pairs.ids)
+            np.save(partial / "filter_offsets.npy", contents.filter_pairs.offsets)
         try:
             os.replace(partial, target)
         except OSError:
@@ -185,15 +214,12 @@ def _build(target: Path, source: Source, tokenizer: PreTrainedTokenizerBase, max
 
 
 def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase, max_len: int) -> int:
-    """Stream rows to disk, tokenise them in parallel from there; returns their number."""
+    """Stream rows to disk and tokenise them in parallel from there into `folder / split`; returns their number."""
     raw = folder / f"{split}.arrow"
-    schema = pa.schema([("text", pa.string()), ("labels", pa.list_(pa.int32()))])
+    schema = pa.schema([("text", pa.large_string()), ("labels", pa.list_(pa.int32()))])
     with pa.OSFile(str(raw), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _batched(rows):
-            columns = [
-                pa.array([row.text for row in batch]),
-                pa.array([row.labels for row in batch], schema.field(1).type),
-            ]
+        while batch := list(islice(rows, _ROWS_A_BATCH)):
+            columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), schema)]
             writer.write_batch(pa.record_batch(columns, schema=schema))
     stream = Dataset.from_file(str(raw))
 
@@ -204,7 +230,7 @@ def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrain
         ids = encoded["input_ids"]
         return {"input_ids": ids, "labels": batch["labels"], "length": [len(row) for row in ids]}
 
-    processes = min(_MOST_PROCESSES, os.cpu_count() or 1, len(stream) // _ROWS_A_BATCH)
+    processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)), len(stream) // _ROWS_A_BATCH)
     tokenised = stream.map(
         encode,
         batched=True,
@@ -222,14 +248,3 @@ def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrain
     for file in folder.glob(f"{split}*.arrow"):
         file.unlink()
     return size
-
-
-def _batched(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _ROWS_A_BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -1,4 +1,4 @@
-"""Where texts and labels come from: two file layouts of the Extreme Classification Repository, and Hugging Face datasets.
+"""Where texts and labels come from: two layouts of the Extreme Classification Repository, and Hugging Face datasets.
 
 A source streams rows and never holds a corpus. Whatever is wrong with a file becomes a UserError that names file, line
 and remedy.
@@ -10,17 +10,22 @@ import gzip
 import json
 import logging
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from xmc_trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_ROWS_A_READ = 2000
 
 
 class Row(NamedTuple):
@@ -31,15 +36,36 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
-    """A data set before tokenising. `train` and `test` start a new pass each time they are called."""
+class Ragged:
+    """Rows of different lengths: `ids` int32 [nnz], `offsets` int64 [rows + 1]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def rows(self, indices: np.ndarray) -> Ragged:
+        """The rows of these numbers, in this order."""
+        counts = np.diff(self.offsets)[indices]
+        offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        place = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], counts)
+        return Ragged(self.ids[place], offsets)
+
+
+class Contents(NamedTuple):
+    """What a source holds. `train` and `test` start a new pass each time they are called."""
 
     labels: list[tuple[str, str]]  # (id, text) in label order
     train: Callable[[], Iterator[Row]]
     test: Callable[[], Iterator[Row]]
-    files: list[Path]  # what the rows are read from: their content identifies the data set
-    identity: str = ""  # what identifies it beside the files
-    filter_pairs: list[tuple[int, int]] | None = field(default=None)  # (test row, label) to leave out of evaluation
+    filter_pairs: Ragged | None = None  # labels to leave out of the ranking of each test row
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set before tokenising: found, but not read yet."""
+
+    files: list[Path]  # their content identifies the data set, together with `identity`
+    identity: str  # the choices of how to read them
+    read: Callable[[], Contents]  # raises UserError; so does a pass over train or test
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -51,24 +77,27 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
-                yield number, raw.decode("utf-8").rstrip("\r\n")
+                yield number, raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file") from None
+        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(
             f"{path}, after line {number}: damaged or truncated gzip file ({error}); copy it again"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
 
 
-def _find(folder: Path, *names: str) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; set dataset_path or data.folder")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise UserError(f"{folder}: has no {' or '.join(names)}; set dataset_path, data.folder or data.is_lf_data")
+def _find(folders: list[Path], names: list[str], layout: str, remedy: str) -> Path:
+    """The first of `names` in the first of `folders` that has one."""
+    if not folders[-1].is_dir():
+        raise UserError(f"{folders[-1]}: no such folder; set dataset_path or data.folder")
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    looked = " and in ".join(str(folder) for folder in folders)
+    raise UserError(f"{' or '.join(names)} is missing, looked for in {looked}; {layout}; {remedy}")
 
 
 def _checked_text(text: str, where: str) -> str:
@@ -78,32 +107,52 @@ def _checked_text(text: str, where: str) -> str:
 
 
 class _Vocabulary:
-    """Label names in order: numerically if all of them are numbers, else alphabetically."""
+    """Label names and their numbers."""
 
-    def __init__(self, names: set[str]) -> None:
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self._number = {name: number for number, name in enumerate(names)}
+
+    @classmethod
+    def of(cls, names: set[str]) -> _Vocabulary:
+        """In numerical order if all names are whole numbers, else in alphabetical order."""
         numeric = all(name.isascii() and name.isdigit() for name in names)
-        self.names = sorted(names, key=lambda name: (int(name), name) if numeric else name)
-        self._number = {name: number for number, name in enumerate(self.names)}
+        return cls(sorted(names, key=lambda name: (int(name), name)) if numeric else sorted(names))
 
     def known(self, names: Iterable[str]) -> list[int]:
         """Numbers of the known names, ascending, without repeats."""
         return sorted({self._number[name] for name in names if name in self._number})
 
+    def test_rows(self, rows: Iterator[tuple[str, list[str]]]) -> Iterator[Row]:
+        """Labels never seen in training cannot be predicted: they go, and so do texts left with none."""
+        unseen = dropped = 0
+        for text, names in rows:
+            labels = self.known(names)
+            unseen += len(set(names)) - len(labels)
+            if labels:
+                yield Row(text, labels)
+            else:
+                dropped += 1
+        if unseen or dropped:
+            logger.warning(
+                "test set: dropped %d labels never seen in training and %d texts without one", unseen, dropped
+            )
 
-def _test_rows(rows: Iterator[tuple[str, list[str]]], vocabulary: _Vocabulary) -> Iterator[Row]:
-    """Labels never seen in training cannot be predicted: they go, and so do texts left with none."""
-    unseen = dropped = 0
-    for text, names in rows:
-        labels = vocabulary.known(names)
-        unseen += len(set(names)) - len(labels)
-        if labels:
-            yield Row(text, labels)
-        else:
-            dropped += 1
-    if unseen or dropped:
-        logger.warning(
-            "test set: dropped %d labels never seen in training and %d texts left without one", unseen, dropped
-        )
+
+def _counted(rows: Iterator[Row]) -> Iterator[Row]:
+    """Training rows, with a word about those that have no label: each is a negative for every label."""
+    empty = 0
+    for row in rows:
+        empty += not row.labels
+        yield row
+    if empty:
+        logger.warning("training set: %d texts have no label", empty)
+
+
+# Raw text -------------------------------------------------------------------------------------------------------------
+
+_RAW_LAYOUT = "raw layout: {train,test}_raw_texts.txt or {train,test}_texts.txt, and {train,test}_labels.txt"
+_WRONG_FOLDER = "set dataset_path, data.folder or data.is_lf_data"
 
 
 def raw_source(folder: Path, label_text_file: str | None = None) -> Source:
@@ -112,55 +161,66 @@ def raw_source(folder: Path, label_text_file: str | None = None) -> Source:
     A line is a text; the same line of the label file holds its label names, separated by blanks. The labels are those
     seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by its name.
     """
-    texts = {split: _find(folder, f"{split}_raw_texts.txt", f"{split}_texts.txt") for split in ("train", "test")}
-    labels = {split: _find(folder, f"{split}_labels.txt") for split in ("train", "test")}
+    texts, labels = {}, {}
     for split in ("train", "test"):
-        counts = [sum(1 for _ in read_lines(path)) for path in (texts[split], labels[split])]
-        if counts[0] != counts[1]:
-            raise UserError(
-                f"{texts[split]} has {counts[0]} lines, {labels[split]} has {counts[1]}; each text needs one line of labels"
-            )
-    names = {name for _, line in read_lines(labels["train"]) for name in line.split()}
-    if not names:
-        raise UserError(f"{labels['train']}: holds no labels; is it the right file?")
-    vocabulary = _Vocabulary(names)
-    table, files = {}, [*texts.values(), *labels.values()]
+        texts[split] = _find([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, _WRONG_FOLDER)
+        labels[split] = _find([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, _WRONG_FOLDER)
+    files, table_file = [*texts.values(), *labels.values()], None
     if label_text_file is not None:
-        files.append(_find(folder, label_text_file))
-        for number, line in read_lines(files[-1]):
-            name, tab, text = line.partition("\t")
-            if not tab:
-                raise UserError(f"{files[-1]}, line {number}: write the label's name, a tab, and its text")
-            table[name] = text
+        table_file = _find(
+            [folder], [label_text_file], "label<TAB>text a line", "correct or remove data.label_text_file"
+        )
+        files.append(table_file)
 
     def rows(split: str) -> Iterator[tuple[str, list[str]]]:
         for (number, text), (_, line) in zip(read_lines(texts[split]), read_lines(labels[split])):
             yield _checked_text(text, f"{texts[split]}, line {number}"), line.split()
 
-    return Source(
-        labels=[(name, table.get(name) or name) for name in vocabulary.names],
-        train=lambda: (Row(text, vocabulary.known(line)) for text, line in rows("train")),
-        test=lambda: _test_rows(rows("test"), vocabulary),
-        files=files,
-    )
+    def read() -> Contents:
+        names: dict[str, set[str]] = {}
+        for split in ("train", "test"):
+            names[split] = _names_and_line_count(texts[split], labels[split])
+        vocabulary = _Vocabulary.of(names["train"])
+        table = _label_texts(table_file) if table_file else {}
+        return Contents(
+            labels=[(name, table.get(name) or name) for name in vocabulary.names],
+            train=lambda: _counted(Row(text, vocabulary.known(line)) for text, line in rows("train")),
+            test=lambda: vocabulary.test_rows(rows("test")),
+        )
+
+    return Source(files, "", read)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _names_and_line_count(texts: Path, labels: Path) -> set[str]:
+    """The names in a label file, which must have a line for each text."""
+    names: set[str] = set()
+    label_lines = 0
+    for _, line in read_lines(labels):
+        names.update(line.split())
+        label_lines += 1
+    text_lines = sum(1 for _ in read_lines(texts))
+    if text_lines != label_lines:
+        raise UserError(
+            f"{texts} has {text_lines} lines, {labels} has {label_lines}; write one line of labels for each text"
+        )
+    if not names:
+        raise UserError(f"{labels}: a label file with no labels; write each text's label names on its line")
+    return names
+
+
+def _label_texts(path: Path) -> dict[str, str]:
+    table = {}
     for number, line in read_lines(path):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); write one object a line") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: write one JSON object a line")
-        yield number, record
+        name, tab, text = line.partition("\t")
+        if not tab:
+            raise UserError(f"{path}, line {number}: no tab; write the label's name, a tab, and its text")
+        table[name] = text.strip()
+    return table
 
 
-def _title_and_content(record: dict[str, Any], where: str) -> str:
-    parts = [record.get(name) or "" for name in ("title", "content")]
-    if not all(isinstance(part, str) for part in parts):
-        raise UserError(f"{where}: title and content must be strings")
-    return " ".join(part.strip() for part in parts if part.strip())
+# Label features -------------------------------------------------------------------------------------------------------
+
+_LF_LAYOUT = "label-feature layout: trn.json, tst.json, lbl.json, plain or .gz, in raw_text/ or the folder itself"
 
 
 def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) -> Source:
@@ -170,129 +230,259 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
     counts, and every test row stays: `filter_labels_test.txt` counts them. With `augment` each label's text is also a
     training instance of that label.
     """
-    base = folder / "raw_text" if (folder / "raw_text").is_dir() else folder
-    paths = {name: _find(base, f"{name}.json", f"{name}.json.gz") for name in ("trn", "tst", "lbl")}
-    labels = []
-    for number, record in _json_lines(paths["lbl"]):
-        name = str(record.get("uid", number - 1))
-        labels.append((name, _title_and_content(record, f"{paths['lbl']}, line {number}") or name))
-    if not labels:
-        raise UserError(f"{paths['lbl']}: holds no labels; is it the right file?")
-
-    def rows(path: Path) -> Iterator[Row]:
-        for number, record in _json_lines(path):
-            where = f"{path}, line {number}"
-            target = record.get("target_ind")
-            if not isinstance(target, list) or not all(type(label) is int for label in target):
-                raise UserError(f"{where}: target_ind must be a list of integers")
-            for label in target:
-                if not 0 <= label < len(labels):
-                    raise UserError(f"{where}: label {label} is out of range, {paths['lbl']} has {len(labels)} labels")
-            yield Row(_checked_text(_title_and_content(record, where), where), sorted(set(target)))
-
-    def train() -> Iterator[Row]:
-        labelled = False
-        for row in rows(paths["trn"]):
-            labelled = labelled or bool(row.labels)
-            yield row
-        if not labelled:
-            raise UserError(f"{paths['trn']}: no instance has a label; is target_ind filled?")
-        if augment:
-            yield from (Row(text, [label]) for label, (_, text) in enumerate(labels))
-
-    pairs, files = None, list(paths.values())
+    folders = [folder / "raw_text", folder]
+    paths = {
+        name: _find(folders, [f"{name}.json", f"{name}.json.gz"], _LF_LAYOUT, _WRONG_FOLDER)
+        for name in ("trn", "tst", "lbl")
+    }
+    files, filter_file = list(paths.values()), None
     if with_filter:
-        files.append(_find(base, "filter_labels_test.txt"))
-        pairs = _filter_pairs(files[-1], sum(1 for _ in read_lines(paths["tst"])), len(labels))
-    return Source(labels=labels, train=train, test=lambda: rows(paths["tst"]), files=files, filter_pairs=pairs)
+        filter_file = _find(
+            folders, ["filter_labels_test.txt"], "row and label a line", "or set data.use_filter_eval=false"
+        )
+        files.append(filter_file)
+
+    def read() -> Contents:
+        labels = list(_lf_labels(paths["lbl"]))
+        if not labels:
+            raise UserError(f"{paths['lbl']}: a label file with no labels; write one JSON object a label")
+
+        def train() -> Iterator[Row]:
+            yield from _counted(_lf_rows(paths["trn"], paths["lbl"], len(labels)))
+            if augment:
+                yield from (Row(text, [label]) for label, (_, text) in enumerate(labels) if text)
+
+        return Contents(
+            labels=[(name, text or name) for name, text in labels],
+            train=train,
+            test=lambda: _lf_rows(paths["tst"], paths["lbl"], len(labels)),
+            filter_pairs=_filter_pairs(filter_file, paths["tst"], len(labels)) if filter_file else None,
+        )
+
+    return Source(files, json.dumps([augment, with_filter]), read)
 
 
-def _filter_pairs(path: Path, rows: int, labels: int) -> list[tuple[int, int]]:
-    pairs = []
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file, line n", object) of every line."""
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise UserError(f"{where}: not valid JSON ({reason}); write one JSON object a line") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{where}: not a JSON object; write one JSON object a line")
+        yield where, record
+
+
+def _text_field(record: dict[str, Any], name: str, where: str) -> str:
+    """A field stripped; "" if it is missing or null."""
+    text = record.get(name)
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {name} must be a string, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no text file can hold
+        raise UserError(
+            f"{where}: {name} is not valid Unicode (half a surrogate pair); correct its \\u escapes"
+        ) from None
+    return text.strip()
+
+
+def _lf_labels(path: Path) -> Iterator[tuple[str, str]]:
+    """(uid, text) of every label; the text may be empty."""
+    for number, (where, record) in enumerate(_json_lines(path)):
+        name = str(record.get("uid", number))
+        yield name, _text_field(record, "title", where) or _text_field(record, "content", where)
+
+
+def _lf_rows(path: Path, label_file: Path, num_labels: int) -> Iterator[Row]:
+    for where, record in _json_lines(path):
+        target = record.get("target_ind")
+        if not isinstance(target, list) or not all(type(label) is int for label in target):
+            raise UserError(f"{where}: target_ind must be a list of whole numbers; write [] for none")
+        for label in target:
+            if not 0 <= label < num_labels:
+                raise UserError(
+                    f"{where}: label {label} is out of range: {label_file} has {num_labels} labels; correct "
+                    "target_ind, which counts its lines from 0"
+                )
+        parts = _text_field(record, "title", where), _text_field(record, "content", where)
+        text = " ".join(part for part in parts if part)
+        if not text:
+            raise UserError(f"{where}: title and content are empty; give the instance a text or remove it")
+        yield Row(text, sorted(set(target)))
+
+
+def _filter_pairs(path: Path, test_file: Path, num_labels: int) -> Ragged:
+    """The labels to leave out for every row of the test file, ascending."""
+    num_rows = sum(1 for _ in read_lines(test_file))
+    flat = array("q")
     for number, line in read_lines(path):
         words = line.split()
         if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words):
-            raise UserError(f"{path}, line {number}: write a test row and a label, two numbers")
-        row, label = map(int, words)
-        if row >= rows or label >= labels:
-            raise UserError(
-                f"{path}, line {number}: {line!r} is out of range, there are {rows} test rows, {labels} labels"
-            )
-        pairs.append((row, label))
-    return sorted(set(pairs))
+            raise UserError(f"{path}, line {number}: write a test row and a label, two whole numbers")
+        for what, word, size, counted in zip(("row", "label"), words, (num_rows, num_labels), ("test rows", "labels")):
+            if int(word) >= size:
+                raise UserError(
+                    f"{path}, line {number}: {what} {word} is out of range, there are {size} {counted}; "
+                    "correct the line, both count from 0"
+                )
+        flat.extend(map(int, words))
+    pairs = (
+        np.unique(np.frombuffer(flat, dtype=np.int64).reshape(-1, 2), axis=0) if flat else np.zeros((0, 2), np.int64)
+    )
+    counts = np.bincount(pairs[:, 0], minlength=num_rows)
+    return Ragged(pairs[:, 1].astype(np.int32), np.concatenate([[0], np.cumsum(counts)]))
+
+
+# Hugging Face datasets ------------------------------------------------------------------------------------------------
+
+
+class _Split(NamedTuple):
+    """One split of a Hugging Face source."""
+
+    files: list[Path]
+    records: Callable[[], Iterator[tuple[str, dict[str, Any]]]]  # ("where", {text column, label column})
+    class_names: list[str] | None = None  # of a column of class labels
 
 
 def hf_source(name: str, train_split: str, test_split: str, text_column: str, label_column: str) -> Source:
     """A Hugging Face datasets source.
 
+    The labels are those seen in training, unless the column is of class labels: then all of their names.
+
     Args:
-        name: a folder of `Dataset.save_to_disk`; a folder with <split>.parquet or <split>.jsonl; or a hub id.
-        label_column: lists of label names (strings, or numbers used as names), or of class labels.
+        name: a folder of `save_to_disk`; a folder with <split>.parquet or <split>.jsonl; or a hub id.
+        label_column: lists of label names (strings, or whole numbers used as names), or of class labels.
     """
-    splits, files = {}, []
-    for split in (train_split, test_split):
-        splits[split], used = _load_split(name, split)
-        files += used
-        for column in (text_column, label_column):
-            if column not in splits[split].column_names:
-                raise UserError(
-                    f"data.hf_source={name}, split {split}: has no column {column!r} but "
-                    f"{', '.join(splits[split].column_names)}; set data.text_column and data.label_column"
-                )
-    feature = getattr(splits[train_split].features[label_column], "feature", None)
-    if feature is None:
-        raise UserError(f"data.label_column={label_column}: must hold a list of labels in every row")
-    to_name = feature.int2str if isinstance(feature, datasets.ClassLabel) else str
+    columns = (text_column, label_column)
+    train, test = (_open_split(name, split, columns) for split in (train_split, test_split))
 
-    def rows(split: str) -> Iterator[tuple[str, list[str]]]:
-        columns = splits[split].select_columns([text_column, label_column])
-        for number, record in enumerate(columns):
-            where = f"data.hf_source={name}, split {split}, row {number}"
-            text = record[text_column]
+    def rows(split: _Split) -> Iterator[tuple[str, list[str]]]:
+        for where, record in split.records():
+            text, labels = record[text_column], record[label_column]
             if not isinstance(text, str):
-                raise UserError(f"{where}: column {text_column!r} must hold strings")
-            yield _checked_text(text, where), [to_name(label) for label in record[label_column] or []]
+                raise UserError(f"{where}: column {text_column!r} must hold strings; set data.text_column")
+            yield _checked_text(text, where), _names(labels, split.class_names, f"{where}: column {label_column!r}")
 
-    names = {label for _, line in rows(train_split) for label in line}
-    if not names:
-        raise UserError(f"data.hf_source={name}, split {train_split}: column {label_column!r} holds no labels")
-    vocabulary = _Vocabulary(names)
-    return Source(
-        labels=[(name, name) for name in vocabulary.names],
-        train=lambda: (Row(text, vocabulary.known(line)) for text, line in rows(train_split)),
-        test=lambda: _test_rows(rows(test_split), vocabulary),
-        files=files,
-        identity=json.dumps([train_split, test_split, text_column, label_column])
-        + ("" if files else "".join(split._fingerprint for split in splits.values())),
+    def read() -> Contents:
+        if train.class_names is not None:
+            vocabulary = _Vocabulary(train.class_names)
+        else:
+            vocabulary = _Vocabulary.of({label for _, names in rows(train) for label in names})
+        if not vocabulary.names:
+            raise UserError(
+                f"data.hf_source={name}: {train_split} has no labels in {label_column!r}; set data.label_column"
+            )
+        return Contents(
+            labels=[(label, label) for label in vocabulary.names],
+            train=lambda: _counted(Row(text, vocabulary.known(names)) for text, names in rows(train)),
+            test=lambda: vocabulary.test_rows(rows(test)),
+        )
+
+    # The name identifies what has no files of its own.
+    identity = json.dumps([None if train.files and test.files else name, train_split, test_split, *columns])
+    return Source([*train.files, *test.files], identity, read)
+
+
+def _names(labels: Any, class_names: list[str] | None, where: str) -> list[str]:
+    """A row's label names."""
+    if labels is None:
+        return []
+    kinds = (int,) if class_names is not None else (int, str)
+    if not isinstance(labels, list) or not all(type(label) in kinds for label in labels):
+        raise UserError(f"{where} must hold a list of names or whole numbers; set data.label_column")
+    if class_names is None:
+        return [str(label) for label in labels]
+    for label in labels:
+        if not 0 <= label < len(class_names):
+            raise UserError(
+                f"{where}: label {label} is out of range: there are {len(class_names)} class labels; correct it"
+            )
+    return [class_names[label] for label in labels]
+
+
+def _open_split(name: str, split: str, columns: tuple[str, str]) -> _Split:
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return _open_dataset(lambda: datasets.load_dataset(name, split=split), f"data.hf_source={name}", split, columns)
+    if (file := folder / f"{split}.parquet").is_file():
+        return _open_parquet(file, columns)
+    if (file := folder / f"{split}.jsonl").is_file():
+        return _Split([file], lambda: _json_records(file, columns))
+    if (saved := folder / split).is_dir():
+        return _open_dataset(lambda: datasets.load_from_disk(str(saved)), str(saved), split, columns)
+    raise UserError(
+        f"data.hf_source={name}: the folder has no {split}.parquet, {split}.jsonl or folder {split} of save_to_disk; "
+        "set data.hf_train_split and data.hf_test_split"
     )
 
 
-def _load_split(name: str, split: str) -> tuple[datasets.Dataset, list[Path]]:
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        for suffix, kind in ((".parquet", "parquet"), (".jsonl", "json")):
-            file = folder / f"{split}{suffix}"
-            if file.is_file():
-                try:
-                    return datasets.load_dataset(kind, data_files=str(file), split="train"), [file]
-                except datasets.exceptions.DatasetGenerationError as error:
-                    raise UserError(f"{file}: cannot be read ({error.__cause__ or error})") from None
-        saved = folder / split
-        if (saved / "state.json").is_file():
-            return datasets.load_from_disk(str(saved)), sorted(path for path in saved.iterdir() if path.is_file())
-        raise UserError(
-            f"data.hf_source={name}: the folder has no {split}.parquet, {split}.jsonl or saved data set {split}/; "
-            "set data.hf_train_split and data.hf_test_split"
-        )
+def _check_columns(found: Iterable[str], columns: tuple[str, str], where: str) -> None:
+    for column in columns:
+        if column not in found:
+            raise UserError(
+                f"{where}: has no column {column!r}, only {', '.join(found)}; set data.text_column and "
+                "data.label_column"
+            )
+
+
+def _class_names(features: datasets.Features, label_column: str) -> list[str] | None:
+    feature = getattr(features[label_column], "feature", None)
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _json_records(path: Path, columns: tuple[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for where, record in _json_lines(path):
+        _check_columns(record, columns, where)
+        _text_field(record, columns[0], where)
+        yield where, record
+
+
+def _open_parquet(path: Path, columns: tuple[str, str]) -> _Split:
+    def records() -> Iterator[tuple[str, dict[str, Any]]]:
+        number = 0
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_ROWS_A_READ, columns=list(columns)):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield f"{path}, row {number}", record
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{path}, after row {number}: cannot be read ({_first_line(error)}); write it again"
+            ) from None
+
     try:
-        return datasets.load_dataset(name, split=split), []
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"data.hf_source={name}: neither a folder nor a reachable hub data set ({reason})") from None
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({_first_line(error)}); write it again") from None
+    _check_columns(schema.names, columns, str(path))
+    return _Split([path], records, _class_names(datasets.Features.from_arrow_schema(schema), columns[1]))
 
 
-def group_pairs(pairs: list[tuple[int, int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted (row, label) pairs -> label ids int32 [P] and offsets int64 [rows + 1]."""
-    array = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    counts = np.bincount(array[:, 0], minlength=rows)
-    return array[:, 1].astype(np.int32), np.concatenate([[0], np.cumsum(counts)])
+def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: tuple[str, str]) -> _Split:
+    """A split that the `datasets` library opens: from the hub, or saved to disk."""
+    try:
+        dataset = load()
+    except Exception as error:  # the hub's client, its transport and the file formats each raise errors of their own
+        raise UserError(
+            f"{where}: tried as a folder, and split {split!r} with the datasets library: {_first_line(error)}; correct "
+            "data.hf_source and the split names, or see to the connection"
+        ) from error
+    _check_columns(dataset.column_names, columns, f"{where}, split {split}")
+    dataset = dataset.with_format(None).select_columns(list(columns))
+
+    def records() -> Iterator[tuple[str, dict[str, Any]]]:
+        return ((f"{where}, split {split}, row {number}", record) for number, record in enumerate(dataset, start=1))
+
+    files = sorted(Path(file["filename"]) for file in dataset.cache_files)
+    return _Split(files, records, _class_names(dataset.features, columns[1]))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

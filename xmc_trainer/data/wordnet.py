@@ -15,19 +15,28 @@ import importlib.util
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xmc_trainer.cli import run
 from xmc_trainer.data.sources import read_lines
 from xmc_trainer.errors import UserError
 
 _FILES = {"n": ("data.noun1", "data.noun2"), "v": ("data.verb",), "a": ("data.adj",), "r": ("data.adv",)}
-# What WordNet 3.0 must give: synsets, training texts, test texts, labels.
-_EXPECTED = (117_659, 104_916, 11_651, 108_940)
 _MARKER = re.compile(r"\((?:a|p|ip)\)$")  # syntactic marker of an adjective
+
+
+class Counts(NamedTuple):
+    synsets: int
+    train: int  # texts
+    test: int  # texts
+    labels: int
+
+
+# What WordNet 3.0 must give.
+_EXPECTED = Counts(synsets=117_659, train=104_916, test=11_651, labels=108_940)
 
 
 class Synset(NamedTuple):
@@ -56,8 +65,12 @@ def _read(path: Path, part: str) -> Iterator[Synset]:
         yield Synset(part + words[0], ", ".join(lemmas), gloss.strip(), ids)
 
 
-def build(out: Path, dict_folder: Path) -> tuple[int, int, int, int]:
-    """Write `out`, whole or not at all; returns the numbers of synsets, training texts, test texts and labels."""
+def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Counts:
+    """Write `out/raw_text`, whole or not at all, in place of the one that may be there.
+
+    Texts without labels are left out, and so are labels that no training text has.
+    Raises UserError if a database file is missing or damaged, or if the counts are not the expected ones.
+    """
     synsets = [s for part, names in _FILES.items() for name in names for s in _read(dict_folder / name, part)]
     lemmas = {synset.id: synset.lemmas for synset in synsets}
     links = {synset.id: {target for target in synset.pointers if target != synset.id} for synset in synsets}
@@ -66,24 +79,33 @@ def build(out: Path, dict_folder: Path) -> tuple[int, int, int, int]:
     labels = sorted({target for s in train_rows for target in links[s.id]})
     number = {label: place for place, label in enumerate(labels)}
     test_rows = [s for s in synsets if s.id in test and any(target in number for target in links[s.id])]
+    if unknown := [label for label in labels if label not in lemmas]:
+        raise UserError(f"{dict_folder}: {len(unknown)} pointers lead nowhere, like {unknown[0]}; install it again")
+    counts = Counts(len(synsets), len(train_rows), len(test_rows), len(labels))
+    if expected not in (None, counts):
+        raise UserError(f"{dict_folder}: gave {counts} instead of {expected}; install WordNet 3.0 again")
 
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    folder = partial / "raw_text"
-    folder.mkdir(parents=True)
-    for name, rows in (("trn", train_rows), ("tst", test_rows)):
-        with open(folder / f"{name}.json", "w", encoding="utf-8") as file:
-            for s in rows:
-                target = sorted(number[label] for label in links[s.id] if label in number)
-                record = {"uid": s.id, "title": "", "content": f"{s.lemmas}: {s.gloss}", "target_ind": target}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    with open(folder / "lbl.json", "w", encoding="utf-8") as file:
-        for label in labels:
-            file.write(json.dumps({"uid": label, "title": lemmas[label], "content": ""}, ensure_ascii=False) + "\n")
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
-    return len(synsets), len(train_rows), len(test_rows), len(labels)
+    def instances(rows: list[Synset]) -> Iterator[dict[str, Any]]:
+        for s in rows:
+            target = sorted(number[label] for label in links[s.id] if label in number)
+            yield {"uid": s.id, "title": "", "content": f"{s.lemmas}: {s.gloss}", "target_ind": target}
+
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".wordnet.", dir=out) as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new.mkdir()
+        _write(new / "trn.json", instances(train_rows))
+        _write(new / "tst.json", instances(test_rows))
+        _write(new / "lbl.json", ({"uid": label, "title": lemmas[label], "content": ""} for label in labels))
+        if (out / "raw_text").exists():
+            os.replace(out / "raw_text", old)
+        os.replace(new, out / "raw_text")
+    return counts
+
+
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def default_dict_folder() -> Path:
@@ -96,13 +118,13 @@ def default_dict_folder() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write, replaced if it is there")
+    parser.add_argument("out", type=Path, help="folder to write; its raw_text is replaced if it is there")
     parser.add_argument("--dict", type=Path, help="folder with data.noun1, data.noun2, data.verb, data.adj, data.adv")
     arguments = parser.parse_args()
-    counts = build(arguments.out, arguments.dict or default_dict_folder())
-    if arguments.dict is None and counts != _EXPECTED:
-        shutil.rmtree(arguments.out)
-        raise UserError(f"WordNet gave {counts} synsets, training texts, test texts, labels instead of {_EXPECTED}")
+    if arguments.dict is None:
+        counts = build(arguments.out, default_dict_folder(), _EXPECTED)
+    else:
+        counts = build(arguments.out, arguments.dict)
     print("{}: {:,} synsets, {:,} training texts, {:,} test texts, {:,} labels".format(arguments.out, *counts))
 
 

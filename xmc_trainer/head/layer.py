@@ -57,6 +57,7 @@ class FixedFanInHead(nn.Module):
         num_labels: L over all ranks. This rank holds `labels`, a contiguous group-aligned range.
         fan_in: F <= d; None for a dense head (F = d, no index).
         group_size: consecutive labels that share one index row.
+        first_bias: where every bias starts; see `losses.best_constant`.
         loss: "bce" or "squared_hinge", summed over labels.
         text_reduction: "sum" or "mean" over the texts of an optimizer step, all ranks and micro-batches together.
         optimizer: SGD(...) or AdamW(...) of this package; default SGD(momentum=0.9). `lr` is an attribute, to be set by a schedule.
@@ -77,6 +78,7 @@ class FixedFanInHead(nn.Module):
         fan_in: int | None = 128,
         group_size: int = 1,
         bias: bool = True,
+        first_bias: float = 0.0,
         loss: str = "bce",
         text_reduction: str = "sum",
         optimizer: SGD | AdamW | None = None,
@@ -113,7 +115,7 @@ class FixedFanInHead(nn.Module):
 
         shape = (len(self.labels), fan_in or in_features)
         self.register_buffer("weight", torch.empty(shape, dtype=weight_dtype, device=device))
-        self.register_buffer("bias", torch.zeros(shape[0], device=device) if bias else None)
+        self.register_buffer("bias", torch.full(shape[:1], first_bias, device=device) if bias else None)
         index = None
         if fan_in is not None:
             dtype = torch.int16 if in_features <= 1 << 15 else torch.int32
@@ -144,7 +146,7 @@ class FixedFanInHead(nn.Module):
             getattr(self, name)[to_first : to_first + count] = value[from_first : from_first + count]
 
     def reset_parameters(self) -> None:
-        """Random index, weights uniform in +-1/sqrt(fan_in), zero bias; from the seed and global ids alone."""
+        """Random index, weights uniform in +-1/sqrt(fan_in); from the seed and global ids alone."""
         fan_in, device = self.weight.shape[1], self.weight.device
         for start in range(0, len(self.labels), self.tile_labels):
             part = self.weight[start : start + self.tile_labels]

@@ -1,0 +1,76 @@
+"""Small data sets on disk, a tokenizer that needs no network, and where real data are."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+PAD, UNK, CLS, SEP = range(4)
+
+
+def tiny_tokenizer(words: int = 100, pad: int = PAD) -> PreTrainedTokenizerFast:
+    """Knows "w0", "w1", ... as ids 4, 5, ... and sets [CLS] and [SEP] around a text."""
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    vocabulary = {word: number for number, word in enumerate([*specials, *(f"w{n}" for n in range(words))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=specials[pad], unk_token="[UNK]")
+
+
+def write_raw(
+    folder: Path,
+    train: list[tuple[str, str]] = (("w0 w1", "b a"), ("w2", "c")),
+    test: list[tuple[str, str]] = (("w3", "a"),),
+) -> Path:
+    """Raw layout from (text, line of labels) pairs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", train), ("test", test)):
+        for kind, column in (("raw_texts", 0), ("labels", 1)):
+            (folder / f"{split}_{kind}.txt").write_bytes("".join(row[column] + "\n" for row in rows).encode())
+    return folder
+
+
+def json_lines(records: Iterable[Any]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def instance(text: Any, labels: Any, **more: Any) -> dict[str, Any]:
+    return {"uid": "x", "title": text, "content": "", "target_ind": labels} | more
+
+
+def write_lf(
+    folder: Path,
+    train: list[dict[str, Any]] = (instance("w0 w1", [1, 0]), instance("w2", [2])),
+    test: list[dict[str, Any]] = (instance("w3", [0]), instance("w4", [1])),
+    labels: list[dict[str, Any]] = tuple({"uid": f"L{n}", "title": f"w{n}", "content": ""} for n in range(3)),
+    zipped: bool = False,
+    inner: str = "raw_text",
+) -> Path:
+    """Label-feature layout; returns the folder that holds the files."""
+    inside = folder / inner
+    inside.mkdir(parents=True, exist_ok=True)
+    for name, records in (("trn", train), ("tst", test), ("lbl", labels)):
+        content = json_lines(records)
+        file = inside / f"{name}.json{'.gz' if zipped else ''}"
+        file.write_bytes(gzip.compress(content) if zipped else content)
+    return inside
+
+
+def real_data(name: str) -> Path:
+    """The folder of a real data set; skips the test where there is none. XMC_TEST_DATA names another root."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("XMC_TEST_DATA", default)) / name
+    if not folder.is_dir():
+        pytest.skip(f"no data in {folder} (XMC_TEST_DATA names the folder of the data sets)")
+    return folder

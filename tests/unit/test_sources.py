@@ -1,0 +1,494 @@
+"""Reading: every layout, and a message with file, line and remedy for whatever is wrong with it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import time
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data_helpers import instance, json_lines, real_data, write_lf, write_raw
+from xmc_trainer.data.sources import Ragged, hf_source, lf_source, raw_source, read_lines
+from xmc_trainer.errors import UserError
+
+
+def read_all(source):
+    contents = source.read()
+    return contents.labels, [tuple(row) for row in contents.train()], [tuple(row) for row in contents.test()]
+
+
+def message_of(call) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Raw text -------------------------------------------------------------------------------------------------------------
+
+
+def test_raw_rows_and_vocabulary(tmp_path):
+    folder = write_raw(tmp_path, [("one", "b a b"), ("two", "c\ta")], [("three", "c")])
+    labels, train, test = read_all(raw_source(folder))
+    assert labels == [("a", "a"), ("b", "b"), ("c", "c")]
+    assert train == [("one", [0, 1]), ("two", [0, 2])]
+    assert test == [("three", [2])]
+
+
+def test_raw_orders_numeric_names_as_numbers_and_mixed_ones_as_text(tmp_path):
+    labels, _, _ = read_all(raw_source(write_raw(tmp_path / "n", [("t", "10 9 100")], [("t", "9")])))
+    assert [name for name, _ in labels] == ["9", "10", "100"]
+    labels, _, _ = read_all(raw_source(write_raw(tmp_path / "m", [("t", "10 9 x")], [("t", "9")])))
+    assert [name for name, _ in labels] == ["10", "9", "x"]
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    odd = "a\x85b\u2028c\x0bd\x1ce\rf"
+    folder = write_raw(tmp_path, [(odd, "x"), ("crlf\r", "y\r")], [("t", "x")])
+    labels, train, _ = read_all(raw_source(folder))
+    assert [text for text, _ in train] == [odd, "crlf"]
+    assert [name for name, _ in labels] == ["x", "y"]
+
+
+def test_a_missing_last_newline_is_no_missing_line(tmp_path):
+    folder = write_raw(tmp_path)
+    (folder / "train_raw_texts.txt").write_text("w0\nw1")
+    assert [text for text, _ in read_all(raw_source(folder))[1]] == ["w0", "w1"]
+
+
+def test_raw_second_file_name_and_fresh_passes(tmp_path):
+    folder = write_raw(tmp_path)
+    (folder / "train_raw_texts.txt").rename(folder / "train_texts.txt")
+    contents = raw_source(folder).read()
+    assert list(contents.train()) == list(contents.train()) != []
+
+
+def test_raw_drops_unseen_test_labels_and_counts_them(tmp_path, caplog):
+    folder = write_raw(tmp_path, [("t", "a")], [("kept", "a new"), ("gone", "new other"), ("bare", "")])
+    with caplog.at_level(logging.WARNING):
+        assert read_all(raw_source(folder))[2] == [("kept", [0])]
+    assert "dropped 3 labels never seen in training and 2 texts" in caplog.text
+
+
+def test_raw_keeps_training_texts_without_labels_and_counts_them(tmp_path, caplog):
+    folder = write_raw(tmp_path, [("t", "a"), ("bare", ""), ("blank", " ")], [("t", "a")])
+    with caplog.at_level(logging.WARNING):
+        assert read_all(raw_source(folder))[1] == [("t", [0]), ("bare", []), ("blank", [])]
+    assert "2 texts have no label" in caplog.text
+
+
+def test_raw_label_texts(tmp_path):
+    folder = write_raw(tmp_path, [("t", "a b c")], [("t", "a")])
+    (folder / "names.tsv").write_text("a\tAlpha one\nb\t\nz\tunused\n")
+    assert read_all(raw_source(folder, "names.tsv"))[0] == [("a", "Alpha one"), ("b", "b"), ("c", "c")]
+
+
+def test_raw_line_counts_that_differ(tmp_path):
+    folder = write_raw(tmp_path)
+    with open(folder / "train_labels.txt", "a") as file:
+        file.write("c\n")
+    message = message_of(lambda: raw_source(folder).read())
+    assert f"{folder}/train_raw_texts.txt has 2 lines" in message and f"{folder}/train_labels.txt has 3" in message
+    assert "write one line of labels for each text" in message
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_raw_label_file_with_no_labels(tmp_path, split):
+    folder = write_raw(tmp_path, **{split: [("w0", ""), ("w1", " ")]})
+    message = message_of(lambda: raw_source(folder).read())
+    assert f"{folder}/{split}_labels.txt: a label file with no labels; write" in message
+
+
+@pytest.mark.parametrize("blank", ["", " \t", "\u3000"])
+def test_raw_empty_text(tmp_path, blank):
+    contents = raw_source(write_raw(tmp_path, [("w0", "a"), (blank, "a")])).read()
+    message = message_of(lambda: list(contents.train()))
+    assert f"{tmp_path}/train_raw_texts.txt, line 2: the text is empty; remove" in message
+
+
+def test_raw_undecodable_bytes(tmp_path):
+    folder = write_raw(tmp_path)
+    (folder / "train_raw_texts.txt").write_bytes(b"w0\nM\xfcnchen\n")
+    message = message_of(lambda: raw_source(folder).read())
+    assert f"{folder}/train_raw_texts.txt, line 2: not UTF-8" in message and "convert" in message
+
+
+def test_raw_missing_folder_and_files(tmp_path):
+    message = message_of(lambda: raw_source(tmp_path / "nowhere"))
+    assert f"{tmp_path}/nowhere: no such folder; set dataset_path or data.folder" in message
+    folder = write_raw(tmp_path)
+    (folder / "test_labels.txt").unlink()
+    message = message_of(lambda: raw_source(folder))
+    assert "test_labels.txt is missing" in message and str(folder) in message and "set dataset_path" in message
+    assert "{train,test}_raw_texts.txt or {train,test}_texts.txt" in message
+    (folder / "train_raw_texts.txt").unlink()
+    assert "train_raw_texts.txt or train_texts.txt is missing" in message_of(lambda: raw_source(folder))
+
+
+def test_raw_label_text_file_missing_or_without_tab(tmp_path):
+    folder = write_raw(tmp_path)
+    message = message_of(lambda: raw_source(folder, "names.tsv"))
+    assert "names.tsv is missing" in message and "data.label_text_file" in message
+    (folder / "names.tsv").write_text("a\tA\nb B\n")
+    message = message_of(lambda: raw_source(folder, "names.tsv").read())
+    assert f"{folder}/names.tsv, line 2: no tab; write" in message
+
+
+# Label features -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("inner", ["raw_text", "."])
+def test_lf_rows(tmp_path, zipped, inner):
+    train = [instance(" title ", [2, 0, 2], content=" content "), {"content": "only", "title": None, "target_ind": []}]
+    names = [{"uid": 7, "title": "t0", "content": "c0"}, {"uid": "L1", "content": "c1"}, {"uid": "L2", "title": " "}]
+    write_lf(tmp_path, train, [instance("x", [1]), instance("y", [])], names, zipped, inner)
+    labels, train, test = read_all(lf_source(tmp_path))
+    assert labels == [("7", "t0"), ("L1", "c1"), ("L2", "L2")]
+    assert train == [("title content", [0, 2]), ("only", [])]
+    assert test == [("x", [1]), ("y", [])]  # every row: the filter file counts them
+
+
+def test_lf_augment_adds_a_text_a_label(tmp_path):
+    write_lf(tmp_path, labels=[{"uid": "L0", "title": "w0"}, {"uid": "L1"}, {"uid": "L2", "title": "w2"}])
+    plain, augmented = (read_all(lf_source(tmp_path, augment=on))[1] for on in (False, True))
+    assert augmented == plain + [("w0", [0]), ("w2", [2])]
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_lf_filter_pairs(tmp_path, outside):
+    inside = write_lf(tmp_path, test=[instance("w3", [0])] * 3)
+    (tmp_path if outside else inside).joinpath("filter_labels_test.txt").write_text("2 1\n0 2\n2 0\n2\t1\n")
+    pairs = lf_source(tmp_path, with_filter=True).read().filter_pairs
+    assert (pairs.ids.dtype, pairs.offsets.dtype) == (np.int32, np.int64)
+    assert pairs.offsets.tolist() == [0, 1, 1, 3] and pairs.ids.tolist() == [2, 0, 1]
+    assert lf_source(tmp_path).read().filter_pairs is None
+
+
+def test_lf_empty_filter_file(tmp_path):
+    (write_lf(tmp_path) / "filter_labels_test.txt").write_text("")
+    assert lf_source(tmp_path, with_filter=True).read().filter_pairs.offsets.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("2 0", ["row 2 is out of range", "2 test rows"]),
+        ("0 3", ["label 3 is out of range", "3 labels"]),
+        ("0", ["two whole numbers"]),
+        ("0 -1", ["two whole numbers"]),
+        ("0 1 2", ["two whole numbers"]),
+    ],
+)
+def test_lf_bad_filter_line(tmp_path, line, said):
+    file = write_lf(tmp_path) / "filter_labels_test.txt"
+    file.write_text(f"0 0\n{line}\n")
+    message = message_of(lambda: lf_source(tmp_path, with_filter=True).read())
+    assert f"{file}, line 2: " in message and all(part in message for part in said)
+
+
+def test_lf_missing_files(tmp_path):
+    inside = write_lf(tmp_path)
+    message = message_of(lambda: lf_source(tmp_path, with_filter=True))
+    assert "filter_labels_test.txt is missing" in message and "data.use_filter_eval=false" in message
+    (inside / "lbl.json").unlink()
+    message = message_of(lambda: lf_source(tmp_path))
+    assert "lbl.json or lbl.json.gz is missing" in message and f"{inside} and in {tmp_path}" in message
+    assert "trn.json, tst.json, lbl.json" in message and "data.is_lf_data" in message
+    assert f"{tmp_path}/no: no such folder" in message_of(lambda: lf_source(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("label", [3, -1, 10**30])
+def test_lf_label_out_of_range(tmp_path, label):
+    inside = write_lf(tmp_path, train=[instance("w0", [0]), instance("w1", [1, label])])
+    message = message_of(lambda: list(lf_source(tmp_path).read().train()))
+    assert f"{inside}/trn.json, line 2: label {label} is out of range" in message
+    assert f"{inside}/lbl.json has 3 labels; correct target_ind" in message
+
+
+@pytest.mark.parametrize("target", [None, 1, "0", ["0"], [0.0], [True], {"0": 1}])
+def test_lf_wrong_type_of_labels(tmp_path, target):
+    inside = write_lf(tmp_path, test=[instance("w0", target)])
+    message = message_of(lambda: list(lf_source(tmp_path).read().test()))
+    assert f"{inside}/tst.json, line 1: target_ind must be a list of whole numbers; write []" in message
+
+
+def test_lf_wrong_type_of_text_and_half_surrogates(tmp_path):
+    inside = write_lf(tmp_path, train=[instance(["w0"], [0])], test=[instance("\ud83d", [0])])
+    contents = lf_source(tmp_path).read()
+    message = message_of(lambda: list(contents.train()))
+    assert f"{inside}/trn.json, line 1: title must be a string, not list" in message
+    message = message_of(lambda: list(contents.test()))
+    assert f"{inside}/tst.json, line 1: title is not valid Unicode" in message and "correct" in message
+
+
+def test_lf_empty_text(tmp_path):
+    inside = write_lf(tmp_path, train=[instance("w0", [0]), instance(" ", [0])])
+    message = message_of(lambda: list(lf_source(tmp_path).read().train()))
+    assert f"{inside}/trn.json, line 2: title and content are empty; give" in message
+
+
+@pytest.mark.parametrize("line", ["{", "", "[" * 100_000, '{"title": 1' + "0" * 5000 + "}", "nonsense"])
+def test_lf_bad_json(tmp_path, line):
+    inside = write_lf(tmp_path)
+    (inside / "trn.json").write_bytes(json_lines([instance("w0", [0])]) + line.encode() + b"\n")
+    message = message_of(lambda: list(lf_source(tmp_path).read().train()))
+    assert f"{inside}/trn.json, line 2: not valid JSON" in message and "write one JSON object a line" in message
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", "null", '"text"'])
+def test_lf_json_that_is_no_object(tmp_path, line):
+    inside = write_lf(tmp_path)
+    (inside / "lbl.json").write_text(line + "\n")
+    message = message_of(lambda: lf_source(tmp_path).read())
+    assert f"{inside}/lbl.json, line 1: not a JSON object; write" in message
+
+
+def test_lf_no_labels(tmp_path):
+    inside = write_lf(tmp_path, labels=[])
+    message = message_of(lambda: lf_source(tmp_path).read())
+    assert f"{inside}/lbl.json: a label file with no labels; write" in message
+
+
+def test_lf_undecodable_bytes(tmp_path):
+    inside = write_lf(tmp_path)
+    (inside / "trn.json").write_bytes(json_lines([instance("w0", [0])]) + b'{"title": "\xff"}\n')
+    message = message_of(lambda: list(lf_source(tmp_path).read().train()))
+    assert f"{inside}/trn.json, line 2: not UTF-8" in message
+
+
+def damaged(content: bytes, how: str) -> bytes:
+    if how == "truncated":
+        return content[: len(content) // 2]
+    if how == "flipped":
+        return content[:-40] + bytes(byte ^ 255 for byte in content[-40:])
+    return b"not gzip at all"
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "replaced"])
+def test_lf_damaged_gzip(tmp_path, how):
+    rows = [instance(f"w{n}", [n % 3], uid=str(n * 7919)) for n in range(1000)]
+    file = write_lf(tmp_path, rows, zipped=True) / "trn.json.gz"
+    file.write_bytes(damaged(file.read_bytes(), how))
+    message = message_of(lambda: list(lf_source(tmp_path).read().train()))
+    assert f"{file}, after line " in message or f"{file}, line " in message
+    assert "damaged or truncated gzip file" in message and "copy it again" in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path):
+    assert f"{tmp_path}/no: cannot be read (No such file" in message_of(lambda: list(read_lines(tmp_path / "no")))
+
+
+# Hugging Face datasets ------------------------------------------------------------------------------------------------
+
+TRAIN = {"text": ["one", "two"], "labels": [["b", "a", "b"], ["c"]]}
+TEST = {"text": ["three", "four"], "labels": [["c", "new"], ["new"]]}
+EXPECTED = ([(n, n) for n in "abc"], [("one", [0, 1]), ("two", [2])], [("three", [2])])
+
+
+def read_hf(folder, **options):
+    names = {"train_split": "train", "test_split": "test", "text_column": "text", "label_column": "labels"}
+    return read_all(hf_source(str(folder), **(names | options)))
+
+
+def write_hf(folder, kind, train=TRAIN, test=TEST):
+    folder.mkdir(exist_ok=True)
+    both = {"train": train, "test": test}
+    if kind == "saved":
+        datasets.DatasetDict({k: datasets.Dataset.from_dict(v) for k, v in both.items()}).save_to_disk(folder)
+    for split, columns in both.items():
+        if kind == "parquet":
+            pq.write_table(pa.table(columns), folder / f"{split}.parquet")
+        if kind == "jsonl":
+            rows = [dict(zip(columns, row)) for row in zip(*columns.values())]
+            (folder / f"{split}.jsonl").write_bytes(json_lines(rows))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "jsonl"])
+def test_hf_kinds_of_folder(tmp_path, kind):
+    assert read_hf(write_hf(tmp_path / "d", kind)) == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "jsonl"])
+def test_hf_integers_are_names_in_numerical_order(tmp_path, kind):
+    write_hf(tmp_path, kind, {"t": ["one", "two"], "y": [[10, 9], [100]]}, {"t": ["three"], "y": [[100, 7]]})
+    labels, train, test = read_hf(tmp_path, text_column="t", label_column="y")
+    assert labels == [("9", "9"), ("10", "10"), ("100", "100")]
+    assert train == [("one", [0, 1]), ("two", [2])] and test == [("three", [2])]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_hf_class_labels_give_the_table(tmp_path, kind):
+    names = ["zeta", "alpha", "unused"]
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=names))}
+    )
+    train = datasets.Dataset.from_dict({"text": ["one"], "labels": [[1, 0]]}, features=features)
+    test = datasets.Dataset.from_dict({"text": ["two", "bare"], "labels": [[2], []]}, features=features)
+    if kind == "saved":
+        datasets.DatasetDict(train=train, test=test).save_to_disk(tmp_path)
+    else:
+        train.to_parquet(tmp_path / "train.parquet"), test.to_parquet(tmp_path / "test.parquet")
+    assert read_hf(tmp_path) == ([(n, n) for n in names], [("one", [0, 1])], [("two", [2])])
+
+
+def test_hf_class_label_out_of_range(tmp_path):
+    # The library refuses too large ones itself, but not -1, its mark for a missing label.
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=["a", "b"]))}
+    )
+    data = datasets.Dataset.from_dict({"text": ["one", "two"], "labels": [[0], [-1]]}, features=features)
+    datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path)
+    message = message_of(lambda: read_hf(tmp_path))
+    assert "row 2" in message and "label -1 is out of range: there are 2 class labels; correct" in message
+
+
+def test_hf_saved_splits_of_one_folder_and_other_names(tmp_path):
+    for name, columns in (("fit", TRAIN), ("dev", TEST)):
+        data = datasets.Dataset.from_dict({"body": columns["text"], "tags": columns["labels"]})
+        data.with_format("numpy").save_to_disk(tmp_path / name)
+    options = {"train_split": "fit", "test_split": "dev", "text_column": "body", "label_column": "tags"}
+    assert read_hf(tmp_path, **options) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "kind, file", [("saved", "train"), ("parquet", "train.parquet"), ("jsonl", "train.jsonl, line 1")]
+)
+def test_hf_missing_column(tmp_path, kind, file):
+    message = message_of(lambda: read_hf(write_hf(tmp_path / "d", kind), label_column="tags"))
+    assert f"{tmp_path}/d/{file}" in message and "has no column 'tags', only text, labels" in message
+    assert "data.label_column" in message
+
+
+@pytest.mark.parametrize("kind, row", [("saved", "row 2"), ("parquet", "row 2"), ("jsonl", "line 2")])
+@pytest.mark.parametrize(
+    "text, labels, said",
+    [
+        (["x", " "], [["a"], ["a"]], "the text is empty; remove"),
+        (["x", None], [["a"], ["a"]], "column 'text' must hold strings; set data.text_column"),
+        (["x", "y"], [None, [1.5]], "column 'labels' must hold a list of names or whole numbers; set"),
+        (["x", "y"], [["a"], ["a", None]], "column 'labels' must hold a list of names or whole numbers; set"),
+    ],
+)
+def test_hf_bad_row(tmp_path, kind, row, text, labels, said):
+    message = message_of(lambda: read_hf(write_hf(tmp_path / "d", kind, {"text": text, "labels": labels})))
+    assert f"{tmp_path}/d/train" in message and f"{row}: {said}" in message
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet", "jsonl"])
+def test_hf_labels_that_are_no_lists(tmp_path, kind):
+    message = message_of(lambda: read_hf(write_hf(tmp_path / "d", kind, {"text": ["x"], "labels": ["a"]})))
+    assert "column 'labels' must hold a list of names" in message and "data.label_column" in message
+
+
+def test_hf_no_labels_at_all(tmp_path):
+    message = message_of(lambda: read_hf(write_hf(tmp_path / "d", "jsonl", {"text": ["x"], "labels": [[]]})))
+    assert f"{tmp_path}/d: train has no labels in 'labels'; set data.label_column" in message
+
+
+def test_hf_damaged_files(tmp_path):
+    folder = write_hf(tmp_path / "p", "parquet")
+    (folder / "test.parquet").write_bytes((folder / "test.parquet").read_bytes()[:100])
+    message = message_of(lambda: read_hf(folder))
+    assert f"{folder}/test.parquet: cannot be read" in message and "write it again" in message
+    folder = write_hf(tmp_path / "j", "jsonl")
+    (folder / "train.jsonl").write_text(json.dumps({"text": "x", "labels": ["a"]}) + "\n{\n")
+    assert f"{folder}/train.jsonl, line 2: not valid JSON" in message_of(lambda: read_hf(folder))
+    folder = write_hf(tmp_path / "s", "saved")
+    (folder / "train" / "state.json").write_text("{")
+    assert f"{folder}/train: tried" in message_of(lambda: read_hf(folder))
+
+
+def test_hf_missing_split_says_what_was_looked_for(tmp_path):
+    message = message_of(lambda: read_hf(write_hf(tmp_path / "d", "jsonl"), test_split="dev"))
+    assert f"data.hf_source={tmp_path}/d: the folder has no dev.parquet, dev.jsonl or folder dev" in message
+    assert "data.hf_test_split" in message
+
+
+def test_hf_neither_folder_nor_reachable(monkeypatch):
+    def unreachable(name, split):
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = message_of(lambda: read_hf("someone/nothing"))
+    assert "data.hf_source=someone/nothing: tried as a folder, and split 'train' with the datasets library" in message
+    assert "Couldn't reach 'someone/nothing' on the Hub; correct data.hf_source" in message
+
+
+def test_hf_path_that_does_not_exist(tmp_path):
+    assert f"data.hf_source={tmp_path}/no: tried as a folder" in message_of(lambda: read_hf(tmp_path / "no"))
+
+
+def test_hf_hub_dataset(monkeypatch, tmp_path):
+    saved = write_hf(tmp_path / "hub", "saved")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.load_from_disk(str(saved / split)))
+    assert read_hf("someone/something") == EXPECTED
+
+
+# Real data ------------------------------------------------------------------------------------------------------------
+
+
+def test_real_raw_data():
+    folder = real_data("SID-GND-EN")
+    contents = raw_source(folder, "label_texts.tsv").read()
+    stats = json.loads((folder / "stats.json").read_text())
+    assert len(contents.labels) == stats["labels"] == 22_625
+    assert dict(contents.labels)["4067486-1"] != "4067486-1"  # has a text
+    sizes = [len(row.labels) for row in contents.train()]
+    assert len(sizes) == 41_333 and round(np.mean(sizes), 3) == stats["avg_labels_per_train"]
+    sizes = [len(row.labels) for row in contents.test()]
+    assert len(sizes) == 9_220 and round(np.mean(sizes), 3) == stats["avg_labels_per_test"]
+
+
+def test_real_label_feature_data():
+    folder = real_data("LF-YSO-25K")
+    began = time.monotonic()
+    contents = lf_source(folder, with_filter=True).read()
+    stats = json.loads((folder / "stats.json").read_text())
+    assert len(contents.labels) == stats["labels"] == 25_018
+    seen = np.zeros(25_018, dtype=np.int64)
+    rows = 0
+    for row in contents.train():
+        rows += 1
+        for label in row.labels:
+            seen[label] += 1
+    assert rows == 588_241 and round(seen.sum() / rows, 3) == stats["avg_labels_per_train"]
+    assert (seen.min(), seen.max()) == (1, stats["max_train_per_label"])
+
+    pairs = contents.filter_pairs
+    lines = (folder / "raw_text" / "filter_labels_test.txt").read_text().split("\n")
+    wanted = {tuple(map(int, line.split())) for line in lines if line}
+    found = set(zip(np.repeat(np.arange(65_202), np.diff(pairs.offsets)).tolist(), pairs.ids.tolist()))
+    assert found == wanted and len(pairs.offsets) == 65_203
+    # A filtered pair is a positive of its row whose text is the label's: so the row numbers are aligned.
+    test = list(contents.test())
+    assert len(test) == 65_202
+    assert all(label in test[row].labels for row, label in wanted)
+    assert time.monotonic() - began < 40
+
+
+def test_gzip_and_plain_files_read_the_same(tmp_path):
+    write_lf(tmp_path / "a")
+    inside = write_lf(tmp_path / "b", zipped=True)
+    assert gzip.decompress((inside / "trn.json.gz").read_bytes()) == (tmp_path / "a/raw_text/trn.json").read_bytes()
+    assert read_all(lf_source(tmp_path / "a")) == read_all(lf_source(tmp_path / "b"))
+
+
+def test_ragged_rows():
+    lists = [[5, 1], [], [7], [2, 3, 4]]
+    ragged = Ragged(np.array(sum(lists, []), np.int32), np.array([0, 2, 2, 3, 6]))
+    for indices in ([3, 0, 0], [1], [], [0, 1, 2, 3]):
+        chosen = ragged.rows(np.array(indices, dtype=np.int64))
+        assert (chosen.ids.dtype, chosen.offsets.dtype) == (np.int32, np.int64)
+        assert [part.tolist() for part in np.split(chosen.ids, chosen.offsets[1:-1])][: len(indices)] == [
+            lists[index] for index in indices
+        ]
+        assert len(chosen.offsets) == len(indices) + 1
