@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 PAD, UNK, CLS, SEP = range(4)
 
 
-def tiny_tokenizer(words: int = 100, pad: int = PAD) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(words: int = 100) -> PreTrainedTokenizerFast:
     """Knows "w0", "w1", ... as ids 4, 5, ... and sets [CLS] and [SEP] around a text."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: number for number, word in enumerate([*specials, *(f"w{n}" for n in range(words))])}
@@ -25,13 +25,13 @@ def tiny_tokenizer(words: int = 100, pad: int = PAD) -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=specials[pad], unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]")
 
 
 def write_raw(
     folder: Path,
-    train: list[tuple[str, str]] = (("w0 w1", "b a"), ("w2", "c")),
-    test: list[tuple[str, str]] = (("w3", "a"),),
+    train: Iterable[tuple[str, str]] = (("w0 w1", "b a"), ("w2", "c")),
+    test: Iterable[tuple[str, str]] = (("w3", "a"),),
 ) -> Path:
     """Raw layout from (text, line of labels) pairs."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,11 +49,16 @@ def instance(text: Any, labels: Any, **more: Any) -> dict[str, Any]:
     return {"uid": "x", "title": text, "content": "", "target_ind": labels} | more
 
 
+LF_TRAIN = (instance("w0 w1", [1, 0]), instance("w2", [2]))
+LF_TEST = (instance("w3", [0]), instance("w4", [1]))
+LF_LABELS = tuple({"uid": f"L{n}", "title": f"w{n}", "content": ""} for n in range(3))
+
+
 def write_lf(
     folder: Path,
-    train: list[dict[str, Any]] = (instance("w0 w1", [1, 0]), instance("w2", [2])),
-    test: list[dict[str, Any]] = (instance("w3", [0]), instance("w4", [1])),
-    labels: list[dict[str, Any]] = tuple({"uid": f"L{n}", "title": f"w{n}", "content": ""} for n in range(3)),
+    train: Iterable[dict[str, Any]] = LF_TRAIN,
+    test: Iterable[dict[str, Any]] = LF_TEST,
+    labels: Iterable[dict[str, Any]] = LF_LABELS,
     zipped: bool = False,
     inner: str = "raw_text",
 ) -> Path:

@@ -1,0 +1,267 @@
+"""The cache: what is in it, when it is found again, and that nothing half-written is ever left there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+
+from tests.data_helpers import CLS, SEP, UNK, instance, real_data, tiny_tokenizer, write_lf, write_raw
+from xmc_trainer.data import Corpus, corpus, load_corpus
+from xmc_trainer.data.corpus import flatten_lists
+from xmc_trainer.errors import UserError
+
+
+def load(folder, cache, layout="raw", tokenizer=None, max_len=8, **options) -> Corpus:
+    return load_corpus(
+        folder=folder,
+        layout=layout,
+        tokenizer=tokenizer or tiny_tokenizer(),
+        max_len=max_len,
+        cache_dir=cache,
+        progress=False,
+        **options,
+    )
+
+
+def entries(cache) -> list[str]:
+    return sorted(os.listdir(cache)) if cache.exists() else []
+
+
+def test_content(tmp_path):
+    folder = write_raw(
+        tmp_path / "d",
+        [("w0 w1", "b a"), ("w0 " * 20, "c"), ("other", "")],
+        [("w3", "a z"), ("w9", "z"), ("w5", "c b")],
+    )
+    found = load(folder, tmp_path / "cache")
+    expected = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
+    assert found.train.features == found.test.features == expected
+    assert found.train[:] == {
+        "input_ids": [[CLS, 4, 5, SEP], [CLS] + [4] * 6 + [SEP], [CLS, UNK, SEP]],
+        "labels": [[0, 1], [2], []],
+        "length": [4, 8, 3],
+    }
+    assert found.test[:] == {"input_ids": [[CLS, 7, SEP], [CLS, 9, SEP]], "labels": [[0], [1, 2]], "length": [3, 3]}
+    assert found.labels[:] == {"id": ["a", "b", "c"], "text": ["a", "b", "c"]}
+    assert (found.num_labels, found.filter_pairs) == (3, None)
+    assert found.lengths("train").tolist() == [4, 8, 3] and found.lengths("test").tolist() == [3, 3]
+    assert found.test_labels().ids.tolist() == [0, 1, 2] and found.test_labels().offsets.tolist() == [0, 1, 3]
+    assert entries(tmp_path / "cache") == [found.fingerprint]
+    assert sorted(os.listdir(tmp_path / "cache" / found.fingerprint)) == ["labels", "test", "train"]
+
+
+def test_label_feature_content_with_filter_and_augmentation(tmp_path):
+    inside = write_lf(tmp_path / "d", test=[instance("w3", [0]), instance("w4", [])])
+    (inside / "filter_labels_test.txt").write_text("1 2\n")
+    found = load(tmp_path / "d", tmp_path / "c", "lf", augment_label_data=True, use_filter_eval=True)
+    assert found.train["labels"][:] == [[0, 1], [2], [0], [1], [2]]
+    assert found.train["input_ids"][2:] == [[CLS, 4 + n, SEP] for n in range(3)]
+    assert found.test["labels"][:] == [[0], []]
+    again = load(tmp_path / "d", tmp_path / "c", "lf", augment_label_data=True, use_filter_eval=True)
+    for pairs in (found.filter_pairs, again.filter_pairs):
+        assert pairs.ids.tolist() == [2] and pairs.offsets.tolist() == [0, 0, 1]
+    plain = load(tmp_path / "d", tmp_path / "c", "lf")
+    assert plain.filter_pairs is None and len(plain.train) == 2
+
+
+def test_hugging_face_content(tmp_path):
+    rows = Dataset.from_dict({"body": ["w0", "w1 w2"], "tags": [["b"], ["a"]]})
+    DatasetDict(fit=rows, dev=rows).save_to_disk(tmp_path / "d")
+    options = {"hf_train_split": "fit", "hf_test_split": "dev", "text_column": "body", "label_column": "tags"}
+    found = load(tmp_path, tmp_path / "c", "hf", hf_source=str(tmp_path / "d"), **options)
+    assert found.train["labels"][:] == [[1], [0]] and found.test["length"][:] == [3, 4]
+
+
+def test_many_rows_in_several_processes_keep_their_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_ROWS_A_BATCH", 100)
+    rng = np.random.default_rng(0)
+    words = [rng.integers(0, 100, rng.integers(1, 12)) for _ in range(1009)]
+    labels = [np.unique(rng.integers(0, 37, rng.integers(1, 5))) for _ in words]
+    rows = [(" ".join(f"w{w}" for w in ws), " ".join(map(str, ls))) for ws, ls in zip(words, labels)]
+    found = load(write_raw(tmp_path / "d", rows, rows[:7]), tmp_path / "c")
+    assert found.num_labels == 37  # so names are their own numbers
+    assert found.train["input_ids"][:] == [[CLS, *(ws[:6] + 4).tolist(), SEP] for ws in words]
+    assert found.train["labels"][:] == [ls.tolist() for ls in labels]
+    assert found.train["length"][:] == [min(len(ws), 6) + 2 for ws in words]
+    assert len(found.train.data.column("labels").chunks) > 1
+    counts = found.label_counts()
+    assert counts.dtype == np.int64
+    assert counts.tolist() == [sum(label in ls for ls in labels) for label in range(37)]
+
+
+def test_label_counts_include_labels_without_texts(tmp_path):
+    write_lf(tmp_path / "d", train=[instance("w0", [2]), instance("w1", [2, 0])])
+    assert load(tmp_path / "d", tmp_path / "c", "lf").label_counts().tolist() == [1, 0, 2]
+
+
+def test_flatten_lists_of_slices_and_chunks():
+    lists = [[1], [], [2, 3], [4], [5, 6, 7]]
+    whole = pa.array(lists, pa.list_(pa.int32()))
+    ragged = flatten_lists(pa.chunked_array([whole.slice(2, 1), whole.slice(0, 2), whole.slice(4, 1)]))
+    assert ragged.ids.tolist() == [2, 3, 1, 5, 6, 7] and ragged.offsets.tolist() == [0, 2, 3, 3, 6]
+    empty = flatten_lists(pa.chunked_array([], pa.list_(pa.int32())))
+    assert empty.ids.tolist() == [] and empty.offsets.tolist() == [0]
+
+
+# What is found again --------------------------------------------------------------------------------------------------
+
+
+def test_second_call_reads_nothing_but_the_cache(tmp_path, monkeypatch):
+    folder, tokenizer = write_raw(tmp_path / "d"), tiny_tokenizer()
+    first = load(folder, tmp_path / "c", tokenizer=tokenizer)
+    monkeypatch.setattr(corpus, "_build", None)
+    # Another folder with the same content, a tokenizer that was made anew, and one that was called in other ways.
+    tokenizer(["w0"], truncation=True, max_length=3, padding="max_length")
+    copy = write_raw(tmp_path / "elsewhere")
+    for again in (load(copy, tmp_path / "c", tokenizer=tokenizer), load(folder, tmp_path / "c")):
+        assert again.fingerprint == first.fingerprint and again.train[:] == first.train[:]
+        assert again.train.cache_files  # memory-mapped
+
+
+def test_whatever_changes_the_content_changes_the_fingerprint(tmp_path):
+    folder = write_raw(tmp_path / "d")
+    (folder / "names.tsv").write_text("a\tA\n")
+    prints = [load(folder, tmp_path / "c").fingerprint]
+    prints.append(load(folder, tmp_path / "c", max_len=9).fingerprint)
+    prints.append(load(folder, tmp_path / "c", label_text_file="names.tsv").fingerprint)
+    prints.append(load(folder, tmp_path / "c", tokenizer=tiny_tokenizer(99)).fingerprint)
+    left = tiny_tokenizer()
+    left.truncation_side = "left"
+    prints.append(load(folder, tmp_path / "c", tokenizer=left).fingerprint)
+    for name in ("train_raw_texts.txt", "test_labels.txt", "names.tsv"):
+        file = folder / name
+        file.write_bytes(file.read_bytes().replace(b"a", b"b").replace(b"w0", b"w8"))
+        prints.append(load(folder, tmp_path / "c", label_text_file="names.tsv").fingerprint)
+    write_lf(tmp_path / "l")
+    for augment in (False, True):
+        prints.append(load(tmp_path / "l", tmp_path / "c", "lf", augment_label_data=augment).fingerprint)
+    assert len(set(prints)) == len(prints)
+    assert entries(tmp_path / "c") == sorted(prints)
+
+
+def test_number_of_labels_is_checked_with_and_without_cache(tmp_path):
+    folder, cache = write_raw(tmp_path / "d"), tmp_path / "c"
+    with pytest.raises(UserError, match=r"data\.num_labels=4: the data have 3 labels; correct it or remove it"):
+        load(folder, cache, num_labels=4)
+    assert entries(cache) == []
+    assert load(folder, cache, num_labels=3).num_labels == 3
+    with pytest.raises(UserError, match=r"data\.num_labels=4: the data have 3 labels"):
+        load(folder, cache, num_labels=4)
+
+
+# What is left after a failure -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"train": [("w0", "a"), (" ", "a")]}, "train_raw_texts.txt, line 2: the text is empty; remove"),
+        ({"test": [("w0", "a"), ("", "a")]}, "test_raw_texts.txt, line 2: the text is empty; remove"),
+        ({"test": [("w0", "unseen")]}, "the test set has no texts with labels; check its files"),
+    ],
+)
+def test_bad_data_leave_nothing(tmp_path, options, said):
+    folder = write_raw(tmp_path / "d", **options)
+    with pytest.raises(UserError) as caught:
+        load(folder, tmp_path / "c")
+    assert str(folder) in str(caught.value) and said in str(caught.value)
+    assert entries(tmp_path / "c") == []
+    assert entries(folder) == entries(write_raw(tmp_path / "other"))  # nor among the data
+
+
+def test_truncated_gzip_leaves_nothing(tmp_path):
+    file = write_lf(tmp_path / "d", [instance(f"w{n}", [0]) for n in range(99)], zipped=True) / "trn.json.gz"
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(
+        UserError, match=r"trn\.json\.gz, after line \d+: damaged or truncated gzip file .* copy it again"
+    ):
+        load(tmp_path / "d", tmp_path / "c", "lf")
+    assert entries(tmp_path / "c") == []
+
+
+@pytest.mark.parametrize("stage", ["_tokenise", "os.replace"])
+def test_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, stage):
+    folder = write_raw(tmp_path / "d")
+    tokenise = corpus._tokenise
+
+    def interrupt(*arguments):
+        if stage == "_tokenise" and arguments[1] == "train":  # so that there is something to leave behind
+            return tokenise(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus if stage == "_tokenise" else corpus.os, stage.removeprefix("os."), interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load(folder, tmp_path / "c")
+    assert entries(tmp_path / "c") == []
+    assert len(load(folder, tmp_path / "c").train) == 2
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*/file/c: Not a directory; name a folder"):
+        load(write_raw(tmp_path / "d"), tmp_path / "file" / "c")
+
+
+def test_progress_bars_come_back(tmp_path):
+    shown = not datasets.are_progress_bars_disabled()
+    load(write_raw(tmp_path / "d"), tmp_path / "c")
+    assert shown == (not datasets.are_progress_bars_disabled())
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def build_together(folder, cache, barrier, results):
+    barrier.wait()
+    found = load(folder, cache)
+    results.put((found.fingerprint, found.train[:], found.test[:]))
+
+
+def test_two_processes_at_once(tmp_path):
+    rows = [(f"w{n % 100}", str(n % 7)) for n in range(500)]
+    folder = write_raw(tmp_path / "d", rows, rows[:9])
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=build_together, args=(folder, tmp_path / "c", barrier, results)) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert found[0] == found[1] and found[0][1]["length"] == [3] * 500
+    assert entries(tmp_path / "c") == [found[0][0]]
+
+
+def test_the_slower_of_two_processes_takes_the_faster_ones_corpus(tmp_path, monkeypatch):
+    folder, replace = write_raw(tmp_path / "d"), os.replace
+
+    def be_late(source, target):
+        monkeypatch.setattr(corpus.os, "replace", replace)
+        load(folder, tmp_path / "c")
+        replace(source, target)
+
+    monkeypatch.setattr(corpus.os, "replace", be_late)
+    found = load(folder, tmp_path / "c")
+    assert found.train["labels"][:] == [[0, 1], [2]]
+    assert entries(tmp_path / "c") == [found.fingerprint]
+
+
+# Real data ------------------------------------------------------------------------------------------------------------
+
+
+def test_real_data(tmp_path):
+    folder = real_data("SID-GND-EN")
+    found = load(folder, tmp_path, tokenizer=tiny_tokenizer(), max_len=32, label_text_file="label_texts.tsv")
+    assert (len(found.train), len(found.test), found.num_labels) == (41_333, 9_220, 22_625)
+    assert found.label_counts().min() == 1 and found.label_counts().max() == 715
+    assert found.lengths("train").max() == 32

