@@ -18,7 +18,7 @@ if torch.cuda.is_available():
 else:
     # bfloat16 pays where the processor multiplies it (AMX); elsewhere torch emulates it, slowly.
     fast = torch.cpu._is_amx_tile_supported()
-    print("data.train_sample=" + ("72000" if fast else "32000"), "data.batch_size=64")
+    print("data.train_sample=" + ("48000" if fast else "24000"), "data.batch_size=64 data.num_workers=0")
     print("training.optimization.epochs=1 training.optimization.lr=2e-2 training.optimization.warmup_steps=50")
     if fast:
         print("training.amp.enabled=true training.amp.dtype=bfloat16")
