@@ -3,8 +3,10 @@
     python launchers/predict.py outputs/wordnet/model texts.txt > predictions.jsonl
     echo "a small domesticated carnivore" | python launchers/predict.py outputs/wordnet/model
 
-Input: a text file with one text a line, JSON lines with a field "text" (name ends in .jsonl or .json), or standard input
-(one text a line). Output: JSON lines {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]}, best first.
+Input: a text file with one text a line, JSON lines with a field "text" (the name ends in .jsonl or .json), or standard
+input (one text a line). Output: JSON lines, labels best first:
+
+    {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]}
 """
 
 from __future__ import annotations

@@ -5,4 +5,6 @@ cd "$(dirname "$0")/.."
 . launchers/install.sh
 # The tests bring their own models and data: nothing may wait for a hub.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# The tests' models are tiny: one thread each is faster than two that wait for each other.
+export OMP_NUM_THREADS=1
 exec python -m pytest "$@"

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from xmc_trainer.errors import UserError
 
 USAGE = """\
-settings are key=value words: dataset=NAME (a shipped data set or a .yaml file), dataset_path=FOLDER, log_fname=NAME, and
-dotted fields such as model.ffi.fan_in=64; --print-config shows the whole resolved tree"""
+settings are key=value words: dataset=NAME (a shipped data set or a .yaml file), dataset_path=FOLDER, log_fname=NAME,
+and dotted fields such as model.ffi.fan_in=64; --print-config shows the whole resolved tree"""
 
 
 def run(main: Callable[[], None]) -> None:

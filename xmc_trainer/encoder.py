@@ -117,5 +117,8 @@ def load_backbone(name: str, for_cpu: bool = False) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id. UserError if it is not to be had."""
-    return _load(AutoTokenizer, name, "model.encoder.encoder_tokenizer")
+    """The tokenizer of a folder or hub id. UserError if it is not to be had, or cannot pad."""
+    tokenizer = _load(AutoTokenizer, name, "model.encoder.encoder_tokenizer")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"model.encoder.encoder_tokenizer={name}: has no padding token; name one that has")
+    return tokenizer

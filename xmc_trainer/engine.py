@@ -71,6 +71,8 @@ def build_accelerator(
         if on_cpu:
             _skip_shared_memory_build()
         settings = deepspeed_settings(path, mixed_precision, accumulation, micro_batch // world_size, max_grad_norm)
+        if "LOCAL_RANK" not in os.environ:
+            raise UserError(f"--deepspeed_config={path}: needs a launcher; start with deepspeed instead of python")
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
     accelerator = Accelerator(
         cpu=on_cpu and path is None,  # accelerate drops DeepSpeed where it is told to use the CPU

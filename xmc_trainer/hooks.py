@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from tqdm import tqdm
 
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, to_yaml
+from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.head import RewireReport, RewireRule
 from xmc_trainer.head.rewire import scheduled_amount
 from xmc_trainer.metrics import table
@@ -116,7 +117,8 @@ class BestModelHook(Hook):
 
 
 class ProgressHook(Hook):
-    """A progress bar with loss, rate and time left; on request a line every `print_iter` steps; metrics as a table."""
+    """A progress bar with loss, rate and time left; on request a line every `print_iter` steps; metrics as a table, at
+    the end beside the floor of predicting the most popular labels."""
 
     def __init__(self, print_iter: int | None) -> None:
         self.print_iter = print_iter
@@ -144,6 +146,9 @@ class ProgressHook(Hook):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.close()
+            floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
+            print(f"\ntest set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}")
+            print(table({"this model": trainer.metrics["test"], "most popular labels": floor}), flush=True)
 
 
 class JsonLogHook(Hook):

@@ -143,7 +143,7 @@ class Trainer:
                 self.dispatch("on_step_end")
 
     def _micro_step(self, batch: dict[str, Any], end_of_step: bool) -> Tensor:
-        """Forward and backward of one micro-batch, and at the end of the step both updates. Returns its loss, detached."""
+        """Forward and backward of one micro-batch, at the end of the step both updates. Returns its loss, detached."""
         optimization = self.config.training.optimization
         tensors = self._to_device(batch)
         with self.accelerator.accumulate(self.encoder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.head_helpers import OneOf, OracleHead, dense_of, ragged_batch
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
 from xmc_trainer.head.partition import label_range
 
 LABELS, FEATURES, TEXTS = 211, 48, 37
@@ -218,3 +218,33 @@ def test_index_is_int16_where_the_features_allow():
     assert wide.index.dtype == torch.int32 and wide.index.max() > 32768 and wide.index.min() >= 0
     narrow = FixedFanInHead(32768, 300, fan_in=4)
     assert 0 <= narrow.index.min() and narrow.index.max() <= 32767
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fan_in, group_size", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_computes_what_a_cpu_does(fan_in, group_size, dtype):
+    heads = [
+        make_head("adamw", fan_in=fan_in, group_size=group_size, weight_dtype=dtype, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    cpu, gpu = heads
+    assert torch.equal(cpu.weight, gpu.weight.cpu())
+    for feat, ids, counts in batches(4):
+        grads = []
+        for head in heads:
+            x = feat.to(head.weight.device).requires_grad_()
+            head(x, ids.to(x.device), counts.to(x.device)).backward()
+            grads.append(x.grad.cpu())
+        torch.testing.assert_close(grads[1], grads[0], rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-4)
+        if fan_in is not None:
+            reports = [head.rewire(RewireRule("fraction", 0.1)) for head in heads]
+            assert reports[0] == reports[1]
+    if dtype == torch.float32 and fan_in is not None:
+        assert torch.equal(cpu.index, gpu.index.cpu())
+    cpu.load_labels(range(LABELS), {name: getattr(gpu, name).cpu() for name in ("weight", "bias")})
+    if fan_in is not None:
+        cpu.load_labels(range(LABELS), {"index": gpu.index.cpu()})
+    (score, label), (gpu_score, gpu_label) = (head.topk(feat.to(head.weight.device), 5) for head in heads)
+    torch.testing.assert_close(gpu_score.cpu(), score, rtol=1e-3, atol=1e-4)
+    assert (gpu_label.cpu() == label).float().mean() > 0.98

@@ -60,7 +60,8 @@ class FixedFanInHead(nn.Module):
         first_bias: where every bias starts; see `losses.best_constant`.
         loss: "bce" or "squared_hinge", summed over labels.
         text_reduction: "sum" or "mean" over the texts of an optimizer step, all ranks and micro-batches together.
-        optimizer: SGD(...) or AdamW(...) of this package; default SGD(momentum=0.9). `lr` is an attribute, to be set by a schedule.
+        optimizer: SGD(...) or AdamW(...) of this package; default SGD(momentum=0.9).
+        lr: an attribute too, to be set by a schedule.
         weight_dtype: float32, or bfloat16 with stochastic rounding, for weights and optimizer state.
         seed: of index, weights, rounding and rewiring; the same on every rank.
         tile_labels: labels a tile: bounds the working memory (a few [B, tile] and [tile, d] float32 matrices).
@@ -200,8 +201,8 @@ class FixedFanInHead(nn.Module):
                 features and labels and makes one update from all of them at the end.
             texts_in_step: texts of the whole optimizer step; needed only for text_reduction="mean" with several
                 micro-batches (the default is this micro-batch's, over all ranks).
-            engine_divisor: what the training engine divides gradients by, to be undone here: the product of the ranks it
-                averages over and the micro-batches it averages over.
+            engine_divisor: what the training engine divides gradients by, to be undone here: the number of ranks times the
+                number of micro-batches that it averages over.
         Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
             of a step's micro-batches add up to the step's loss.
         """

@@ -21,8 +21,8 @@ from xmc_trainer.kernels.reference import HeadTensors
 class RewireRule:
     """What a rewiring does.
 
-    prune_mode "threshold" drops slots whose magnitude is below `amount`, "fraction" the smallest floor(amount * F) slots
-    of each row. The magnitude of a slot is the mean |weight| over the labels that share it. Growth is uniform over the
+    prune_mode "threshold" drops slots whose magnitude is below `amount`, "fraction" the smallest floor(amount * F) of
+    each row. The magnitude of a slot is the mean |weight| over the labels that share it. Growth is uniform over the
     features that the row does not read. `growth_init_mode` is "zero" or "random" (uniform, as at the start).
     """
 

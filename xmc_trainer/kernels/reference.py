@@ -153,7 +153,7 @@ def _update_tile(
 
 
 def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, stream: int, first_element: int) -> None:
-    """Write float32 values into a weight or state tile: stochastically rounded if it is bfloat16, not at all unless finite."""
+    """Write float32 values into a weight or state tile, bfloat16 by stochastic rounding; not at all unless `finite`."""
     if old.dtype == torch.bfloat16:
         element = torch.arange(first_element, first_element + old.numel(), device=old.device).view_as(old)
         value = round_to_bfloat16(value, make_key(update.seed, update.step, stream), element)

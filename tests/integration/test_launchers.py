@@ -1,0 +1,251 @@
+"""The scripts of launchers/, really launched: one loss curve for all ways to start, predictions, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+
+
+def launch(*command: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        input=stdin,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def start_command(how: str, processes: int = 1, tmp_path: Path | None = None) -> list[str]:
+    """The words in front of the settings. `how` is python, torchrun, or a launcher and a ZeRO stage: accelerate-2."""
+    launcher, _, stage = how.partition("-")
+    if launcher == "python":
+        return [sys.executable, "launchers/train.py"]
+    if launcher == "torchrun":
+        return ["torchrun", "--nproc_per_node", str(processes), "--master_port", free_port(), "launchers/train.py"]
+    if launcher == "deepspeed":
+        # Without GPUs the launcher takes the number of processes from a hostfile only.
+        words = ["deepspeed", "--master_port", free_port()]
+        if processes > 1:
+            hostfile = tmp_path / "hostfile"
+            hostfile.write_text(f"localhost slots={processes}\n")
+            words += ["--hostfile", str(hostfile)]
+        return [*words, "launchers/train.py", "--deepspeed_config", f"ds_configs/zero{stage}.json"]
+    return [
+        "accelerate", "launch", "--config_file", f"launchers/accelerate_zero{stage}.yaml",
+        "--num_processes", str(processes), "--main_process_port", free_port(), "launchers/train.py",
+    ]  # fmt: skip
+
+
+def curve(settings: list[str], how: str, processes: int = 1, tmp_path: Path | None = None) -> list[float]:
+    run = settings_value(settings, "output_dir=")
+    name = f"{how}-{processes}"
+    done = launch(*start_command(how, processes, tmp_path), *settings, f"log_fname={name}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = map(json.loads, (Path(run) / name / "log.jsonl").read_text().splitlines())
+    return [record["loss"] for record in lines if record["event"] == "step"]
+
+
+def settings_value(settings: list[str], prefix: str) -> str:
+    return [word for word in settings if word.startswith(prefix)][-1].removeprefix(prefix)
+
+
+@pytest.fixture
+def short(toy_settings):
+    return [*toy_settings, "training.optimization.max_steps=20"]
+
+
+def test_every_way_of_starting_gives_the_same_curve(short, tmp_path):
+    plain = curve(short, "python")
+    assert len(plain) == 20 and plain[-1] < plain[0]
+    for how in ("accelerate-2", "deepspeed-1", "deepspeed-2", "deepspeed-3"):
+        assert curve(short, how, tmp_path=tmp_path) == pytest.approx(plain, rel=1e-5), how
+
+
+@pytest.mark.parametrize("how", ["accelerate-2", "deepspeed-1", "torchrun"])
+def test_two_processes_train_as_one(short, how, tmp_path):
+    # 41 labels and 33 texts a step: neither divides, labels are shared 20 and 21, the last step of an epoch 8 and 7.
+    settings = [*short, "data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
+    one, two = curve(settings, "python"), curve(settings, how, 2, tmp_path)
+    assert two == pytest.approx(one, rel=1e-5)
+    out = Path(settings_value(settings, "output_dir="))
+    metrics, tensors = {}, {}
+    for name in ("python-1", f"{how}-2"):
+        records = list(map(json.loads, (out / name / "log.jsonl").read_text().splitlines()))
+        metrics[name] = [{k: r[k] for k in ("P@1", "P@5", "PSP@5", "R@3")} for r in records if r["event"] == "evaluate"]
+        assert [r["step"] for r in records if r["event"] == "rewire"] == [5, 10]
+        shards = sorted((out / name / "model").glob("head-*.safetensors"))
+        assert len(shards) == (1 if name == "python-1" else 2)
+        parts = [load_file(shard) for shard in shards]
+        tensors[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    first, second = tensors.values()
+    assert torch.equal(first["index"], second["index"])
+    torch.testing.assert_close(first["weight"], second["weight"], rtol=1e-3, atol=1e-4)
+    assert metrics["python-1"] == metrics[f"{how}-2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, toy_data, tiny_encoder):
+    """A model trained by the script; (folder, its run's metrics)."""
+    out = tmp_path_factory.mktemp("trained")
+    yaml = out / "toy.yaml"
+    yaml.write_text(
+        f"data: {{dataset: toy, max_len: 16, num_workers: 1, batch_size: 32, label_text_file: names.tsv}}\n"
+        f"model: {{encoder: {{encoder_model: {tiny_encoder}, embed_dropout: 0.0}}, ffi: {{fan_in: 12}}}}\n"
+        "training: {optimization: {xmc_optimizer: adamw, encoder_lr: 2.0e-3, lr: 2.0e-2, epochs: 6, warmup_steps: 5}}\n"
+    )
+    done = launch(
+        sys.executable, "launchers/train.py", f"dataset={yaml}", f"dataset_path={toy_data}", f"output_dir={out}",
+        f"data.cache_dir={out / 'cache'}", "log_fname=m",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = map(json.loads, (out / "m" / "log.jsonl").read_text().splitlines())
+    return out / "m" / "model", [record for record in records if record["event"] == "evaluate"][-1]
+
+
+def predict(model, *words, stdin=None):
+    return launch(sys.executable, "launchers/predict.py", model, *words, stdin=stdin)
+
+
+def test_predict_reads_files_and_standard_input(model, tmp_path):
+    folder, _ = model
+    texts = ["w3 w60", "w7 w50 w51", "w11"]
+    (tmp_path / "texts.txt").write_text("\n".join(texts) + "\n")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text, "more": 1}) + "\n" for text in texts))
+    outputs = [
+        predict(folder, tmp_path / "texts.txt", "-k", "3"),
+        predict(folder, tmp_path / "texts.jsonl", "-k", "3"),
+        predict(folder, "-k", "3", stdin="\n".join(texts)),
+    ]
+    done = predict(folder, tmp_path / "texts.txt", "-k", "3", "--output", tmp_path / "out.jsonl", "--batch_size", "2")
+    assert done.returncode == 0 and done.stdout == ""
+    assert all(output.returncode == 0 for output in outputs), outputs[0].stderr
+    assert outputs[0].stdout == outputs[1].stdout == outputs[2].stdout
+    records = [json.loads(line) for line in outputs[0].stdout.splitlines()]
+    assert [record["text"] for record in records] == texts
+    for record, expected in zip(records, (3, 7, 11)):
+        assert (
+            record["labels"][0]["id"] == f"tag{expected:02d}" and record["labels"][0]["text"] == f"name of {expected}"
+        )
+        scores = [label["score"] for label in record["labels"]]
+        assert len(scores) == 3 and scores == sorted(scores, reverse=True) and 0 <= scores[-1] <= scores[0] <= 1
+    for line, record in zip((tmp_path / "out.jsonl").read_text().splitlines(), records):
+        assert [label["id"] for label in json.loads(line)["labels"]] == [label["id"] for label in record["labels"]]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"w1\n\nw2\n", "a.txt, line 2: the text is empty"),
+        ("b.txt", b"w1\n\xff\n", "b.txt, line 2: not UTF-8"),
+        ("c.jsonl", b'{"text": "w1"}\n{"text": 3}\n', "c.jsonl, line 2: write an object"),
+        ("d.jsonl", b'{"text": "w1"\n', "d.jsonl, line 1: not valid JSON"),
+        (None, b"", "missing.txt: No such file"),
+    ],
+)
+def test_predict_refuses_bad_input_and_writes_nothing(model, tmp_path, name, content, message):
+    path = tmp_path / (name or "missing.txt")
+    if name:
+        path.write_bytes(content)
+    done = predict(model[0], path, "--output", tmp_path / "out.jsonl")
+    assert done.returncode == 2 and not (tmp_path / "out.jsonl").exists()
+    assert_one_line(done.stderr, message)
+
+
+def assert_one_line(stderr: str, message: str) -> None:
+    errors = [line for line in stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and message in errors[0], stderr
+    assert "Traceback" not in stderr
+
+
+def test_evaluate_repeats_the_runs_metrics(model):
+    folder, metrics = model
+    done = launch(sys.executable, "launchers/evaluate.py", folder, "--json", "data.test_batch_size=7")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == pytest.approx({name: metrics[name] for name in found}, abs=1e-6) and len(found) == 15
+    done = launch(sys.executable, "launchers/evaluate.py", folder)
+    assert "most popular labels" in done.stdout and f"{100 * metrics['PSP@3']:.2f}" in done.stdout
+    done = launch(sys.executable, "launchers/evaluate.py", folder, "model.ffi.fan_in=3")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "model.ffi.fan_in=3")
+
+
+def test_evaluate_refuses_other_labels(model, tmp_path):
+    from tests.data_helpers import write_raw
+
+    write_raw(tmp_path / "toy")
+    (tmp_path / "toy" / "names.tsv").write_text("")
+    done = launch(sys.executable, "launchers/evaluate.py", model[0], f"dataset_path={tmp_path}")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "has 3 labels, the model 41")
+
+
+def test_print_config_and_refusals(toy_settings, tmp_path):
+    train = [sys.executable, "launchers/train.py"]
+    done = launch(*train, "dataset=wordnet", "--print-config", "model.ffi.fan_in=32")
+    assert done.returncode == 0 and "fan_in: 32" in done.stdout
+    for words, message in [
+        (["dataset=wordnet", "model.ffi.fanin=3"], "fanin"),
+        ([*toy_settings, "data.folder=elsewhere"], "elsewhere: no such folder"),
+        ([*toy_settings, "--deepspeed_config", "nowhere.json"], "nowhere.json"),
+    ]:
+        done = launch(*train, *words)
+        assert done.returncode == 2, done.stderr
+        assert_one_line(done.stderr, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_contradicting_deepspeed_settings_are_refused(toy_settings, tmp_path):
+    base = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    for change, message in [
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 contradicts"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0 contradicts"),
+        ({"bf16": {"enabled": True}}, "enabled=True contradicts"),
+        ({"optimizer": {"type": "Adam"}}, "remove the 'optimizer' block"),
+    ]:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(base | change))
+        done = launch(sys.executable, "launchers/train.py", *toy_settings, "--deepspeed_config", path)
+        assert done.returncode == 2
+        assert_one_line(done.stderr, message)
+
+
+def test_a_batch_that_does_not_divide_is_refused(toy_settings):
+    done = launch(*start_command("torchrun", 2), *toy_settings, "data.batch_size=33")
+    assert done.returncode != 0 and "data.batch_size=33: does not divide by the 2 processes" in done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_on_a_gpu(short, tmp_path, dtype):
+    settings = [*short, "training.amp.enabled=true", f"training.amp.dtype={dtype}"]
+    plain = curve(short, "python")
+    for how in ("python", "accelerate-2", "deepspeed-1", "deepspeed-3"):
+        assert curve(settings, how, tmp_path=tmp_path) == pytest.approx(plain, rel=0.05), how

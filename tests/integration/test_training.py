@@ -1,0 +1,272 @@
+"""The trainer in this process: what is learned, logged, saved, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from xmc_trainer.config import load_config
+from xmc_trainer.errors import UserError
+from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
+from xmc_trainer.hooks import Hook
+from xmc_trainer.model import XMCModel
+from xmc_trainer.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    # accelerate keeps its state for the life of a process, which trains one model; this one trains many.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def train(settings, *more, hooks=None):
+    trainer = Trainer(load_config([*settings, *more]), hooks=hooks)
+    return trainer, trainer.train()
+
+
+def log_of(trainer, event):
+    lines = (trainer.run_folder / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+def test_a_run_learns_logs_saves_and_loads(toy_settings):
+    trainer, metrics = train(toy_settings)
+    floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
+    assert metrics["P@1"] > 0.9 and metrics["PSP@1"] > 0.8 > 0.3 > floor["P@1"]
+
+    steps = log_of(trainer, "step")
+    assert [record["step"] for record in steps] == list(range(1, 8 * 20 + 1))  # 611 texts are 20 batches of 32
+    assert all(np.isfinite(record["loss"]) and not record["encoder_skipped"] for record in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"] / 3 and steps[-1]["head_skipped"] == 0
+    evaluations = log_of(trainer, "evaluate")
+    assert len(evaluations) == 8 and evaluations[-1]["P@1"] == metrics["P@1"]
+
+    folder = trainer.run_folder / "model"
+    assert not list(folder.parent.glob("model.*"))
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {
+        ".json",
+        ".yaml",
+        ".safetensors",
+        ".parquet",
+    }
+    again = load_config([f"dataset={folder / 'config.yaml'}"])
+    model = XMCModel.load(folder)
+    found, _ = evaluate_saved(model.saved, again, model.device)
+    assert found == pytest.approx(metrics, abs=1e-6)
+
+    labels = model.predict(["w3 w60 w61", "w7 w12"], k=2)
+    assert (labels[0][0].id, labels[0][0].text) == ("tag03", "name of 3") and 0.5 < labels[0][0].score < 1
+    assert {label.id for label in labels[1]} == {"tag07", "tag12"}
+    with pytest.raises(UserError, match="text 2 of 2 is empty"):
+        model.predict(["w1", " "])
+    with pytest.raises(UserError, match="k=42"):
+        model.predict(["w1"], k=42)
+
+
+def test_rewiring_happens_at_its_steps_and_ends(toy_settings):
+    class Watch(Hook):
+        def __init__(self):
+            self.indices = {}
+
+        def on_step_end(self, trainer):
+            self.indices[trainer.state.step] = trainer.head.index.clone()
+
+    watch = Watch()
+    trainer, _ = train(
+        toy_settings, "training.optimization.max_steps=20", "model.ffi.rewire_end_epoch=0.5", hooks=[watch]
+    )
+    events = log_of(trainer, "rewire")
+    assert [record["step"] for record in events] == [5, 10]
+    assert events[0]["moved"] > 0 and events[0]["moved"] + events[0]["survivors"] == 41 * 12
+    changed = [s for s in range(2, 21) if not torch.equal(watch.indices[s], watch.indices[s - 1])]
+    assert changed == [record["step"] for record in events if record["moved"]]
+    amounts = [record["amount"] for record in events]
+    assert amounts == pytest.approx([1e-4 + (0.05 - 1e-4) / 2, 1e-4])
+
+
+def test_hooks_are_called_in_order(toy_settings):
+    class Record(Hook):
+        def __init__(self):
+            self.calls = []
+
+    def recorder(event):
+        def method(self, trainer, *arguments):
+            self.calls.append((event, trainer.state.step))
+
+        return method
+
+    events = [name for name in vars(Hook) if name.startswith("on_")]
+    for name in events:
+        setattr(Record, name, recorder(name))
+    record = Record()
+    train(
+        toy_settings,
+        "training.optimization.max_steps=6",
+        "training.evaluation.train_evaluate=true",
+        "model.ffi.rewire_end_epoch=1.0",
+        hooks=[record],
+    )
+    order = [name for name, _ in record.calls]
+    assert set(order) == set(events)  # on_rewire comes at step 5 of the 6
+    assert order[0] == "on_train_start" and order[-2:] == ["on_save", "on_train_end"]
+    ends = [step for name, step in record.calls if name == "on_step_end"]
+    assert ends == list(range(1, 7)) and order.count("on_evaluate") == 2
+    assert record.calls.index(("on_step_begin", 4)) < record.calls.index(("on_step_end", 5))
+
+
+VARIANTS = {
+    "dense": ["model.ffi.use_sparse_layer=false"],
+    "groups": ["model.ffi.group_size=4", "model.ffi.prune_mode=fraction", "model.ffi.growth_init_mode=random"],
+    "bfloat16": ["model.ffi.weight_dtype=bfloat16", "training.amp.enabled=true", "training.amp.dtype=bfloat16"],
+    "penultimate": [
+        "model.penultimate.use_penultimate_layer=true",
+        "model.penultimate.penultimate_size=48",
+        "training.optimization.penultimate_lr=2e-3",
+    ],
+    "cls": ["model.encoder.pool_mode=last_nhidden_conlast", "model.encoder.feature_layers=2"],
+    "hinge": ["training.optimization.loss_fn=squared_hinge"],
+    "sgd": ["training.optimization.xmc_optimizer=sgd", "training.optimization.lr=0.02"],
+    "clipped": ["training.optimization.max_grad_norm=0.5", "data.length_grouped=false"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_learns_and_survives_saving(toy_settings, name):
+    trainer, metrics = train(toy_settings, *VARIANTS[name], "training.evaluation.test_evaluate_every=8")
+    assert metrics["P@1"] > 0.7, metrics
+    folder = trainer.run_folder / "model"
+    model = XMCModel.load(folder)
+    found, _ = evaluate_saved(model.saved, load_config([f"dataset={folder / 'config.yaml'}"]), model.device)
+    # Mixed precision trains and evaluates in bfloat16, a loaded model computes in float32.
+    assert found == pytest.approx(metrics, abs=0.03 if name == "bfloat16" else 1e-6)
+
+
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+def test_accumulation_trains_as_one_batch(toy_settings, loss):
+    settings = [*toy_settings, "training.optimization.max_steps=25", f"training.optimization.loss_fn={loss}"]
+    curves = []
+    for batch, accumulate in ((32, 1), (8, 4)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        trainer, _ = train(
+            settings,
+            f"data.batch_size={batch}",
+            f"training.optimization.grad_accum_step={accumulate}",
+            f"log_fname=a{batch}",
+        )
+        curves.append([record["loss"] for record in log_of(trainer, "step")])
+    assert curves[1] == pytest.approx(curves[0], rel=2e-5)
+
+
+def test_best_model_is_kept(toy_settings):
+    trainer, _ = train(
+        toy_settings, "training.use_checkpoint=true", "training.checkpoint_file=top", "training.best_p1=0.1"
+    )
+    best = max(log_of(trainer, "evaluate"), key=lambda record: record["P@1"])
+    manifest = json.loads((trainer.run_folder / "top" / "manifest.json").read_text())
+    assert manifest["step"] == best["step"]
+
+
+def test_label_features_augmentation_and_filter(toy_settings, tmp_path):
+    folder = tmp_path / "lf" / "toy" / "raw_text"
+    folder.mkdir(parents=True)
+    rows = [{"uid": f"i{n}", "title": f"w{n % 41}", "content": "w50", "target_ind": [n % 41]} for n in range(123)]
+    for name in ("trn", "tst"):
+        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "lbl.json").write_text(
+        "".join(json.dumps({"uid": f"l{n}", "title": f"w{n} w{n}"}) + "\n" for n in range(41))
+    )
+    # Every test row's own label is filtered: no hit is left.
+    (folder / "filter_labels_test.txt").write_text("".join(f"{n} {n % 41}\n" for n in range(123)))
+    lf = [*toy_settings, f"dataset_path={tmp_path / 'lf'}", "data.is_lf_data=true", "data.label_text_file=null"]
+    lf += ["data.augment_label_data=true", "training.evaluation.test_evaluate_every=100"]
+    trainer, metrics = train(lf)
+    assert len(trainer.corpus.train) == 123 + 41 and metrics["P@1"] > 0.9
+    AcceleratorState._reset_state(reset_partial_state=True)
+    _, filtered = train(lf, "data.use_filter_eval=true", "training.optimization.max_steps=3")
+    assert filtered["P@5"] == 0
+
+
+def test_hugging_face_source(toy_settings, toy_data, tmp_path):
+    for split in ("train", "test"):
+        texts = (toy_data / "toy" / f"{split}_raw_texts.txt").read_text().splitlines()
+        labels = (toy_data / "toy" / f"{split}_labels.txt").read_text().splitlines()
+        rows = (json.dumps({"body": text, "tags": tags.split()}) for text, tags in zip(texts, labels))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    trainer, metrics = train(
+        toy_settings, f"data.hf_source={tmp_path}", "data.text_column=body", "data.label_column=tags",
+        "data.label_text_file=null", "training.optimization.epochs=4",
+    )  # fmt: skip
+    assert metrics["P@1"] > 0.6 and trainer.corpus.labels[3] == {"id": "tag03", "text": "tag03"}
+
+
+def test_sample_keeps_every_label(toy_settings):
+    trainer, _ = train(toy_settings, "data.train_sample=64", "training.optimization.epochs=1")
+    assert trainer.state.step == 2 and trainer.head.num_labels == 41
+
+
+def test_wandb_offline(toy_settings, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    trainer, _ = train(toy_settings, "training.verbose.use_wandb=true", "training.optimization.max_steps=3")
+    assert list((trainer.run_folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_iterations_are_printed_on_request(toy_settings, capsys):
+    train(
+        toy_settings, "training.verbose.show_iter=true", "training.verbose.print_iter=4",
+        "training.verbose.logging=false", "training.optimization.max_steps=9",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "step 4: loss" in printed and "step 8: loss" in printed and "step 5: loss" not in printed
+    assert not (Path(load_config(toy_settings).output_dir) / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        ("model.encoder.encoder_ftr_dim=64", "encoder_ftr_dim=64: the encoder's is 32"),
+        ("data.max_len=25", "data.max_len=25"),
+        ("data.num_labels=40", "data.num_labels=40: the data have 41"),
+        ("model.ffi.fan_in=33", "model.ffi.fan_in=33"),
+        ("model.ffi.input_features=64", "model.ffi.input_features=64"),
+        ("model.ffi.output_features=64", "model.ffi.output_features=64"),
+        ("data.train_sample=612", "data.train_sample=612"),
+        ("model.encoder.encoder_model=/nowhere/model", "model.encoder.encoder_"),
+        ("model.encoder.encoder_model=nobody/no-such-model", "model.encoder.encoder_"),
+        ("data.folder=missing", "missing: no such folder"),
+    ],
+)
+def test_contradictions_are_refused_before_training(toy_settings, setting, named, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "encoder_model" in setting:
+        toy_settings = [*toy_settings, "model.encoder.encoder_tokenizer=${model.encoder.encoder_model}"]
+    with pytest.raises(UserError, match=named) as error:
+        Trainer(load_config([*toy_settings, setting]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_diverging_run_stops_and_says_what_to_change(toy_settings):
+    with pytest.raises(UserError, match=r"loss is not finite at step \d+: lower training.optimization.encoder_lr"):
+        train(toy_settings, "training.optimization.encoder_lr=1e30")
+
+
+def test_damaged_models_are_refused(toy_settings, tmp_path):
+    trainer, _ = train(toy_settings, "training.optimization.max_steps=1")
+    folder = trainer.run_folder / "model"
+    shard = folder / "head-00000-of-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="head-00000-of-00001.safetensors: damaged"):
+        XMCModel.load(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match="head-00000-of-00001.safetensors: missing"):
+        XMCModel.load(folder)
+    with pytest.raises(UserError, match="manifest.json"):
+        XMCModel.load(tmp_path)

@@ -1,0 +1,64 @@
+"""The direction of dependencies, and what an import must not cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "xmc_trainer"
+# Who may import what of the package; a folder stands for its modules. What is not listed may import anything.
+ALLOWED = {
+    "kernels": {"kernels"},
+    "ops": {"kernels"},
+    "parallel": set(),
+    "errors": set(),
+    "metrics": set(),
+    "schedules": set(),
+    "encoder": {"errors"},
+    "head": {"head", "ops", "kernels", "parallel"},
+    "data": {"data", "errors", "cli"},
+    "config": {"errors"},
+    "engine": {"errors"},
+    "checkpoint": {"encoder", "head", "errors"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+    return found
+
+
+def test_dependencies_point_downwards():
+    checked = 0
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if part not in ALLOWED:
+            continue
+        checked += 1
+        names = {name.split(".")[1] for name in imports_of(path) if name.startswith("xmc_trainer.")}
+        assert names <= ALLOWED[part], f"{path.relative_to(ROOT)} imports {names - ALLOWED[part]}"
+    assert checked > 15
+
+
+def test_only_parallel_talks_to_other_processes():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "parallel.py":
+            assert not any(name.startswith("torch.distributed") for name in imports_of(path)), path
+
+
+def test_importing_the_package_stays_light():
+    code = "import sys, xmc_trainer.head, xmc_trainer.config; print([m for m in ('triton', 'deepspeed') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_the_entry_script_stays_short():
+    assert len((ROOT / "launchers" / "train.py").read_text().splitlines()) < 80
