@@ -55,7 +55,7 @@ def start_command(how: str, processes: int = 1, tmp_path: Path | None = None) ->
         if processes > 1:
             hostfile = tmp_path / "hostfile"
             hostfile.write_text(f"localhost slots={processes}\n")
-            words += ["--hostfile", str(hostfile)]
+            words += ["--hostfile", str(hostfile), "--no_ssh_check"]
         return [*words, "launchers/train.py", "--deepspeed_config", f"ds_configs/zero{stage}.json"]
     return [
         "accelerate", "launch", "--config_file", f"launchers/accelerate_zero{stage}.yaml",
