@@ -140,7 +140,9 @@ class FFIConfig:
     )
     bias_init: str = option("prior", "prior: the best constant for the share of positives in the data; or zero")
     backend: str = option("auto", "auto or reference (plain torch, CPU and GPU)")
-    tile_labels: int = option(8192, "labels a tile of the head step: bounds its working memory")
+    tile_labels: int | None = option(
+        None, "labels a tile of the head step: bounds its working memory; default 4096 on a CPU, 65536 on a GPU"
+    )
     prune_mode: str = option("threshold", "threshold (|w| below it) or fraction (the smallest share of each row)")
     rewire_threshold: float = option(0.01, "threshold of prune_mode=threshold")
     rewire_fraction: float = option(0.15, "share of prune_mode=fraction")

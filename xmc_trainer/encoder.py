@@ -111,8 +111,8 @@ def load_backbone(name: str, for_cpu: bool = False) -> PreTrainedModel:
         # The backward pass of torch's fused attention takes as long as the rest of the encoder on a CPU (2.13).
         backbone.set_attn_implementation("eager")
     if getattr(backbone, "pooler", None) is not None:
-        # Pooling is ours, and a layer without a gradient breaks data-parallel reduction.
-        backbone.pooler = None
+        # Pooling is ours: this layer would wait for a gradient that never comes. It stays, so that what is saved is whole.
+        backbone.pooler.requires_grad_(False)
     return backbone
 
 

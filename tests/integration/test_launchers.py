@@ -23,7 +23,7 @@ def launch(*command: str | Path, stdin: str | None = None) -> subprocess.Complet
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     return subprocess.run(
         [str(word) for word in command],

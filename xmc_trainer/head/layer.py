@@ -64,7 +64,8 @@ class FixedFanInHead(nn.Module):
         lr: an attribute too, to be set by a schedule.
         weight_dtype: float32, or bfloat16 with stochastic rounding, for weights and optimizer state.
         seed: of index, weights, rounding and rewiring; the same on every rank.
-        tile_labels: labels a tile: bounds the working memory (a few [B, tile] and [tile, d] float32 matrices).
+        tile_labels: labels a tile: bounds the working memory (a few [B, tile] and [tile, d] float32 matrices). Default:
+            4096 on a CPU, where a tile should stay in the cache, 65,536 on a GPU, where each tile is some 40 launches.
         ranks: the process group; default: the initialised one, or this process alone.
 
     Attributes:
@@ -87,7 +88,7 @@ class FixedFanInHead(nn.Module):
         weight_decay: float = 0.0,
         weight_dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        tile_labels: int = 8192,
+        tile_labels: int | None = None,
         backend: str = "auto",
         ranks: Ranks | None = None,
         device: torch.device | str | None = None,
@@ -106,7 +107,9 @@ class FixedFanInHead(nn.Module):
         self.loss_name, self.text_reduction = loss, text_reduction
         optimizer = optimizer or SGD(momentum=0.9)
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
-        self.seed, self.tile_labels = seed, tile_labels
+        self.seed = seed
+        on_gpu = torch.empty(0, device=device).is_cuda
+        self.tile_labels = tile_labels or (65536 if on_gpu else 4096)
         self.ranks = ranks or Ranks()
         self.labels = self.labels_of(self.ranks.rank)
         self.steps = 0
