@@ -22,7 +22,7 @@ from xmc_trainer.errors import UserError
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its one-line description (shown by `python -m xmc_trainer.config`)."""
+    """A dataclass field with its one-line description, which `python -m xmc_trainer.config` lists."""
     metadata = {"help": help}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -420,3 +420,19 @@ def load_config(overrides: list[str]) -> Config:
 def to_yaml(config: Any) -> str:
     """A resolved configuration section as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def describe(section: Any, prefix: str = "") -> list[str]:
+    """A line for every setting under a section: dotted name, default, description."""
+    lines = []
+    for item in dataclasses.fields(section):
+        if "help" in item.metadata:
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            lines.append(f"{prefix}{item.name} = {default}\n    {item.metadata['help']}")
+        else:
+            lines += describe(item.default_factory, f"{prefix}{item.name}.")
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(describe(Config)))

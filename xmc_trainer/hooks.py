@@ -9,13 +9,14 @@ Trainer(config, hooks=[MyHook()]).train()
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, to_yaml
+from xmc_trainer.config import Config, EvaluationConfig, FFIConfig
 from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.head import RewireReport, RewireRule
 from xmc_trainer.head.rewire import scheduled_amount
@@ -197,14 +198,13 @@ class WandbHook(Hook):
         if not trainer.accelerator.is_main_process:
             return
         import wandb
-        import yaml
 
         name = self.config.training.verbose.wandb_runname
         self._run = wandb.init(
             project="xmc_trainer",
             name=None if name == "none" else name,
             dir=str(trainer.run_folder),
-            config=yaml.safe_load(to_yaml(self.config)),
+            config=dataclasses.asdict(self.config),
         )
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
