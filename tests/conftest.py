@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU Triton's kernels run in its interpreter, which must be chosen before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import BertConfig, BertModel
 
 from tests.data_helpers import tiny_tokenizer, write_raw
 
 LABELS, WORDS = 41, 90  # 41: no rank count or tile divides it
+
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

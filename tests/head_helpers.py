@@ -77,7 +77,7 @@ class OracleHead:
         self.optimizer = {
             "sgd": lambda: torch.optim.SGD(groups, lr=lr),
             "momentum": lambda: torch.optim.SGD(groups, lr=lr, momentum=0.9),
-            "adamw": lambda: torch.optim.AdamW(groups, lr=lr),
+            "adamw": lambda: torch.optim.AdamW(groups, lr=lr, eps=1e-4),
         }[optimizer]()
         self.loss, self.reduction = head.loss_name, head.text_reduction
 

@@ -300,6 +300,7 @@ class Trainer:
             lr=optimization.lr,
             weight_decay=optimization.wd,
             weight_dtype=getattr(torch, ffi.weight_dtype),
+            product_dtype=torch.bfloat16 if self.config.training.amp.enabled else torch.float32,
             seed=self.config.training.seed,
             tile_labels=ffi.tile_labels,
             backend=ffi.backend,

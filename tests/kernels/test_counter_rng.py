@@ -26,35 +26,38 @@ def lowbias32(x: int) -> int:
 
 def test_bits_equal_python_integers():
     key = make_key(42, 7, Stream.ROUND_WEIGHT)
-    elements = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40 + 17, 2**48 - 1]
-    got = random_bits(key, torch.tensor(elements)).tolist()
-    for element, bits in zip(elements, got):
-        low, high = element % 2**32, element // 2**32
-        expected = lowbias32((lowbias32(low ^ key[0]) + high * 0x9E3779B1) % 2**32 ^ key[1])
-        assert bits % 2**32 == expected
+    rows, columns = [0, 1, 2, 12345, 2**24 + 1, 2**31 - 1], [0, 1, 767, 2**16, 2**31 - 1]
+    got = random_bits(key, torch.tensor(rows)[:, None], torch.tensor(columns)).tolist()
+    for row, line in zip(rows, got):
+        for column, bits in zip(columns, line):
+            expected = lowbias32((lowbias32(row ^ key[0]) + column * 0x9E3779B1) % 2**32 ^ key[1])
+            assert bits % 2**32 == expected
 
 
 def test_streams_steps_and_seeds_differ():
     keys = {make_key(seed, step, stream) for seed in (0, 1, 2**33) for step in range(50) for stream in Stream}
     assert len(keys) == 3 * 50 * len(Stream)
-    a, b = (uniform(make_key(0, step, Stream.ROUND_WEIGHT), torch.arange(100_000)) for step in (1, 2))
+    a, b = (uniform(make_key(0, step, Stream.ROUND_WEIGHT), torch.arange(1000)[:, None], torch.arange(100)).flatten() for step in (1, 2))
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.015
 
 
 def test_uniform_is_uniform():
-    draws = uniform(make_key(3, 1, Stream.INIT_WEIGHT), torch.arange(1_000_000) + 2**33)
+    key = make_key(3, 1, Stream.INIT_WEIGHT)
+    draws = uniform(key, torch.arange(10_000)[:, None] + 2**30, torch.arange(100)).flatten()
     assert 0 <= draws.min() and draws.max() < 1
     counts = torch.histc(draws, bins=100, min=0, max=1)
     assert ((counts - 10_000) ** 2 / 10_000).sum().item() < 160  # chi squared, 99 degrees of freedom: p < 1e-4
-    neighbours = torch.corrcoef(torch.stack([draws[:-1], draws[1:]]))[0, 1].item()
-    assert abs(neighbours) < 0.005
+    for shift in (1, 100):  # the next column, the next row
+        neighbours = torch.corrcoef(torch.stack([draws[:-shift], draws[shift:]]))[0, 1].item()
+        assert abs(neighbours) < 0.005
 
 
 @pytest.mark.parametrize("value", [1.001, -0.3337, 1e-20, 3.1e8, 0.0, 1.0])
 def test_stochastic_rounding_is_unbiased_and_stays_between_neighbours(value):
-    values = torch.full((200_000,), value)
-    rounded = round_to_bfloat16(values, make_key(1, 2, Stream.ROUND_WEIGHT), torch.arange(200_000)).double()
-    exact = float(values[0])
+    values = torch.full((2000, 100), value)
+    row, column = torch.arange(2000)[:, None], torch.arange(100)
+    rounded = round_to_bfloat16(values, make_key(1, 2, Stream.ROUND_WEIGHT), row, column).double()
+    exact = float(values[0, 0])
     assert rounded.unique().numel() <= 2
     spacing = float((rounded.max() - rounded.min()).item())
     error = abs(rounded.mean().item() - exact)

@@ -45,25 +45,25 @@ def test_rewire_moves_exactly_the_small_slots(rule, dtype, group_size):
     report = head.rewire(rule)
     assert report.moved == expected.sum() and report.slots == rows * 12
     assert report.survivors == report.slots - report.moved and report.share == report.moved / report.slots
+    states = ("weight_exp_avg", "weight_exp_avg_sq")
     for row in range(rows):
-        now = head.index[row].tolist()
-        assert len(set(now)) == 12 and min(now) >= 0 and max(now) < D
-        for slot in range(12):
-            if expected[row, slot]:
-                assert now[slot] not in index[row].tolist()
-            else:
-                assert now[slot] == index[row, slot]
-    moved = expected.repeat_interleave(group_size, 0)[:LABELS]
-    assert torch.equal(head.weight[~moved], weight[~moved])
+        before, now = index[row].tolist(), head.index[row].tolist()
+        assert now == sorted(set(now)) and len(now) == 12 and min(now) >= 0 and max(now) < D
+        kept = {feature for slot, feature in enumerate(before) if not expected[row, slot]}
+        assert set(now) & set(before) == kept
+        for label in range(row * group_size, min((row + 1) * group_size, LABELS)):
+            for slot, feature in enumerate(now):
+                if feature in kept:
+                    assert head.weight[label, slot] == weight[label, before.index(feature)]
+                    assert all(getattr(head, name)[label, slot] == 7 for name in states)
+                else:
+                    assert all(getattr(head, name)[label, slot] == 0 for name in states)
+    moved = torch.stack([~torch.isin(head.index[row], index[row]) for row in range(rows)])
+    grown = head.weight[moved.repeat_interleave(group_size, 0)[:LABELS]].float()
     if rule.growth_init_mode == "zero":
-        assert (head.weight[moved] == 0).all()
+        assert (grown == 0).all()
     else:
-        grown = head.weight[moved].float()
-        assert (
-            grown.abs().max() <= 12**-0.5 + 1e-3 and grown.std() > 0.1 and not torch.equal(grown, weight[moved].float())
-        )
-    for state in (head.weight_exp_avg, head.weight_exp_avg_sq):
-        assert (state[moved] == 0).all() and (state[~moved] == 7).all()
+        assert grown.abs().max() <= 12**-0.5 + 1e-3 and grown.std() > 0.1 and not torch.isin(grown, weight.float()).all()
 
 
 def test_rewiring_does_not_depend_on_shards_or_tiles():

@@ -10,6 +10,7 @@ hands the stored feature gradient to the encoder. In a training script that stil
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,9 +64,13 @@ class FixedFanInHead(nn.Module):
         optimizer: SGD(...) or AdamW(...) of this package; default SGD(momentum=0.9).
         lr: an attribute too, to be set by a schedule.
         weight_dtype: float32, or bfloat16 with stochastic rounding, for weights and optimizer state.
+        product_dtype: float32, or bfloat16: what features are rounded to before the products. The reference backend
+            computes in float32 from there; triton uses bfloat16 matrix instructions. Sums are float32 in both.
         seed: of index, weights, rounding and rewiring; the same on every rank.
-        tile_labels: labels a tile: bounds the working memory (a few [B, tile] and [tile, d] float32 matrices). Default:
-            4096 on a CPU, where a tile should stay in the cache, 65,536 on a GPU, where each tile is some 40 launches.
+        backend: auto, triton or reference; see `xmc_trainer.ops`.
+        tile_labels: of the reference backend, labels a tile: bounds the working memory (a few [B, tile] and [tile, d]
+            float32 matrices). Default: 4096 on a CPU, where a tile should stay in the cache, 65,536 on a GPU, where each
+            tile is some 40 launches.
         ranks: the process group; default: the initialised one, or this process alone.
 
     Attributes:
@@ -87,6 +92,7 @@ class FixedFanInHead(nn.Module):
         lr: float = 0.05,
         weight_decay: float = 0.0,
         weight_dtype: torch.dtype = torch.float32,
+        product_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         tile_labels: int | None = None,
         backend: str = "auto",
@@ -100,6 +106,8 @@ class FixedFanInHead(nn.Module):
             raise ValueError(f"in_features={in_features}: at most 65536")
         if weight_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"weight_dtype={weight_dtype}: float32 or bfloat16")
+        if product_dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"product_dtype={product_dtype}: float32 or bfloat16")
         if text_reduction not in ("sum", "mean"):
             raise ValueError(f"text_reduction={text_reduction!r}: sum or mean")
         self.in_features, self.num_labels = in_features, num_labels
@@ -107,14 +115,15 @@ class FixedFanInHead(nn.Module):
         self.loss_name, self.text_reduction = loss, text_reduction
         optimizer = optimizer or SGD(momentum=0.9)
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
+        self.product_dtype = product_dtype
         self.seed = seed
-        on_gpu = torch.empty(0, device=device).is_cuda
-        self.tile_labels = tile_labels or (65536 if on_gpu else 4096)
+        self._tile_labels = tile_labels
         self.ranks = ranks or Ranks()
         self.labels = self.labels_of(self.ranks.rank)
         self.steps = 0
         self._loss_fn = LOSSES[loss]
-        self._backend = select_backend(backend)
+        self._backend_name = backend
+        self._feature_bits: tuple[Any, Tensor] | None = None  # of the index as it was, see `tensors`
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # features and pairs of this step's earlier micro-batches
 
         shape = (len(self.labels), fan_in or in_features)
@@ -129,7 +138,16 @@ class FixedFanInHead(nn.Module):
             self.register_buffer(f"weight_{name}", torch.zeros_like(self.weight))
             self.register_buffer(f"bias_{name}", torch.zeros_like(self.bias) if bias else None)
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        select_backend(backend, self.weight.device)  # refuses what cannot run here
         self.reset_parameters()
+
+    @property
+    def _backend(self) -> ModuleType:
+        return select_backend(self._backend_name, self.weight.device)
+
+    @property
+    def tile_labels(self) -> int:
+        return self._tile_labels or (65536 if self.weight.is_cuda else 4096)
 
     def labels_of(self, rank: int) -> range:
         """The global label ids that `rank` owns."""
@@ -154,15 +172,21 @@ class FixedFanInHead(nn.Module):
         fan_in, device = self.weight.shape[1], self.weight.device
         for start in range(0, len(self.labels), self.tile_labels):
             part = self.weight[start : start + self.tile_labels]
-            first = (self.labels.start + start) * fan_in
-            element = torch.arange(first, first + part.numel(), device=device).view_as(part)
-            part.copy_(random_weight(element, fan_in, self.seed, 0, Stream.INIT_WEIGHT))
+            label = torch.arange(part.shape[0], device=device) + self.labels.start + start
+            part.copy_(random_weight(label, fan_in, self.seed, 0, Stream.INIT_WEIGHT))
         if self.index is not None:
             first_row = self.labels.start // self.group_size
             for start in range(0, self.index.shape[0], self.tile_labels):
                 part = self.index[start : start + self.tile_labels]
                 row = torch.arange(part.shape[0], device=device) + first_row + start
                 part.copy_(random_index(row, fan_in, self.in_features, self.seed, part.dtype))
+
+    def _bits_of_index(self) -> Tensor:
+        """`feature_bits` of the index; kept until the index changes."""
+        state = (self.index.data_ptr(), self.index._version)
+        if self._feature_bits is None or self._feature_bits[0] != state:
+            self._feature_bits = (state, self._backend.feature_bits(self.index, self.in_features))
+        return self._feature_bits[1]
 
     def tensors(self) -> HeadTensors:
         """The kernels' view of this rank's part: the same memory."""
@@ -175,6 +199,7 @@ class FixedFanInHead(nn.Module):
             label_start=self.labels.start,
             weight_state=[getattr(self, f"weight_{name}") for name in names],
             bias_state=[getattr(self, f"bias_{name}") for name in names] if self.bias is not None else [],
+            feature_bits=self._bits_of_index,
         )
 
     def extra_repr(self) -> str:
@@ -266,7 +291,7 @@ class FixedFanInHead(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """All ranks' features, their (local label, row) pairs as int64, and the number of rows of each rank."""
         sizes = self.ranks.sizes(feat_bd.shape[0], feat_bd.device)
-        feat_Bd = self.ranks.gather_rows(feat_bd, sizes)
+        feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
         label_P, row_P = self._gather_pairs(label_ids, label_counts, sizes)
         return feat_Bd, label_P, row_P, sizes
 
@@ -288,7 +313,7 @@ class FixedFanInHead(nn.Module):
             fewer than k labels are left.
         """
         sizes = self.ranks.sizes(feat_bd.shape[0], feat_bd.device)
-        feat_Bd = self.ranks.gather_rows(feat_bd, sizes)
+        feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
         label_P = row_P = torch.empty(0, dtype=torch.int64, device=feat_bd.device)
         if skip_ids is not None:
             label_P, row_P = self._gather_pairs(skip_ids, skip_counts, sizes)

@@ -19,6 +19,10 @@ class SGD:
     momentum: float = 0.0
 
     @property
+    def name(self) -> str:
+        return "momentum" if self.momentum else "sgd"
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
 
@@ -41,6 +45,7 @@ class AdamW:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    name = "adamw"
 
     @property
     def state_names(self) -> tuple[str, ...]:

@@ -59,9 +59,11 @@ def random_index(rows: Tensor, fan_in: int, d: int, seed: int, dtype: torch.dtyp
     return (order.topk(fan_in, dim=1, largest=False).values & 0xFFFF).sort(dim=1).values.to(dtype)
 
 
-def random_weight(element: Tensor, fan_in: int, seed: int, step: int, stream: Stream) -> Tensor:
-    """Uniform in +-1/sqrt(fan_in), torch.nn.Linear's default; float32 for int64 global element ids."""
-    return (2 * uniform(make_key(seed, step, stream), element) - 1) / math.sqrt(fan_in)
+def random_weight(label: Tensor, fan_in: int, seed: int, step: int, stream: Stream) -> Tensor:
+    """Uniform in +-1/sqrt(fan_in), torch.nn.Linear's default; float32 [T, F] for int64 global label ids [T]."""
+    slot = torch.arange(fan_in, device=label.device)
+    # Not divided by sqrt(fan_in): a GPU would divide by a scalar with another last digit than a CPU.
+    return (2 * uniform(make_key(seed, step, stream), label[:, None], slot) - 1) * (1 / math.sqrt(fan_in))
 
 
 def plan(
@@ -98,9 +100,12 @@ def plan(
 def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tensor, weight_RGF: Tensor | None) -> None:
     """Edit index, weights and optimizer state of the moved slots of rows first_row, first_row + 1, ...
 
+    The slots are then put in order again: every row of the index is ascending, always.
+
     Args: weight_RGF: float32 first weights of the grown slots [R, G, F]; None: zero.
     """
     rows, fan_in = moved_RF.shape
+    feature_RF, order_RF = feature_RF.sort(dim=1)
     head.index_RF[first_row : first_row + rows] = feature_RF.to(head.index_RF.dtype)
     start = first_row * head.group_size
     weight = head.weight_LF[start : start + rows * head.group_size]
@@ -110,8 +115,11 @@ def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tenso
         weight.masked_fill_(moved, 0)
     else:
         weight.copy_(torch.where(moved, weight_RGF.reshape(-1, fan_in)[:labels].to(weight.dtype), weight))
+    order = order_RF.repeat_interleave(head.group_size, dim=0)[:labels]
+    weight.copy_(weight.gather(1, order))
     for state in head.weight_state:
-        state[start : start + labels].masked_fill_(moved, 0)
+        part = state[start : start + labels].masked_fill_(moved, 0)
+        part.copy_(part.gather(1, order))
 
 
 def rewire(head: HeadTensors, d: int, rule: RewireRule, seed: int, step: int, tile_labels: int) -> RewireReport:
@@ -132,9 +140,8 @@ def rewire(head: HeadTensors, d: int, rule: RewireRule, seed: int, step: int, ti
         moved, feature = plan(magnitude, head.index_RF[first:last].to(torch.int64), row, d, rule, seed, step)
         grown = None
         if rule.growth_init_mode == "random":
-            first_element = (head.label_start + first * group) * fan_in
-            element = torch.arange(first_element, first_element + (last - first) * group * fan_in, device=device)
-            grown = random_weight(element, fan_in, seed, step, Stream.GROW_WEIGHT).view(-1, group, fan_in)
+            label = torch.arange(first * group, last * group, device=device) + head.label_start
+            grown = random_weight(label, fan_in, seed, step, Stream.GROW_WEIGHT).view(-1, group, fan_in)
         apply(head, first, moved, feature, grown)
         moved_total += moved.sum()
     return RewireReport(moved=int(moved_total), slots=rows * fan_in)

@@ -1,7 +1,8 @@
-"""Counter-based random numbers: a pure function of (seed, step, stream, element id).
+"""Counter-based random numbers: a pure function of (seed, step, stream, row, column).
 
 A generator with state would make the draw of an element depend on tiling, device and world size. Here every draw is a
-hash of what it is for, so a sharded, a retiled and a resumed run draw the same numbers.
+hash of what it is for (row: a global label id or index row; column: a slot or feature), so a sharded, a retiled and a
+resumed run draw the same numbers.
 
 The hash is two rounds of the 32-bit finaliser `lowbias32` (C. Wellons, "Prospecting for Hash Functions", 2018), in
 int32 arithmetic that wraps, which torch and Triton compute alike on every device.
@@ -55,34 +56,44 @@ def make_key(seed: int, step: int, stream: int) -> tuple[int, int]:
     return first, second
 
 
-def random_bits(key: tuple[int, int], element: Tensor) -> Tensor:
-    """32 random bits for each global element id.
+def random_bits(key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
+    """32 random bits for each (row, column).
 
     Args:
         key: of `make_key`.
-        element: int64, any shape, non-negative.
-    Returns: int32 of the same shape.
+        row, column: int, from 0 to 2^31 - 1, shapes that broadcast. A row is hashed once, whatever its columns.
+    Returns: int32 of the common shape.
     """
-    low, high = element.to(torch.int32), (element >> 32).to(torch.int32)
-    x = _mix(low ^ _signed(key[0]))
-    return _mix(x + high * _signed(0x9E3779B1) ^ _signed(key[1]))
+    x = _mix(row.to(torch.int32) ^ _signed(key[0]))
+    return _mix(x + column.to(torch.int32) * _signed(0x9E3779B1) ^ _signed(key[1]))
 
 
-def uniform(key: tuple[int, int], element: Tensor) -> Tensor:
-    """float32 in [0, 1), 24 random bits each, for int64 element ids of any shape."""
-    return ((random_bits(key, element) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+def uniform(key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
+    """float32 in [0, 1), 24 random bits each; see `random_bits`."""
+    return ((random_bits(key, row, column) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
-def round_to_bfloat16(value: Tensor, key: tuple[int, int], element: Tensor) -> Tensor:
+def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
+    """16 random bits for each (row, column), as int32: `random_bits` with a shorter second half.
+
+    A row's hash is uniform and what follows is one-to-one, so every draw is uniform. That is all that rounding asks for,
+    and the GPU kernels draw one for every weight in every step.
+    """
+    x = _mix(row.to(torch.int32) ^ _signed(key[0]))
+    x = x + column.to(torch.int32) * _signed(0x9E3779B1) ^ _signed(key[1])
+    return ((x ^ ((x >> 16) & 0xFFFF)) * _signed(_M1) >> 16) & 0xFFFF
+
+
+def round_to_bfloat16(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
     """Stochastic rounding: the expectation over keys of the bfloat16 result is `value`.
 
     Args:
         value: float32, finite.
-        element: int64 ids, the shape of `value`.
+        row, column: see `random_bits`; they broadcast to the shape of `value`.
     """
     # bfloat16 is the upper half of float32. Adding 16 random bits to the lower half carries over with a probability
     # equal to the part that truncation would lose.
-    bits = value.contiguous().view(torch.int32) + (random_bits(key, element) & 0xFFFF)
+    bits = value.contiguous().view(torch.int32) + rounding_bits(key, row, column)
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
@@ -95,5 +106,5 @@ def random_order(key: tuple[int, int], row: Tensor, d: int) -> Tensor:
     Returns: int64 [R, d] keys; sorted ascending they give a uniformly random permutation, and no two are equal.
     """
     feature = torch.arange(d, device=row.device)
-    bits = random_bits(key, row[:, None] * d + feature).to(torch.int64)
+    bits = random_bits(key, row[:, None], feature).to(torch.int64)
     return (bits << 16) | feature  # the feature number breaks ties, so that every device picks the same

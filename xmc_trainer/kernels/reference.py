@@ -40,12 +40,13 @@ class HeadTensors:
     """What one rank owns of the head. The step edits these tensors in place."""
 
     weight_LF: Tensor  # float32 or bfloat16
-    index_RF: Tensor | None  # int16 or int32; None: dense, F = d
+    index_RF: Tensor | None  # int16 or int32, every row ascending; None: dense, F = d
     bias_L: Tensor | None  # float32
     group_size: int
     label_start: int  # global id of local label 0
     weight_state: list[Tensor] = field(default_factory=list)  # each like weight_LF
     bias_state: list[Tensor] = field(default_factory=list)  # each like bias_L
+    feature_bits: Callable[[], Tensor] | None = None  # int32 [R, ceil(d / 32)], made on demand; see `pairs.feature_bits`
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,10 @@ def _update_tile(
     new = update.rule.update(
         weight.float(), grad_TF, [s.float() for s in state], update.lr, update.weight_decay, update.step
     )
-    first = (head.label_start + start) * weight.shape[1]
-    _store(weight, new[0], finite, update, Stream.ROUND_WEIGHT, first)
+    first_label = head.label_start + start
+    _store(weight, new[0], finite, update, Stream.ROUND_WEIGHT, first_label)
     for number, (old, value) in enumerate(zip(state, new[1])):
-        _store(old, value, finite, update, Stream.ROUND_STATE + number, first)
+        _store(old, value, finite, update, Stream.ROUND_STATE + number, first_label)
     if head.bias_L is not None:
         bias = head.bias_L[rows]
         state = [tensor[rows] for tensor in head.bias_state]
@@ -152,11 +153,12 @@ def _update_tile(
             old.copy_(torch.where(finite, value, old))
 
 
-def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, stream: int, first_element: int) -> None:
+def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, stream: int, first_label: int) -> None:
     """Write float32 values into a weight or state tile, bfloat16 by stochastic rounding; not at all unless `finite`."""
     if old.dtype == torch.bfloat16:
-        element = torch.arange(first_element, first_element + old.numel(), device=old.device).view_as(old)
-        value = round_to_bfloat16(value, make_key(update.seed, update.step, stream), element)
+        label = torch.arange(first_label, first_label + old.shape[0], device=old.device)[:, None]
+        slot = torch.arange(old.shape[1], device=old.device)
+        value = round_to_bfloat16(value, make_key(update.seed, update.step, stream), label, slot)
     old.copy_(torch.where(finite, value, old))
 
 
@@ -165,18 +167,23 @@ def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, stream: i
 _ID_MAX = 2**31 - 1
 
 
-def _pack(score: Tensor, label: Tensor) -> Tensor:
+def pack_candidates(score: Tensor, label: Tensor) -> Tensor:
+    """int64 keys of float32 scores and int64 global label ids that broadcast; see above."""
     bits = (score.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(torch.int64) << 32) + (_ID_MAX - label)
+
+
+def candidate_ids(key: Tensor) -> Tensor:
+    """The int64 label ids of packed candidates, whatever their scores."""
+    return _ID_MAX - (key & 0xFFFFFFFF)
 
 
 def unpack_candidates(key: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (float32) and label ids (int64) of packed candidates; id -1 where the score is -inf (no such label)."""
     ordered = (key >> 32).to(torch.int32)
     score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    label = _ID_MAX - (key & 0xFFFFFFFF)
-    return score, torch.where(score == -torch.inf, -1, label)
+    return score, torch.where(score == -torch.inf, -1, candidate_ids(key))
 
 
 def head_topk(
@@ -190,7 +197,7 @@ def head_topk(
     """
     feat = feat_Bd.to(torch.float32)
     rows, d = feat.shape
-    nothing = _pack(torch.full((1,), -torch.inf), torch.tensor([_ID_MAX])).to(feat.device)
+    nothing = pack_candidates(torch.full((1,), -torch.inf), torch.tensor([_ID_MAX])).to(feat.device)
     best = nothing.expand(rows, k)
     for start in range(0, head.weight_LF.shape[0], tile_labels):
         stop = min(start + tile_labels, head.weight_LF.shape[0])
@@ -200,5 +207,5 @@ def head_topk(
         if skip_label_P.numel():
             score_BT.masked_fill_(pair_mask(skip_label_P, skip_row_P, start, stop, rows), -torch.inf)
         label = torch.arange(start, stop, device=feat.device) + head.label_start
-        best = torch.cat([best, _pack(score_BT, label)], 1).topk(k, dim=1).values
+        best = torch.cat([best, pack_candidates(score_BT, label)], 1).topk(k, dim=1).values
     return best

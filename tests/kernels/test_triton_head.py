@@ -1,0 +1,276 @@
+"""The Triton backend: against float64 oracles, its torch twins and itself. Interpreted on a CPU, native under `gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.head_helpers import OneOf, OracleHead, dense_of, ragged_batch, target_matrix
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
+from xmc_trainer.kernels.reference import HeadTensors, Update, unpack_candidates
+from xmc_trainer.ops import select_backend
+
+pytest.importorskip("triton", reason="the Triton backend needs triton")
+
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off on a GPU")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}  # larger than the noise of a gradient of zero
+FEATURES, LABELS = 48, 211
+# (fan_in, group_size): dense, dense by index, gathered or spread, whole and short last groups and tiles.
+SHAPES = [(None, 1), (48, 1), (12, 1), (12, 4), (7, 16), (12, 40), (12, 64), (20, 500)]
+
+
+def make_head(device, optimizer="sgd", features=FEATURES, labels=LABELS, **options):
+    options = {"fan_in": 12, "lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton"} | options
+    return FixedFanInHead(features, labels, optimizer=OPTIMIZERS[optimizer], device=device, **options)
+
+
+def batches(count, device, texts=37, features=FEATURES, labels=LABELS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        feat = torch.randn(texts, features, generator=generator)
+        yield feat.to(device), *(x.to(device) for x in ragged_batch(texts, labels, generator))
+
+
+def error(got, exact):
+    return ((got.double().cpu() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+@pytest.mark.parametrize("fan_in, group_size", SHAPES)
+def test_training_follows_a_masked_dense_layer(fan_in, group_size, loss, optimizer, device):
+    head = make_head(device, optimizer, fan_in=fan_in, group_size=group_size, loss=loss, text_reduction="mean")
+    oracle = OracleHead(make_head("cpu", optimizer, fan_in=fan_in, group_size=group_size, loss=loss,
+                                  text_reduction="mean", backend="reference"), optimizer, lr=0.03, weight_decay=0.02)  # fmt: skip
+    for feat, ids, counts in batches(3, device):
+        feat.requires_grad_()
+        out = head(feat, ids, counts)
+        out.backward()
+        expected, expected_grad = oracle.step(feat.cpu(), ids.cpu(), counts.cpu())
+        assert out.item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(feat.grad.double().cpu(), expected_grad, rtol=1e-4, atol=1e-6)
+    dense, mask = dense_of(head)
+    torch.testing.assert_close(dense, oracle.weight.detach() * mask, rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(head.bias.double().cpu(), oracle.bias.detach(), rtol=1e-4, atol=2e-5)
+
+
+def eager_twin(head, feat, ids, counts):
+    """What plain torch does in bfloat16: (feature gradient, dense weight gradient)."""
+    dense = dense_of(head)[0].to(torch.bfloat16)
+    x = feat.cpu().to(torch.bfloat16)
+    z = x @ dense.T + head.bias.cpu().to(torch.bfloat16)
+    y = target_matrix(ids.cpu(), counts.cpu(), head.num_labels).to(torch.bfloat16)
+    slope = torch.sigmoid(z) - y
+    return slope @ dense, slope.T @ x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 60.0])
+@pytest.mark.parametrize("fan_in, group_size", [(None, 1), (12, 1), (12, 40)])
+def test_bfloat16_products_err_no_more_than_eager_ones(fan_in, group_size, scale, device):
+    # scale 60 saturates most logits, on both sides.
+    head = make_head(device, fan_in=fan_in, group_size=group_size, product_dtype=torch.bfloat16, lr=1.0, weight_decay=0.0)
+    head.weight.copy_((head.weight * scale).bfloat16())
+    before, mask = dense_of(head)
+    feat, ids, counts = next(batches(1, device))
+    feat = feat.bfloat16().float().requires_grad_()
+    twin_dx, twin_dw = eager_twin(head, feat.detach(), ids, counts)
+    x, y = feat.detach().double().cpu(), target_matrix(ids.cpu(), counts.cpu(), LABELS)
+    slope = torch.sigmoid(x @ before.T + head.bias.double().cpu()) - y
+    head(feat, ids, counts).backward()
+    # 1.02: where both round the same numbers, the dense way's weight gradient, chance decides.
+    assert error(feat.grad, slope @ before) <= 1.02 * error(twin_dx, slope @ before)
+    dw = (slope.T @ x) * mask
+    assert error((before - dense_of(head)[0]), dw) <= 1.02 * error(twin_dw * mask, dw)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("group_size", [1, 40])
+def test_stochastic_rounding_is_the_reference_s(group_size, optimizer, device):
+    options = {"group_size": group_size, "weight_dtype": torch.bfloat16}
+    heads = [make_head(where, optimizer, backend=name, **options) for where, name in
+             [(device, "triton"), ("cpu", "reference")]]  # fmt: skip
+    for feat, ids, counts in batches(2, "cpu"):
+        for head in heads:
+            head(feat.to(head.weight.device), ids.to(head.weight.device), counts.to(head.weight.device))
+    for name, tensor in heads[1].named_buffers():
+        if tensor.dtype == torch.bfloat16:
+            # Float32's last digits tip a rounding here and there.
+            same = getattr(heads[0], name).cpu() == tensor
+            assert same.float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("group_size", [1, 40])
+def test_micro_batches_and_shards_equal_one_batch(group_size, optimizer, device):
+    texts = 150  # two tiles of texts
+    options = {"group_size": group_size, "text_reduction": "mean"}
+    whole, parts = make_head(device, optimizer, **options), make_head(device, optimizer, **options)
+    shards = [make_head(device, optimizer, ranks=OneOf(r, 3), **options) for r in range(3)]
+    for feat, ids, counts in batches(2, device, texts=texts):
+        a, b = feat.clone().requires_grad_(), feat.clone().requires_grad_()
+        loss = whole(a, ids, counts)
+        loss.backward()
+        assert sum(shard(feat, ids, counts).item() for shard in shards) == pytest.approx(loss.item(), rel=1e-5)
+        cuts, ends, parts_loss = [0, 140, 140, texts], counts.cumsum(0).tolist(), 0.0
+        for number, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+            first, last = ends[start - 1] if start else 0, ends[stop - 1]
+            part = parts(b[start:stop], ids[first:last], counts[start:stop], end_of_step=number == 2, texts_in_step=texts)
+            part.backward()
+            parts_loss += part.item()
+        assert parts_loss == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
+        joined = torch.cat([getattr(shard, name) for shard in shards])
+        torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group_size", [1, 40])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_feature_never_reaches_a_weight(bad, group_size, device):
+    head = make_head(device, "adamw", group_size=group_size, weight_dtype=torch.bfloat16)
+    (feat, ids, counts), good = batches(2, device)
+    head(*good)
+    before = {name: tensor.clone() for name, tensor in head.named_buffers()}
+    feat[3, 5] = bad
+    feat.requires_grad_()
+    head(feat, ids, counts).backward()
+    assert not torch.isfinite(feat.grad).all() and head.skipped.item() == 1
+    for name, tensor in head.named_buffers():
+        assert name == "skipped" or torch.equal(tensor, before[name]), name
+    head(*good)
+    assert torch.isfinite(head.weight.float()).all() and not torch.equal(head.weight, before["weight"])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("group_size", [1, 40])
+def test_deterministic_mode_repeats_bit_for_bit(group_size, device):
+    results = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            head = make_head(device, "momentum", group_size=group_size, product_dtype=torch.bfloat16)
+            for feat, ids, counts in batches(3, device, texts=150):
+                feat.requires_grad_()
+                loss = head(feat, ids, counts)
+                loss.backward()
+            results.append((loss.detach(), feat.grad, head.weight))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_texts_and_no_positives(device):
+    for group_size in (1, 40):
+        head = make_head(device, group_size=group_size)
+        none = torch.empty(0, dtype=torch.int64, device=device)
+        assert head(torch.empty(0, FEATURES, device=device), none, none).item() == 0
+        feat = torch.randn(2, FEATURES, device=device)
+        assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() > 0
+        assert head.topk(torch.empty(0, FEATURES, device=device), 3)[1].shape == (0, 3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("labels, fan_in, group_size", [(700, None, 1), (700, 12, 1), (1009, 12, 40), (129, 48, 1), (5, 12, 1)])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, device):
+    whole = make_head(device, labels=labels, fan_in=fan_in, group_size=group_size)
+    whole.weight.copy_((whole.weight * 6).round())  # few distinct scores: ties decide
+    generator = torch.Generator().manual_seed(3)
+    feat = torch.randint(-1, 2, (37, FEATURES), generator=generator).float()
+    skip_ids, skip_counts = ragged_batch(37, labels, generator, most=40)
+    scores = feat.double() @ dense_of(whole)[0].T
+    scores[torch.repeat_interleave(torch.arange(37), skip_counts), skip_ids] = -torch.inf
+    expected = [
+        [label if row[label] > -torch.inf else -1 for label in sorted(range(labels), key=lambda n: (-row[n], n))[:7]]
+        for row in scores.tolist()
+    ]
+    expected = [row + [-1] * (7 - len(row)) for row in expected]
+    keys = []
+    for rank in range(shards):
+        part = make_head(device, labels=labels, fan_in=fan_in, group_size=group_size, ranks=OneOf(rank, shards))
+        part.load_labels(range(labels), {"weight": whole.weight})
+        keys.append(
+            part._backend.head_topk(
+                part.tensors(), feat.to(device), 7, skip_ids.to(device) - part.labels.start,
+                torch.arange(37, device=device).repeat_interleave(skip_counts.to(device)), tile_labels=1,
+            )
+        )  # fmt: skip
+    score, label = unpack_candidates(torch.cat(keys, 1).topk(7).values)
+    assert label.tolist() == expected
+    kept = label >= 0
+    torch.testing.assert_close(
+        score.double().cpu()[kept.cpu()], scores.gather(1, label.cpu().clamp_min(0))[kept.cpu()], rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rewiring_shows_in_the_next_step_and_ranking(device):
+    head, twin = make_head(device), make_head("cpu", backend="reference")
+    for feat, ids, counts in batches(3, "cpu"):
+        losses = [h(feat.to(h.weight.device), ids.to(h.weight.device), counts.to(h.weight.device)) for h in (head, twin)]
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
+        rankings = [h.topk(feat.to(h.weight.device), 5)[1].cpu() for h in (head, twin)]
+        assert torch.equal(*rankings)
+        for h in (head, twin):
+            h.rewire(RewireRule("fraction", 0.3, "random"))
+
+
+def test_backends_that_cannot_run_are_refused(monkeypatch):
+    select_backend.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="backend='triton': needs a CUDA device"):
+        select_backend("triton", torch.device("cpu"))
+    with pytest.raises(ValueError, match="choose auto, triton, reference"):
+        select_backend("cuda", torch.device("cpu"))
+    assert select_backend("auto", torch.device("cpu")).__name__.endswith("reference")
+    select_backend.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_size", [1, 64])
+def test_offsets_beyond_2_to_the_31(group_size):
+    labels, fan_in, d, tail = 17_000_000, 128, 256, 64 * 5
+    assert labels * fan_in > 2**31
+    rows = -(-labels // group_size)
+    weight = torch.empty(labels, fan_in, dtype=torch.bfloat16, device="cuda").uniform_(-0.1, 0.1)
+    index = torch.arange(0, d, 2, dtype=torch.int16, device="cuda").expand(rows, fan_in).contiguous()
+    start = labels - labels % 64 - tail
+    last = HeadTensors(weight[start:].clone(), index[start // group_size :].clone(), None, group_size, start)
+    triton_head = select_backend("triton", torch.device("cuda"))
+    head = HeadTensors(weight, index, None, group_size, 0, feature_bits=lambda: triton_head.feature_bits(index, d))
+    feat = torch.randn(32, d, device="cuda").bfloat16()
+    label = torch.tensor([labels - 1, start + 3, 5], device="cuda")
+    row = torch.tensor([0, 1, 2], device="cuda")
+    from xmc_trainer.head.losses import bce
+
+    options = dict(loss_fn=bce, text_weight=1.0, grad_start=0, update=Update(SGD(), 0.1, 0.0, 7, 1), tile_labels=4096)
+    triton_head.head_step(head, feat, label, row, **options)
+    select_backend("reference", torch.device("cuda")).head_step(last, feat, label - start, row, **options)
+    assert (weight[start:] == last.weight_LF).float().mean() > 0.99
+
+
+@pytest.mark.gpu
+def test_wide_features_and_a_large_batch():
+    for fan_in, group_size, d in [(100, 32, 4096), (100, 3, 4096), (1000, 1, 1021)]:
+        heads = [
+            make_head("cuda", "adamw", features=d, labels=1009, fan_in=fan_in, group_size=group_size, backend=name)
+            for name in ("triton", "reference")
+        ]
+        for feat, ids, counts in batches(2, "cuda", texts=301, features=d, labels=1009):
+            grads = []
+            for head in heads:
+                x = feat.clone().requires_grad_()
+                head(x, ids, counts).backward()
+                grads.append(x.grad)
+            torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(heads[0].weight, heads[1].weight, rtol=1e-3, atol=1e-4)

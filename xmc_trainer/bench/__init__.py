@@ -1,0 +1,1 @@
+"""Measurements for the user's own machine: python -m xmc_trainer.bench.head"""

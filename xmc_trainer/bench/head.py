@@ -1,0 +1,199 @@
+"""Time and memory of the head on this machine, beside a dense classifier in plain torch.
+
+python -m xmc_trainer.bench.head                      # Amazon-3M's shape; without a GPU a smaller one, said so
+python -m xmc_trainer.bench.head --labels 670091 --group-sizes 1,32 --csv head.csv
+
+A step is loss, feature gradient and weight update; `peak` is all that the head and its step allocate, and `copy` the share
+of the device's copy bandwidth that reading and writing weights and state once would need in that time. The baseline
+keeps bfloat16 weights (float32 without a GPU), logits and gradient in full and makes a plain SGD step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead
+
+_OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW()}
+
+
+def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:
+    """Median over `repeat` calls after two that warm up."""
+    times = []
+    for number in range(repeat + 2):
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+        else:
+            begin = time.perf_counter()
+            step()
+            times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[2:])
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
+    source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2e3 * source.nbytes / milliseconds(lambda: target.copy_(source), device, 5)
+
+
+def dense_baseline(labels: int, feat: Tensor, ids: Tensor, counts: Tensor) -> Callable[[], Tensor]:
+    weight = torch.empty(labels, feat.shape[1], dtype=feat.dtype, device=feat.device).uniform_(-0.05, 0.05)
+    row = torch.repeat_interleave(torch.arange(len(counts), device=feat.device), counts)
+
+    def step() -> Tensor:
+        logits = feat @ weight.T
+        target = torch.zeros_like(logits)
+        target[row, ids] = 1
+        loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+        slope = torch.sigmoid(logits) - target
+        feature_grad = slope @ weight
+        weight.add_(slope.T @ feat, alpha=-1e-6)
+        return loss + 0 * feature_grad[0, 0]
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--labels", type=int, default=2_812_281 if gpu else 131_073)
+    parser.add_argument("--features", type=int, default=768 if gpu else 384)
+    parser.add_argument("--fan-in", type=int, default=128 if gpu else 32)
+    parser.add_argument("--batch", type=int, default=128 if gpu else 64, help="texts")
+    parser.add_argument("--positives", type=int, default=36, help="labels a text")
+    parser.add_argument("--group-sizes", default="1,4,8,16,32,64,128", help="comma-separated")
+    parser.add_argument("--optimizers", default="sgd,momentum,adamw", help=f"of {', '.join(_OPTIMIZERS)}")
+    parser.add_argument("--backend", default="auto", help="auto, triton or reference")
+    parser.add_argument("--weight-dtype", default="bfloat16" if gpu else "float32", help="bfloat16 or float32")
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--csv", default="bench_head.csv", help="file to write")
+    options = parser.parse_args()
+    groups = [int(group) for group in options.group_sizes.split(",")]
+    optimizers = options.optimizers.split(",")
+    if unknown := set(optimizers) - set(_OPTIMIZERS):
+        parser.error(f"--optimizers: {', '.join(unknown)}: choose from {', '.join(_OPTIMIZERS)}")
+
+    device = torch.device("cuda" if gpu else "cpu")
+    if not gpu:
+        print("no GPU here: the reference backend on the CPU is measured")
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    triton = version("triton") if importlib.util.find_spec("triton") else "none"
+    bandwidth = copy_bandwidth(device)
+    print(f"{name}; torch {torch.__version__}, triton {triton}; a copy moves {bandwidth / 1e9:.0f} GB/s")
+    print(
+        f"labels {options.labels:,}, features {options.features}, fan-in {options.fan_in}, batch {options.batch}, "
+        f"{options.positives} labels a text, {options.weight_dtype} weights; median of {options.repeat}"
+    )
+
+    torch.manual_seed(0)
+    product_dtype = torch.bfloat16 if gpu else torch.float32
+    feat = torch.randn(options.batch, options.features, device=device).to(product_dtype)
+    counts = torch.full((options.batch,), options.positives, device=device)
+    ids = torch.randint(options.labels, (options.batch * options.positives,), device=device)
+    common = {
+        "device": name, "torch": torch.__version__, "triton": triton, "copy_gb_s": round(bandwidth / 1e9),
+        "labels": options.labels, "features": options.features, "batch": options.batch,
+        "positives": options.positives, "weight_dtype": options.weight_dtype, "backend": options.backend,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    baseline = float("nan")
+
+    def measure(what: str, build: Callable[[], tuple[Callable[[], Any], int]], **settings: Any) -> float:
+        """One row. `build` returns what to time and the bytes that it must move at least."""
+        if gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        try:
+            step, least_bytes = build()
+            step()
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            time_ms = milliseconds(step, device, options.repeat)
+        except torch.OutOfMemoryError:
+            print(f"{what:34s} does not fit into this device's memory")
+            return float("nan")
+        peak = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3) if gpu else None
+        ratio = time_ms / baseline if baseline == baseline else 1.0
+        share = least_bytes / bandwidth / time_ms * 1e3
+        memory = f"{peak:8.2f} GiB" if gpu else ""
+        print(f"{what:34s}{time_ms:10.2f} ms{memory}{100 * share:7.0f} % of copy{ratio:8.2f} x dense", flush=True)
+        rows.append(
+            common | settings
+            | {"what": what, "ms": round(time_ms, 3), "peak_gib": peak, "copy_share": round(share, 3)}
+            | {"ratio_to_dense": round(ratio, 3)}
+        )  # fmt: skip
+        return time_ms
+
+    def head_of(fan_in: int | None, group: int, optimizer: str) -> FixedFanInHead:
+        return FixedFanInHead(
+            options.features, options.labels, fan_in=fan_in, group_size=group, first_bias=-11.0, lr=1e-4,
+            optimizer=_OPTIMIZERS[optimizer], weight_dtype=getattr(torch, options.weight_dtype),
+            product_dtype=product_dtype, backend=options.backend, device=device,
+        )  # fmt: skip
+
+    def head_step(fan_in: int | None, group: int, optimizer: str, end_of_step: bool = True):
+        def build() -> tuple[Callable[[], Any], int]:
+            head = head_of(fan_in, group, optimizer)
+            x = feat.clone().requires_grad_()
+            moved = head.weight.nbytes * (2 + 2 * len(head.optimizer.state_names)) if end_of_step else head.weight.nbytes
+
+            def step() -> Tensor:
+                loss = head(x, ids, counts, end_of_step=end_of_step)
+                head._kept.clear()  # the features of a micro-batch, which nobody asks for here
+                return loss
+
+            return step, moved
+
+        return build
+
+    def ranking(fan_in: int | None, group: int):
+        def build() -> tuple[Callable[[], Any], int]:
+            head = head_of(fan_in, group, "sgd")
+            texts = torch.randn(256, options.features, device=device).to(product_dtype)
+            return lambda: head.topk(texts, 10), head.weight.nbytes
+
+        return build
+
+    weights = options.labels * options.features * feat.element_size()
+    baseline = measure(
+        "dense, plain torch, sgd", lambda: (dense_baseline(options.labels, feat, ids, counts), 2 * weights), optimizer="sgd"
+    )
+    for optimizer in optimizers:
+        for group in [None, *groups]:
+            fan_in = options.fan_in if group else None
+            label = f"F={fan_in} G={group}, {optimizer}" if group else f"dense head (F={options.features}), {optimizer}"
+            if group or optimizer == "sgd":
+                measure(label, head_step(fan_in, group or 1, optimizer), fan_in=fan_in, group_size=group, optimizer=optimizer)
+    for group in dict.fromkeys((groups[0], groups[-1])):
+        settings = {"fan_in": options.fan_in, "group_size": group}
+        measure(f"G={group}, feature gradient only", head_step(options.fan_in, group, "sgd", False), **settings)
+        measure(f"G={group}, top 10 of 256 texts", ranking(options.fan_in, group), **settings)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written to {options.csv}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The head step for labels that share index rows: products over the F gathered features only.
+
+For the G labels of an index row, with their features gathered from the transposed features X^T [d, B]:
+
+    slopes_kernel    x_FB = X^T[index]    z_BG = x_FB^T w_GF^T + bias    loss_B += sum_G loss(z, y)    g_GB = dloss/dz
+                     dX^T[index] += w_GF^T g_GB   (atomic)
+    update_kernel    x_FB = X^T[index]    dw_GF = g_GB x_FB^T    w_GF, bias <- update
+
+Two kernels, not one: together they would hold so many registers that a multiprocessor had only one program to run. The
+slopes of a chunk of labels stay in the L2 cache between them, X^T and dX^T always do; rows of both are contiguous in the
+batch, so that gathers and atomic adds are of whole sectors. The batch is the first dimension of z because a matrix
+instruction needs 64 rows, and G may be 16. A large group is taken G_TILE labels at a time, with dx kept on chip.
+
+The order of the atomic adds is not defined: feature gradients differ from run to run in float32's last digits. Where
+that matters use `dense_step`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from xmc_trainer.kernels.tile_math import (
+    load_operand,
+    loss_and_slope,
+    operand,
+    product,
+    update_bias,
+    update_weights,
+)
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row"])
+def slopes_kernel(
+    weight_ptr,  # [L, F]
+    index_ptr,  # [R, F]
+    bias_ptr,  # float32 [L]
+    x_ptr,  # [d, columns]
+    dx_ptr,  # float32 [d, columns]
+    positive_ptr,  # int32 [labels of rows first_row.., columns // 32]: one bit a (label, text)
+    any_positive_ptr,  # int32 [rows, tiles of a row]: not zero if the tile of labels has a positive
+    slope_ptr,  # out: [labels of rows first_row.., columns]
+    loss_ptr,  # in and out: float32 [programs, columns]
+    first_row, last_row, labels, texts, columns, text_weight,
+    F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr,
+    B_TILE: tl.constexpr, ALL_TEXTS: tl.constexpr,
+    LOSS: tl.constexpr, BF16: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """One program: every n-th row, B_TILE texts (program_id(1))."""
+    text = tl.program_id(1) * B_TILE + tl.arange(0, B_TILE)
+    f = tl.arange(0, F_TILE)
+    f_ok = f < F
+    loss_sum = tl.zeros([B_TILE, G_TILE], tl.float32)
+    for row in range(first_row + tl.program_id(0), last_row, tl.num_programs(0)):
+        index = tl.load(index_ptr + tl.full([1], F, tl.int64) * row + f, mask=f_ok, other=0).to(tl.int32)
+        x = load_operand(x_ptr + index[:, None] * columns + text[None, :], None, BF16)
+        dx = tl.zeros([F_TILE, B_TILE], tl.float32)
+        for first in range(0, G, G_TILE):
+            g = first + tl.arange(0, G_TILE)
+            local = (row - first_row) * G + g
+            label = row * G + g.to(tl.int64)
+            label_ok = (g < G) & (label < labels)
+            w = load_operand(weight_ptr + label[:, None] * F + f[None, :], label_ok[:, None] & f_ok[None, :], BF16)
+            # A logit of -1e30 stands for no label: its loss and slope are zero.
+            bias = tl.where(label_ok, 0.0, -1e30)
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
+            tiles = (G + G_TILE - 1) // G_TILE
+            any_positive = tl.load(any_positive_ptr + (row - first_row) * tiles + first // G_TILE) != 0
+            z = product(tl.trans(x), tl.trans(w), tl.zeros([B_TILE, G_TILE], tl.float32), BF16) + bias[None, :]
+            words_ptr = positive_ptr + local[None, :] * (columns // 32) + (text // 32)[:, None]
+            loss, slope = loss_and_slope(z, any_positive, words_ptr, label_ok[None, :], (text % 32)[:, None], LOSS)
+            if not ALL_TEXTS:
+                slope = tl.where((text < texts)[:, None], slope, 0.0)
+            loss_sum += loss
+            s = operand(tl.trans(slope), BF16)
+            dx = product(tl.trans(w), s, dx, BF16)
+            if KEEP_SLOPES:
+                tl.store(slope_ptr + local.to(tl.int64)[:, None] * columns + text[None, :], s, mask=label_ok[:, None])
+        # A mask along the texts would undo the vector instructions; columns of no text are not read by anyone.
+        place = dx_ptr + index[:, None] * columns + text[None, :]
+        tl.atomic_add(place, dx * text_weight, mask=f_ok[:, None], sem="relaxed")
+    sums = loss_ptr + tl.program_id(0) * columns + text
+    tl.store(sums, tl.load(sums) + tl.sum(loss_sum, 1))
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row", "label_start", "key0", "key1", "key2", "key3", "key4", "key5"])
+def update_kernel(
+    weight_ptr, state0_ptr, state1_ptr,  # [L, F]
+    index_ptr,  # [R, F]
+    bias_ptr, bias_state0_ptr, bias_state1_ptr,  # float32 [L]
+    x_ptr,  # [d, columns]
+    slope_ptr,  # [labels of rows first_row.., columns]
+    finite_ptr,  # int32 scalar
+    first_row, last_row, labels, label_start, columns,
+    text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
+    key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
+    F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr,
+    B_TILE: tl.constexpr, B_TILES: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """One program: G_TILE labels of one row, all texts."""
+    tiles = (G + G_TILE - 1) // G_TILE
+    row = first_row + tl.program_id(0) // tiles
+    g = tl.program_id(0) % tiles * G_TILE + tl.arange(0, G_TILE)
+    f = tl.arange(0, F_TILE)
+    f_ok = f < F
+    local = (row - first_row) * G + g.to(tl.int64)
+    label = row * G + g.to(tl.int64)
+    label_ok = (g < G) & (label < labels)
+    finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
+    index = tl.load(index_ptr + tl.full([1], F, tl.int64) * row + f, mask=f_ok, other=0).to(tl.int32)
+    dw_FG = tl.zeros([F_TILE, G_TILE], tl.float32)
+    dbias = tl.zeros([G_TILE], tl.float32)
+    for tile in range(B_TILES):
+        text = tile * B_TILE + tl.arange(0, B_TILE)
+        x = load_operand(x_ptr + index[:, None] * columns + text[None, :], None, BF16)
+        s = load_operand(slope_ptr + local[:, None] * columns + text[None, :], label_ok[:, None], BF16)
+        dw_FG = product(x, tl.trans(s), dw_FG, BF16)
+        dbias += tl.sum(s.to(tl.float32), 1)
+    update_weights(
+        weight_ptr, state0_ptr, state1_ptr, label[:, None] * F + f[None, :], label_ok[:, None] & f_ok[None, :], finite,
+        tl.trans(dw_FG) * text_weight, (label_start + label).to(tl.int32), f[None, :],
+        lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, RULE,
+    )  # fmt: skip
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + label, mask=label_ok, other=0.0)
+        update_bias(
+            bias_ptr, bias_state0_ptr, bias_state1_ptr, label, label_ok, finite, bias, dbias * text_weight,
+            lr, beta0, beta1, eps, correct0, correct1, RULE,
+        )  # fmt: skip

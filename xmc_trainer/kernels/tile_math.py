@@ -1,0 +1,202 @@
+"""What the Triton kernels share: random bits, losses and update rules, as device functions.
+
+The torch twins are `counter_rng` (bit for bit) and `reference`. Under Triton's interpreter (TRITON_INTERPRET=1, CPU
+tensors) arithmetic on bfloat16 is not to be trusted: there, operands are rounded to bfloat16 and widened again.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+# Values of the kernels' LOSS and RULE.
+BCE, SQUARED_HINGE = tl.constexpr(0), tl.constexpr(1)
+SGD, MOMENTUM, ADAMW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def mix(x):
+    """lowbias32 on uint32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def row_hash(key0, row):
+    """The first half of `counter_rng.rounding_bits`: once a row. key0: int32 scalar; row: int32."""
+    return mix(row.to(tl.uint32, bitcast=True) ^ key0.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def rounding_bits(hashed, key1, column):
+    """The second half of `counter_rng.rounding_bits`: 16 random bits, uint32, from broadcastable `row_hash` and columns."""
+    x = (hashed + column.to(tl.uint32, bitcast=True) * 0x9E3779B1) ^ key1.to(tl.uint32, bitcast=True)
+    return ((x ^ (x >> 16)) * 0x7FEB352D) >> 16
+
+
+@triton.jit
+def load_operand(pointer, mask, BF16: tl.constexpr):
+    """Load a matrix product's operand: bfloat16, or float32. `mask` broadcasts; None loads everything."""
+    if mask is None:
+        x = tl.load(pointer)
+    else:
+        x = tl.load(pointer, mask=mask, other=0.0)
+    return operand(x, BF16)
+
+
+@triton.jit
+def operand(x, BF16: tl.constexpr):
+    """Round to bfloat16, if BF16; to float32 otherwise."""
+    if INTERPRET:
+        x = x.to(tl.float32)
+        if BF16:
+            # Its own conversion truncates.
+            bits = x.to(tl.uint32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+            x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    elif BF16:
+        x = x.to(tl.bfloat16)
+    else:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
+def product(a, b, total, BF16: tl.constexpr):
+    """total + a @ b in float32. float32 operands are multiplied as three tf32 products: float32's accuracy."""
+    if BF16:
+        return tl.dot(a, b, total)
+    return tl.dot(a, b, total, input_precision="tf32x3")
+
+
+@triton.jit
+def reciprocal(x):
+    if INTERPRET:
+        return 1.0 / x
+    return libdevice.fast_dividef(1.0, x)
+
+
+@triton.jit
+def log(x):
+    if INTERPRET:
+        return tl.log(x)
+    return libdevice.fast_logf(x)
+
+
+@triton.jit
+def loss_and_slope(z, any_positive, words_ptr, label_ok, places, LOSS: tl.constexpr):
+    """(loss, dloss/dlogit), float32, of a tile of logits; see `xmc_trainer.head.losses`.
+
+    any_positive: scalar; most tiles hold no positive and skip the bits. words_ptr: int32 pointers of the shape of z;
+    label_ok: bool and places: int32, both broadcast to it: where there is a word, and the bit of each element in it.
+    """
+    # By symmetry a positive's loss and slope are those of a negative with logit -z, the slope negated.
+    if any_positive:
+        z = tl.where(((tl.load(words_ptr, mask=label_ok, other=0) >> places) & 1) != 0, -z, z)
+    if LOSS == BCE:
+        e = tl.exp(-tl.abs(z))
+        inverse = reciprocal(1.0 + e)
+        # log(1 + e) would lose the digits of a small e, and most are small.
+        log1p = tl.where(e < 0.01, e * (1.0 - e * (0.5 - e * (0.33333334 - 0.25 * e))), -log(inverse))
+        loss = tl.maximum(z, 0.0) + log1p
+        slope = tl.where(z >= 0, inverse, e * inverse)
+    else:
+        margin = tl.maximum(1.0 + z, 0.0)
+        loss = margin * margin
+        slope = 2.0 * margin
+    if any_positive:
+        slope = tl.where(((tl.load(words_ptr, mask=label_ok, other=0) >> places) & 1) != 0, -slope, slope)
+    return loss, slope
+
+
+@triton.jit
+def updated(weight, grad, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE: tl.constexpr):
+    """New (weight, state0, state1) in float32; see `xmc_trainer.head.optimizers`.
+
+    beta0: SGD's momentum, or Adam's beta1. correct0 = 1 / (1 - beta1^step), correct1 = 1 / (1 - beta2^step).
+    """
+    if RULE == ADAMW:
+        state0 = beta0 * state0 + (1.0 - beta0) * grad
+        state1 = beta1 * state1 + (1.0 - beta1) * grad * grad
+        deviation = tl.sqrt(state1 * correct1) + eps
+        weight = weight * (1.0 - lr * weight_decay) - lr * correct0 * state0 / deviation
+    else:
+        grad = grad + weight_decay * weight
+        if RULE == MOMENTUM:
+            state0 = beta0 * state0 + grad
+            grad = state0
+        weight = weight - lr * grad
+    return weight, state0, state1
+
+
+@triton.jit
+def store_rounded(pointer, value, mask, hashed, key1, column):
+    """Store float32; into bfloat16 by stochastic rounding, the same as `counter_rng.round_to_bfloat16`."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True) + rounding_bits(hashed, key1, column)
+        value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    tl.store(pointer, value, mask=mask)
+
+
+@triton.jit
+def update_weights(
+    weight_ptr, state0_ptr, state1_ptr, place, ok, finite, grad, number, column,
+    lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, RULE: tl.constexpr,
+):  # fmt: skip
+    """Read, update and write the weights and their state at `place` (int64 [T, N]), where `ok`; nothing unless finite.
+
+    grad: float32 [T, N]; number: int32 [T] global label ids; column: int32 slots that broadcast to [T, N].
+    """
+    weight = tl.load(weight_ptr + place, mask=ok, other=0.0).to(tl.float32)
+    state0 = weight
+    state1 = weight
+    if RULE >= MOMENTUM:
+        state0 = tl.load(state0_ptr + place, mask=ok, other=0.0).to(tl.float32)
+    if RULE == ADAMW:
+        state1 = tl.load(state1_ptr + place, mask=ok, other=0.0).to(tl.float32)
+    weight, state0, state1 = updated(
+        weight, grad, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE
+    )
+    write = ok & finite[:, None]
+    store_rounded(weight_ptr + place, weight, write, row_hash(key0, number)[:, None], key1, column)
+    if RULE >= MOMENTUM:
+        store_rounded(state0_ptr + place, state0, write, row_hash(key2, number)[:, None], key3, column)
+    if RULE == ADAMW:
+        store_rounded(state1_ptr + place, state1, write, row_hash(key4, number)[:, None], key5, column)
+
+
+@triton.jit
+def update_bias(
+    bias_ptr, state0_ptr, state1_ptr, label, ok, finite, bias, grad, lr, beta0, beta1, eps, correct0, correct1,
+    RULE: tl.constexpr,
+):  # fmt: skip
+    """The same for float32 biases [T], already read; they do not decay."""
+    write = ok & finite
+    state0 = bias
+    state1 = bias
+    if RULE >= MOMENTUM:
+        state0 = tl.load(state0_ptr + label, mask=write, other=0.0)
+    if RULE == ADAMW:
+        state1 = tl.load(state1_ptr + label, mask=write, other=0.0)
+    bias, state0, state1 = updated(bias, grad, state0, state1, lr, 0.0, beta0, beta1, eps, correct0, correct1, RULE)
+    tl.store(bias_ptr + label, bias, mask=write)
+    if RULE >= MOMENTUM:
+        tl.store(state0_ptr + label, state0, mask=write)
+    if RULE == ADAMW:
+        tl.store(state1_ptr + label, state1, mask=write)
+
+
+@triton.jit
+def count_bits(x):
+    """Bits set in each uint32, as int32."""
+    if INTERPRET:
+        x = x - ((x >> 1) & 0x55555555)
+        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+        x = (x + (x >> 4)) & 0x0F0F0F0F
+        x = ((x * 0x01010101) >> 24).to(tl.int32)
+    else:
+        x = libdevice.popc(x.to(tl.int32, bitcast=True))
+    return x
