@@ -52,7 +52,7 @@ def test_training_follows_a_masked_dense_layer(fan_in, group_size, loss, optimiz
         out.backward()
         expected, expected_grad = oracle.step(feat.cpu(), ids.cpu(), counts.cpu())
         assert out.item() == pytest.approx(expected.item(), rel=1e-5)
-        torch.testing.assert_close(feat.grad.double().cpu(), expected_grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(feat.grad.double().cpu(), expected_grad, rtol=1e-4, atol=5e-6)
     dense, mask = dense_of(head)
     torch.testing.assert_close(dense, oracle.weight.detach() * mask, rtol=1e-4, atol=2e-5)
     torch.testing.assert_close(head.bias.double().cpu(), oracle.bias.detach(), rtol=1e-4, atol=2e-5)
@@ -245,6 +245,7 @@ def test_offsets_beyond_2_to_the_31(group_size):
     weight = torch.empty(labels, fan_in, dtype=torch.bfloat16, device="cuda").uniform_(-0.1, 0.1)
     index = torch.arange(0, d, 2, dtype=torch.int16, device="cuda").expand(rows, fan_in).contiguous()
     start = labels - labels % 64 - tail
+    before = weight[start:].double()
     last = HeadTensors(weight[start:].clone(), index[start // group_size :].clone(), None, group_size, start)
     triton_head = select_backend("triton", torch.device("cuda"))
     head = HeadTensors(weight, index, None, group_size, 0, feature_bits=lambda: triton_head.feature_bits(index, d))
@@ -256,14 +257,15 @@ def test_offsets_beyond_2_to_the_31(group_size):
     options = dict(loss_fn=bce, text_weight=1.0, grad_start=0, update=Update(SGD(), 0.1, 0.0, 7, 1), tile_labels=4096)
     triton_head.head_step(head, feat, label, row, **options)
     select_backend("reference", torch.device("cuda")).head_step(last, feat, label - start, row, **options)
-    assert (weight[start:] == last.weight_LF).float().mean() > 0.99
+    update = last.weight_LF.double() - before
+    assert (weight[start:].double() - before - update).norm() < 0.02 * update.norm()
 
 
 @pytest.mark.gpu
 def test_wide_features_and_a_large_batch():
     for fan_in, group_size, d in [(100, 32, 4096), (100, 3, 4096), (1000, 1, 1021)]:
         heads = [
-            make_head("cuda", "adamw", features=d, labels=1009, fan_in=fan_in, group_size=group_size, backend=name)
+            make_head("cuda", "momentum", features=d, labels=1009, fan_in=fan_in, group_size=group_size, backend=name)
             for name in ("triton", "reference")
         ]
         for feat, ids, counts in batches(2, "cuda", texts=301, features=d, labels=1009):
