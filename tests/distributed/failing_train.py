@@ -1,0 +1,34 @@
+"""launchers/train.py with a hook that fails on the last rank after five steps: `how` is raise or kill."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+
+from xmc_trainer.config import load_config
+from xmc_trainer.hooks import Hook
+from xmc_trainer.trainer import Trainer
+
+
+class Fail(Hook):
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def on_step_end(self, trainer) -> None:
+        if trainer.state.step == 5 and trainer.ranks.rank == trainer.ranks.size - 1:
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("this rank's own error")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("how")
+    parser.add_argument("settings", nargs="*")
+    parser.add_argument("--deepspeed_config")
+    parser.add_argument("--local_rank")
+    arguments = parser.parse_intermixed_args()
+    Trainer(
+        load_config(arguments.settings), deepspeed_config=arguments.deepspeed_config, hooks=[Fail(arguments.how)]
+    ).train()
