@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed them; the old names warn.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Ranks:
     """The processes that train one model, on the default process group; one rank if there is none.
@@ -26,7 +30,7 @@ class Ranks:
         if self.size == 1:
             return [length]
         out = torch.empty(self.size, dtype=torch.int64, device=device)
-        dist.all_gather_into_tensor(out, torch.tensor([length], device=device))
+        _all_gather(out, torch.tensor([length], device=device))
         return out.tolist()
 
     def gather_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -37,7 +41,7 @@ class Ranks:
         padded = x.new_zeros(longest, *x.shape[1:])
         padded[: x.shape[0]] = x
         out = x.new_empty(self.size * longest, *x.shape[1:])
-        dist.all_gather_into_tensor(out, padded)
+        _all_gather(out, padded)
         return torch.cat([out[r * longest : r * longest + n] for r, n in enumerate(sizes)])
 
     def scatter_sum_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -49,7 +53,7 @@ class Ranks:
         for r, part in enumerate(x.split(sizes)):
             padded[r, : part.shape[0]] = part
         out = x.new_empty(longest, *x.shape[1:])
-        dist.reduce_scatter_tensor(out, padded.flatten(0, 1))
+        _reduce_scatter(out, padded.flatten(0, 1))
         return out[: sizes[self.rank]]
 
     def sum(self, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+STAGES = [f"deepspeed-{stage}" for stage in ("0", "1", "2", "3", "2_offload", "3_offload")]
 
 
 def launch(*command: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -79,30 +80,40 @@ def short(toy_settings):
 def test_every_way_of_starting_gives_the_same_curve(short):
     plain = curve(short, "python")
     assert len(plain) == 20 and plain[-1] < plain[0]
-    for how in ("accelerate-2", "deepspeed-1", "deepspeed-2", "deepspeed-3"):
+    for how in ("accelerate-2", *STAGES):
         assert curve(short, how) == pytest.approx(plain, rel=1e-5), how
 
 
-@pytest.mark.parametrize("how", ["accelerate-2", "deepspeed-1", "torchrun"])
-def test_two_processes_train_as_one(short, how):
-    # 41 labels and 33 texts a step: neither divides, labels are shared 20 and 21, the last step of an epoch 8 and 7.
-    settings = [*short, "data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
-    one, two = curve(settings, "python"), curve(settings, how, 2)
-    assert two == pytest.approx(one, rel=1e-5)
+def test_every_stage_trains_in_bfloat16_as_stage_0_does(short):
+    settings = [*short, "training.amp.enabled=true", "training.amp.dtype=bfloat16"]
+    plain = curve(settings, "python")
+    for how in STAGES:
+        found = curve(settings, how)
+        assert found == pytest.approx(plain, rel=0.05) and found[-1] < 0.95 * found[0], how
+
+
+@pytest.mark.parametrize(
+    "how, processes", [("accelerate-2", 2), ("accelerate-3", 3), ("deepspeed-1", 2), ("deepspeed-3_offload", 2), ("torchrun", 3)]
+)
+def test_several_processes_train_as_one(short, how, processes):
+    # 41 labels and 18 texts a step: the labels divide by none, an epoch's last step has 15 texts in three micro-batches.
+    settings = [*short, "data.batch_size=6", "data.test_batch_size=12", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
+    one, several = curve(settings, "python"), curve(settings, how, processes)
+    assert several == pytest.approx(one, rel=1e-5)
     out = Path(settings_value(settings, "output_dir="))
     metrics, tensors = {}, {}
-    for name in ("python-1", f"{how}-2"):
+    for name in ("python-1", f"{how}-{processes}"):
         records = list(map(json.loads, (out / name / "log.jsonl").read_text().splitlines()))
         metrics[name] = [{k: r[k] for k in ("P@1", "P@5", "PSP@5", "R@3")} for r in records if r["event"] == "evaluate"]
         assert [r["step"] for r in records if r["event"] == "rewire"] == [5, 10]
         shards = sorted((out / name / "model").glob("head-*.safetensors"))
-        assert len(shards) == (1 if name == "python-1" else 2)
+        assert len(shards) == (1 if name == "python-1" else processes)
         parts = [load_file(shard) for shard in shards]
         tensors[name] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     first, second = tensors.values()
     assert torch.equal(first["index"], second["index"])
     torch.testing.assert_close(first["weight"], second["weight"], rtol=1e-3, atol=1e-4)
-    assert metrics["python-1"] == metrics[f"{how}-2"]
+    assert metrics["python-1"] == metrics[f"{how}-{processes}"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,89 @@
+"""Several machines: two network namespaces of this one, and the Slurm example with stand-ins for Slurm's commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_launchers import BIN, ROOT, curve, settings_value
+
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+ADDRESSES = ["10.77.0.1", "10.77.0.2"]
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    """Names of two network namespaces with a wire between them; its ends are v0 and v1."""
+    names = [f"xmc{os.getpid()}-{number}" for number in range(2)]
+    if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
+        pytest.skip("network namespaces need root and the command ip")
+    try:
+        ip("netns", "add", names[1])
+        ip("-n", names[0], "link", "add", "v0", "type", "veth", "peer", "name", "v1", "netns", names[1])
+        for number, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"{ADDRESSES[number]}/24", "dev", f"v{number}")
+            ip("-n", name, "link", "set", f"v{number}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_two_machines_train_as_one_process(toy_settings, hosts, launcher):
+    settings = [*toy_settings, "training.optimization.max_steps=20"]
+    one = curve(settings, "python")
+    running = []
+    for rank, host in enumerate(hosts):
+        start = {
+            "accelerate": [
+                "accelerate", "launch", "--config_file", "launchers/examples/accelerate_two_machines.yaml",
+                "--machine_rank", str(rank), "--main_process_ip", ADDRESSES[0],
+            ],
+            "torchrun": [
+                "torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank),
+                "--master_addr", ADDRESSES[0], "--master_port", "29500",
+            ],
+        }[launcher]  # fmt: skip
+        command = ["ip", "netns", "exec", host, *start, "launchers/train.py", *settings, "log_fname=nodes"]
+        running.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"v{rank}"},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+        )
+    for process in running:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+    log = Path(settings_value(settings, "output_dir=")) / "nodes" / "log.jsonl"
+    records = map(json.loads, log.read_text().splitlines())
+    assert [record["loss"] for record in records if record["event"] == "step"] == pytest.approx(one, rel=1e-5)
+
+
+def test_the_slurm_example_starts_a_node(toy_settings, tmp_path):
+    if not (ROOT / ".venv").is_dir():
+        pytest.skip("the example enters .venv")
+    # What Slurm's commands do on a single node.
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\ntest "$1" = --kill-on-bad-exit=1 || exit 9\nshift\nexec "$@"\n')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    path = f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"
+    done = subprocess.run(
+        ["bash", "launchers/examples/slurm.sh", *toy_settings, "training.optimization.max_steps=3", "log_fname=slurm"],
+        cwd=ROOT, env=os.environ | ENVIRONMENT | slurm | {"GPUS": "1", "PATH": path}, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (Path(settings_value(toy_settings, "output_dir=")) / "slurm" / "model").is_dir()
