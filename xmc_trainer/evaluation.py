@@ -37,14 +37,13 @@ def evaluate(
     """
     ranks = head.ranks
     for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
+        rows, pairs = batch["rank_sizes"]
         batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         counts = batch["label_counts"]
         features = encode(batch["input_ids"], batch["attention_mask"])[: counts.shape[0]]
         _, predicted = head.topk(features, metrics.k, batch.get("filter_ids"), batch.get("filter_counts"))
-        sizes = ranks.sizes(counts.shape[0], device)
-        label_ids = batch["label_ids"]
-        label_ids = ranks.gather_rows(label_ids, ranks.sizes(label_ids.shape[0], device))
-        predicted, counts = ranks.gather_rows(predicted, sizes), ranks.gather_rows(counts, sizes)
+        label_ids = ranks.gather_rows(batch["label_ids"], pairs)
+        predicted, counts = ranks.gather_rows(predicted, rows), ranks.gather_rows(counts, rows)
         metrics.add(predicted.cpu().numpy(), label_ids.cpu().numpy(), counts.cpu().numpy())
     return metrics.result()
 

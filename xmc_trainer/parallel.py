@@ -14,6 +14,15 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def start_ranks(device: torch.device) -> None:
+    """Join the process group that torchrun's environment describes; trainings leave that to accelerate."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop_ranks() -> None:
+    dist.destroy_process_group()
+
+
 class Ranks:
     """The processes that train one model, on the default process group; one rank if there is none.
 

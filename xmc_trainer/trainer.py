@@ -156,6 +156,7 @@ class Trainer:
                 texts_in_step=batch["rows_in_step"],
                 # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
                 engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
+                rank_sizes=batch["rank_sizes"],
             )
             self.accelerator.backward(loss)
             if optimization.max_grad_norm and self.accelerator.sync_gradients:

@@ -37,7 +37,10 @@ def train(optimizer: str, loss_name: str, accumulation: int, group_size: int) ->
         ids = [torch.from_numpy(rng.integers(0, LABELS, count)) for count in counts]
         total = 0.0
         for number, micro in enumerate(np.array_split(np.arange(TEXTS), accumulation)):
-            rows = np.array_split(micro, ranks.size)[ranks.rank]  # uneven, and empty now and then
+            parts = np.array_split(micro, ranks.size)  # uneven, and empty now and then
+            rows = parts[ranks.rank]
+            # Told or exchanged: the same.
+            known = [len(part) for part in parts], [int(counts[part].sum()) for part in parts]
             loss = head(
                 encoder(texts[rows]),
                 torch.cat([ids[row] for row in rows]) if len(rows) else torch.empty(0, dtype=torch.int64),
@@ -45,6 +48,7 @@ def train(optimizer: str, loss_name: str, accumulation: int, group_size: int) ->
                 end_of_step=number == accumulation - 1,
                 texts_in_step=TEXTS,
                 engine_divisor=float(ranks.size * accumulation),
+                rank_sizes=known if step % 2 else None,
             )
             (loss / accumulation).backward()
             total += loss.item()

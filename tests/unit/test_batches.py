@@ -163,7 +163,8 @@ def test_a_batch(data, chosen):
     assert batch["label_ids"].tolist() == sum((rows["labels"][row] for row in chosen), [])
     assert batch["label_counts"].tolist() == [len(rows["labels"][row]) for row in chosen]
     assert batch["rows"].tolist() == chosen and batch["rows_in_step"] == 17
-    dtypes = {name: value.dtype for name, value in batch.items() if name != "rows_in_step"}
+    assert batch["rank_sizes"] == ([0, len(chosen)], [0, len(batch["label_ids"])])
+    dtypes = {name: value.dtype for name, value in batch.items() if isinstance(value, torch.Tensor)}
     assert dtypes == {
         "input_ids": torch.int64,
         "attention_mask": torch.int64,
@@ -204,6 +205,9 @@ def test_loader_gives_an_epoch_in_order(data, workers):
             assert batch["rows"].tolist() == micro.rows[rank].tolist()
             assert batch["label_counts"].tolist() == [len(rows["labels"][row]) for row in batch["rows"]]
             assert batch["rows_in_step"] == micro.rows_in_step
+            texts, labels = batch["rank_sizes"]
+            assert texts[rank] == len(batch["rows"]) and labels[rank] == len(batch["label_ids"])
+            assert sum(labels) == sum(len(rows["labels"][row]) for part in micro.rows for row in part)
             seen += batch["rows"].tolist()
     assert sorted(seen) == list(range(101))
 

@@ -1,1 +1,1 @@
-"""Measurements for the user's own machine: python -m xmc_trainer.bench.head"""
+"""Measurements for the user's own machine: python -m xmc_trainer.bench.head, and .ranks under torchrun."""

@@ -106,6 +106,7 @@ class TextBatches(torch.utils.data.Dataset):
         filter_counts, filter_ids: the same of the filter pairs, if there are any.
         rows: int64 [b], rows of the data set.
         rows_in_step: int, texts of the whole optimizer step.
+        rank_sizes: (texts, labels) of every rank's part of the micro-batch, two lists of int.
     A rank without rows in a micro-batch (b = 0) gets one text of one padding token, so that the encoder can run; take
     features[:b].
     """
@@ -120,14 +121,17 @@ class TextBatches(torch.utils.data.Dataset):
         filter_pairs: Ragged | None = None,
     ) -> None:
         self._dataset = dataset.with_format("arrow")
-        self._plan = [(micro.rows[rank], micro.rows_in_step) for micro in plan]
+        self._plan, self._rank = plan, rank
+        chunks = dataset.data.column("labels").chunks
+        self._label_lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
         self._pad_token_id, self._filter_pairs = pad_token_id, filter_pairs
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        rows, rows_in_step = self._plan[number]
+        micro = self._plan[number]
+        rows = micro.rows[self._rank]
         if len(rows):
             table = self._dataset[rows]
             tokens, labels = flatten_lists(table.column("input_ids")), flatten_lists(table.column("labels"))
@@ -142,7 +146,12 @@ class TextBatches(torch.utils.data.Dataset):
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
             "rows": torch.from_numpy(rows.copy()),  # the plan's own array stays out of the caller's reach
-            "rows_in_step": rows_in_step,
+            "rows_in_step": micro.rows_in_step,
+            # Every rank knows the plan: nobody has to ask the others how much they bring.
+            "rank_sizes": (
+                [len(part) for part in micro.rows],
+                [int(self._label_lengths[part].sum()) for part in micro.rows],
+            ),
         }
         ragged = {"label": labels}
         if self._filter_pairs is not None:

@@ -26,9 +26,11 @@ from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 
 
-def ragged_rows(counts: Tensor) -> Tensor:
-    """int [B] numbers of entries a row -> int64 [sum], the row of each entry."""
-    return torch.repeat_interleave(torch.arange(counts.shape[0], device=counts.device), counts.to(torch.int64))
+def ragged_rows(counts: Tensor, total: int) -> Tensor:
+    """int [B] numbers of entries a row -> int64 [total], the row of each entry; `total` is their sum."""
+    # Given the total the device need not be asked for it.
+    rows = torch.arange(counts.shape[0], device=counts.device)
+    return torch.repeat_interleave(rows, counts.to(torch.int64), output_size=total)
 
 
 class _HeadStep(torch.autograd.Function):
@@ -218,6 +220,7 @@ class FixedFanInHead(nn.Module):
         end_of_step: bool = True,
         texts_in_step: int | None = None,
         engine_divisor: float = 1.0,
+        rank_sizes: tuple[list[int], list[int]] | None = None,
     ) -> Tensor:
         """The loss of this micro-batch over all ranks; in training mode also the update, if the step ends here.
 
@@ -231,10 +234,12 @@ class FixedFanInHead(nn.Module):
                 micro-batches (the default is this micro-batch's, over all ranks).
             engine_divisor: what the training engine divides gradients by, to be undone here: the number of ranks times the
                 number of micro-batches that it averages over.
+            rank_sizes: (texts, positives) of every rank in this micro-batch, where the caller knows them. Otherwise
+                several ranks tell each other, which makes the host wait for the device.
         Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
             of a step's micro-batches add up to the step's loss.
         """
-        batch = (label_ids, label_counts, end_of_step, texts_in_step, engine_divisor)
+        batch = (label_ids, label_counts, end_of_step, texts_in_step, engine_divisor, rank_sizes)
         train = self.training and torch.is_grad_enabled()
         if feat_bd.requires_grad and torch.is_grad_enabled():
             return _HeadStep.apply(feat_bd, self, train, batch)
@@ -249,9 +254,10 @@ class FixedFanInHead(nn.Module):
         end_of_step: bool,
         texts_in_step: int | None,
         engine_divisor: float,
+        rank_sizes: tuple[list[int], list[int]] | None,
     ) -> tuple[Tensor, Tensor]:
         """(loss, feature gradient [b, d] float32) of this micro-batch; see `forward`."""
-        feat_Bd, label_P, row_P, sizes = self._gather(feat_bd, label_ids, label_counts)
+        feat_Bd, label_P, row_P, sizes = self._gather(feat_bd, label_ids, label_counts, rank_sizes)
         texts = feat_Bd.shape[0]
         text_weight = 1.0
         if self.text_reduction == "mean":
@@ -287,18 +293,23 @@ class FixedFanInHead(nn.Module):
         return self.ranks.sum(loss_B.sum() * text_weight), grad_bd
 
     def _gather(
-        self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor
+        self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, rank_sizes: tuple[list[int], list[int]] | None
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
         """All ranks' features, their (local label, row) pairs as int64, and the number of rows of each rank."""
-        sizes = self.ranks.sizes(feat_bd.shape[0], feat_bd.device)
-        feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
-        label_P, row_P = self._gather_pairs(label_ids, label_counts, sizes)
-        return feat_Bd, label_P, row_P, sizes
+        rows, pairs = rank_sizes or (
+            self.ranks.sizes(feat_bd.shape[0], feat_bd.device),
+            self.ranks.sizes(label_ids.shape[0], label_ids.device),
+        )
+        feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), rows)
+        label_P, row_P = self._gather_pairs(label_ids, label_counts, rows, pairs)
+        return feat_Bd, label_P, row_P, rows
 
-    def _gather_pairs(self, label_ids: Tensor, label_counts: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-        counts = self.ranks.gather_rows(label_counts, sizes)
-        label_ids = self.ranks.gather_rows(label_ids, self.ranks.sizes(label_ids.shape[0], label_ids.device))
-        return label_ids.to(torch.int64) - self.labels.start, ragged_rows(counts)
+    def _gather_pairs(
+        self, label_ids: Tensor, label_counts: Tensor, rows: list[int], pairs: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        counts = self.ranks.gather_rows(label_counts, rows)
+        label_P = self.ranks.gather_rows(label_ids, pairs).to(torch.int64) - self.labels.start
+        return label_P, ragged_rows(counts, label_P.shape[0])
 
     @torch.no_grad()
     def topk(
@@ -316,7 +327,8 @@ class FixedFanInHead(nn.Module):
         feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
         label_P = row_P = torch.empty(0, dtype=torch.int64, device=feat_bd.device)
         if skip_ids is not None:
-            label_P, row_P = self._gather_pairs(skip_ids, skip_counts, sizes)
+            pairs = self.ranks.sizes(skip_ids.shape[0], skip_ids.device)
+            label_P, row_P = self._gather_pairs(skip_ids, skip_counts, sizes, pairs)
         key_Bk = self._backend.head_topk(self.tensors(), feat_Bd, k, label_P, row_P, tile_labels=self.tile_labels)
         if self.ranks.size > 1:
             every = self.ranks.gather_rows(key_Bk, [key_Bk.shape[0]] * self.ranks.size)

@@ -1,0 +1,33 @@
+"""What ranks send does not grow with the labels; what they hold shrinks with their number. Counted, not timed."""
+
+from __future__ import annotations
+
+import csv
+
+from tests.integration.test_launchers import free_port, launch
+
+
+def test_bytes_follow_batch_and_features_and_memory_the_share_of_labels(tmp_path):
+    rows = {}
+    for size in (1, 2, 3):
+        path = tmp_path / f"{size}.csv"
+        done = launch(
+            "torchrun", "--nproc_per_node", str(size), "--master_port", free_port(), "-m", "xmc_trainer.bench.ranks",
+            "--labels", "3000,9000", "--batch", "12,48", "--features", "32,64", "--fan-in", "8", "--repeat", "1",
+            "--csv", path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        with path.open(newline="") as file:
+            rows[size] = {
+                (int(row["labels"]), int(row["batch"]), int(row["features"])): row for row in csv.DictReader(file)
+            }
+        assert len(rows[size]) == 8 and f"{size} ranks" in done.stdout
+    for (labels, batch, features), row in rows[1].items():
+        assert int(row["sent_bytes"]) == 0
+        for size in (2, 3):
+            case = rows[size][labels, batch, features]
+            part = batch // size
+            # Features there, their gradient back (float32), 5 label ids a text (int64), counts (int64), the loss.
+            expected = (size - 1) * part * (2 * 4 * features + 5 * 8 + 8) + 2 * (size - 1) / size * 4
+            assert int(case["sent_bytes"]) == round(expected)
+            assert float(case["head_mib"]) <= float(row["head_mib"]) / size + 0.01

@@ -1,0 +1,21 @@
+"""The head's benchmark runs and writes what it printed."""
+
+from __future__ import annotations
+
+import csv
+import sys
+
+from tests.integration.test_launchers import launch
+
+
+def test_head_benchmark_writes_its_table(tmp_path):
+    words = [sys.executable, "-m", "xmc_trainer.bench.head", "--labels", "2000", "--features", "32", "--fan-in", "8"]
+    more = ["--batch", "16", "--repeat", "1", "--group-sizes", "1,4", "--optimizers", "sgd,adamw"]
+    done = launch(*words, *more, "--csv", tmp_path / "head.csv")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "head.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and all(row["what"] in done.stdout for row in rows)
+    assert all(float(row["ms"]) > 0 and row["device"] and row["torch"] for row in rows)
+    done = launch(*words, "--optimizers", "adam")
+    assert done.returncode == 2 and "--optimizers: adam" in done.stderr

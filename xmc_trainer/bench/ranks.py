@@ -1,0 +1,110 @@
+"""What several ranks send each other for a head step, and what each holds, against labels, batch and features.
+
+torchrun --nproc_per_node 2 -m xmc_trainer.bench.ranks
+torchrun --nproc_per_node 1 -m xmc_trainer.bench.ranks      # the same on one rank, to compare times
+
+Bytes are those that one rank sends in a step, as the ring algorithms of gloo and NCCL send them: (N - 1) times its part of
+what is gathered or scattered, 2 (N - 1) / N times what is summed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from xmc_trainer.head import SGD, FixedFanInHead
+from xmc_trainer.parallel import Ranks, start_ranks, stop_ranks
+
+
+class CountingRanks(Ranks):
+    """Adds up the bytes that this rank sends."""
+
+    sent = 0.0
+
+    def sizes(self, length: int, device: torch.device) -> list[int]:
+        self.sent += 8 * (self.size - 1)
+        return super().sizes(length, device)
+
+    def gather_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
+        self.sent += (self.size - 1) * max(sizes) * x.element_size() * math.prod(x.shape[1:])
+        return super().gather_rows(x, sizes)
+
+    def scatter_sum_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
+        self.sent += (self.size - 1) * max(sizes) * x.element_size() * math.prod(x.shape[1:])
+        return super().scatter_sum_rows(x, sizes)
+
+    def sum(self, x: Tensor) -> Tensor:
+        self.sent += 2 * (self.size - 1) / self.size * x.nbytes
+        return super().sum(x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", default="20000,80000", help="comma-separated")
+    parser.add_argument("--batch", default="64,128", help="texts of all ranks together")
+    parser.add_argument("--features", default="384,768")
+    parser.add_argument("--fan-in", type=int, default=32)
+    parser.add_argument("--positives", type=int, default=5, help="labels a text")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--csv", default="bench_ranks.csv", help="file to write")
+    options = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    launched = "WORLD_SIZE" in os.environ
+    if launched:
+        start_ranks(device)
+    ranks = CountingRanks()
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads a rank"
+    if ranks.rank == 0:
+        print(f"{ranks.size} ranks; {name}; torch {torch.__version__}")
+        print("   labels   batch  features    sent, bytes a step    head, MiB a rank      ms")
+    rows = []
+    settings = (map(int, value.split(",")) for value in (options.labels, options.batch, options.features))
+    for labels, batch, features in itertools.product(*settings):
+        head = FixedFanInHead(
+            features, labels, fan_in=options.fan_in, optimizer=SGD(), lr=1e-3, first_bias=-9.0, ranks=ranks, device=device
+        )
+        texts = batch // ranks.size
+        feat = torch.randn(texts, features, device=device, requires_grad=True)
+        ids = torch.randint(labels, (texts * options.positives,), device=device)
+        counts = torch.full((texts,), options.positives, device=device)
+        known = [texts] * ranks.size, [len(ids)] * ranks.size
+        times = []
+        for _ in range(options.repeat + 1):
+            ranks.sent = 0.0
+            ranks.barrier()
+            begin = time.perf_counter()
+            head(feat, ids, counts, rank_sizes=known).backward()
+            if gpu:
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - begin))
+        held = sum(buffer.nbytes for buffer in head.buffers()) / 2**20
+        row = {"ranks": ranks.size, "device": name, "torch": torch.__version__, "labels": labels, "batch": batch}
+        row |= {"features": features, "fan_in": options.fan_in, "positives": options.positives}
+        row |= {"sent_bytes": round(ranks.sent), "head_mib": round(held, 3), "ms": round(statistics.median(times[1:]), 2)}
+        rows.append(row)
+        if ranks.rank == 0:
+            print(f"{labels:9,d}{batch:8d}{features:10d}{row['sent_bytes']:22,d}{held:20.2f}{row['ms']:8.1f}", flush=True)
+    if ranks.rank == 0:
+        with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"written to {options.csv}")
+    if launched:
+        stop_ranks()
+
+
+if __name__ == "__main__":
+    main()
