@@ -11,6 +11,7 @@ Weights are read and updated in their own precision. Two ways lead through a ste
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -105,10 +106,18 @@ def head_step(
     finite = torch.isfinite(feat_Bd).all()
     batch = Batch.of(feat_Bd)
     step = Step.of(loss_fn, text_weight, finite, update)
-    shared = head.index_RF is not None and head.group_size >= SHARED and head.weight_LF.shape[1] <= 256
+    # A gathered tile of more features does not fit on the chip.
+    fits = head.weight_LF.shape[1] <= (256 if batch.bf16 else 128)
+    shared = head.index_RF is not None and head.group_size >= SHARED and fits
     way = _group_step if shared and not torch.are_deterministic_algorithms_enabled() else _dense_step
-    loss, grad = way(head, batch, label_P, row_P, step)
+    with _current(feat_Bd.device):
+        loss, grad = way(head, batch, label_P, row_P, step)
     return loss[grad_start : batch.texts], grad[grad_start : batch.texts], finite
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _states(state: list[Tensor], missing: Tensor) -> list[Tensor]:
@@ -231,6 +240,11 @@ def head_topk(
     head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor, *, tile_labels: int
 ) -> Tensor:
     """See `reference.head_topk`. `tile_labels` does not apply."""
+    with _current(feat_Bd.device):
+        return _topk(head, feat_Bd, k, skip_label_P, skip_row_P)
+
+
+def _topk(head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor) -> Tensor:
     labels, fan_in = head.weight_LF.shape
     texts, d = feat_Bd.shape
     device = feat_Bd.device
