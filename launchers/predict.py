@@ -16,6 +16,7 @@ import json
 import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 from xmc_trainer.cli import run
 from xmc_trainer.errors import UserError
@@ -60,8 +61,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256, help="texts a batch (default 256)")
     parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
     arguments = parser.parse_args()
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size={arguments.batch_size}: must be at least 1")
+    for name in ("k", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{'-k' if name == 'k' else '--batch_size'}={getattr(arguments, name)}: must be at least 1")
+    if arguments.output != "-" and not Path(arguments.output).absolute().parent.is_dir():
+        raise UserError(f"--output={arguments.output}: there is no such folder; make it first")
 
     from xmc_trainer.model import XMCModel
 
@@ -70,6 +74,8 @@ def main() -> None:
     chunks = iter(lambda: list(islice(texts, _CHUNK)), [])
     predictions = ((chunk, model.predict(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
     first = next(predictions, None)  # before the output is opened: a bad input leaves no empty file behind
+    if first is None:
+        print(f"{'standard input' if arguments.input == '-' else arguments.input}: no texts", file=sys.stderr)
     with sys.stdout if arguments.output == "-" else open(arguments.output, "w", encoding="utf-8") as out:
         while first is not None:
             for text, labels in zip(*first):

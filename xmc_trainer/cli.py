@@ -14,10 +14,13 @@ and dotted fields such as model.ffi.fan_in=64; --print-config shows the whole re
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, without a traceback."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130; no traceback."""
     try:
         main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: what was written so far stays; a run cannot be resumed yet", file=sys.stderr, flush=True)
+        sys.exit(130)

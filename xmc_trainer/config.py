@@ -62,7 +62,7 @@ class DataConfig:
     folder: str | None = option(None, "folder under `dataset_path`; default: the shipped one, else `data.dataset`")
     is_lf_data: bool = option(False, "label-feature layout (raw_text/trn.json ...) instead of raw text files")
     hf_source: str | None = option(
-        None, "Hugging Face datasets source instead of both layouts: saved folder, .parquet, .jsonl, or hub id"
+        None, "instead of both layouts: folder with <split>.parquet or <split>.jsonl, saved data set, or hub id"
     )
     hf_train_split: str = option("train", "split (or file, for .parquet and .jsonl folders) to train on")
     hf_test_split: str = option("test", "split to evaluate on")

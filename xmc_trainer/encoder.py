@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from xmc_trainer.errors import UserError
 
@@ -94,6 +95,7 @@ class TextEncoder(nn.Module):
 
 
 def _load(loader: type, name: str, field: str, **options: object) -> object:
+    disable_progress_bar()  # its bars are of a second's work, here and when saving
     try:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

@@ -105,6 +105,8 @@ def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = ()) -> s
     first = next(iter(rows.values()))
     columns = columns or tuple(f"{name}@{k}" for name in ("P", "PSP") for k in (1, 3, 5) if f"{name}@{k}" in first)
     width = max(len(name) for name in rows)
-    lines = [" " * width + "".join(f"{column:>8}" for column in columns)]
-    lines += [f"{name:<{width}}" + "".join(f"{100 * m[column]:8.2f}" for column in columns) for name, m in rows.items()]
+    widths = {column: max(8, len(column) + 2) for column in columns}
+    lines = [" " * width + "".join(f"{column:>{widths[column]}}" for column in columns)]
+    for name, metrics in rows.items():
+        lines.append(f"{name:<{width}}" + "".join(f"{100 * metrics[column]:{widths[column]}.2f}" for column in columns))
     return "\n".join(lines)

@@ -22,6 +22,7 @@ from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
+from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 
 _ENCODER_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -65,6 +66,13 @@ class Trainer:
         )
         self.ranks, self.device = Ranks(), self.accelerator.device
         self.run_folder = config.run_folder
+        # What can be refused is refused before anything is loaded.
+        try:
+            select_backend(config.model.ffi.backend, self.device)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if data.hf_source is None and not config.data_folder.is_dir():
+            raise UserError(f"{config.data_folder}: no such folder; set dataset_path or data.folder")
         set_seed(config.training.seed)
         self.tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
         backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=self.device.type == "cpu")
@@ -101,6 +109,8 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
         if self.accelerator.is_main_process:
+            if self.run_folder.exists():
+                print(f"{self.run_folder}: replaces an earlier run; name another by log_fname", flush=True)
             self.run_folder.mkdir(parents=True, exist_ok=True)
             (self.run_folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         self.ranks.barrier()

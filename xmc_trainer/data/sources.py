@@ -408,6 +408,8 @@ def _names(labels: Any, class_names: list[str] | None, where: str) -> list[str]:
 
 def _open_split(name: str, split: str, columns: tuple[str, str]) -> _Split:
     folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UserError(f"data.hf_source={name}: a file; name its folder, with {split}.parquet or {split}.jsonl in it")
     if not folder.is_dir():
         return _open_dataset(lambda: datasets.load_dataset(name, split=split), f"data.hf_source={name}", split, columns)
     if (file := folder / f"{split}.parquet").is_file():
