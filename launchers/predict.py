@@ -64,6 +64,8 @@ def main() -> None:
     for name in ("k", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{'-k' if name == 'k' else '--batch_size'}={getattr(arguments, name)}: must be at least 1")
+    if arguments.output != "-" and Path(arguments.output).resolve() == Path(arguments.input).resolve():
+        raise UserError(f"--output={arguments.output}: is the input file; name another")
     if arguments.output != "-" and not Path(arguments.output).absolute().parent.is_dir():
         raise UserError(f"--output={arguments.output}: there is no such folder; make it first")
 
@@ -76,12 +78,18 @@ def main() -> None:
     first = next(predictions, None)  # before the output is opened: a bad input leaves no empty file behind
     if first is None:
         print(f"{'standard input' if arguments.input == '-' else arguments.input}: no texts", file=sys.stderr)
-    with sys.stdout if arguments.output == "-" else open(arguments.output, "w", encoding="utf-8") as out:
-        while first is not None:
-            for text, labels in zip(*first):
-                record = {"text": text, "labels": [label._asdict() for label in labels]}
-                out.write(json.dumps(record, ensure_ascii=False) + "\n")
-            first = next(predictions, None)
+    partial = Path(f"{arguments.output}.partial")
+    try:
+        with sys.stdout if arguments.output == "-" else partial.open("w", encoding="utf-8") as out:
+            while first is not None:
+                for text, labels in zip(*first):
+                    record = {"text": text, "labels": [label._asdict() for label in labels]}
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                first = next(predictions, None)
+        if arguments.output != "-":
+            partial.replace(arguments.output)  # whole, or not at all
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, FixedFanInHead
 
-FORMAT = 1
+FORMAT = 2  # 2: every row of the index is ascending
 _HEAD_TENSORS = ("weight", "index", "bias")
 
 

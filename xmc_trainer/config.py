@@ -35,7 +35,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _at_least(name: str, value: float | None, lowest: float) -> None:
-    if value is not None and value < lowest:
+    if value is not None and not value >= lowest:  # so that nan is refused too
         raise UserError(f"{name}={value}: must be at least {lowest}")
 
 
@@ -89,6 +89,8 @@ class DataConfig:
         _at_least("data.num_workers", self.num_workers, 0)
         if self.is_lf_data and self.hf_source:
             raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
+        if self.label_text_file and (self.is_lf_data or self.hf_source):
+            raise UserError("data.label_text_file: of the raw layout only; label-feature data bring their labels' texts")
         for name in ("augment_label_data", "use_filter_eval"):
             if getattr(self, name) and not self.is_lf_data:
                 raise UserError(f"data.{name}=true: needs label-feature data (data.is_lf_data=true)")
@@ -125,6 +127,8 @@ class PenultimateConfig:
 
     def __post_init__(self) -> None:
         _at_least("model.penultimate.penultimate_size", self.penultimate_size, 1)
+        if self.penultimate_size > 1 << 16:
+            raise UserError(f"model.penultimate.penultimate_size={self.penultimate_size}: at most 65536")
         _one_of(
             "model.penultimate.penultimate_activation", self.penultimate_activation, ("relu", "gelu", "tanh", "none")
         )
@@ -306,6 +310,8 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _at_least("training.seed", self.seed, 0)
+        if self.seed >= 1 << 32:
+            raise UserError(f"training.seed={self.seed}: must be below 2^32")
         _share("training.best_p1", self.best_p1)
         if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", "model"):
             raise UserError(

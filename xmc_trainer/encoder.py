@@ -67,9 +67,11 @@ class TextEncoder(nn.Module):
         groups = []
         for module, lr in parts:
             params = [p for p in module.parameters() if p.requires_grad]
+            # ZeRO-3 leaves empty vectors in place of the parameters, which remember their shapes.
+            matrix = [len(getattr(p, "ds_shape", p.shape)) > 1 for p in params]
             for chosen, decay in (
-                ([p for p in params if p.ndim > 1], weight_decay),
-                ([p for p in params if p.ndim <= 1], 0.0),
+                ([p for p, decays in zip(params, matrix) if decays], weight_decay),
+                ([p for p, decays in zip(params, matrix) if not decays], 0.0),
             ):
                 if chosen:
                     groups.append({"params": chosen, "lr": lr, "weight_decay": decay})

@@ -142,7 +142,12 @@ def deepspeed_settings(
     settings["fp16"].setdefault("initial_scale_power", _INITIAL_SCALE_POWER)
     if settings.get("train_batch_size", "auto") == "auto":
         settings.pop("train_batch_size", None)
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True  # or saving fails, after all of the training
+    # torch's optimizers with offloading too: DeepSpeed's own for the host is another one, and has to be compiled.
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)
     if mixed_precision == "fp16" and stage == 0:
         raise UserError(
             f"{path}: fp16 at ZeRO stage 0 trains wrongly; take stage 1, 2 or 3, or training.amp.dtype=bfloat16"

@@ -96,7 +96,7 @@ def metrics_of(config: EvaluationConfig, corpus: Corpus) -> RankingMetrics:
     """Empty metrics, with the propensities of the whole training set if they are asked for."""
     if not config.eval_psp:
         return RankingMetrics()
-    return RankingMetrics(inverse_propensity(corpus.label_counts(), len(corpus.train), config.A, config.B))
+    return RankingMetrics(inverse_propensity(corpus.label_counts(), corpus.texts, config.A, config.B))
 
 
 def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
@@ -118,6 +118,11 @@ def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> t
         raise UserError(
             f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; name the data set "
             "that it was trained on (dataset_path, data.folder)"
+        )
+    if corpus.labels["id"] != saved.label_ids.to_pylist():
+        raise UserError(
+            f"{config.data_folder}: its labels are others than the model's, or in another order; name the data set that it "
+            "was trained on (dataset_path, data.folder)"
         )
     plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=1)
     loader = loader_of(

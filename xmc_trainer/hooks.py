@@ -14,6 +14,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from tqdm import tqdm
 
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig
@@ -176,7 +177,9 @@ class JsonLogHook(Hook):
         self.write({"event": "evaluate", "split": split, "step": trainer.state.step} | metrics)
 
     def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
-        counts = {"moved": report.moved, "survivors": report.survivors, "share": report.share}
+        # `report` is of this rank's rows.
+        moved, slots = trainer.ranks.sum(torch.tensor([report.moved, report.slots], device=trainer.device)).tolist()
+        counts = {"moved": moved, "survivors": slots - moved, "share": moved / max(slots, 1)}
         self.write({"event": "rewire", "step": trainer.state.step, "amount": amount} | counts)
 
     def on_save(self, trainer: Trainer, folder: Any) -> None:

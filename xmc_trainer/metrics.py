@@ -43,11 +43,13 @@ class RankingMetrics:
         """One batch.
 
         Args:
-            predicted: int [B, k], label ids, best first; -1 for none.
+            predicted: int [B, k or fewer], label ids, best first; -1 for none.
             label_ids: int [sum of label_counts], relevant labels, text after text, without repeats.
             label_counts: int [B].
         """
         predicted = np.asarray(predicted, dtype=np.int64)[:, : self.k]
+        # Fewer labels than k: nothing is predicted in the other places.
+        predicted = np.pad(predicted, ((0, 0), (0, self.k - predicted.shape[1])), constant_values=-1)
         label_ids, counts = np.asarray(label_ids, dtype=np.int64), np.asarray(label_counts, dtype=np.int64)
         rows = len(counts)
         self.texts += rows

@@ -35,6 +35,8 @@ class XMCModel:
     def load(cls, folder: str | Path, device: str | torch.device | None = None) -> XMCModel:
         """Read a model folder onto `device` (default: the GPU if there is one). UserError if it is not one."""
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device {chosen}: there is no usable GPU; choose cpu")
         return cls(load_model(folder, chosen), chosen)
 
     @torch.no_grad()

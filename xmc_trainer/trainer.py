@@ -88,7 +88,8 @@ class Trainer:
                 optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder
             ),
             lr=optimization.encoder_lr,
-            fused=True,
+            # A gradient scaler hands a fused optimizer its overflows, and then nobody can tell that a step was skipped.
+            fused=config.training.amp.mixed_precision != "fp16",
         )
         # Only the encoder meets the engine; the head is its own.
         self.encoder, self.optimizer = self.accelerator.prepare(self.encoder_module, optimizer)
@@ -297,7 +298,7 @@ class Trainer:
         first_bias = 0.0
         if ffi.bias_init == "prior":
             positives = int(self.corpus.label_counts().sum())
-            first_bias = best_constant(optimization.loss_fn, positives / (len(self.corpus.train) * labels))
+            first_bias = best_constant(optimization.loss_fn, positives / (self.corpus.texts * labels))
         optimizer = AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum)
         return FixedFanInHead(
             features,

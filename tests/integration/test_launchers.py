@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -211,6 +212,25 @@ def test_evaluate_refuses_other_labels(model, tmp_path):
     done = launch(sys.executable, "launchers/evaluate.py", model[0], f"dataset_path={tmp_path}")
     assert done.returncode == 2
     assert_one_line(done.stderr, "has 3 labels, the model 41")
+
+
+def test_evaluate_refuses_labels_of_other_names(model, toy_data, tmp_path):
+    shutil.copytree(toy_data / "toy", tmp_path / "toy")
+    for name in ("train_labels.txt", "test_labels.txt", "names.tsv"):
+        path = tmp_path / "toy" / name
+        path.write_text(path.read_text().replace("tag40", "aaa"))
+    done = launch(sys.executable, "launchers/evaluate.py", model[0], f"dataset_path={tmp_path}")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "labels are others than the model's")
+
+
+def test_predict_writes_all_or_nothing(model, tmp_path):
+    (tmp_path / "texts.txt").write_text("w1\n" * 4097 + "\n")
+    done = predict(model[0], tmp_path / "texts.txt", "--output", tmp_path / "out.jsonl")
+    assert done.returncode == 2 and [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+    assert_one_line(done.stderr, "line 4098: the text is empty")
+    done = predict(model[0], tmp_path / "texts.txt", "--output", tmp_path / "texts.txt")
+    assert done.returncode == 2 and (tmp_path / "texts.txt").stat().st_size > 4097
 
 
 def test_print_config_and_refusals(toy_settings, tmp_path):

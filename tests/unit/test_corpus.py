@@ -53,7 +53,7 @@ def test_content(tmp_path):
     assert found.lengths("train").tolist() == [4, 8, 3] and found.lengths("test").tolist() == [3, 3]
     assert found.test_labels().ids.tolist() == [0, 1, 2] and found.test_labels().offsets.tolist() == [0, 1, 3]
     assert entries(tmp_path / "cache") == [found.fingerprint]
-    assert sorted(os.listdir(tmp_path / "cache" / found.fingerprint)) == ["labels", "test", "train"]
+    assert sorted(os.listdir(tmp_path / "cache" / found.fingerprint)) == ["labels", "test", "texts", "train"]
 
 
 def test_label_feature_content_with_filter_and_augmentation(tmp_path):
@@ -68,6 +68,9 @@ def test_label_feature_content_with_filter_and_augmentation(tmp_path):
         assert pairs.ids.tolist() == [2] and pairs.offsets.tolist() == [0, 0, 1]
     plain = load(tmp_path / "d", tmp_path / "c", "lf")
     assert plain.filter_pairs is None and len(plain.train) == 2
+    # Propensities are those of the real texts, with augmentation and without.
+    assert found.texts == again.texts == plain.texts == 2 and len(found.train) == 5
+    assert found.label_counts().tolist() == plain.label_counts().tolist() == [1, 1, 1]
 
 
 def test_hugging_face_content(tmp_path):

@@ -87,6 +87,13 @@ def test_missing_predictions_are_misses():
     assert result["P@1"] == 1 and result["P@5"] == pytest.approx(1 / 5) and result["PSP@3"] == pytest.approx(1 / 2)
 
 
+def test_fewer_labels_than_places_are_misses():
+    few, padded = RankingMetrics(), RankingMetrics()
+    few.add(np.array([[1, 0]]), np.array([0]), np.array([1]))
+    padded.add(np.array([[1, 0, -1, -1, -1]]), np.array([0]), np.array([1]))
+    assert few.result() == padded.result() and few.result()["P@5"] == pytest.approx(1 / 5)
+
+
 def test_nothing_added_is_an_error():
     with pytest.raises(ValueError, match="no texts"):
         RankingMetrics().result()

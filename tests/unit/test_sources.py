@@ -156,6 +156,12 @@ def test_lf_rows(tmp_path, zipped, inner):
     assert test == [("x", [1]), ("y", [])]  # every row: the filter file counts them
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "bom.txt"
+    path.write_bytes(b"\xef\xbb\xbfw1 w2\nw3\n")
+    assert list(read_lines(path)) == [(1, "w1 w2"), (2, "w3")]
+
+
 def test_lf_augment_adds_a_text_a_label(tmp_path):
     write_lf(tmp_path, labels=[{"uid": "L0", "title": "w0"}, {"uid": "L1"}, {"uid": "L2", "title": "w2"}])
     plain, augmented = (read_all(lf_source(tmp_path, augment=on))[1] for on in (False, True))

@@ -28,7 +28,7 @@ from xmc_trainer.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Changes whenever the files of the cache change their meaning.
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 _ROWS_A_BATCH = 2000
 _MOST_PROCESSES = 16
@@ -51,6 +51,7 @@ class Corpus:
     labels: Dataset
     filter_pairs: Ragged | None
     fingerprint: str
+    texts: int  # real training texts: rows made from label texts come after them
 
     @property
     def num_labels(self) -> int:
@@ -61,9 +62,9 @@ class Corpus:
         return getattr(self, split).data.column("length").to_numpy()
 
     def label_counts(self) -> np.ndarray:
-        """Training texts of every label, int64 [num_labels]."""
+        """Real training texts of every label, int64 [num_labels]."""
         counts = np.zeros(self.num_labels, dtype=np.int64)
-        for chunk in self.train.data.column("labels").chunks:
+        for chunk in self.train.data.column("labels").slice(0, self.texts).chunks:
             np.add.at(counts, chunk.flatten().to_numpy().astype(np.int64), 1)
         return counts
 
@@ -132,7 +133,14 @@ def load_corpus(
     filter_pairs = None
     if (target / "filter_ids.npy").is_file():
         filter_pairs = Ragged(np.load(target / "filter_ids.npy"), np.load(target / "filter_offsets.npy"))
-    return Corpus(train=train, test=test, labels=labels, filter_pairs=filter_pairs, fingerprint=fingerprint)
+    return Corpus(
+        train=train,
+        test=test,
+        labels=labels,
+        filter_pairs=filter_pairs,
+        fingerprint=fingerprint,
+        texts=int((target / "texts").read_text()),
+    )
 
 
 def _check_num_labels(wanted: int | None, found: int) -> None:
@@ -199,6 +207,7 @@ def _build(
             sizes[split] = _tokenise(partial, split, rows, tokenizer, max_len)
             if not sizes[split]:
                 raise UserError(f"{origin}: the {split} set has no texts with labels; check its files")
+        (partial / "texts").write_text(str(sizes["train"] - contents.augmented))
         table = {"id": [name for name, _ in contents.labels], "text": [text for _, text in contents.labels]}
         Dataset.from_dict(table).save_to_disk(str(partial / "labels"))
         if contents.filter_pairs is not None:

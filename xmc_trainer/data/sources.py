@@ -57,6 +57,7 @@ class Contents(NamedTuple):
     train: Callable[[], Iterator[Row]]
     test: Callable[[], Iterator[Row]]
     filter_pairs: Ragged | None = None  # labels to leave out of the ranking of each test row
+    augmented: int = 0  # training rows made from label texts; they come last
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
-                yield number, raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
+                # Some editors put a byte order mark in front of the first line.
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -257,6 +260,7 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
             train=train,
             test=lambda: _lf_rows(paths["tst"], paths["lbl"], len(labels)),
             filter_pairs=_filter_pairs(filter_file, paths["tst"], len(labels)) if filter_file else None,
+            augmented=sum(bool(text) for _, text in labels) if augment else 0,
         )
 
     return Source(files, json.dumps([augment, with_filter]), read)
