@@ -178,8 +178,9 @@ class FixedFanInHead(nn.Module):
             part.copy_(random_weight(label, fan_in, self.seed, 0, Stream.INIT_WEIGHT))
         if self.index is not None:
             first_row = self.labels.start // self.group_size
-            for start in range(0, self.index.shape[0], self.tile_labels):
-                part = self.index[start : start + self.tile_labels]
+            tile = max(1, (32 << 20) // (8 * self.in_features))  # the ranking of features takes d int64 a row
+            for start in range(0, self.index.shape[0], tile):
+                part = self.index[start : start + tile]
                 row = torch.arange(part.shape[0], device=device) + first_row + start
                 part.copy_(random_index(row, fan_in, self.in_features, self.seed, part.dtype))
 

@@ -17,6 +17,9 @@ from xmc_trainer.kernels.counter_rng import Stream, make_key, random_order, unif
 from xmc_trainer.kernels.reference import HeadTensors
 
 
+_RANKING_BYTES = 32 << 20
+
+
 @dataclass(frozen=True)
 class RewireRule:
     """What a rewiring does.
@@ -128,7 +131,8 @@ def rewire(head: HeadTensors, d: int, rule: RewireRule, seed: int, step: int, ti
     rows = head.index_RF.shape[0]
     device = head.weight_LF.device
     moved_total = torch.zeros((), dtype=torch.int64, device=device)
-    tile = max(1, tile_labels // group)
+    # The ranking of features takes d int64 a row, and copies of it.
+    tile = max(1, min(tile_labels // group, _RANKING_BYTES // (8 * d)))
     for first in range(0, rows, tile):
         last = min(first + tile, rows)
         magnitude = head.weight_LF[first * group : last * group].float().abs()
