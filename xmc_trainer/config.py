@@ -19,6 +19,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from xmc_trainer.errors import UserError
+from xmc_trainer.schedules import SCHEDULES
 
 
 def option(default: Any, help: str) -> Any:
@@ -104,9 +105,12 @@ class EncoderConfig:
     pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
     feature_layers: int = option(1, "n of last_nhidden_conlast")
     embed_dropout: float = option(0.3, "dropout on the pooled embedding")
-    use_torch_compile: bool = option(False, "not available yet")
-    use_ngame_encoder_weights: bool = option(False, "not available yet")
-    ngame_checkpoint: str | None = option(None, "file for use_ngame_encoder_weights")
+    use_torch_compile: bool = option(False, "compile the encoder (torch.compile, for batches of any length)")
+    use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
+    ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
+    ngame_key_prefix: str = option(
+        "", "the encoder's entries of that file are those that start with this; it is stripped, the others are left"
+    )
 
     def __post_init__(self) -> None:
         _one_of("model.encoder.pool_mode", self.pool_mode, ("last_hidden_avg", "last_nhidden_conlast"))
@@ -114,9 +118,8 @@ class EncoderConfig:
         _share("model.encoder.embed_dropout", self.embed_dropout, below_one=True)
         if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
             raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
-        for name in ("use_torch_compile", "use_ngame_encoder_weights"):
-            if getattr(self, name):
-                raise UserError(f"model.encoder.{name}=true is not available yet; set it to false")
+        if self.use_ngame_encoder_weights and not self.ngame_checkpoint:
+            raise UserError("model.encoder.use_ngame_encoder_weights=true: name the file in model.encoder.ngame_checkpoint")
 
 
 @dataclass
@@ -139,6 +142,9 @@ class FFIConfig:
     use_sparse_layer: bool = option(True, "fixed fan-in head; false: dense head (fan-in = all features, no rewiring)")
     fan_in: int = option(128, "features that a label reads")
     group_size: int = option(1, "consecutive labels that share one index row")
+    semantic_groups: bool = option(
+        False, "put the labels in the order of the cluster file (auxiliary.group_y_group): a group's labels are neighbours"
+    )
     weight_dtype: str = option(
         "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
@@ -176,14 +182,15 @@ class FFIConfig:
 
 @dataclass
 class AuxiliaryConfig:
-    use_meta_branch: bool = option(False, "not available yet")
-    group_y_group: int = option(0, "label cluster file of the meta branch")
-    meta_cutoff_epoch: int = option(20, "epoch at which the meta branch ends")
-    auxloss_scaling: float = option(0.4, "weight of the meta branch's loss")
+    use_meta_branch: bool = option(False, "also predict the labels' clusters, by a dense head of their own, at first")
+    group_y_group: int = option(0, "n of the data folder's cluster file label_group<n>.safetensors (xmc_trainer.clusters)")
+    meta_cutoff_epoch: int = option(20, "epoch at which the weight of the meta branch has decayed to 0, by a cosine")
+    auxloss_scaling: float = option(0.4, "first weight of the meta branch's loss; the labels' loss has the rest of 1")
 
     def __post_init__(self) -> None:
-        if self.use_meta_branch:
-            raise UserError("model.auxiliary.use_meta_branch=true is not available yet; set it to false")
+        _at_least("model.auxiliary.group_y_group", self.group_y_group, 0)
+        _at_least("model.auxiliary.meta_cutoff_epoch", self.meta_cutoff_epoch, 1)
+        _share("model.auxiliary.auxloss_scaling", self.auxloss_scaling, below_one=True)
 
 
 @dataclass
@@ -217,17 +224,25 @@ class OptimizationConfig:
     xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state")
     epochs: int = option(10, "passes over the training set")
     max_steps: int | None = option(None, "end after this many optimizer steps, if that comes before `epochs`")
-    dense_epochs: int = option(0, "not available yet with a sparse head; without meaning for a dense one")
+    dense_epochs: int = option(
+        0, "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one"
+    )
     grad_accum_step: int = option(1, "micro-batches an optimizer step")
     encoder_lr: float = option(2e-5, "peak learning rate of the encoder")
     penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer")
-    meta_lr: float = option(5e-4, "learning rate of the meta branch")
+    meta_lr: float = option(5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule")
     lr: float = option(0.05, "peak learning rate of the head")
     wd_encoder: float = option(0.01, "weight decay of encoder and penultimate layer (not on biases and norms)")
     wd: float = option(1e-4, "weight decay of the head's weights")
-    lr_scheduler: str = option("CosineScheduleWithWarmup", "of encoder and penultimate layer")
-    lr_scheduler_xmc: str = option("CosineScheduleWithWarmup", "of the head")
-    warmup_steps: int = option(500, "optimizer steps of linear warm-up")
+    lr_scheduler: str = option(
+        "CosineScheduleWithWarmup",
+        "of encoder and penultimate layer: CosineScheduleWithWarmup, MultiStepLR or ReduceLROnPlateau",
+    )
+    lr_scheduler_xmc: str = option("CosineScheduleWithWarmup", "of the head: one of the same")
+    warmup_steps: int = option(500, "optimizer steps of linear warm-up, of every schedule")
+    lr_milestones: list[int] = option([], "of MultiStepLR: epochs after which the rate is multiplied by lr_gamma")
+    lr_gamma: float = option(0.1, "factor of MultiStepLR and ReduceLROnPlateau")
+    lr_patience: int = option(5, "of ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls")
     training_steps: int = option(1, "computed at run time, as in the seed; leave it at 1 (see max_steps)")
     max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping")
 
@@ -242,10 +257,17 @@ class OptimizationConfig:
             )
         _one_of(f"{section}.xmc_optimizer", self.xmc_optimizer, ("sgd", "adamw"))
         for name in ("lr_scheduler", "lr_scheduler_xmc"):
-            _one_of(f"{section}.{name}", getattr(self, name), ("CosineScheduleWithWarmup",))
+            _one_of(f"{section}.{name}", getattr(self, name), tuple(SCHEDULES))
+            if getattr(self, name) == "MultiStepLR" and not self.lr_milestones:
+                raise UserError(f"{section}.{name}=MultiStepLR: list the epochs in {section}.lr_milestones")
+        for epoch in self.lr_milestones:
+            _at_least(f"{section}.lr_milestones", epoch, 1)
+        _share(f"{section}.lr_gamma", self.lr_gamma)
+        _at_least(f"{section}.lr_patience", self.lr_patience, 0)
+        _at_least(f"{section}.dense_epochs", self.dense_epochs, 0)
         for name in ("epochs", "max_steps", "grad_accum_step"):
             _at_least(f"{section}.{name}", getattr(self, name), 1)
-        for name in ("encoder_lr", "penultimate_lr", "lr", "wd_encoder", "wd", "warmup_steps", "max_grad_norm"):
+        for name in ("encoder_lr", "penultimate_lr", "meta_lr", "lr", "wd_encoder", "wd", "warmup_steps", "max_grad_norm"):
             _at_least(f"{section}.{name}", getattr(self, name), 0)
         _share(f"{section}.xmc_momentum", self.xmc_momentum, below_one=True)
         if self.training_steps != 1:
@@ -271,11 +293,21 @@ class EvaluationConfig:
     A: float = option(0.55, "propensity constant")
     B: float = option(1.5, "propensity constant")
     eval_psp: bool = option(True, "report PSP@k and PSnDCG@k")
+    early_stop_patience: int = option(
+        0, "end the training after this many test evaluations without a better early_stop_metric; 0: never"
+    )
+    early_stop_delta: float = option(5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)")
+    early_stop_metric: str = option("P@3", "P@1, P@3, P@5, or another metric of the test evaluation")
 
     def __post_init__(self) -> None:
         for name in ("train_evaluate_every", "test_evaluate_every"):
             _at_least(f"training.evaluation.{name}", getattr(self, name), 1)
         _at_least("training.evaluation.B", self.B, 0)
+        _at_least("training.evaluation.early_stop_patience", self.early_stop_patience, 0)
+        _at_least("training.evaluation.early_stop_delta", self.early_stop_delta, 0)
+        kinds = ("P", "nDCG", "R", "PSP", "PSnDCG") if self.eval_psp else ("P", "nDCG", "R")
+        names = tuple(f"{kind}@{k}" for kind in kinds for k in (1, 3, 5))
+        _one_of("training.evaluation.early_stop_metric", self.early_stop_metric, names)
 
 
 @dataclass
@@ -337,10 +369,13 @@ class Config:
                 f"environment.running_env={env.running_env!r} is not a key of environment.env2path; add it there or give "
                 "dataset_path=FOLDER"
             )
-        if ffi.use_sparse_layer and opt.dense_epochs:
+        if ffi.use_sparse_layer and opt.dense_epochs >= opt.epochs:
             raise UserError(
-                "training.optimization.dense_epochs: not available yet with model.ffi.use_sparse_layer=true; set 0"
+                f"training.optimization.dense_epochs={opt.dense_epochs}: must be below epochs={opt.epochs}, or the head "
+                "never becomes sparse; for a dense head set model.ffi.use_sparse_layer=false"
             )
+        if ffi.semantic_groups and not (ffi.use_sparse_layer and ffi.group_size > 1):
+            raise UserError("model.ffi.semantic_groups=true: needs labels that share an index row; set model.ffi.group_size")
         d, known = ffi.input_features, self._known_features()
         if d is not None and known is not None and d != known:
             raise UserError(f"model.ffi.input_features={d}: the layer below gives {known} features")
@@ -365,6 +400,10 @@ class Config:
             else self.environment.env2path[self.environment.running_env]
         )
         return Path(root).expanduser() / (self.data.folder or self.data.dataset)
+
+    @property
+    def cluster_file(self) -> Path:
+        return self.data_folder / f"label_group{self.model.auxiliary.group_y_group}.safetensors"
 
     @property
     def run_folder(self) -> Path:

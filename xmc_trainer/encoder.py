@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -118,6 +120,37 @@ def load_backbone(name: str, for_cpu: bool = False) -> PreTrainedModel:
         # Pooling is ours: this layer would wait for a gradient that never comes. It stays, so that what is saved is whole.
         backbone.pooler.requires_grad_(False)
     return backbone
+
+
+def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) -> None:
+    """Replace a backbone's weights by those of a state dict (of NGAME, for example), in place.
+
+    Args: path: .safetensors, or a file of torch.save that holds nothing but tensors: no code in it is ever run.
+        key_prefix: entries without it are left out; it is stripped from the others.
+    Raises UserError unless every weight of the backbone that is trained is there, in the right shape.
+    """
+    field = f"model.encoder.ngame_checkpoint={path}"
+    try:
+        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{field}: {error.strerror or error}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        raise UserError(f"{field}: not a file of tensors alone ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{field}: must hold a state dict: names and tensors")
+    given = {name.removeprefix(key_prefix): value for name, value in state.items() if name.startswith(key_prefix)}
+    own = backbone.state_dict()
+    missing = [name for name in own if name not in given and not name.startswith("pooler.")]
+    if missing:
+        first = next(iter(state), "nothing")
+        raise UserError(
+            f"{field}: lacks {len(missing)} of the encoder's {len(own)} weights, such as {missing[0]}; its entries are named "
+            f"like {first}: set model.encoder.ngame_key_prefix to what stands in front"
+        )
+    for name, value in own.items():
+        if name in given and given[name].shape != value.shape:
+            raise UserError(f"{field}: {name} has the shape {list(given[name].shape)}, the encoder's has {list(value.shape)}")
+    backbone.load_state_dict({name: given[name] for name in own if name in given}, strict=False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -87,6 +87,7 @@ def loader_of(
         plan,
         rank=rank,
         pad_token_id=pad_token_id,
+        places=corpus.places,
         filter_pairs=corpus.filter_pairs if split == "test" else None,
     )
     return DataLoader(batches, batch_size=None, num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
@@ -119,11 +120,15 @@ def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> t
             f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; name the data set "
             "that it was trained on (dataset_path, data.folder)"
         )
-    if corpus.labels["id"] != saved.label_ids.to_pylist():
-        raise UserError(
-            f"{config.data_folder}: its labels are others than the model's, or in another order; name the data set that it "
-            "was trained on (dataset_path, data.folder)"
-        )
+    ids, model_ids = corpus.labels["id"], saved.label_ids.to_pylist()
+    if ids != model_ids:
+        place = {name: number for number, name in enumerate(ids)}
+        if len(place) != len(ids) or place.keys() != set(model_ids):
+            raise UserError(
+                f"{config.data_folder}: its labels are others than the model's; name the data set that it was trained on "
+                "(dataset_path, data.folder)"
+            )
+        corpus = corpus.reordered(np.array([place[name] for name in model_ids]))
     plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=1)
     loader = loader_of(
         corpus,

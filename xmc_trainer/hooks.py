@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from tqdm import tqdm
 
-from xmc_trainer.config import Config, EvaluationConfig, FFIConfig
+from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig
 from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.head import RewireReport, RewireRule
 from xmc_trainer.head.rewire import scheduled_amount
 from xmc_trainer.metrics import table
-from xmc_trainer.schedules import cosine_with_warmup
+from xmc_trainer.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
     from xmc_trainer.trainer import Trainer
@@ -55,20 +56,47 @@ class Hook:
 
 
 class ScheduleHook(Hook):
-    """Sets the learning rates of encoder and head before each step: a pure function of the step."""
+    """Sets the learning rates of encoder (and meta branch) and head before each step."""
 
-    def __init__(self, warmup_steps: int, head_lr: float) -> None:
-        self.warmup_steps, self.head_lr = warmup_steps, head_lr
+    def __init__(self, config: OptimizationConfig) -> None:
+        self.config = config
         self._peaks: list[float] = []
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._peaks = [group["lr"] for group in trainer.optimizer.param_groups]
+        config, state = self.config, trainer.state
+
+        def schedule(name: str) -> Schedule:
+            return SCHEDULES[name](
+                warmup_steps=config.warmup_steps, total_steps=state.total_steps, steps_per_epoch=state.steps_per_epoch,
+                milestones=config.lr_milestones, gamma=config.lr_gamma, patience=config.lr_patience,
+            )  # fmt: skip
+
+        self._encoder, self._head = schedule(config.lr_scheduler), schedule(config.lr_scheduler_xmc)
 
     def on_step_begin(self, trainer: Trainer) -> None:
-        factor = cosine_with_warmup(trainer.state.step, self.warmup_steps, trainer.state.total_steps)
+        factor = self._encoder.factor(trainer.state.step)
         for group, peak in zip(trainer.optimizer.param_groups, self._peaks):
             group["lr"] = peak * factor
-        trainer.head.lr = self.head_lr * factor
+        if trainer.meta_branch is not None:
+            trainer.meta_branch.head.lr = self.config.meta_lr * factor
+        trainer.head.lr = self.config.lr * self._head.factor(trainer.state.step)
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        if split == "test":
+            self._encoder.observe(metrics["P@1"])
+            self._head.observe(metrics["P@1"])
+
+
+class SparsifyHook(Hook):
+    """Turns the dense head of the first `dense_epochs` epochs into the sparse one."""
+
+    def __init__(self, dense_epochs: int, ffi: FFIConfig) -> None:
+        self.dense_epochs, self.ffi = dense_epochs, ffi
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        if trainer.state.epoch + 1 == self.dense_epochs:
+            trainer.head.become_sparse(self.ffi.fan_in, self.ffi.group_size)
 
 
 class RewireHook(Hook):
@@ -79,6 +107,8 @@ class RewireHook(Hook):
         self._real_steps = 0
 
     def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.head.index is None:
+            return  # still dense
         self._real_steps += 1
         last_step = int(self.ffi.rewire_end_epoch * trainer.state.total_steps)
         if self._real_steps % self.ffi.rewire_interval or trainer.state.step > last_step:
@@ -104,6 +134,31 @@ class EvaluateHook(Hook):
             trainer.evaluate("test")
         if self.config.train_evaluate and (last or done % self.config.train_evaluate_every == 0):
             trainer.evaluate("train")
+
+
+class EarlyStopHook(Hook):
+    """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`."""
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self.config = config
+        self._best, self._waited = -math.inf, 0
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        if split != "test":
+            return
+        value = metrics[self.config.early_stop_metric]
+        if value > self._best + self.config.early_stop_delta:
+            self._best, self._waited = value, 0
+            return
+        self._waited += 1
+        if self._waited >= self.config.early_stop_patience and not trainer.state.finished:
+            trainer.state.stopped = True
+            if trainer.accelerator.is_main_process:
+                print(
+                    f"stopped early: {self.config.early_stop_metric} has not risen above {100 * self._best:.2f} for "
+                    f"{self._waited} evaluations",
+                    flush=True,
+                )
 
 
 class BestModelHook(Hook):
@@ -229,14 +284,18 @@ class WandbHook(Hook):
 def default_hooks(config: Config) -> list[Hook]:
     """The hooks of a configuration, in the order in which they run.
 
-    Rates are set before anything else; rewiring edits the head before anyone looks at it; evaluation comes before the
-    hooks that save and show its result.
+    Rates are set before anything else; rewiring and sparsifying edit the head before anyone looks at it; evaluation comes
+    before the hooks that save, show and act on its result.
     """
     ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
-    hooks: list[Hook] = [ScheduleHook(optimization.warmup_steps, optimization.lr)]
+    hooks: list[Hook] = [ScheduleHook(optimization)]
+    if ffi.use_sparse_layer and optimization.dense_epochs:
+        hooks.append(SparsifyHook(optimization.dense_epochs, ffi))
     if ffi.use_sparse_layer and ffi.rewire_interval:
         hooks.append(RewireHook(ffi))
     hooks.append(EvaluateHook(config.training.evaluation))
+    if config.training.evaluation.early_stop_patience:
+        hooks.append(EarlyStopHook(config.training.evaluation))
     if config.training.use_checkpoint:
         hooks.append(BestModelHook(config.training.checkpoint_file, config.training.best_p1))
     hooks.append(ProgressHook(verbose.print_iter if verbose.show_iter else None))

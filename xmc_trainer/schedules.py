@@ -1,16 +1,75 @@
-"""Learning-rate schedules: pure functions of the number of optimizer steps made."""
+"""Learning-rate schedules: a factor on the peak rate, from the number of optimizer steps made.
+
+Each warms up linearly from 0 over `warmup_steps` (step 0 has the factor 0) and then goes its own way.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Factor on the peak rate: linear from 0 over `warmup_steps`, then half a cosine to 0 at `total_steps`.
-
-    The seed's CosineScheduleWithWarmup, transformers' `get_cosine_schedule_with_warmup`: step 0 has the factor 0.
-    """
+    """Half a cosine to 0 at `total_steps`: the seed's CosineScheduleWithWarmup, transformers' function of that name."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass
+class Schedule:
+    """What the schedules below share; each reads what its own description names."""
+
+    warmup_steps: int
+    total_steps: int  # optimizer steps of the training
+    steps_per_epoch: int
+    milestones: Sequence[int] = ()
+    gamma: float = 1.0
+    patience: int = 0
+
+    def factor(self, step: int) -> float:
+        raise NotImplementedError
+
+    def observe(self, metric: float) -> None:
+        """Called after each test evaluation with a metric of which more is better."""
+
+    def _warmup(self, step: int) -> float:
+        return step / self.warmup_steps if step < self.warmup_steps else 1.0
+
+
+class CosineScheduleWithWarmup(Schedule):
+    """Half a cosine to 0 at `total_steps`."""
+
+    def factor(self, step: int) -> float:
+        return cosine_with_warmup(step, self.warmup_steps, self.total_steps)
+
+
+class MultiStepLR(Schedule):
+    """Times `gamma` after each of the epochs `milestones`."""
+
+    def factor(self, step: int) -> float:
+        passed = sum(step >= epoch * self.steps_per_epoch for epoch in self.milestones)
+        return self._warmup(step) * self.gamma**passed
+
+
+class ReduceLROnPlateau(Schedule):
+    """Times `gamma` whenever more than `patience` evaluations in a row were no better than the best one."""
+
+    best = -math.inf
+    waited = reductions = 0
+
+    def factor(self, step: int) -> float:
+        return self._warmup(step) * self.gamma**self.reductions
+
+    def observe(self, metric: float) -> None:
+        if metric > self.best:
+            self.best, self.waited = metric, 0
+            return
+        self.waited += 1
+        if self.waited > self.patience:
+            self.reductions, self.waited = self.reductions + 1, 0
+
+
+SCHEDULES = {kind.__name__: kind for kind in (CosineScheduleWithWarmup, MultiStepLR, ReduceLROnPlateau)}

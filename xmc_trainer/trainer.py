@@ -7,21 +7,24 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xmc_trainer.checkpoint import save_model
+from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
-from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
+from xmc_trainer.encoder import TextEncoder, load_backbone, load_state_dict_file, load_tokenizer
 from xmc_trainer.engine import build_accelerator, step_was_applied
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
+from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 
@@ -35,12 +38,14 @@ class TrainerState:
     """Where training is."""
 
     total_steps: int
+    steps_per_epoch: int
     epoch: int = 0  # from 0
     step: int = 0  # optimizer steps made, over all epochs; fp16's skipped ones count
+    stopped: bool = False  # a hook asks for the end of the training after this epoch
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.total_steps
+        return self.stopped or self.step >= self.total_steps
 
 
 class Trainer:
@@ -76,12 +81,23 @@ class Trainer:
         set_seed(config.training.seed)
         self.tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
         backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=self.device.type == "cpu")
+        if config.model.encoder.use_ngame_encoder_weights:
+            load_state_dict_file(backbone, config.model.encoder.ngame_checkpoint, config.model.encoder.ngame_key_prefix)
         self.corpus = self._load_corpus()
+        clusters = None
+        if config.model.ffi.semantic_groups or config.model.auxiliary.use_meta_branch:
+            clusters = LabelClusters.load(config.cluster_file, self.corpus.labels["id"])
+            cluster_of = clusters.cluster_of
+        if config.model.ffi.semantic_groups:
+            self.corpus = self.corpus.reordered(clusters.order)
+            cluster_of = cluster_of[clusters.order]
         self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
         self._train_lengths = self.corpus.lengths("train")
         self._test_lengths = self.corpus.lengths("test")
 
         self.encoder_module = self._build_encoder(backbone)
+        if config.model.encoder.use_torch_compile:
+            self.encoder_module.backbone.compile(dynamic=True)
         self.head = self._build_head(self.encoder_module.out_features)
         optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
             self.encoder_module.parameter_groups(
@@ -99,7 +115,10 @@ class Trainer:
         texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
         steps_per_epoch = math.ceil(texts / (data.batch_size * optimization.grad_accum_step))
         total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
-        self.state = TrainerState(total_steps=int(total_steps))
+        self.state = TrainerState(int(total_steps), steps_per_epoch)
+        self.meta_branch = None
+        if config.model.auxiliary.use_meta_branch:
+            self.meta_branch = self._build_meta_branch(cluster_of)
         self.hooks = default_hooks(config) + list(hooks or [])
         self.metrics: dict[str, dict[str, float]] = {}  # the last evaluation of each split
         self._losses: list[tuple[dict[str, Any], Tensor]] = []  # steps whose loss is still on the device
@@ -157,18 +176,27 @@ class Trainer:
         """Forward and backward of one micro-batch, at the end of the step both updates. Returns its loss, detached."""
         optimization = self.config.training.optimization
         tensors = self._to_device(batch)
+        meta_weight = self.meta_branch.weight(self.state.step) if self.meta_branch is not None else 0.0
         with self.accelerator.accumulate(self.encoder):
             features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
-            loss = self.head(
-                features[: tensors["label_counts"].shape[0]],
-                tensors["label_ids"],
-                tensors["label_counts"],
-                end_of_step=end_of_step,
-                texts_in_step=batch["rows_in_step"],
-                # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
-                engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
-                rank_sizes=batch["rank_sizes"],
-            )
+
+            def loss_of(head: FixedFanInHead, label_ids: Tensor, weight: float) -> Tensor:
+                return head(
+                    features[: tensors["label_counts"].shape[0]],
+                    label_ids,
+                    tensors["label_counts"],
+                    end_of_step=end_of_step,
+                    texts_in_step=batch["rows_in_step"],
+                    loss_weight=weight,
+                    # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
+                    engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
+                    rank_sizes=batch["rank_sizes"],
+                )
+
+            loss = loss_of(self.head, tensors["label_ids"], 1.0 - meta_weight)
+            if meta_weight > 0:
+                clusters = self.meta_branch.clusters(tensors["label_ids"])
+                loss = loss + loss_of(self.meta_branch.head, clusters, meta_weight)
             self.accelerator.backward(loss)
             if optimization.max_grad_norm and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.encoder.parameters(), optimization.max_grad_norm)
@@ -185,6 +213,7 @@ class Trainer:
             "lr": self.head.lr,
             "encoder_lr": self.optimizer.param_groups[0]["lr"],
             "encoder_skipped": not applied,
+            "meta_weight": self.meta_branch.weight(self.state.step - 1) if self.meta_branch is not None else 0.0,
         }
         self._losses.append((record, loss))
         if time.monotonic() - self._losses_read >= _SECONDS_BETWEEN_LOSSES:
@@ -295,30 +324,54 @@ class Trainer:
             raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {features} features to read")
         if -(-labels // ffi.group_size) < self.ranks.size:
             raise UserError(f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes")
-        first_bias = 0.0
-        if ffi.bias_init == "prior":
-            positives = int(self.corpus.label_counts().sum())
-            first_bias = best_constant(optimization.loss_fn, positives / (self.corpus.texts * labels))
-        optimizer = AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum)
         return FixedFanInHead(
             features,
             labels,
-            fan_in=ffi.fan_in if ffi.use_sparse_layer else None,
+            fan_in=ffi.fan_in if ffi.use_sparse_layer and not optimization.dense_epochs else None,
             group_size=ffi.group_size,
-            first_bias=first_bias,
-            loss=optimization.loss_fn,
-            text_reduction=optimization.text_reduction,
-            optimizer=optimizer,
+            first_bias=self._first_bias(int(self.corpus.label_counts().sum()), labels),
+            optimizer=AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum),
             lr=optimization.lr,
-            weight_decay=optimization.wd,
             weight_dtype=getattr(torch, ffi.weight_dtype),
-            product_dtype=torch.bfloat16 if self.config.training.amp.enabled else torch.float32,
-            seed=self.config.training.seed,
-            tile_labels=ffi.tile_labels,
-            backend=ffi.backend,
-            ranks=self.ranks,
-            device=self.device,
+            **self._head_arguments(),
         )
+
+    def _build_meta_branch(self, cluster_of: np.ndarray) -> MetaBranch:
+        auxiliary, optimization = self.config.model.auxiliary, self.config.training.optimization
+        clusters = int(cluster_of.max()) + 1
+        if clusters < self.ranks.size:
+            raise UserError(f"{self.config.cluster_file}: has fewer clusters ({clusters}) than there are processes")
+        labels = self.corpus.train_labels()
+        pairs = np.repeat(np.arange(len(labels.offsets) - 1) * clusters, np.diff(labels.offsets)) + cluster_of[labels.ids]
+        return MetaBranch.build(
+            self.encoder_module.out_features,
+            cluster_of,
+            scaling=auxiliary.auxloss_scaling,
+            last_step=auxiliary.meta_cutoff_epoch * self.state.steps_per_epoch,
+            first_bias=self._first_bias(len(np.unique(pairs)), clusters),
+            lr=optimization.meta_lr,
+            **self._head_arguments(),
+        )
+
+    def _first_bias(self, positives: int, outputs: int) -> float:
+        if self.config.model.ffi.bias_init == "zero":
+            return 0.0
+        return best_constant(self.config.training.optimization.loss_fn, positives / (self.corpus.texts * outputs))
+
+    def _head_arguments(self) -> dict[str, Any]:
+        """What the labels' head and the meta branch's have in common."""
+        ffi, optimization = self.config.model.ffi, self.config.training.optimization
+        return {
+            "loss": optimization.loss_fn,
+            "text_reduction": optimization.text_reduction,
+            "weight_decay": optimization.wd,
+            "product_dtype": torch.bfloat16 if self.config.training.amp.enabled else torch.float32,
+            "seed": self.config.training.seed,
+            "tile_labels": ffi.tile_labels,
+            "backend": ffi.backend,
+            "ranks": self.ranks,
+            "device": self.device,
+        }
 
     def _loader(self, split: str, plan: list[MicroBatch]) -> DataLoader:
         return loader_of(

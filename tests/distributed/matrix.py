@@ -13,14 +13,17 @@ import torch
 import torch.distributed as dist
 
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
+from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
 LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 30
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}
-CASES = list(itertools.product(OPTIMIZERS, ("bce", "squared_hinge"), (1, 3), (1, 16)))
+CASES = list(itertools.product(OPTIMIZERS, ("bce", "squared_hinge"), (1, 3), (1, 16), (False, True)))
 
 
-def train(optimizer: str, loss_name: str, accumulation: int, group_size: int) -> dict[str, torch.Tensor | list[float]]:
+def train(
+    optimizer: str, loss_name: str, accumulation: int, group_size: int, auxiliary: bool
+) -> dict[str, torch.Tensor | list[float]]:
     ranks = Ranks()
     torch.manual_seed(0)
     encoder = torch.nn.Linear(INPUTS, FEATURES)
@@ -29,6 +32,12 @@ def train(optimizer: str, loss_name: str, accumulation: int, group_size: int) ->
         FEATURES, LABELS, fan_in=9, group_size=group_size, loss=loss_name, text_reduction="mean", seed=4, lr=0.02,
         optimizer=OPTIMIZERS[optimizer], weight_decay=0.01, tile_labels=13, ranks=ranks,
     )  # fmt: skip
+    branch = None
+    if auxiliary:
+        branch = MetaBranch.build(
+            FEATURES, np.arange(LABELS) % 11, scaling=0.4, last_step=20, loss=loss_name, text_reduction="mean", seed=4,
+            lr=0.02, tile_labels=13, ranks=ranks,
+        )  # fmt: skip
     rng = np.random.default_rng(7)
     curve = []
     for step in range(1, STEPS + 1):
@@ -41,15 +50,18 @@ def train(optimizer: str, loss_name: str, accumulation: int, group_size: int) ->
             rows = parts[ranks.rank]
             # Told or exchanged: the same.
             known = [len(part) for part in parts], [int(counts[part].sum()) for part in parts]
-            loss = head(
-                encoder(texts[rows]),
-                torch.cat([ids[row] for row in rows]) if len(rows) else torch.empty(0, dtype=torch.int64),
-                torch.tensor([len(ids[row]) for row in rows], dtype=torch.int64),
+            positives = torch.cat([ids[row] for row in rows]) if len(rows) else torch.empty(0, dtype=torch.int64)
+            arguments = dict(
                 end_of_step=number == accumulation - 1,
                 texts_in_step=TEXTS,
                 engine_divisor=float(ranks.size * accumulation),
                 rank_sizes=known if step % 2 else None,
             )
+            features, label_counts = encoder(texts[rows]), torch.tensor([len(ids[row]) for row in rows], dtype=torch.int64)
+            share = branch.weight(step - 1) if branch else 0.0
+            loss = head(features, positives, label_counts, loss_weight=1 - share, **arguments)
+            if share:
+                loss = loss + branch.head(features, branch.clusters(positives), label_counts, loss_weight=share, **arguments)
             (loss / accumulation).backward()
             total += loss.item()
         for parameter in encoder.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -270,3 +271,163 @@ def test_damaged_models_are_refused(toy_settings, tmp_path):
         XMCModel.load(folder)
     with pytest.raises(UserError, match="manifest.json"):
         XMCModel.load(tmp_path)
+
+
+@pytest.fixture
+def clusters(toy_settings, toy_data, monkeypatch):
+    """The cluster file of the toy data, made by the command; its path."""
+    from xmc_trainer.clusters import main
+
+    path = toy_data / "toy" / "label_group0.safetensors"
+    main([*toy_settings, "--clusters", "8", "model.ffi.group_size=4"])
+    assert path.is_file()
+    yield path
+    path.unlink()
+
+
+def test_the_meta_branch_helps_along_and_fades(toy_settings, clusters):
+    def run(*more):
+        trainer, metrics = train(toy_settings, "model.auxiliary.use_meta_branch=true", *more)
+        return trainer, metrics, log_of(trainer, "step")
+
+    trainer, metrics, steps = run("model.auxiliary.meta_cutoff_epoch=2")
+    assert metrics["P@1"] > 0.9 and trainer.meta_branch.head.num_labels == 8
+    weights = [record["meta_weight"] for record in steps]
+    assert weights[0] == 0.4 and weights[20] == pytest.approx(0.2) and weights == sorted(weights, reverse=True)
+    assert weights[39] > 0 and set(weights[40:]) == {0.0}
+    assert trainer.meta_branch.head.steps == 40 and trainer.head.steps == 160
+    # Without weight it is as if it were not there.
+    _, _, without = run("model.auxiliary.auxloss_scaling=0.0", "training.optimization.max_steps=5")
+    plain = log_of(train(toy_settings, "training.optimization.max_steps=5", "log_fname=plain")[0], "step")
+    assert [record["loss"] for record in without] == [record["loss"] for record in plain]
+
+
+def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
+    """The first step's loss, from features, weights and clusters, in float64."""
+    trainer = Trainer(load_config([*toy_settings, "model.auxiliary.use_meta_branch=true", "training.optimization.max_steps=1"]))
+    branch, head = trainer.meta_branch, trainer.head
+    kept = []
+    micro_step = trainer._micro_step
+
+    def watch(batch, end_of_step):
+        with torch.no_grad():
+            features = trainer.encoder(batch["input_ids"], batch["attention_mask"]).double()
+        expected = 0.0
+        names = trainer.corpus.labels["id"]
+        groups = [set(part) for part in np.split(*_clusters_of(clusters))]
+        for part, weight in ((head, 0.6), (branch.head, 0.4)):
+            dense = torch.zeros(part.num_labels, 32, dtype=torch.float64)
+            index = torch.arange(32).expand(part.num_labels, 32) if part.index is None else part.index.long()
+            dense.scatter_(1, index, part.weight.double())
+            logits = features @ dense.T + part.bias.double()
+            target = torch.zeros_like(logits)
+            at = 0
+            for row, count in enumerate(batch["label_counts"].tolist()):
+                for label in batch["label_ids"][at : at + count].tolist():
+                    where = label if part is head else next(n for n, group in enumerate(groups) if label in group)
+                    target[row, where] = 1
+                at += count
+            expected += weight * torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum").item()
+        loss = micro_step(batch, end_of_step)
+        kept.append((loss.item(), expected))
+        assert len(names) == 41
+        return loss
+
+    trainer._micro_step = watch
+    trainer.train()
+    assert kept[0][0] == pytest.approx(kept[0][1], rel=1e-5)
+
+
+def _clusters_of(path):
+    from safetensors.numpy import load_file
+
+    tensors = load_file(path)
+    return tensors["order"], tensors["offsets"][1:-1]
+
+
+def test_semantic_groups_change_no_name(toy_settings, clusters):
+    trainer, metrics = train(toy_settings, "model.ffi.group_size=4", "model.ffi.semantic_groups=true", "model.ffi.fan_in=20")
+    order, _ = _clusters_of(clusters)
+    assert trainer.corpus.labels["id"] == [f"tag{n:02d}" for n in order] != sorted(trainer.corpus.labels["id"])
+    assert metrics["P@1"] > 0.9
+    again = load_config([f"dataset={trainer.run_folder / 'model' / 'config.yaml'}"])
+    model = XMCModel.load(trainer.run_folder / "model")
+    found, corpus = evaluate_saved(model.saved, again, model.device)
+    assert found == pytest.approx(metrics, abs=1e-6)
+    best = model.predict(["w3 w60 w61"], k=1)[0][0]
+    assert (best.id, best.text) == ("tag03", "name of 3")
+    # Counts moved with their labels.
+    plain = trainer.corpus.label_counts()
+    assert sorted(plain) == sorted(corpus.label_counts()) and plain.sum() == len(corpus.train_labels().ids)
+    by_hand = np.bincount(corpus.train_labels().ids, minlength=41)
+    assert np.array_equal(corpus.label_counts(), by_hand)
+
+
+def test_clusters_are_needed_and_checked(toy_settings, toy_data):
+    for setting in ("model.auxiliary.use_meta_branch=true", "model.ffi.semantic_groups=true"):
+        with pytest.raises(UserError, match="label_group0.safetensors: no such label clusters"):
+            Trainer(load_config([*toy_settings, setting, "model.ffi.group_size=2"]))
+
+
+def test_a_dense_start_becomes_sparse(toy_settings):
+    class Watch(Hook):
+        def __init__(self):
+            self.before = self.after = None
+
+        def on_epoch_end(self, trainer):  # after ours
+            if trainer.state.epoch == 1:
+                self.after = trainer.head
+
+        def on_step_end(self, trainer):
+            if trainer.state.step == 40:
+                self.before = {name: value.clone() for name, value in trainer.head.named_buffers()}
+
+    watch = Watch()
+    more = ["training.optimization.dense_epochs=2", "model.ffi.group_size=4", "training.optimization.epochs=5"]
+    trainer, metrics = train(toy_settings, *more, "model.ffi.rewire_interval=0", hooks=[watch])
+    head = trainer.head
+    assert head is watch.after and head.fan_in == 12 and head.index.shape == (11, 12) and head.weight.shape == (41, 12)
+    assert head.weight_exp_avg.shape == (41, 12) and metrics["P@1"] > 0.5
+    magnitude = watch.before["weight"].abs().numpy()
+    for row in range(11):
+        expected = np.sort(np.argsort(-magnitude[4 * row : 4 * row + 4].mean(0), kind="stable")[:12])
+        assert np.array_equal(head.index[row].numpy(), expected)
+    assert XMCModel.load(trainer.run_folder / "model").saved.head.fan_in == 12
+    rewired, _ = train(toy_settings, *more, "log_fname=rewired")
+    assert [record["step"] for record in log_of(rewired, "rewire")] == [45, 50, 55, 60, 65]
+
+
+def test_schedules_and_early_stopping(toy_settings):
+    settings = [*toy_settings, "training.optimization.lr_scheduler=MultiStepLR", "training.optimization.lr_milestones=[1,2]"]
+    settings += ["training.optimization.lr_scheduler_xmc=ReduceLROnPlateau", "training.optimization.lr_patience=0"]
+    settings += ["training.evaluation.early_stop_patience=2", "training.evaluation.early_stop_metric=R@5"]
+    trainer, _ = train(settings, "training.evaluation.early_stop_delta=2.0", "training.optimization.epochs=20")
+    steps = log_of(trainer, "step")
+    # Nothing beats the first evaluation by 200 points: two more and it ends.
+    assert len(log_of(trainer, "evaluate")) == 3 and len(steps) == 60 and trainer.state.stopped
+    rates = [record["encoder_lr"] for record in steps]
+    assert rates[5] == rates[19] == 2e-3 and rates[20:40] == pytest.approx([2e-4] * 20) and rates[40:] == pytest.approx([2e-5] * 20)
+    p1 = [record["P@1"] for record in log_of(trainer, "evaluate")]
+    reductions = np.cumsum([0, 0, p1[1] <= p1[0]])
+    assert [steps[at]["lr"] for at in (19, 39, 59)] == pytest.approx([2e-2 * 0.1**n for n in reductions])
+
+
+def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tmp_path):
+    from xmc_trainer.encoder import load_backbone
+
+    state = {f"e.{name}": value * 0 + 0.25 for name, value in load_backbone(str(tiny_encoder)).state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    more = ["model.encoder.use_ngame_encoder_weights=true", f"model.encoder.ngame_checkpoint={tmp_path / 'w.pt'}"]
+    trainer = Trainer(load_config([*toy_settings, *more, "model.encoder.ngame_key_prefix=e."]))
+    assert all((value == 0.25).all() for value in trainer.encoder_module.backbone.parameters())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_the_compiled_encoder_trains_alike(toy_settings):
+    more = ["training.optimization.max_steps=3", "data.train_sample=70"]
+    plain, _ = train(toy_settings, *more)
+    compiled, _ = train(toy_settings, *more, "model.encoder.use_torch_compile=true", "log_fname=compiled")
+    assert compiled.encoder_module.backbone._compiled_call_impl is not None
+    losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, compiled)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert XMCModel.load(compiled.run_folder / "model").predict(["w3"], k=1)

@@ -88,15 +88,19 @@ REFUSED = [
     ("model.ffi.rewire_fraction=1.5", "model.ffi.rewire_fraction"),
     ("model.encoder.pool_mode=max", "model.encoder.pool_mode"),
     ("model.encoder.feature_layers=2", "model.encoder.feature_layers"),
-    ("model.encoder.use_torch_compile=true", "model.encoder.use_torch_compile"),
-    ("model.encoder.use_ngame_encoder_weights=true", "use_ngame_encoder_weights"),
-    ("model.auxiliary.use_meta_branch=true", "use_meta_branch"),
+    ("model.encoder.use_ngame_encoder_weights=true", "ngame_checkpoint"),
+    ("model.auxiliary.auxloss_scaling=1.0", "auxloss_scaling"),
+    ("model.auxiliary.meta_cutoff_epoch=0", "meta_cutoff_epoch"),
+    ("model.ffi.semantic_groups=true", "group_size"),
     ("training.optimization.loss_fn=focal", "training.optimization.loss_fn"),
     ("training.optimization.xmc_optimizer=momentum", "xmc_momentum"),
-    ("training.optimization.dense_epochs=3", "dense_epochs"),
+    ("training.optimization.dense_epochs=300", "dense_epochs"),
     ("training.optimization.training_steps=100", "max_steps"),
     ("training.optimization.grad_accum_step=0", "grad_accum_step"),
     ("training.optimization.lr_scheduler=Step", "lr_scheduler"),
+    ("training.optimization.lr_scheduler_xmc=MultiStepLR", "lr_milestones"),
+    ("training.evaluation.early_stop_metric=P@2", "early_stop_metric"),
+    ("training.evaluation.early_stop_delta=-1", "early_stop_delta"),
     ("training.amp.dtype=int8", "training.amp.dtype"),
     ("training.verbose.log_fname=../up", "log_fname"),
     ("training.checkpoint_file=model", "checkpoint_file"),
@@ -138,3 +142,56 @@ def test_every_option_is_described():
         return sum(leaves(v) if isinstance(v, dict) and k != "env2path" else 1 for k, v in tree.items())
 
     assert len(names) == leaves(dataclasses.asdict(load_config(["dataset=wordnet"])))
+
+
+# The published settings of Spartex, a column a data set.
+PUBLISHED = """
+                                             wiki31k          amazon670k       wiki500k         amazon3m         lfamazontitles131k lfwikiseealso320k
+data.folder                                  Wiki10-31K       Amazon-670K      Wiki-500K        Amazon-3M        LF-AmazonTitles-131K LF-WikiSeeAlso-320K
+data.num_labels                              30938            670091           501070           2812281          131073             312330
+data.max_len                                 128              128              128              128              32                 32
+data.batch_size                              32               64               128              128              512                128
+training.optimization.grad_accum_step        1                1                1                2                1                  1
+model.encoder.pool_mode                      last_hidden_avg  last_nhidden_conlast last_hidden_avg last_nhidden_conlast last_hidden_avg last_hidden_avg
+model.encoder.embed_dropout                  0.6              0.6              0.5              0.35             0.7                0.55
+model.penultimate.use_penultimate_layer      True             False            False            False            False              False
+model.ffi.fan_in                             64               128              128              128              128                128
+model.ffi.prune_mode                         threshold        threshold        threshold        fraction         fraction           threshold
+model.ffi.rewire_interval                    300              800              600              1500             1000               800
+model.auxiliary.use_meta_branch              False            True             True             False            True               False
+training.optimization.loss_fn                squared_hinge    squared_hinge    squared_hinge    squared_hinge    bce                squared_hinge
+training.optimization.xmc_optimizer          adamw            adamw            adamw            adamw            sgd                adamw
+training.optimization.encoder_optimizer      adamw            adamw            adamw            adamw            adam               adamw
+training.optimization.encoder_lr             1e-05            1e-05            5e-05            5e-05            1e-05              0.0002
+training.optimization.wd_encoder             0.01             0.01             0.01             0.01             0.01               0.001
+training.optimization.lr                     0.01             0.01             0.05             0.05             0.08               0.01
+training.optimization.wd                     0.0001           0.0001           0.0001           0.0001           0.0001             0.0001
+training.optimization.epochs                 100              110              50               51               100                101
+training.optimization.warmup_steps           1000             1000             1000             10000            5000               5000
+training.evaluation.A                        0.5              0.6              0.5              0.6              0.6                0.5
+training.evaluation.B                        0.4              2.6              0.4              2.6              2.6                0.4
+data.augment_label_data                      False            False            False            False            True               True
+data.use_filter_eval                         False            False            False            False            True               True
+training.evaluation.early_stop_patience      25               25               25               25               25                 25
+training.evaluation.early_stop_delta         5e-05            5e-05            5e-05            5e-05            5e-05              5e-05
+model.ffi.rewire_end_epoch                   0.66             0.66             0.66             0.66             0.66               0.66
+training.amp.dtype                           float16          float16          float16          float16          float16            float16
+"""
+
+
+def test_shipped_settings_are_the_published_ones():
+    names, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    configs = [load_config([f"dataset={name}", "dataset_path=/data"]) for name in names]
+    for field, *values in rows:
+        for name, config, value in zip(names, configs, values, strict=True):
+            found = config
+            for part in field.split("."):
+                found = getattr(found, part)
+            assert str(found) == value, f"{name}: {field}"
+    by_name = dict(zip(names, configs))
+    auxiliary = {n: (c.model.auxiliary.auxloss_scaling, c.model.auxiliary.meta_cutoff_epoch) for n, c in by_name.items() if c.model.auxiliary.use_meta_branch}
+    assert auxiliary == {"amazon670k": (0.4, 15), "wiki500k": (0.4, 8), "lfamazontitles131k": (0.4, 12)}
+    prune = {n: c.model.ffi.rewire_threshold if c.model.ffi.prune_mode == "threshold" else c.model.ffi.rewire_fraction for n, c in by_name.items()}
+    assert list(prune.values()) == [0.01, 0.01, 0.05, 0.25, 0.15, 0.02]
+    wiki = by_name["wiki31k"]
+    assert (wiki.model.penultimate.penultimate_size, wiki.training.optimization.penultimate_lr) == (4096, 0.01)

@@ -20,7 +20,8 @@ ALLOWED = {
     "encoder": {"errors"},
     "head": {"head", "ops", "kernels", "parallel"},
     "data": {"data", "errors", "cli"},
-    "config": {"errors"},
+    "config": {"errors", "schedules"},
+    "meta_branch": {"head"},
     "engine": {"errors"},
     "checkpoint": {"encoder", "head", "errors"},
 }

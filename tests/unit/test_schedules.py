@@ -1,4 +1,4 @@
-"""The schedule against transformers' own."""
+"""The schedules against transformers' and torch's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from xmc_trainer.schedules import cosine_with_warmup
+from xmc_trainer.schedules import SCHEDULES, cosine_with_warmup
 
 
 @pytest.mark.parametrize("warmup, total", [(10, 100), (0, 7), (5, 5), (50, 20)])
@@ -17,3 +17,30 @@ def test_equals_transformers(warmup, total):
         assert cosine_with_warmup(step, warmup, total) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         schedule.step()
+
+
+def made(name, **settings):
+    return SCHEDULES[name](**{"warmup_steps": 4, "total_steps": 100, "steps_per_epoch": 10} | settings)
+
+
+def test_multi_step_follows_torch_after_the_warm_up():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    epochs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 5], gamma=0.5)
+    schedule = made("MultiStepLR", milestones=[2, 5], gamma=0.5)
+    assert [schedule.factor(step) for step in range(4)] == [0, 0.25, 0.5, 0.75]
+    for epoch in range(10):
+        for step in range(max(4, 10 * epoch), 10 * epoch + 10):
+            assert schedule.factor(step) == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        epochs.step()
+
+
+def test_plateau_follows_torch():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=1, threshold=0.0)
+    schedule = made("ReduceLROnPlateau", gamma=0.1, patience=1)
+    for metric in (0.1, 0.2, 0.2, 0.1, 0.15, 0.1, 0.3, 0.2, 0.2, 0.2, 0.2):
+        schedule.observe(metric)
+        theirs.step(metric)
+        assert schedule.factor(50) == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert schedule.reductions == 4 and schedule.factor(2) == pytest.approx(0.5 * 0.1**4)

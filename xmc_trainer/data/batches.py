@@ -118,13 +118,14 @@ class TextBatches(torch.utils.data.Dataset):
         *,
         rank: int,
         pad_token_id: int,
+        places: np.ndarray | None = None,
         filter_pairs: Ragged | None = None,
     ) -> None:
         self._dataset = dataset.with_format("arrow")
         self._plan, self._rank = plan, rank
         chunks = dataset.data.column("labels").chunks
         self._label_lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
-        self._pad_token_id, self._filter_pairs = pad_token_id, filter_pairs
+        self._pad_token_id, self._places, self._filter_pairs = pad_token_id, places, filter_pairs
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -138,6 +139,8 @@ class TextBatches(torch.utils.data.Dataset):
         else:
             tokens = Ragged(np.array([self._pad_token_id]), np.array([0, 1]))
             labels = Ragged(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
+        if self._places is not None:
+            labels = Ragged(self._places[labels.ids], labels.offsets)
         lengths = np.diff(tokens.offsets)
         mask = np.arange(lengths.max()) < lengths[:, None]
         input_ids = np.full(mask.shape, self._pad_token_id, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -40,8 +41,8 @@ class Corpus:
 
     Attributes:
         train, test: columns input_ids (int32, special tokens included, cut to max_len, unpadded), labels (int32,
-            ascending) and length (tokens).
-        labels: columns id and text, one row a label.
+            ascending; see `places`) and length (tokens).
+        labels: columns id and text, one row a label, in the order in which the head holds them.
         filter_pairs: labels to leave out of the ranking of each test row; None: nothing to leave out.
         fingerprint: hash of the source files' content, how they are read, and the tokenizer.
     """
@@ -52,6 +53,7 @@ class Corpus:
     filter_pairs: Ragged | None
     fingerprint: str
     texts: int  # real training texts: rows made from label texts come after them
+    places: np.ndarray | None = None  # int32 [L]: where each label number of train and test stands in `labels`; None: there
 
     @property
     def num_labels(self) -> int:
@@ -66,11 +68,34 @@ class Corpus:
         counts = np.zeros(self.num_labels, dtype=np.int64)
         for chunk in self.train.data.column("labels").slice(0, self.texts).chunks:
             np.add.at(counts, chunk.flatten().to_numpy().astype(np.int64), 1)
-        return counts
+        if self.places is None:
+            return counts
+        placed = np.empty_like(counts)
+        placed[self.places] = counts
+        return placed
+
+    def train_labels(self) -> Ragged:
+        """The labels of every training row."""
+        return self._placed(flatten_lists(self.train.data.column("labels")))
 
     def test_labels(self) -> Ragged:
         """The labels of every test text."""
-        return flatten_lists(self.test.data.column("labels"))
+        return self._placed(flatten_lists(self.test.data.column("labels")))
+
+    def _placed(self, labels: Ragged) -> Ragged:
+        return labels if self.places is None else Ragged(self.places[labels.ids], labels.offsets)
+
+    def reordered(self, order: np.ndarray) -> Corpus:
+        """The same data with the labels in another order: `order` [L] gives for each new place the present one."""
+        moved = np.empty(len(order), dtype=np.int32)
+        moved[order] = np.arange(len(order), dtype=np.int32)
+        pairs = self.filter_pairs
+        return dataclasses.replace(
+            self,
+            labels=self.labels.select(order),
+            filter_pairs=None if pairs is None else Ragged(moved[pairs.ids], pairs.offsets),
+            places=moved if self.places is None else moved[self.places],
+        )
 
 
 def flatten_lists(column: pa.ChunkedArray) -> Ragged:

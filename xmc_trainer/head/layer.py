@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from xmc_trainer.head.losses import LOSSES
 from xmc_trainer.head.optimizers import SGD, AdamW
 from xmc_trainer.head.partition import label_range
-from xmc_trainer.head.rewire import RewireReport, RewireRule, random_index, random_weight, rewire
+from xmc_trainer.head.rewire import (
+    RewireReport,
+    RewireRule,
+    index_dtype,
+    kept_slots,
+    random_index,
+    random_weight,
+    rewire,
+    strongest_index,
+)
 from xmc_trainer.kernels.counter_rng import Stream
 from xmc_trainer.kernels.reference import HeadTensors, Update, unpack_candidates
 from xmc_trainer.ops import select_backend
@@ -114,6 +123,7 @@ class FixedFanInHead(nn.Module):
             raise ValueError(f"text_reduction={text_reduction!r}: sum or mean")
         self.in_features, self.num_labels = in_features, num_labels
         self.fan_in, self.group_size = fan_in, 1 if fan_in is None else group_size
+        self._align = group_size  # of a rank's labels; a dense head's too, which may become sparse
         self.loss_name, self.text_reduction = loss, text_reduction
         optimizer = optimizer or SGD(momentum=0.9)
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
@@ -133,8 +143,7 @@ class FixedFanInHead(nn.Module):
         self.register_buffer("bias", torch.full(shape[:1], first_bias, device=device) if bias else None)
         index = None
         if fan_in is not None:
-            dtype = torch.int16 if in_features <= 1 << 15 else torch.int32
-            index = torch.empty(-(-shape[0] // self.group_size), fan_in, dtype=dtype, device=device)
+            index = torch.empty(-(-shape[0] // group_size), fan_in, dtype=index_dtype(in_features), device=device)
         self.register_buffer("index", index)
         for name in optimizer.state_names:
             self.register_buffer(f"weight_{name}", torch.zeros_like(self.weight))
@@ -153,7 +162,7 @@ class FixedFanInHead(nn.Module):
 
     def labels_of(self, rank: int) -> range:
         """The global label ids that `rank` owns."""
-        return label_range(self.num_labels, self.group_size, rank, self.ranks.size)
+        return label_range(self.num_labels, self._align, rank, self.ranks.size)
 
     def load_labels(self, labels: range, tensors: dict[str, Tensor]) -> None:
         """Copy the weight, index and bias of a range of global label ids into the part of it that this rank owns.
@@ -220,6 +229,7 @@ class FixedFanInHead(nn.Module):
         *,
         end_of_step: bool = True,
         texts_in_step: int | None = None,
+        loss_weight: float = 1.0,
         engine_divisor: float = 1.0,
         rank_sizes: tuple[list[int], list[int]] | None = None,
     ) -> Tensor:
@@ -233,6 +243,8 @@ class FixedFanInHead(nn.Module):
                 features and labels and makes one update from all of them at the end.
             texts_in_step: texts of the whole optimizer step; needed only for text_reduction="mean" with several
                 micro-batches (the default is this micro-batch's, over all ranks).
+            loss_weight: of this loss beside others, the same for all micro-batches of a step. The update happens here,
+                so that a factor on what is returned would come too late.
             engine_divisor: what the training engine divides gradients by, to be undone here: the number of ranks times the
                 number of micro-batches that it averages over.
             rank_sizes: (texts, positives) of every rank in this micro-batch, where the caller knows them. Otherwise
@@ -240,7 +252,7 @@ class FixedFanInHead(nn.Module):
         Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
             of a step's micro-batches add up to the step's loss.
         """
-        batch = (label_ids, label_counts, end_of_step, texts_in_step, engine_divisor, rank_sizes)
+        batch = (label_ids, label_counts, end_of_step, texts_in_step, loss_weight, engine_divisor, rank_sizes)
         train = self.training and torch.is_grad_enabled()
         if feat_bd.requires_grad and torch.is_grad_enabled():
             return _HeadStep.apply(feat_bd, self, train, batch)
@@ -254,17 +266,18 @@ class FixedFanInHead(nn.Module):
         label_counts: Tensor,
         end_of_step: bool,
         texts_in_step: int | None,
+        loss_weight: float,
         engine_divisor: float,
         rank_sizes: tuple[list[int], list[int]] | None,
     ) -> tuple[Tensor, Tensor]:
         """(loss, feature gradient [b, d] float32) of this micro-batch; see `forward`."""
         feat_Bd, label_P, row_P, sizes = self._gather(feat_bd, label_ids, label_counts, rank_sizes)
         texts = feat_Bd.shape[0]
-        text_weight = 1.0
+        text_weight = loss_weight
         if self.text_reduction == "mean":
             if texts_in_step is None and (self._kept or not end_of_step):
                 raise ValueError("texts_in_step is needed for text_reduction='mean' with several micro-batches a step")
-            text_weight = 1.0 / (texts_in_step or texts)
+            text_weight /= texts_in_step or texts
         grad_start, update = 0, None
         if train and end_of_step:
             self.steps += 1
@@ -336,6 +349,23 @@ class FixedFanInHead(nn.Module):
             merged = every.view(self.ranks.size, -1, k).transpose(0, 1).flatten(1)
             key_Bk = merged.topk(k, dim=1).values.split(sizes)[self.ranks.rank]
         return unpack_candidates(key_Bk)
+
+    @torch.no_grad()
+    def become_sparse(self, fan_in: int, group_size: int) -> None:
+        """Turn a dense head into a fixed fan-in head: each index row keeps the features of the largest mean |weight|.
+
+        Weights and optimizer state of these features are kept; all others are dropped.
+        Args: group_size: that of the constructor, by which the ranks share the labels.
+        """
+        if self.index is not None:
+            raise ValueError("this head is sparse already")
+        if group_size != self._align:
+            raise ValueError(f"group_size={group_size}: the ranks share the labels by groups of {self._align}")
+        self.index = strongest_index(self.weight, fan_in, group_size, self.tile_labels)
+        names = ["weight", *(f"weight_{name}" for name in self.optimizer.state_names)]
+        for name in names:
+            setattr(self, name, kept_slots(getattr(self, name), self.index, group_size, self.tile_labels))
+        self.fan_in, self.group_size = fan_in, group_size
 
     @torch.no_grad()
     def rewire(self, rule: RewireRule) -> RewireReport:

@@ -69,6 +69,45 @@ def random_weight(label: Tensor, fan_in: int, seed: int, step: int, stream: Stre
     return (2 * uniform(make_key(seed, step, stream), label[:, None], slot) - 1) * (1 / math.sqrt(fan_in))
 
 
+def index_dtype(d: int) -> torch.dtype:
+    """The smallest of the index for d features."""
+    return torch.int16 if d <= 1 << 15 else torch.int32
+
+
+def group_mean(magnitude_LF: Tensor, group: int) -> Tensor:
+    """float32 [L, F] -> [ceil(L / group), F], means over consecutive labels; the last group may be short."""
+    labels, width = magnitude_LF.shape
+    if group == 1:
+        return magnitude_LF
+    rows = -(-labels // group)
+    short = rows * group - labels
+    size = torch.full((rows, 1), float(group), device=magnitude_LF.device)
+    size[-1] -= short
+    return torch.nn.functional.pad(magnitude_LF, (0, 0, 0, short)).view(rows, group, width).sum(1) / size
+
+
+def strongest_index(weight_Ld: Tensor, fan_in: int, group: int, tile_labels: int) -> Tensor:
+    """The `fan_in` features of the largest mean |weight| of every group of dense rows, ascending; [ceil(L / group), F]."""
+    step = max(1, tile_labels // group) * group
+    parts = []
+    for start in range(0, weight_Ld.shape[0], step):
+        magnitude = group_mean(weight_Ld[start : start + step].float().abs(), group)
+        # A stable order: equal magnitudes go to the smaller feature, on every device.
+        order = magnitude.argsort(dim=1, descending=True, stable=True)[:, :fan_in]
+        parts.append(order.sort(dim=1).values.to(index_dtype(weight_Ld.shape[1])))
+    return torch.cat(parts)
+
+
+def kept_slots(dense_Ld: Tensor, index_RF: Tensor, group: int, tile_labels: int) -> Tensor:
+    """The entries of dense rows that the index names: [L, F]."""
+    parts = []
+    for start in range(0, dense_Ld.shape[0], tile_labels):
+        part = dense_Ld[start : start + tile_labels]
+        row = torch.arange(start, start + part.shape[0], device=part.device) // group
+        parts.append(part.gather(1, index_RF[row].to(torch.int64)))
+    return torch.cat(parts)
+
+
 def plan(
     magnitude_RF: Tensor, index_RF: Tensor, row_R: Tensor, d: int, rule: RewireRule, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
@@ -135,11 +174,7 @@ def rewire(head: HeadTensors, d: int, rule: RewireRule, seed: int, step: int, ti
     tile = max(1, min(tile_labels // group, _RANKING_BYTES // (8 * d)))
     for first in range(0, rows, tile):
         last = min(first + tile, rows)
-        magnitude = head.weight_LF[first * group : last * group].float().abs()
-        short = (last - first) * group - magnitude.shape[0]
-        size = torch.full((last - first, 1), float(group), device=device)
-        size[-1] -= short
-        magnitude = torch.nn.functional.pad(magnitude, (0, 0, 0, short)).view(-1, group, fan_in).sum(1) / size
+        magnitude = group_mean(head.weight_LF[first * group : last * group].float().abs(), group)
         row = torch.arange(first, last, device=device) + head.label_start // group
         moved, feature = plan(magnitude, head.index_RF[first:last].to(torch.int64), row, d, rule, seed, step)
         grown = None

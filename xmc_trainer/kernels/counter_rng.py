@@ -28,6 +28,7 @@ class Stream(IntEnum):
     GROW_WEIGHT = 4
     ROUND_WEIGHT = 5
     ROUND_STATE = 6  # one stream for each state tensor, counted up from here
+    CLUSTER = 16  # beyond those
 
 
 def _signed(value: int) -> int:

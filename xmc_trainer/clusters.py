@@ -1,0 +1,352 @@
+"""Label clusters: every label's place in a tree of balanced 2-means, computed here and saved without pickle.
+
+python -m xmc_trainer.clusters dataset=sidgnd dataset_path=./data model.encoder.encoder_model=data/minilm
+python -m xmc_trainer.clusters dataset=sidgnd dataset_path=./data --import-npy label_group0.npy
+
+A label's vector is the mean of its training texts' features, by the encoder as it stands, or of its own text
+(`--features labels`). The set of labels is cut into two halves of equal size (to `model.ffi.group_size`), each of them again,
+and so on: neighbours in the resulting order are similar, so that consecutive labels make semantic groups, and whole
+subtrees make the clusters of the meta branch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from xmc_trainer.cli import USAGE, run
+from xmc_trainer.config import Config, load_config
+from xmc_trainer.errors import UserError
+from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
+
+_FORMAT = "1"
+# Rows of label vectors that are on the device at a time, in float32: at 768 features 0.4 GiB.
+_ROWS_AT_ONCE = 1 << 17
+
+
+@dataclass(frozen=True)
+class LabelClusters:
+    """order: int32 [L], the labels, cluster after cluster; offsets: int64 [C + 1], where each cluster starts in it."""
+
+    order: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def cluster_of(self) -> np.ndarray:
+        """int32 [L]: the cluster of every label."""
+        out = np.empty(len(self.order), dtype=np.int32)
+        out[self.order] = np.repeat(np.arange(len(self.offsets) - 1, dtype=np.int32), np.diff(self.offsets))
+        return out
+
+    def save(self, path: Path, label_ids: Iterable[str]) -> None:
+        """Write a safetensors file that remembers which labels it is of."""
+        metadata = {"format": _FORMAT, "labels_sha256": _digest(label_ids)}
+        partial = path.with_name(path.name + ".partial")
+        try:
+            save_file({"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}, partial, metadata)
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error}); name another file by --output") from None
+
+    @classmethod
+    def load(cls, path: Path, label_ids: Iterable[str]) -> LabelClusters:
+        """Read a file of `save`. UserError if it is none, or of other labels."""
+        remedy = "make it by python -m xmc_trainer.clusters, with the settings of this run"
+        if not path.is_file():
+            raise UserError(f"{path}: no such label clusters; {remedy}")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                order, offsets = file.get_tensor("order"), file.get_tensor("offsets")
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a file of label clusters ({error}); {remedy}") from None
+        if metadata.get("format") != _FORMAT or metadata.get("labels_sha256") != _digest(label_ids):
+            raise UserError(f"{path}: of other labels than this data set's; {remedy}")
+        return cls(order, offsets)
+
+
+def _digest(label_ids: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(label_ids).encode()).hexdigest()
+
+
+# The tree: a pure function of the sizes. Only which label stands where depends on the vectors.
+
+
+def middle(start: int, stop: int, align: int) -> int:
+    """Where positions start..stop are cut in two: in the middle, at a multiple of `align` from the start."""
+    half = round((stop - start) / 2 / align) * align
+    return start + min(max(half, align), stop - start - 1)
+
+
+def cluster_bounds(labels: int, clusters: int, align: int = 1) -> np.ndarray:
+    """Offsets int64 [C + 1] of the subtrees that cut `labels` positions into `clusters` parts.
+
+    Sizes are even where `clusters` is a power of two; otherwise some parts were cut once more than others. Fewer parts
+    where none larger than `align` is left to cut.
+    """
+    parts = [(0, labels)]
+    while len(parts) < clusters:
+        # A whole level at a time, the larger parts first if it cannot be a whole one.
+        largest = sorted(parts, key=lambda part: (part[0] - part[1], part[0]))[: clusters - len(parts)]
+        cut = {part: middle(*part, align) for part in largest if part[1] - part[0] > align}
+        if not cut:
+            break
+        parts = [
+            half
+            for part in parts
+            for half in (((part[0], cut[part]), (cut[part], part[1])) if part in cut else (part,))
+        ]
+    return np.array([part[0] for part in parts] + [labels], dtype=np.int64)
+
+
+def balanced_order(
+    rows_of: Callable[[np.ndarray], Tensor],
+    labels: int,
+    *,
+    align: int = 1,
+    seed: int = 0,
+    iterations: int = 5,
+    rows_at_once: int = _ROWS_AT_ONCE,
+    progress: bool = False,
+) -> np.ndarray:
+    """The labels in the order of balanced bisecting 2-means: int32 [L].
+
+    Args:
+        rows_of: label numbers int64 [n] -> their vectors, float32 [n, d] on the device to compute on. They are scaled to
+            length 1 here; a vector of zeros may go anywhere.
+        align: parts are cut at multiples of it, and parts no larger than it are not cut.
+        iterations: of assigning labels and moving the two centres, a cut.
+        rows_at_once: vectors in memory.
+    Deterministic on one device; the same seed may give another order on another device.
+    """
+    order = np.arange(labels, dtype=np.int64)
+    bar = tqdm(total=labels, desc="cluster", unit="label", disable=not progress)
+    large, small = [(0, labels)], []
+    while large:
+        start, stop = large.pop()
+        if stop - start <= rows_at_once:
+            small.append((start, stop))
+            continue
+        # Too many rows for the device: several passes over them for one cut.
+        part = order[start:stop]
+        chunks = [part[at : at + rows_at_once] for at in range(0, len(part), rows_at_once)]
+        cut = middle(start, stop, align)
+
+        def vectors(chunks: list[np.ndarray] = chunks) -> Iterable[Tensor]:
+            return (normalize(rows_of(chunk), dim=1) for chunk in chunks)
+
+        order[start:stop] = part[_bisect(vectors, [0, len(part)], [cut - start], torch.from_numpy(part), seed, iterations)]
+        large += [(cut, stop), (start, cut)]
+    for start, stop in small:
+        part = order[start:stop]
+        rows = normalize(rows_of(part), dim=1)
+        bounds = [0, len(part)]
+        while True:
+            cuts = [middle(a, b, align) if b - a > align else None for a, b in zip(bounds, bounds[1:])]
+            if not any(cuts):
+                break
+            moved = _bisect(lambda rows=rows: (rows,), bounds, cuts, torch.from_numpy(part), seed, iterations)
+            part, rows = part[moved], rows[torch.from_numpy(moved).to(rows.device)]
+            bounds = [at for a, cut in zip(bounds, cuts) for at in ((a,) if cut is None else (a, cut))] + [len(part)]
+        order[start:stop] = part
+        bar.update(stop - start)
+    bar.close()
+    return order.astype(np.int32)
+
+
+def _bisect(
+    chunks: Callable[[], Iterable[Tensor]],
+    bounds: list[int],
+    cuts: list[int | None],
+    labels: Tensor,
+    seed: int,
+    iterations: int,
+) -> np.ndarray:
+    """Order rows so that in each node bounds[i]..bounds[i+1] the rows before cuts[i] are those nearer to its first centre.
+
+    Args: chunks: gives the rows [n, d], in order, once for every call. cuts: None where a node stays whole. labels: int64
+        [n], for random numbers that do not depend on places.
+    Returns: int64 [n], for each new place the old one.
+    """
+    n = len(labels)
+    sizes = torch.tensor(np.diff(bounds))
+    whole = torch.tensor([cut is None for cut in cuts])
+    left = torch.tensor([b if cut is None else cut for cut, b in zip(cuts, bounds[1:])]) - torch.tensor(bounds[:-1])
+    halves = torch.stack([left, sizes - left], 1).flatten()  # rows of each half, node after node
+    node = torch.repeat_interleave(torch.arange(len(cuts)), sizes)
+    # First halves at random.
+    score = uniform(make_key(seed, len(cuts), Stream.CLUSTER), labels, torch.zeros((), dtype=torch.int64))
+    order = torch.arange(n)
+    for done in range(iterations + 1):
+        # Within each node by score, the highest first; a node that stays whole keeps its order.
+        score = torch.where(whole[node], 0.0, score)
+        by_score = torch.argsort(score, descending=True, stable=True)
+        new = by_score[torch.argsort(node[by_score], stable=True)]
+        unchanged, order = done > 0 and torch.equal(new, order), new
+        if unchanged or done == iterations:
+            break
+        half = torch.empty(n, dtype=torch.int64)
+        half[order] = torch.repeat_interleave(torch.arange(2 * len(cuts)), halves)
+        total, at = None, 0
+        for rows in chunks():
+            # Rows of a half next to each other, added up in order: the same sum every time.
+            part = half[at : at + len(rows)]
+            sort = torch.argsort(part, stable=True)
+            lengths = torch.bincount(part, minlength=2 * len(cuts)).to(rows.device)
+            sums = torch.segment_reduce(rows[sort.to(rows.device)], "sum", lengths=lengths, axis=0)
+            total = sums if total is None else total + sums
+            at += len(rows)
+        centre = normalize(total, dim=1)
+        direction = centre[0::2] - centre[1::2]
+        parts, at = [], 0
+        for rows in chunks():
+            part = node[at : at + len(rows)].to(rows.device)
+            parts.append((rows * direction[part]).sum(1).cpu())
+            at += len(rows)
+        score = torch.cat(parts)
+    return order.numpy()
+
+
+# Label vectors.
+
+
+def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, folder: Path) -> np.ndarray:
+    """float16 [L, d], a memory-mapped file in `folder`: means over each label's training texts, or of its own text.
+
+    Args: corpus: of `corpus_of`. features: "texts" or "labels".
+    """
+    from xmc_trainer.data import plan_eval
+    from xmc_trainer.encoder import TextEncoder, load_backbone
+    from xmc_trainer.evaluation import loader_of
+
+    device = _device(config)
+    backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=device.type == "cpu")
+    chosen = config.model.encoder
+    encoder = TextEncoder(backbone, pool_mode=chosen.pool_mode, feature_layers=chosen.feature_layers).to(device).eval()
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.training.amp.enabled)
+
+    def encode(ids: Tensor, mask: Tensor) -> np.ndarray:
+        with torch.no_grad(), autocast:
+            return encoder(ids.to(device), mask.to(device)).float().cpu().numpy()
+
+    width = encoder.out_features
+    batch_size = config.data.test_batch_size
+    if features == "labels":
+        texts = corpus.labels["text"]
+        out = np.memmap(folder / "labels", np.float16, "w+", shape=(len(texts), width))
+        for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
+            part = [text or "" for text in texts[at : at + batch_size]]
+            tokens = tokenizer(part, truncation=True, max_length=config.data.max_len, padding=True, return_tensors="pt")
+            out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"])
+        return out
+    lengths = corpus.lengths("train")
+    plan = plan_eval(lengths, batch_size=batch_size, world_size=1)
+    loader = loader_of(
+        corpus, "train", plan, rank=0, pad_token_id=tokenizer.pad_token_id, workers=config.data.num_workers, device=device
+    )
+    encoded = np.memmap(folder / "texts", np.float16, "w+", shape=(len(lengths), width))
+    for batch in tqdm(loader, desc="encode texts", unit="batch"):
+        encoded[batch["rows"].numpy()] = encode(batch["input_ids"], batch["attention_mask"])
+    pairs = corpus.train_labels()
+    of_text = scipy.sparse.csr_matrix(
+        (np.ones(len(pairs.ids), np.float32), pairs.ids, pairs.offsets), shape=(len(lengths), corpus.num_labels)
+    )
+    of_label = of_text.T.tocsr()
+    out = np.memmap(folder / "labels", np.float16, "w+", shape=(corpus.num_labels, width))
+    for at in range(0, corpus.num_labels, _ROWS_AT_ONCE):
+        part = of_label[at : at + _ROWS_AT_ONCE]
+        used = np.unique(part.indices)
+        # A few texts' columns at a time, so that memory does not grow with the number of texts.
+        total = np.zeros((part.shape[0], width), np.float32)
+        for first in range(0, len(used), _ROWS_AT_ONCE):
+            texts = used[first : first + _ROWS_AT_ONCE]
+            total += part[:, texts] @ encoded[texts].astype(np.float32)
+        out[at : at + part.shape[0]] = total / np.maximum(np.diff(part.indptr), 1)[:, None]
+    return out
+
+
+def _device(config: Config) -> torch.device:
+    gpu = torch.cuda.is_available() and config.environment.device != "cpu"
+    return torch.device("cuda", config.environment.cuda_device_id) if gpu else torch.device("cpu")
+
+
+def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelClusters, list[str]]:
+    """The clusters of a configuration's data set and encoder, and the label ids."""
+    from xmc_trainer.encoder import load_tokenizer
+    from xmc_trainer.evaluation import corpus_of
+
+    tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
+    corpus = corpus_of(config, tokenizer)
+    labels = corpus.num_labels
+    count = clusters or max(2, round(labels / 64))
+    if not 2 <= count <= labels:
+        raise UserError(f"--clusters {count}: must be between 2 and the {labels} labels")
+    if features == "labels" and not any(corpus.labels["text"]):
+        raise UserError("--features labels: these labels have no texts; set data.label_text_file, or take --features texts")
+    device, align = _device(config), config.model.ffi.group_size
+    with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
+        vectors = label_vectors(config, corpus, tokenizer, features, Path(folder))
+
+        def rows_of(numbers: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.asarray(vectors[numbers])).to(device).float()
+
+        order = balanced_order(rows_of, labels, align=align, seed=config.training.seed, progress=True)
+    return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]
+
+
+def import_npy(path: Path, labels: int) -> LabelClusters:
+    """The seed's `label_group*.npy`: an object array with one list of label numbers a cluster. It is a pickle: whoever
+    made the file can run code here, so this happens on request only."""
+    try:
+        groups = [np.asarray(group, dtype=np.int64).ravel() for group in np.load(path, allow_pickle=True)]
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not an array of clusters ({error})") from None
+    order = np.concatenate(groups) if groups else np.zeros(0, np.int64)
+    if len(order) != labels or not np.array_equal(np.sort(order), np.arange(labels)):
+        raise UserError(f"{path}: its clusters do not hold each of the data set's {labels} labels exactly once")
+    return LabelClusters(order.astype(np.int32), np.cumsum([0, *map(len, groups)]).astype(np.int64))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the training that will use the clusters")
+    parser.add_argument("--clusters", type=int, help="of the meta branch; default: one for 64 labels")
+    parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
+    parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
+    parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.settings)
+    output = options.output or config.cluster_file
+    if options.import_npy:
+        from xmc_trainer.encoder import load_tokenizer
+        from xmc_trainer.evaluation import corpus_of
+
+        corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
+        found, ids = import_npy(options.import_npy, corpus.num_labels), corpus.labels["id"]
+    else:
+        found, ids = compute(config, options.clusters, options.features)
+    found.save(output, ids)
+    sizes = np.diff(found.offsets)
+    print(json.dumps({"labels": len(found.order), "clusters": len(sizes), "smallest": int(sizes.min()), "largest": int(sizes.max())}))
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    run(main)
