@@ -80,5 +80,6 @@ def train(
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     results = {case: train(*case) for case in CASES}
+    dist.barrier()  # nobody closes a connection that another rank still reads from
     torch.save(results, f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt")
     dist.destroy_process_group()

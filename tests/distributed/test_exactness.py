@@ -1,4 +1,4 @@
-"""Results do not depend on the number of ranks: every optimizer and loss, accumulation, groups, rewiring; 1, 2, 3 ranks."""
+"""Results do not depend on the number of ranks: optimizers, losses, accumulation, groups, meta branch, rewiring; 1, 2, 3."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_any_number_of_ranks_trains_as_one(results, case, size):
     one, parts = results[1][0][case], [result[case] for result in results[size]]
-    assert one["curve"][-1] < one["curve"][0]
+    if not case[-1]:  # a fading meta branch changes what the loss is made of
+        assert one["curve"][-1] < one["curve"][0]
     for part in parts:
         assert part["curve"] == pytest.approx(one["curve"], rel=1e-5)
     shares = [len(part["weight"]) for part in parts]
