@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -293,7 +294,7 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
     corpus = corpus_of(config, tokenizer)
     labels = corpus.num_labels
-    count = clusters or max(2, round(labels / 64))
+    count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size
     if not 2 <= count <= labels:
         raise UserError(f"--clusters {count}: must be between 2 and the {labels} labels")
     if features == "labels" and not any(corpus.labels["text"]):
@@ -327,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the training that will use the clusters")
-    parser.add_argument("--clusters", type=int, help="of the meta branch; default: one for 64 labels")
+    parser.add_argument("--clusters", type=int, help="of the meta branch; default: the power of two that gives about 64 labels each")
     parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
     parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
     parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")

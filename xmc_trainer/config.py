@@ -10,6 +10,7 @@ message names the field to change.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -467,17 +468,26 @@ def to_yaml(config: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
 
 
-def describe(section: Any, prefix: str = "") -> list[str]:
-    """A line for every setting under a section: dotted name, default, description."""
-    lines = []
+def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted name, default, description) of every setting under a section."""
+    rows = []
     for item in dataclasses.fields(section):
         if "help" in item.metadata:
             default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-            lines.append(f"{prefix}{item.name} = {default}\n    {item.metadata['help']}")
+            rows.append((prefix + item.name, str(default), item.metadata["help"]))
         else:
-            lines += describe(item.default_factory, f"{prefix}{item.name}.")
-    return lines
+            rows += describe(item.default_factory, f"{prefix}{item.name}.")
+    return rows
+
+
+def markdown_table() -> str:
+    """The README's table of settings."""
+    rows = [f"| `{name}` | `{default}` | {text.replace('|', chr(92) + '|')} |" for name, default, text in describe()]
+    return "\n".join(["| setting | default | |", "|---|---|---|", *rows])
 
 
 if __name__ == "__main__":
-    print("\n".join(describe(Config)))
+    if sys.argv[1:] == ["--markdown"]:
+        print(markdown_table())
+    else:
+        print("\n".join(f"{name} = {default}\n    {text}" for name, default, text in describe()))

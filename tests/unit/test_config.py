@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from xmc_trainer.config import Config, describe, load_config, shipped_configs, to_yaml
+from xmc_trainer.config import describe, load_config, markdown_table, shipped_configs, to_yaml
 from xmc_trainer.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -133,10 +133,11 @@ def test_filter_and_augmentation_need_label_features():
 
 
 def test_every_option_is_described():
-    lines = describe(Config)
-    names = [line.split(" = ")[0] for line in lines]
+    names = [name for name, _, _ in describe()]
     assert "model.ffi.fan_in" in names and "training.amp.dtype" in names and "dataset" in names
-    assert all(len(line.split("\n    ")[1]) > 5 for line in lines)
+    assert all(len(text) > 5 for _, _, text in describe())
+    # The README's table is this list: python -m xmc_trainer.config --markdown
+    assert markdown_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
     def leaves(tree):
         return sum(leaves(v) if isinstance(v, dict) and k != "env2path" else 1 for k, v in tree.items())
