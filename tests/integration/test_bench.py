@@ -19,3 +19,15 @@ def test_head_benchmark_writes_its_table(tmp_path):
     assert all(float(row["ms"]) > 0 and row["device"] and row["torch"] for row in rows)
     done = launch(*words, "--optimizers", "adam")
     assert done.returncode == 2 and "--optimizers: adam" in done.stderr
+
+
+def test_zero_benchmark_writes_its_table_and_names_what_fails(tmp_path):
+    words = [sys.executable, "-m", "xmc_trainer.bench.zero", "--precision", "bf16", "--hidden", "32", "--layers", "1"]
+    more = ["--batch", "4", "--max-len", "8", "--repeat", "1", "--processes", "2", "--csv", tmp_path / "zero.csv"]
+    done = launch(*words, *more, "none", "ds_configs/zero2.json", "nowhere.json")
+    assert done.returncode == 0, done.stderr
+    assert "nowhere.json" in done.stdout and "error" in done.stdout
+    with (tmp_path / "zero.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["what"] for row in rows] == ["without DeepSpeed", "zero2"]
+    assert all(float(row["ms"]) > 0 and row["ranks"] == "2" and row["deepspeed"] for row in rows)

@@ -3,7 +3,8 @@
 torchrun --nproc_per_node 2 -m xmc_trainer.bench.ranks
 torchrun --nproc_per_node 1 -m xmc_trainer.bench.ranks      # the same on one rank, to compare times
 
-Bytes are those that one rank sends in a step, as the ring algorithms of gloo and NCCL send them: (N - 1) times its part of
+`exchange` is the time of the step's collectives alone, all ranks at once: what overlapping them with the head's work could
+save at most. Bytes are those that one rank sends in a step, as the ring algorithms of gloo and NCCL send them: (N - 1) times its part of
 what is gathered or scattered, 2 (N - 1) / N times what is summed.
 """
 
@@ -16,6 +17,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,6 +49,15 @@ class CountingRanks(Ranks):
         return super().sum(x)
 
 
+def milliseconds(step: Callable[[], None], ranks: Ranks, gpu: bool) -> float:
+    ranks.barrier()
+    begin = time.perf_counter()
+    step()
+    if gpu:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - begin)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", default="20000,80000", help="comma-separated")
@@ -68,7 +79,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads a rank"
     if ranks.rank == 0:
         print(f"{ranks.size} ranks; {name}; torch {torch.__version__}")
-        print("   labels   batch  features    sent, bytes a step    head, MiB a rank      ms")
+        print("   labels   batch  features    sent, bytes a step    head, MiB a rank      ms  exchange, ms")
     rows = []
     settings = (map(int, value.split(",")) for value in (options.labels, options.batch, options.features))
     for labels, batch, features in itertools.product(*settings):
@@ -80,22 +91,28 @@ def main() -> None:
         ids = torch.randint(labels, (texts * options.positives,), device=device)
         counts = torch.full((texts,), options.positives, device=device)
         known = [texts] * ranks.size, [len(ids)] * ranks.size
-        times = []
+
+        def exchange() -> None:
+            gathered = ranks.gather_rows(feat.detach(), known[0])
+            ranks.gather_rows(ids, known[1])
+            ranks.gather_rows(counts, known[0])
+            ranks.scatter_sum_rows(gathered, known[0])
+            ranks.sum(torch.zeros((), device=device))
+
+        times, alone = [], []
         for _ in range(options.repeat + 1):
             ranks.sent = 0.0
-            ranks.barrier()
-            begin = time.perf_counter()
-            head(feat, ids, counts, rank_sizes=known).backward()
-            if gpu:
-                torch.cuda.synchronize()
-            times.append(1000 * (time.perf_counter() - begin))
+            times.append(milliseconds(lambda: head(feat, ids, counts, rank_sizes=known).backward(), ranks, gpu))
+            sent = ranks.sent
+            alone.append(milliseconds(exchange, ranks, gpu))
         held = sum(buffer.nbytes for buffer in head.buffers()) / 2**20
         row = {"ranks": ranks.size, "device": name, "torch": torch.__version__, "labels": labels, "batch": batch}
         row |= {"features": features, "fan_in": options.fan_in, "positives": options.positives}
-        row |= {"sent_bytes": round(ranks.sent), "head_mib": round(held, 3), "ms": round(statistics.median(times[1:]), 2)}
+        row |= {"sent_bytes": round(sent), "head_mib": round(held, 3), "ms": round(statistics.median(times[1:]), 2)}
+        row["exchange_ms"] = round(statistics.median(alone[1:]), 3)
         rows.append(row)
         if ranks.rank == 0:
-            print(f"{labels:9,d}{batch:8d}{features:10d}{row['sent_bytes']:22,d}{held:20.2f}{row['ms']:8.1f}", flush=True)
+            print(f"{labels:9,d}{batch:8d}{features:10d}{row['sent_bytes']:22,d}{held:20.2f}{row['ms']:8.1f}{row['exchange_ms']:14.2f}", flush=True)
     if ranks.rank == 0:
         with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, rows[0])
