@@ -4,7 +4,7 @@ manifest.json              format, shapes, label range and checksum of every fil
 config.yaml                the resolved configuration of the run
 encoder/                   Hugging Face layout, and penultimate.safetensors if there is such a layer
 tokenizer/                 Hugging Face layout
-head-00000-of-00001.safetensors   one a rank: weight, index, bias of its labels
+head-00000-of-00001.safetensors   one a rank: weight, index, bias of its labels (and of frequent ones: frequent.weight ...)
 labels.parquet             id and text of every label
 """
 
@@ -21,17 +21,19 @@ from typing import Any
 import pyarrow.parquet
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import xmc_trainer
 from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
 from xmc_trainer.errors import UserError
-from xmc_trainer.head import SGD, FixedFanInHead
+from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
 
-FORMAT = 2  # 2: every row of the index is ascending
+FORMAT = 3  # 2: every row of the index is ascending; 3: a list of heads
 _HEAD_TENSORS = ("weight", "index", "bias")
+_FREQUENT = "frequent."  # prefix of a split head's first part
 
 
 def _sha256(path: Path) -> str:
@@ -48,7 +50,7 @@ def save_model(
     encoder: TextEncoder,
     encoder_state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    head: FixedFanInHead,
+    head: FixedFanInHead | SplitHead,
     labels: Dataset,
     max_len: int,
     step: int,
@@ -68,8 +70,14 @@ def save_model(
         partial.mkdir(parents=True)
     ranks.barrier()
     shards = [f"head-{rank:05d}-of-{ranks.size:05d}.safetensors" for rank in range(ranks.size)]
-    tensors = {name: getattr(head, name) for name in _HEAD_TENSORS if getattr(head, name) is not None}
-    save_file({name: value.contiguous() for name, value in tensors.items()}, partial / shards[ranks.rank])
+    parts = _parts(head)
+    tensors = {
+        prefix + name: getattr(part, name).contiguous()
+        for prefix, part in parts
+        for name in _HEAD_TENSORS
+        if getattr(part, name) is not None
+    }
+    save_file(tensors, partial / shards[ranks.rank])
     ranks.barrier()
     if ranks.rank == 0:
         encoder.save_pretrained(partial / "encoder", encoder_state)
@@ -89,19 +97,7 @@ def save_model(
                 "penultimate_size": encoder.out_features if penultimate else None,
                 "penultimate_activation": encoder.penultimate_activation,
             },
-            "head": {
-                "in_features": head.in_features,
-                "num_labels": head.num_labels,
-                "fan_in": head.fan_in,
-                "group_size": head.group_size,
-                "bias": head.bias is not None,
-                "loss": head.loss_name,
-                "weight_dtype": str(head.weight.dtype).removeprefix("torch."),
-            },
-            "shards": [
-                {"file": name, "labels": [part.start, part.stop]}
-                for name, part in zip(shards, (head.labels_of(rank) for rank in range(ranks.size)))
-            ],
+            "heads": [_description(prefix, part, shards) for prefix, part in parts],
             "sha256": {
                 str(path.relative_to(partial)): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()
             },
@@ -109,6 +105,29 @@ def save_model(
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _swap_in(partial, folder)
     ranks.barrier()
+
+
+def _parts(head: FixedFanInHead | SplitHead) -> list[tuple[str, FixedFanInHead]]:
+    """(prefix of its tensors, head), in the order of their labels."""
+    return [(_FREQUENT, head.frequent), ("", head.tail)] if isinstance(head, SplitHead) else [("", head)]
+
+
+def _description(prefix: str, head: FixedFanInHead, shards: list[str]) -> dict[str, Any]:
+    """What a head is made from again: arguments of its class, and which of its labels each file has."""
+    ranges = (head.labels_of(rank) for rank in range(len(shards)))
+    return {
+        "prefix": prefix,
+        "arguments": {
+            "in_features": head.in_features,
+            "num_labels": head.num_labels,
+            "fan_in": head.fan_in,
+            "group_size": head.group_size,
+            "bias": head.bias is not None,
+            "loss": head.loss_name,
+            "weight_dtype": str(head.weight.dtype).removeprefix("torch."),
+        },
+        "shards": [{"file": name, "labels": [part.start, part.stop]} for name, part in zip(shards, ranges)],
+    }
 
 
 def _swap_in(partial: Path, folder: Path) -> None:
@@ -126,7 +145,7 @@ class SavedModel:
 
     encoder: TextEncoder
     tokenizer: PreTrainedTokenizerBase
-    head: FixedFanInHead
+    head: FixedFanInHead | SplitHead
     label_ids: Any  # pyarrow string columns, in label order
     label_texts: Any
     max_len: int
@@ -155,7 +174,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
             raise UserError(f"{path}: damaged, its checksum differs from manifest.json; copy or save the model again")
     encoder = TextEncoder(load_backbone(str(folder / "encoder")), **manifest["encoder"])
     encoder.load_penultimate(folder / "encoder")
-    head = _load_head(folder, manifest, device)
+    heads = [_load_head(folder, description, device) for description in manifest["heads"]]
+    head = SplitHead(*heads) if len(heads) > 1 else heads[0]
     table = pyarrow.parquet.read_table(folder / "labels.parquet")
     return SavedModel(
         encoder=encoder.to(device).eval(),
@@ -168,12 +188,14 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     )
 
 
-def _load_head(folder: Path, manifest: dict[str, Any], device: str | torch.device) -> FixedFanInHead:
-    options = dict(manifest["head"])
+def _load_head(folder: Path, description: dict[str, Any], device: str | torch.device) -> FixedFanInHead:
+    options, prefix = dict(description["arguments"]), description["prefix"]
     options["weight_dtype"] = getattr(torch, options["weight_dtype"])
     # Made without memory first: nothing is drawn at random only to be overwritten.
     head = FixedFanInHead(**options, optimizer=SGD(), device="meta").to_empty(device=device)
     head.skipped.zero_()
-    for shard in manifest["shards"]:
-        head.load_labels(range(*shard["labels"]), load_file(folder / shard["file"]))
+    for shard in description["shards"]:
+        with safe_open(folder / shard["file"], framework="pt") as file:
+            tensors = {name: file.get_tensor(prefix + name) for name in _HEAD_TENSORS if prefix + name in file.keys()}
+        head.load_labels(range(*shard["labels"]), tensors)
     return head

@@ -146,6 +146,7 @@ class FFIConfig:
     semantic_groups: bool = option(
         False, "put the labels in the order of the cluster file (auxiliary.group_y_group): a group's labels are neighbours"
     )
+    head_ratio: float = option(0.0, "share of the labels, the most frequent ones, that read all features; the others fan_in")
     weight_dtype: str = option(
         "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
@@ -172,6 +173,9 @@ class FFIConfig:
         for name in ("rewire_interval", "rewire_threshold", "rewire_end_threshold"):
             _at_least(f"model.ffi.{name}", getattr(self, name), 0)
         _share("model.ffi.rewire_fraction", self.rewire_fraction)
+        _share("model.ffi.head_ratio", self.head_ratio, below_one=True)
+        if self.head_ratio and not self.use_sparse_layer:
+            raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
         _one_of("model.ffi.bias_init", self.bias_init, ("prior", "zero"))
@@ -375,6 +379,8 @@ class Config:
                 f"training.optimization.dense_epochs={opt.dense_epochs}: must be below epochs={opt.epochs}, or the head "
                 "never becomes sparse; for a dense head set model.ffi.use_sparse_layer=false"
             )
+        if ffi.head_ratio and opt.dense_epochs:
+            raise UserError("training.optimization.dense_epochs: not together with model.ffi.head_ratio; set one of them to 0")
         if ffi.semantic_groups and not (ffi.use_sparse_layer and ffi.group_size > 1):
             raise UserError("model.ffi.semantic_groups=true: needs labels that share an index row; set model.ffi.group_size")
         d, known = ffi.input_features, self._known_features()

@@ -21,7 +21,7 @@ from xmc_trainer.encoder import TextEncoder, load_backbone, load_state_dict_file
 from xmc_trainer.engine import build_accelerator, step_was_applied
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.meta_branch import MetaBranch
@@ -84,13 +84,7 @@ class Trainer:
         if config.model.encoder.use_ngame_encoder_weights:
             load_state_dict_file(backbone, config.model.encoder.ngame_checkpoint, config.model.encoder.ngame_key_prefix)
         self.corpus = self._load_corpus()
-        clusters = None
-        if config.model.ffi.semantic_groups or config.model.auxiliary.use_meta_branch:
-            clusters = LabelClusters.load(config.cluster_file, self.corpus.labels["id"])
-            cluster_of = clusters.cluster_of
-        if config.model.ffi.semantic_groups:
-            self.corpus = self.corpus.reordered(clusters.order)
-            cluster_of = cluster_of[clusters.order]
+        cluster_of = self._order_labels()
         self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
         self._train_lengths = self.corpus.lengths("train")
         self._test_lengths = self.corpus.lengths("test")
@@ -180,7 +174,7 @@ class Trainer:
         with self.accelerator.accumulate(self.encoder):
             features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
 
-            def loss_of(head: FixedFanInHead, label_ids: Tensor, weight: float) -> Tensor:
+            def loss_of(head: FixedFanInHead | SplitHead, label_ids: Tensor, weight: float) -> Tensor:
                 return head(
                     features[: tensors["label_counts"].shape[0]],
                     label_ids,
@@ -289,6 +283,27 @@ class Trainer:
         with self.accelerator.local_main_process_first():
             return corpus_of(self.config, self.tokenizer, progress=self.accelerator.is_local_main_process)
 
+    def _order_labels(self) -> np.ndarray | None:
+        """Put the corpus's labels in the head's order. Returns the cluster of each, if the run uses clusters."""
+        ffi = self.config.model.ffi
+        order, cluster_of = np.arange(self.corpus.num_labels), None
+        if ffi.semantic_groups or self.config.model.auxiliary.use_meta_branch:
+            clusters = LabelClusters.load(self.config.cluster_file, self.corpus.labels["id"])
+            cluster_of = clusters.cluster_of
+            if ffi.semantic_groups:
+                order = clusters.order.astype(np.int64)
+        if ffi.head_ratio:
+            # The most frequent come first; the others stay in order.
+            frequent = np.argsort(-self.corpus.label_counts(), kind="stable")[: self._frequent_labels()]
+            order = np.concatenate([frequent, order[~np.isin(order, frequent)]])
+        if ffi.semantic_groups or ffi.head_ratio:
+            self.corpus = self.corpus.reordered(order)
+        return None if cluster_of is None else cluster_of[order]
+
+    def _frequent_labels(self) -> int:
+        """How many labels `head_ratio` gives full fan-in."""
+        return round(self.config.model.ffi.head_ratio * self.corpus.num_labels)
+
     def _build_encoder(self, backbone: Any) -> TextEncoder:
         config, penultimate = self.config.model.encoder, self.config.model.penultimate
         if config.encoder_ftr_dim not in (None, backbone.config.hidden_size):
@@ -311,7 +326,7 @@ class Trainer:
             penultimate_activation=penultimate.penultimate_activation,
         )
 
-    def _build_head(self, features: int) -> FixedFanInHead:
+    def _build_head(self, features: int) -> FixedFanInHead | SplitHead:
         ffi, optimization = self.config.model.ffi, self.config.training.optimization
         labels = self.corpus.num_labels
         for field, value, found in (
@@ -322,19 +337,32 @@ class Trainer:
                 raise UserError(f"model.ffi.{field}={value}: there are {found}")
         if ffi.use_sparse_layer and ffi.fan_in > features:
             raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {features} features to read")
-        if -(-labels // ffi.group_size) < self.ranks.size:
+        frequent = self._frequent_labels()
+        if -(-(labels - frequent) // ffi.group_size) < self.ranks.size:
             raise UserError(f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes")
-        return FixedFanInHead(
-            features,
-            labels,
-            fan_in=ffi.fan_in if ffi.use_sparse_layer and not optimization.dense_epochs else None,
-            group_size=ffi.group_size,
-            first_bias=self._first_bias(int(self.corpus.label_counts().sum()), labels),
-            optimizer=AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum),
-            lr=optimization.lr,
-            weight_dtype=getattr(torch, ffi.weight_dtype),
-            **self._head_arguments(),
-        )
+        if ffi.head_ratio and frequent < self.ranks.size:
+            raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: gives {frequent} labels full fan-in, fewer than processes")
+        counts = self.corpus.label_counts()
+
+        def part(fan_in: int | None, group_size: int, counts: np.ndarray, **more: Any) -> FixedFanInHead:
+            return FixedFanInHead(
+                features,
+                len(counts),
+                fan_in=fan_in,
+                group_size=group_size,
+                first_bias=self._first_bias(int(counts.sum()), len(counts)),
+                optimizer=AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum),
+                lr=optimization.lr,
+                weight_dtype=getattr(torch, ffi.weight_dtype),
+                **self._head_arguments() | more,
+            )
+
+        fan_in = ffi.fan_in if ffi.use_sparse_layer and not optimization.dense_epochs else None
+        if not ffi.head_ratio:
+            return part(fan_in, ffi.group_size, counts)
+        # The two number their labels from 0 alike: with another seed they do not draw the same numbers.
+        dense = part(None, 1, counts[:frequent], seed=(self.config.training.seed + 1) % (1 << 32))
+        return SplitHead(dense, part(fan_in, ffi.group_size, counts[frequent:]))
 
     def _build_meta_branch(self, cluster_of: np.ndarray) -> MetaBranch:
         auxiliary, optimization = self.config.model.auxiliary, self.config.training.optimization

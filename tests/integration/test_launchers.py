@@ -117,6 +117,30 @@ def test_several_processes_train_as_one(short, how, processes):
     assert metrics["python-1"] == metrics[f"{how}-{processes}"]
 
 
+def test_groups_meta_branch_and_split_head_on_two_processes(short, tmp_path):
+    """All of them together, by a cluster file that the command made; the same as on one process."""
+    settings = [*short, "model.ffi.group_size=4"]
+    shutil.copytree(Path(settings_value(short, "dataset_path=")) / "toy", tmp_path / "toy")
+    settings.append(f"dataset_path={tmp_path}")
+    done = launch(sys.executable, "-m", "xmc_trainer.clusters", *settings)
+    assert done.returncode == 0 and '"labels": 41' in done.stdout, done.stderr
+    settings += ["model.ffi.semantic_groups=true", "model.auxiliary.use_meta_branch=true", "model.ffi.head_ratio=0.2"]
+    one, two = curve(settings, "python"), curve(settings, "accelerate-2", 2)
+    assert two == pytest.approx(one, rel=1e-5)
+    out = Path(settings_value(settings, "output_dir="))
+    indices = [
+        torch.cat([load_file(shard)["index"] for shard in sorted((out / name / "model").glob("head-*.safetensors"))])
+        for name in ("python-1", "accelerate-2-2")
+    ]
+    assert torch.equal(*indices)
+    predicted = [
+        launch(sys.executable, "launchers/predict.py", out / name / "model", "-k", "3", stdin="w3 w50\nw7").stdout
+        for name in ("python-1", "accelerate-2-2")
+    ]
+    first, second = ([[label["id"] for label in json.loads(line)["labels"]] for line in text.splitlines()] for text in predicted)
+    assert first == second and len(first) == 2
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, toy_data, tiny_encoder):
     """A model trained by the script; (folder, its run's metrics)."""

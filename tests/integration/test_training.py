@@ -363,6 +363,24 @@ def test_semantic_groups_change_no_name(toy_settings, clusters):
     assert np.array_equal(corpus.label_counts(), by_hand)
 
 
+@pytest.mark.parametrize("more", [[], ["model.ffi.group_size=4", "model.ffi.semantic_groups=true"]])
+def test_frequent_labels_read_everything(toy_settings, clusters, more):
+    trainer, metrics = train(toy_settings, "model.ffi.head_ratio=0.2", *more)
+    assert trainer.head.frequent.weight.shape == (8, 32) and trainer.head.tail.weight.shape == (33, 12)
+    counts = trainer.corpus.label_counts()
+    assert counts[:8].min() >= counts[8:].max() and list(counts[:8]) == sorted(counts, reverse=True)[:8]
+    if more:
+        order, _ = _clusters_of(clusters)
+        tail = [int(name.removeprefix("tag")) for name in trainer.corpus.labels["id"][8:]]
+        assert tail == [label for label in order if label in set(tail)]
+    assert metrics["P@1"] > 0.9 and log_of(trainer, "rewire")
+    again = load_config([f"dataset={trainer.run_folder / 'model' / 'config.yaml'}"])
+    model = XMCModel.load(trainer.run_folder / "model")
+    found, _ = evaluate_saved(model.saved, again, model.device)
+    assert found == pytest.approx(metrics, abs=1e-6)
+    assert model.predict(["w3 w60 w61"], k=1)[0][0].id == "tag03"
+
+
 def test_clusters_are_needed_and_checked(toy_settings, toy_data):
     for setting in ("model.auxiliary.use_meta_branch=true", "model.ffi.semantic_groups=true"):
         with pytest.raises(UserError, match="label_group0.safetensors: no such label clusters"):

@@ -92,6 +92,7 @@ REFUSED = [
     ("model.auxiliary.auxloss_scaling=1.0", "auxloss_scaling"),
     ("model.auxiliary.meta_cutoff_epoch=0", "meta_cutoff_epoch"),
     ("model.ffi.semantic_groups=true", "group_size"),
+    ("model.ffi.head_ratio=1.0", "head_ratio"),
     ("training.optimization.loss_fn=focal", "training.optimization.loss_fn"),
     ("training.optimization.xmc_optimizer=momentum", "xmc_momentum"),
     ("training.optimization.dense_epochs=300", "dense_epochs"),

@@ -3,5 +3,6 @@
 from xmc_trainer.head.layer import FixedFanInHead
 from xmc_trainer.head.optimizers import SGD, AdamW
 from xmc_trainer.head.rewire import RewireReport, RewireRule
+from xmc_trainer.head.split import SplitHead
 
-__all__ = ["SGD", "AdamW", "FixedFanInHead", "RewireReport", "RewireRule"]
+__all__ = ["SGD", "AdamW", "FixedFanInHead", "RewireReport", "RewireRule", "SplitHead"]

@@ -164,19 +164,19 @@ def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, stream: i
 
 # Top-k. A candidate is one int64: the score's bits, order-preserving, above the complement of the label id. Sorting
 # these sorts by score and breaks ties by the smaller label id, the same on every device and for every tiling.
-_ID_MAX = 2**31 - 1
+ID_MAX = 2**31 - 1
 
 
 def pack_candidates(score: Tensor, label: Tensor) -> Tensor:
     """int64 keys of float32 scores and int64 global label ids that broadcast; see above."""
     bits = (score.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(torch.int64) << 32) + (_ID_MAX - label)
+    return (ordered.to(torch.int64) << 32) + (ID_MAX - label)
 
 
 def candidate_ids(key: Tensor) -> Tensor:
     """The int64 label ids of packed candidates, whatever their scores."""
-    return _ID_MAX - (key & 0xFFFFFFFF)
+    return ID_MAX - (key & 0xFFFFFFFF)
 
 
 def unpack_candidates(key: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +197,7 @@ def head_topk(
     """
     feat = feat_Bd.to(torch.float32)
     rows, d = feat.shape
-    nothing = pack_candidates(torch.full((1,), -torch.inf), torch.tensor([_ID_MAX])).to(feat.device)
+    nothing = pack_candidates(torch.full((1,), -torch.inf), torch.tensor([ID_MAX])).to(feat.device)
     best = nothing.expand(rows, k)
     for start in range(0, head.weight_LF.shape[0], tile_labels):
         stop = min(start + tile_labels, head.weight_LF.shape[0])

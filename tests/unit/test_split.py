@@ -1,0 +1,87 @@
+"""The split head against one dense computation in float64: loss, feature gradient, update, ranking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xmc_trainer.head import SGD, FixedFanInHead, RewireRule, SplitHead
+
+FEATURES, FREQUENT, LABELS, TEXTS = 13, 7, 41, 9
+
+
+def made(loss="bce", group_size=4):
+    common = dict(loss=loss, optimizer=SGD(), lr=0.1, text_reduction="mean", tile_labels=8)
+    frequent = FixedFanInHead(FEATURES, FREQUENT, fan_in=None, first_bias=-1.0, seed=1, **common)
+    tail = FixedFanInHead(FEATURES, LABELS - FREQUENT, fan_in=5, group_size=group_size, first_bias=-2.0, **common)
+    return SplitHead(frequent, tail)
+
+
+def dense_of(head):
+    """Weights [L, d] and biases [L] in float64, and which weights exist."""
+    tail = head.tail
+    index = tail.index.long().repeat_interleave(tail.group_size, 0)[: tail.num_labels]
+    weight = torch.zeros(tail.num_labels, FEATURES, dtype=torch.float64).scatter_(1, index, tail.weight.double())
+    exists = torch.zeros_like(weight).scatter_(1, index, torch.ones_like(tail.weight.double()))
+    return (
+        torch.cat([head.frequent.weight.double(), weight]),
+        torch.cat([head.frequent.bias.double(), tail.bias.double()]),
+        torch.cat([torch.ones(FREQUENT, FEATURES, dtype=torch.float64), exists]),
+    )
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 5, (TEXTS,), generator=g)
+    ids = torch.cat([torch.randperm(LABELS, generator=g)[:count] for count in counts])
+    return torch.randn(TEXTS, FEATURES, generator=g), ids.to(torch.int32), counts
+
+
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+def test_a_step_is_that_of_all_labels_together(loss):
+    head = made(loss)
+    weight, bias, exists = dense_of(head)
+    feat, ids, counts = batch()
+    target = torch.zeros(TEXTS, LABELS, dtype=torch.float64)
+    target[torch.repeat_interleave(torch.arange(TEXTS), counts), ids.long()] = 1
+    x, w, b = feat.double().requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+    logits = x @ w.T + b
+    if loss == "bce":
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / TEXTS
+    else:
+        expected = (1 - (2 * target - 1) * logits).clamp_min(0).square().sum() / TEXTS
+    expected.backward()
+    feat.requires_grad_()
+    found = head(feat, ids, counts)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(feat.grad.double(), x.grad, rtol=1e-4, atol=1e-5)
+    after, after_bias, _ = dense_of(head)
+    torch.testing.assert_close(after, weight.detach() - 0.1 * w.grad * exists, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after_bias, bias.detach() - 0.1 * b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_ranking_over_both_with_ties_and_labels_left_out():
+    head = made()
+    feat, ids, counts = batch(3)
+    weight, bias, _ = dense_of(head)
+    scores = feat.double() @ weight.T + bias
+    scores[torch.repeat_interleave(torch.arange(TEXTS), counts), ids.long()] = -torch.inf
+    found, labels = head.topk(feat, 10, ids, counts)
+    expected = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(labels, expected.indices[:, :10])
+    torch.testing.assert_close(found.double(), expected.values[:, :10], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for part in (head.frequent, head.tail):
+            part.weight.zero_()
+            part.bias.zero_()
+    assert torch.equal(head.topk(feat, LABELS + 2)[1][0], torch.tensor([*range(LABELS), -1, -1]))
+
+
+def test_rate_and_rewiring_reach_the_parts():
+    head = made()
+    head.lr = 0.5
+    assert head.frequent.lr == head.tail.lr == 0.5
+    assert head.rewire(RewireRule("fraction", 0.4)).moved == 2 * 9  # of 5 slots in 9 groups
+    with pytest.raises(ValueError, match="one loss"):
+        SplitHead(made("bce").frequent, made("squared_hinge").tail)
