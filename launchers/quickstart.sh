@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 . launchers/install.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-[ -f data/wordnet/raw_text/trn.json ] || python -m xmc_trainer.data.wordnet data/wordnet
+[ -f data/wordnet/raw_text/trn.json ] || xmc-trainer wordnet data/wordnet
 encoder=$(python - <<'PYTHON'
 import importlib.util
 

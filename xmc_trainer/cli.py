@@ -1,7 +1,8 @@
-"""What the scripts of launchers/ share: arguments, and errors that a user can read."""
+"""The command `xmc-trainer`, or `python -m xmc_trainer`, and what it shares with the scripts of launchers/."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -10,7 +11,17 @@ from xmc_trainer.errors import UserError
 
 USAGE = """\
 settings are key=value words: dataset=NAME (a shipped data set or a .yaml file), dataset_path=FOLDER, log_fname=NAME,
-and dotted fields such as model.ffi.fan_in=64; --print-config shows the whole resolved tree"""
+and dotted fields such as model.ffi.fan_in=64; --print-config of train.py shows the whole resolved tree"""
+
+# command -> the module with its `main`, and what it does. Modules are imported when they are called.
+COMMANDS = {
+    "settings": ("xmc_trainer.config", "list every setting, its default and its meaning"),
+    "clusters": ("xmc_trainer.clusters", "compute label clusters, for the meta branch and semantic groups"),
+    "wordnet": ("xmc_trainer.data.wordnet", "write the quick start's data set"),
+    "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),
+    "bench ranks": ("xmc_trainer.bench.ranks", "what several ranks send each other; start it by torchrun"),
+    "bench zero": ("xmc_trainer.bench.zero", "time and memory of the encoder under each DeepSpeed file"),
+}
 
 
 def run(main: Callable[[], None]) -> None:
@@ -24,3 +35,25 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted: what was written so far stays; a run cannot be resumed yet", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def main() -> None:
+    """Call the command that the first words name; it reads the others."""
+    words = sys.argv[1:]
+    for length in (1, 2):
+        name = " ".join(words[:length])
+        if len(words) >= length and name in COMMANDS:
+            # What argparse shows as the program's name.
+            sys.argv = [f"xmc-trainer {name}", *words[length:]]
+            run(importlib.import_module(COMMANDS[name][0]).main)
+            return
+    lines = [f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items()]
+    usage = "\n".join(
+        ["usage: xmc-trainer COMMAND ... (--help after a command shows its arguments)", "", *lines, "",
+         "training, evaluation and prediction are scripts: launchers/train.py, evaluate.py, predict.py"]
+    )  # fmt: skip
+    if words in (["-h"], ["--help"]):
+        print(usage)
+        return
+    print(f"error: no command {' '.join(words[:2])!r}" if words else "error: which command?", usage, sep="\n", file=sys.stderr)
+    sys.exit(2)

@@ -1,7 +1,7 @@
 """Label clusters: every label's place in a tree of balanced 2-means, computed here and saved without pickle.
 
-python -m xmc_trainer.clusters dataset=sidgnd dataset_path=./data model.encoder.encoder_model=data/minilm
-python -m xmc_trainer.clusters dataset=sidgnd dataset_path=./data --import-npy label_group0.npy
+xmc-trainer clusters dataset=sidgnd dataset_path=./data model.encoder.encoder_model=data/minilm
+xmc-trainer clusters dataset=sidgnd dataset_path=./data --import-npy label_group0.npy
 
 A label's vector is the mean of its training texts' features, by the encoder as it stands, or of its own text
 (`--features labels`). The set of labels is cut into two halves of equal size (to `model.ffi.group_size`), each of them again,
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from xmc_trainer.cli import USAGE, run
+from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
@@ -67,7 +67,7 @@ class LabelClusters:
     @classmethod
     def load(cls, path: Path, label_ids: Iterable[str]) -> LabelClusters:
         """Read a file of `save`. UserError if it is none, or of other labels."""
-        remedy = "make it by python -m xmc_trainer.clusters, with the settings of this run"
+        remedy = "make it by xmc-trainer clusters, with the settings of this run"
         if not path.is_file():
             raise UserError(f"{path}: no such label clusters; {remedy}")
         try:
@@ -323,7 +323,7 @@ def import_npy(path: Path, labels: int) -> LabelClusters:
     return LabelClusters(order.astype(np.int32), np.cumsum([0, *map(len, groups)]).astype(np.int64))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -332,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
     parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
     parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args()
     config = load_config(options.settings)
     output = options.output or config.cluster_file
     if options.import_npy:
@@ -348,6 +348,3 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps({"labels": len(found.order), "clusters": len(sizes), "smallest": int(sizes.min()), "largest": int(sizes.max())}))
     print(f"written to {output}")
 
-
-if __name__ == "__main__":
-    run(main)

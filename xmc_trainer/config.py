@@ -9,8 +9,8 @@ message names the field to change.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,7 +24,7 @@ from xmc_trainer.schedules import SCHEDULES
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its one-line description, which `python -m xmc_trainer.config` lists."""
+    """A dataclass field with its one-line description, which `xmc-trainer settings` lists."""
     metadata = {"help": help}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -188,7 +188,7 @@ class FFIConfig:
 @dataclass
 class AuxiliaryConfig:
     use_meta_branch: bool = option(False, "also predict the labels' clusters, by a dense head of their own, at first")
-    group_y_group: int = option(0, "n of the data folder's cluster file label_group<n>.safetensors (xmc_trainer.clusters)")
+    group_y_group: int = option(0, "n of the data folder's cluster file label_group<n>.safetensors (xmc-trainer clusters)")
     meta_cutoff_epoch: int = option(20, "epoch at which the weight of the meta branch has decayed to 0, by a cosine")
     auxloss_scaling: float = option(0.4, "first weight of the meta branch's loss; the labels' loss has the rest of 1")
 
@@ -492,8 +492,10 @@ def markdown_table() -> str:
     return "\n".join(["| setting | default | |", "|---|---|---|", *rows])
 
 
-if __name__ == "__main__":
-    if sys.argv[1:] == ["--markdown"]:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Every setting of a training: dotted name, default, meaning.")
+    parser.add_argument("--markdown", action="store_true", help="as the README's table")
+    if parser.parse_args().markdown:
         print(markdown_table())
     else:
         print("\n".join(f"{name} = {default}\n    {text}" for name, default, text in describe()))

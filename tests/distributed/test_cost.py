@@ -12,7 +12,7 @@ def test_bytes_follow_batch_and_features_and_memory_the_share_of_labels(tmp_path
     for size in (1, 2, 3):
         path = tmp_path / f"{size}.csv"
         done = launch(
-            "torchrun", "--nproc_per_node", str(size), "--master_port", free_port(), "-m", "xmc_trainer.bench.ranks",
+            "torchrun", "--nproc_per_node", str(size), "--master_port", free_port(), "-m", "xmc_trainer", "bench", "ranks",
             "--labels", "3000,9000", "--batch", "12,48", "--features", "32,64", "--fan-in", "8", "--repeat", "1",
             "--csv", path,
         )  # fmt: skip

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import sys
 
 from tests.integration.test_launchers import launch
 
 
 def test_head_benchmark_writes_its_table(tmp_path):
-    words = [sys.executable, "-m", "xmc_trainer.bench.head", "--labels", "2000", "--features", "32", "--fan-in", "8"]
+    words = ["xmc-trainer", "bench", "head", "--labels", "2000", "--features", "32", "--fan-in", "8"]
     more = ["--batch", "16", "--repeat", "1", "--group-sizes", "1,4", "--optimizers", "sgd,adamw"]
     done = launch(*words, *more, "--csv", tmp_path / "head.csv")
     assert done.returncode == 0, done.stderr
@@ -22,7 +21,7 @@ def test_head_benchmark_writes_its_table(tmp_path):
 
 
 def test_zero_benchmark_writes_its_table_and_names_what_fails(tmp_path):
-    words = [sys.executable, "-m", "xmc_trainer.bench.zero", "--precision", "bf16", "--hidden", "32", "--layers", "1"]
+    words = ["xmc-trainer", "bench", "zero", "--precision", "bf16", "--hidden", "32", "--layers", "1"]
     more = ["--batch", "4", "--max-len", "8", "--repeat", "1", "--processes", "2", "--csv", tmp_path / "zero.csv"]
     done = launch(*words, *more, "none", "ds_configs/zero2.json", "nowhere.json")
     assert done.returncode == 0, done.stderr

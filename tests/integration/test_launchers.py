@@ -122,7 +122,7 @@ def test_groups_meta_branch_and_split_head_on_two_processes(short, tmp_path):
     settings = [*short, "model.ffi.group_size=4"]
     shutil.copytree(Path(settings_value(short, "dataset_path=")) / "toy", tmp_path / "toy")
     settings.append(f"dataset_path={tmp_path}")
-    done = launch(sys.executable, "-m", "xmc_trainer.clusters", *settings)
+    done = launch("xmc-trainer", "clusters", *settings)
     assert done.returncode == 0 and '"labels": 41' in done.stdout, done.stderr
     settings += ["model.ffi.semantic_groups=true", "model.auxiliary.use_meta_branch=true", "model.ffi.head_ratio=0.2"]
     one, two = curve(settings, "python"), curve(settings, "accelerate-2", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -279,7 +280,8 @@ def clusters(toy_settings, toy_data, monkeypatch):
     from xmc_trainer.clusters import main
 
     path = toy_data / "toy" / "label_group0.safetensors"
-    main([*toy_settings, "--clusters", "8", "model.ffi.group_size=4"])
+    monkeypatch.setattr(sys, "argv", ["clusters", *toy_settings, "--clusters", "8", "model.ffi.group_size=4"])
+    main()
     assert path.is_file()
     yield path
     path.unlink()

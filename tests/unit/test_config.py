@@ -137,7 +137,7 @@ def test_every_option_is_described():
     names = [name for name, _, _ in describe()]
     assert "model.ffi.fan_in" in names and "training.amp.dtype" in names and "dataset" in names
     assert all(len(text) > 5 for _, _, text in describe())
-    # The README's table is this list: python -m xmc_trainer.config --markdown
+    # The README's table is this list: xmc-trainer settings --markdown
     assert markdown_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
     def leaves(tree):

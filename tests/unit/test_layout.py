@@ -19,7 +19,7 @@ ALLOWED = {
     "schedules": set(),
     "encoder": {"errors"},
     "head": {"head", "ops", "kernels", "parallel"},
-    "data": {"data", "errors", "cli"},
+    "data": {"data", "errors"},
     "config": {"errors", "schedules"},
     "meta_branch": {"head"},
     "engine": {"errors"},

@@ -1,1 +1,1 @@
-"""Measurements for the user's own machine: python -m xmc_trainer.bench.head, and .ranks under torchrun."""
+"""Measurements for the user's own machine: xmc-trainer bench head, ranks, zero."""

@@ -1,7 +1,7 @@
 """Time and memory of the head on this machine, beside a dense classifier in plain torch.
 
-python -m xmc_trainer.bench.head                      # Amazon-3M's shape; without a GPU a smaller one, said so
-python -m xmc_trainer.bench.head --labels 670091 --group-sizes 1,32 --csv head.csv
+xmc-trainer bench head                      # Amazon-3M's shape; without a GPU a smaller one, said so
+xmc-trainer bench head --labels 670091 --group-sizes 1,32 --csv head.csv
 
 A step is loss, feature gradient and weight update; `peak` is all that the head and its step allocate, and `copy` the share
 of the device's copy bandwidth that reading and writing weights and state once would need in that time. The baseline
@@ -198,6 +198,3 @@ def main() -> None:
         writer.writerows(rows)
     print(f"written to {options.csv}")
 
-
-if __name__ == "__main__":
-    main()

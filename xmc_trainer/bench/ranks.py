@@ -1,7 +1,7 @@
 """What several ranks send each other for a head step, and what each holds, against labels, batch and features.
 
-torchrun --nproc_per_node 2 -m xmc_trainer.bench.ranks
-torchrun --nproc_per_node 1 -m xmc_trainer.bench.ranks      # the same on one rank, to compare times
+torchrun --nproc_per_node 2 -m xmc_trainer bench ranks
+torchrun --nproc_per_node 1 -m xmc_trainer bench ranks      # the same on one rank, to compare times
 
 `exchange` is the time of the step's collectives alone, all ranks at once: what overlapping them with the head's work could
 save at most. Bytes are those that one rank sends in a step, as the ring algorithms of gloo and NCCL send them: (N - 1) times its part of
@@ -122,6 +122,3 @@ def main() -> None:
     if launched:
         stop_ranks()
 
-
-if __name__ == "__main__":
-    main()

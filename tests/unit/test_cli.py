@@ -1,0 +1,44 @@
+"""The command `xmc-trainer`: what it offers, and what it says to words that it does not know."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+
+import pytest
+
+from xmc_trainer.cli import COMMANDS, main
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["xmc-trainer", *words])
+    main()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name, monkeypatch, capsys):
+    assert not inspect.signature(importlib.import_module(COMMANDS[name][0]).main).parameters
+    with pytest.raises(SystemExit, match="0"):
+        call(monkeypatch, *name.split(), "--help")
+    assert capsys.readouterr().out.startswith(f"usage: xmc-trainer {name} ")
+
+
+@pytest.mark.parametrize("words, said", [(["train"], "no command 'train'"), (["bench", "encoder"], "no command 'bench encoder'"),
+                                         ([], "which command?")])  # fmt: skip
+def test_unknown_commands_are_answered_with_the_known_ones(words, said, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, *words)
+    err = capsys.readouterr().err
+    assert said in err and all(name in err for name in COMMANDS) and "launchers/train.py" in err
+
+
+def test_settings_are_listed(monkeypatch, capsys):
+    call(monkeypatch, "settings")
+    assert "model.ffi.fan_in = 128\n" in capsys.readouterr().out
+
+
+def test_a_user_s_error_is_one_line(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, "clusters", "dataset=nothing")
+    assert capsys.readouterr().err.startswith("error: dataset=nothing: no such data set")

@@ -1,0 +1,3 @@
+from xmc_trainer.cli import main
+
+main()
