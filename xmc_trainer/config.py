@@ -151,9 +151,11 @@ class FFIConfig:
         "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
     bias_init: str = option("prior", "prior: the best constant for the share of positives in the data; or zero")
-    backend: str = option("auto", "auto, triton (GPU) or reference (plain torch, CPU and GPU); auto: triton where it runs")
+    backend: str = option(
+        "auto", "auto, triton (GPU), reference (plain torch, CPU and GPU) or torch_sparse (PyG's); auto: triton where it runs"
+    )
     tile_labels: int | None = option(
-        None, "labels a tile of the reference backend: bounds its working memory; default 4096 on a CPU, 65536 on a GPU"
+        None, "labels a tile of the backends without triton: bounds its working memory; default 4096 on a CPU, 65536 on a GPU"
     )
     prune_mode: str = option("threshold", "threshold (|w| below it) or fraction (the smallest share of each row)")
     rewire_threshold: float = option(0.01, "threshold of prune_mode=threshold")
@@ -179,7 +181,7 @@ class FFIConfig:
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
         _one_of("model.ffi.bias_init", self.bias_init, ("prior", "zero"))
-        _one_of("model.ffi.backend", self.backend, ("auto", "triton", "reference"))
+        _one_of("model.ffi.backend", self.backend, ("auto", "triton", "reference", "torch_sparse"))
         _one_of("model.ffi.prune_mode", self.prune_mode, ("threshold", "fraction"))
         _one_of("model.ffi.growth_mode", self.growth_mode, ("random",))
         _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))

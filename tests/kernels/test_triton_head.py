@@ -230,7 +230,7 @@ def test_backends_that_cannot_run_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="backend='triton': needs a CUDA device"):
         select_backend("triton", torch.device("cpu"))
-    with pytest.raises(ValueError, match="choose auto, triton, reference"):
+    with pytest.raises(ValueError, match="choose auto, triton, reference, torch_sparse"):
         select_backend("cuda", torch.device("cpu"))
     assert select_backend("auto", torch.device("cpu")).__name__.endswith("reference")
     select_backend.cache_clear()

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
 from tests.head_helpers import OneOf, OracleHead, dense_of, ragged_batch
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
 from xmc_trainer.head.partition import label_range
+from xmc_trainer.kernels.reference import unpack_candidates
+from xmc_trainer.ops import select_backend
 
 LABELS, FEATURES, TEXTS = 211, 48, 37
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}  # larger than the noise of a gradient of zero
+BACKEND = "reference"
 SHAPES = [(None, 1), (1, 1), (12, 1), (12, 4), (12, 64), (48, 1)]
 
 
+@pytest.fixture(params=["reference", "torch_sparse"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test runs on each backend in plain torch; the one by PyG's kernels where that package is installed."""
+    if request.param == "torch_sparse":
+        pytest.importorskip("torch_sparse", reason="the torch_sparse backend needs PyG's torch_sparse")
+    monkeypatch.setattr(f"{__name__}.BACKEND", request.param)
+
+
 def make_head(optimizer="sgd", **options):
-    options = {"fan_in": 12, "lr": 0.03, "weight_decay": 0.02, "tile_labels": 50, "seed": 5} | options
+    options = {"backend": BACKEND} | {"fan_in": 12, "lr": 0.03, "weight_decay": 0.02, "tile_labels": 50, "seed": 5} | options
     return FixedFanInHead(FEATURES, LABELS, optimizer=OPTIMIZERS[optimizer], **options)
 
 
@@ -191,8 +205,6 @@ def test_topk_sorts_by_score_then_label(shards, fan_in, group_size):
         keys.append(
             part._backend.head_topk(part.tensors(), feat, 7, skip_ids - part.labels.start, local, tile_labels=23)
         )
-    from xmc_trainer.kernels.reference import unpack_candidates
-
     assert unpack_candidates(torch.cat(keys, 1).topk(7).values)[1].tolist() == expected
 
 
@@ -210,6 +222,28 @@ def test_impossible_shapes_are_refused():
             make_head(**options)
     with pytest.raises(ValueError, match="text_reduction"):
         make_head(text_reduction="max")
+
+
+def test_torch_sparse_is_refused_where_it_is_not_pyg_s(tmp_path, monkeypatch):
+    def refuse(match):
+        select_backend.cache_clear()
+        monkeypatch.delitem(sys.modules, "torch_sparse", raising=False)
+        monkeypatch.delitem(sys.modules, "xmc_trainer.kernels.torch_sparse_head", raising=False)
+        monkeypatch.delattr("xmc_trainer.kernels.torch_sparse_head", raising=False)
+        with pytest.raises(ValueError, match=match):
+            select_backend("torch_sparse", torch.device("cpu"))
+        select_backend.cache_clear()
+
+    package = tmp_path / "torch_sparse"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    refuse("not PyG's but another package of that name, such as Spartex's kernels")
+    (package / "tensor.py").write_text("")
+    (package / "__init__.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
+    refuse("does not fit this torch .undefined symbol: _ZN3c10.; build it")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    refuse("PyG's torch_sparse is not installed; pip install")
 
 
 def test_index_is_int16_where_the_features_allow():

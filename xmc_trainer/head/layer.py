@@ -78,8 +78,8 @@ class FixedFanInHead(nn.Module):
         product_dtype: float32, or bfloat16: what features are rounded to before the products. The reference backend
             computes in float32 from there; triton uses bfloat16 matrix instructions. Sums are float32 in both.
         seed: of index, weights, rounding and rewiring; the same on every rank.
-        backend: auto, triton or reference; see `xmc_trainer.ops`.
-        tile_labels: of the reference backend, labels a tile: bounds the working memory (a few [B, tile] and [tile, d]
+        backend: auto, triton, reference or torch_sparse; see `xmc_trainer.ops`.
+        tile_labels: of the backends without Triton, labels a tile: bounds the working memory (a few [B, tile] and [tile, d]
             float32 matrices). Default: 4096 on a CPU, where a tile should stay in the cache, 65,536 on a GPU, where each
             tile is some 40 launches.
         ranks: the process group; default: the initialised one, or this process alone.
@@ -303,6 +303,8 @@ class FixedFanInHead(nn.Module):
         )
         if update is not None:
             self.skipped += ~finite
+        # A saturated logit has a finite slope, and a feature may have no reader: a loss scaler must see the overflow all the same.
+        grad_Bd = grad_Bd.masked_fill(~finite, torch.nan)
         grad_bd = self.ranks.scatter_sum_rows(grad_Bd, sizes) * engine_divisor
         return self.ranks.sum(loss_B.sum() * text_weight), grad_bd
 

@@ -60,14 +60,47 @@ class Update:
     step: int  # 1 for the first update
 
 
-def dense_tile(head: HeadTensors, start: int, stop: int, d: int) -> tuple[Tensor, Tensor | None]:
-    """Labels start..stop as a dense float32 matrix [T, d], and their index rows as int64 [T, F] (None if dense)."""
-    weight = head.weight_LF[start:stop].to(torch.float32)
-    if head.index_RF is None:
-        return weight, None
-    group = torch.arange(start, stop, device=weight.device) // head.group_size
-    index = head.index_RF[group].to(torch.int64)
-    return weight.new_zeros(stop - start, d).scatter_(1, index, weight), index
+def index_rows(head: HeadTensors, start: int, stop: int) -> Tensor:
+    """The features that labels start..stop read: int64 [T, F]."""
+    group = torch.arange(start, stop, device=head.weight_LF.device) // head.group_size
+    return head.index_RF[group].to(torch.int64)
+
+
+class Tile(Protocol):
+    """The products of labels start..stop with the features of a batch. `logits` comes first."""
+
+    def __init__(self, head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> None: ...
+
+    def logits(self) -> Tensor:
+        """float32 [B, T], without bias."""
+
+    def feature_grad(self, dlogit_BT: Tensor, grad_start: int) -> Tensor:
+        """float32 [B - grad_start, d]."""
+
+    def weight_grad(self, dlogit_BT: Tensor) -> Tensor:
+        """float32 [T, F]."""
+
+
+class DenseTile:
+    """Tile by spreading the weights out over a dense matrix."""
+
+    def __init__(self, head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> None:
+        self.feat_Bd, self.index_TF = feat_Bd, None
+        self.dense_Td = head.weight_LF[start:stop].to(torch.float32)
+        if head.index_RF is not None:
+            self.index_TF = index_rows(head, start, stop)
+            spread = self.dense_Td.new_zeros(stop - start, feat_Bd.shape[1])
+            self.dense_Td = spread.scatter_(1, self.index_TF, self.dense_Td)
+
+    def logits(self) -> Tensor:
+        return self.feat_Bd @ self.dense_Td.T
+
+    def feature_grad(self, dlogit_BT: Tensor, grad_start: int) -> Tensor:
+        return dlogit_BT[grad_start:] @ self.dense_Td
+
+    def weight_grad(self, dlogit_BT: Tensor) -> Tensor:
+        grad_Td = dlogit_BT.T @ self.feat_Bd
+        return grad_Td if self.index_TF is None else grad_Td.gather(1, self.index_TF)
 
 
 def pair_mask(label_P: Tensor, row_P: Tensor, start: int, stop: int, rows: int) -> Tensor:
@@ -92,6 +125,7 @@ def head_step(
     grad_start: int,
     update: Update | None,
     tile_labels: int,
+    tile_type: type[Tile] = DenseTile,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, feature gradient and (with `update`) the weight update over this rank's labels.
 
@@ -103,6 +137,8 @@ def head_step(
         text_weight: factor on every text's loss in both gradients.
         grad_start: losses and feature gradients are returned for texts grad_start..B-1 only; the texts before them
             (earlier micro-batches) take part in the weight update alone.
+        tile_labels: labels a tile.
+        tile_type: how a tile's products are made.
     Returns:
         loss_b float32 [B - grad_start]: each text's loss summed over this rank's labels, without text_weight.
         grad_bd float32 [B - grad_start, d].
@@ -116,19 +152,16 @@ def head_step(
     grad_bd = feat.new_zeros(rows - grad_start, d)
     for start in range(0, labels, tile_labels):
         stop = min(start + tile_labels, labels)
-        dense_Td, index_TF = dense_tile(head, start, stop, d)
-        logit_BT = feat @ dense_Td.T
+        tile = tile_type(head, start, stop, feat)
+        logit_BT = tile.logits()
         if head.bias_L is not None:
             logit_BT += head.bias_L[start:stop]
         loss_BT, dlogit_BT = loss_fn(logit_BT, pair_mask(label_P, row_P, start, stop, rows))
         loss_b += loss_BT[grad_start:].sum(1)
         dlogit_BT *= text_weight
-        grad_bd += dlogit_BT[grad_start:] @ dense_Td
+        grad_bd += tile.feature_grad(dlogit_BT, grad_start)
         if update is not None:
-            grad_TF = dlogit_BT.T @ feat
-            if index_TF is not None:
-                grad_TF = grad_TF.gather(1, index_TF)
-            _update_tile(head, start, stop, grad_TF, dlogit_BT, update, finite)
+            _update_tile(head, start, stop, tile.weight_grad(dlogit_BT), dlogit_BT, update, finite)
     return loss_b, grad_bd, finite
 
 
@@ -187,7 +220,14 @@ def unpack_candidates(key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def head_topk(
-    head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor, *, tile_labels: int
+    head: HeadTensors,
+    feat_Bd: Tensor,
+    k: int,
+    skip_label_P: Tensor,
+    skip_row_P: Tensor,
+    *,
+    tile_labels: int,
+    tile_type: type[Tile] = DenseTile,
 ) -> Tensor:
     """The best k labels of this rank for each text, as packed candidates (see `unpack_candidates`).
 
@@ -196,12 +236,12 @@ def head_topk(
     Returns: int64 [B, k], best first. Rows with fewer than k labels end in candidates of score -inf.
     """
     feat = feat_Bd.to(torch.float32)
-    rows, d = feat.shape
+    rows = feat.shape[0]
     nothing = pack_candidates(torch.full((1,), -torch.inf), torch.tensor([ID_MAX])).to(feat.device)
     best = nothing.expand(rows, k)
     for start in range(0, head.weight_LF.shape[0], tile_labels):
         stop = min(start + tile_labels, head.weight_LF.shape[0])
-        score_BT = feat @ dense_tile(head, start, stop, d)[0].T
+        score_BT = tile_type(head, start, stop, feat).logits()
         if head.bias_L is not None:
             score_BT += head.bias_L[start:stop]
         if skip_label_P.numel():
