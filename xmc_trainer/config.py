@@ -106,7 +106,9 @@ class EncoderConfig:
     pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
     feature_layers: int = option(1, "n of last_nhidden_conlast")
     embed_dropout: float = option(0.3, "dropout on the pooled embedding")
-    use_torch_compile: bool = option(False, "compile the encoder (torch.compile, for batches of any length)")
+    use_torch_compile: bool = option(
+        False, "compile the encoder (torch.compile, for batches of any length; a minute or two at the start)"
+    )
     use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
     ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
     ngame_key_prefix: str = option(

@@ -76,6 +76,12 @@ class Trainer:
             select_backend(config.model.ffi.backend, self.device)
         except ValueError as error:
             raise UserError(str(error)) from None
+        plugin = self.accelerator.state.deepspeed_plugin
+        if config.model.encoder.use_torch_compile and plugin is not None and plugin.zero_stage == 3:
+            raise UserError(
+                "model.encoder.use_torch_compile=true: not under ZeRO stage 3, where parameters come and go while compiled code "
+                "expects them in their place; take stage 2, or set it to false"
+            )
         if data.hf_source is None and not config.data_folder.is_dir():
             raise UserError(f"{config.data_folder}: no such folder; set dataset_path or data.folder")
         set_seed(config.training.seed)
@@ -91,7 +97,7 @@ class Trainer:
 
         self.encoder_module = self._build_encoder(backbone)
         if config.model.encoder.use_torch_compile:
-            self.encoder_module.backbone.compile(dynamic=True)
+            self._compile_backbone()
         self.head = self._build_head(self.encoder_module.out_features)
         optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
             self.encoder_module.parameter_groups(
@@ -171,6 +177,7 @@ class Trainer:
         optimization = self.config.training.optimization
         tensors = self._to_device(batch)
         meta_weight = self.meta_branch.weight(self.state.step) if self.meta_branch is not None else 0.0
+        torch.compiler.cudagraph_mark_step_begin()  # what a recorded graph gave before may be overwritten
         with self.accelerator.accumulate(self.encoder):
             features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
 
@@ -325,6 +332,12 @@ class Trainer:
             penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
             penultimate_activation=penultimate.penultimate_activation,
         )
+
+    def _compile_backbone(self) -> None:
+        # One compilation for all lengths. On a GPU each length is then recorded as a graph, for launches cost more than work;
+        # but not if gradients of several micro-batches meet: a graph's next run overwrites what it gave before.
+        recorded = self.device.type == "cuda" and self.config.training.optimization.grad_accum_step == 1
+        self.encoder_module.backbone.compile(dynamic=True, mode="reduce-overhead" if recorded else None)
 
     def _build_head(self, features: int) -> FixedFanInHead | SplitHead:
         ffi, optimization = self.config.model.ffi, self.config.training.optimization

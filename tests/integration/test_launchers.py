@@ -272,6 +272,12 @@ def test_print_config_and_refusals(toy_settings, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_compiled_code_is_refused_where_parameters_move(toy_settings):
+    words = ["launch", "--config_file", "launchers/accelerate_zero3.yaml", "--num_processes", "1", "--main_process_port", free_port()]
+    done = launch("accelerate", *words, "launchers/train.py", *toy_settings, "model.encoder.use_torch_compile=true")
+    assert done.returncode and "error: model.encoder.use_torch_compile=true: not under ZeRO stage 3" in done.stderr, done.stderr
+
+
 def test_contradicting_deepspeed_settings_are_refused(toy_settings, tmp_path):
     base = json.loads((ROOT / "ds_configs/zero2.json").read_text())
     for change, message in [

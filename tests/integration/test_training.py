@@ -443,11 +443,13 @@ def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tm
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
-def test_the_compiled_encoder_trains_alike(toy_settings):
-    more = ["training.optimization.max_steps=3", "data.train_sample=70"]
+@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.gpu)])
+def test_the_compiled_encoder_trains_alike(toy_settings, accumulation):
+    steps = 60 if torch.cuda.is_available() else 3
+    more = [f"training.optimization.max_steps={steps}", f"training.optimization.grad_accum_step={accumulation}"]
     plain, _ = train(toy_settings, *more)
     compiled, _ = train(toy_settings, *more, "model.encoder.use_torch_compile=true", "log_fname=compiled")
     assert compiled.encoder_module.backbone._compiled_call_impl is not None
     losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, compiled)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=1e-4) and losses[1][-1] == pytest.approx(losses[0][-1], rel=0.1)
     assert XMCModel.load(compiled.run_folder / "model").predict(["w3"], k=1)

@@ -152,14 +152,16 @@ def batch_of(dataset, rows, **options):
     return TextBatches(dataset, [micro], rank=1, pad_token_id=PAD, **options)[0]
 
 
-@pytest.mark.parametrize("chosen", [[5], [100, 0, 50, 50], list(range(101))])
+@pytest.mark.parametrize("chosen", [[5], [5, 5], [100, 0, 50, 50], list(range(101))])
 def test_a_batch(data, chosen):
     rows, dataset = data
     batch = batch_of(dataset, chosen)
     ids = [rows["input_ids"][row] for row in chosen]
-    longest = max(map(len, ids))
-    assert batch["input_ids"].tolist() == [text + [PAD] * (longest - len(text)) for text in ids]
-    assert batch["attention_mask"].tolist() == [[1] * len(text) + [0] * (longest - len(text)) for text in ids]
+    longest = max(map(len, rows["input_ids"]))
+    assert longest % 8
+    width = next((n for n in range(8, longest, 8) if n >= max(map(len, ids))), longest)
+    assert batch["input_ids"].tolist() == [text + [PAD] * (width - len(text)) for text in ids]
+    assert batch["attention_mask"].tolist() == [[1] * len(text) + [0] * (width - len(text)) for text in ids]
     assert batch["label_ids"].tolist() == sum((rows["labels"][row] for row in chosen), [])
     assert batch["label_counts"].tolist() == [len(rows["labels"][row]) for row in chosen]
     assert batch["rows"].tolist() == chosen and batch["rows_in_step"] == 17
@@ -186,7 +188,7 @@ def test_filter_pairs_follow_their_rows(data):
 def test_a_rank_without_rows_gets_one_dummy_text(data):
     pairs = Ragged(np.zeros(0, dtype=np.int32), np.zeros(102, dtype=np.int64))
     batch = batch_of(data[1], [], filter_pairs=pairs)
-    assert batch["input_ids"].tolist() == [[PAD]] and batch["attention_mask"].tolist() == [[1]]
+    assert batch["input_ids"].tolist() == [[PAD] * 8] and batch["attention_mask"].tolist() == [[1] + [0] * 7]
     for name in ("label_ids", "label_counts", "filter_ids", "filter_counts", "rows"):
         assert batch[name].shape == (0,)
     assert batch["rows_in_step"] == 17 and batch["rows"].dtype == torch.int64

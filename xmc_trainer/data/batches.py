@@ -17,6 +17,7 @@ from xmc_trainer.data.corpus import flatten_lists
 from xmc_trainer.data.sources import Ragged
 from xmc_trainer.errors import UserError
 
+_LENGTH_STEP = 8
 # Texts are sorted by length within blocks of this many steps: long enough for little padding, short enough that what
 # meets in a step changes from epoch to epoch.
 _STEPS_A_BLOCK = 50
@@ -97,11 +98,16 @@ def plan_eval(
     return [MicroBatch(tuple(np.array_split(part, world_size)), len(part)) for part in parts]
 
 
+def _list_lengths(dataset: Dataset, column: str) -> np.ndarray:
+    return np.concatenate([chunk.value_lengths().to_numpy() for chunk in dataset.data.column(column).chunks])
+
+
 class TextBatches(torch.utils.data.Dataset):
     """One rank's batches of a plan; for `DataLoader(TextBatches(...), batch_size=None)`.
 
     An item is a dict:
-        input_ids, attention_mask: int64 [max(b, 1), T], padded to this batch's own longest text.
+        input_ids, attention_mask: int64 [max(b, 1), T], padded to this batch's own longest text, that rounded up
+            to a multiple of 8, but never beyond the longest text of all.
         label_counts: int32 [b]; label_ids: int32 [sum of label_counts].
         filter_counts, filter_ids: the same of the filter pairs, if there are any.
         rows: int64 [b], rows of the data set.
@@ -123,8 +129,8 @@ class TextBatches(torch.utils.data.Dataset):
     ) -> None:
         self._dataset = dataset.with_format("arrow")
         self._plan, self._rank = plan, rank
-        chunks = dataset.data.column("labels").chunks
-        self._label_lengths = np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        self._label_lengths = _list_lengths(dataset, "labels")
+        self._longest = int(_list_lengths(dataset, "input_ids").max(initial=1))
         self._pad_token_id, self._places, self._filter_pairs = pad_token_id, places, filter_pairs
 
     def __len__(self) -> int:
@@ -142,7 +148,9 @@ class TextBatches(torch.utils.data.Dataset):
         if self._places is not None:
             labels = Ragged(self._places[labels.ids], labels.offsets)
         lengths = np.diff(tokens.offsets)
-        mask = np.arange(lengths.max()) < lengths[:, None]
+        # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
+        width = min(-(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP, self._longest)
+        mask = np.arange(max(width, 1)) < lengths[:, None]
         input_ids = np.full(mask.shape, self._pad_token_id, dtype=np.int64)
         input_ids[mask] = tokens.ids
         batch = {
