@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -34,10 +33,9 @@ from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
+from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
 
 _FORMAT = "1"
-# Rows of label vectors that are on the device at a time, in float32: at 768 features 0.4 GiB.
-_ROWS_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def balanced_order(
     align: int = 1,
     seed: int = 0,
     iterations: int = 5,
-    rows_at_once: int = _ROWS_AT_ONCE,
+    rows_at_once: int = ROWS_AT_ONCE,
     progress: bool = False,
 ) -> np.ndarray:
     """The labels in the order of balanced bisecting 2-means: int32 [L].
@@ -231,9 +229,7 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
 
     Args: corpus: of `corpus_of`. features: "texts" or "labels".
     """
-    from xmc_trainer.data import plan_eval
     from xmc_trainer.encoder import TextEncoder, load_backbone
-    from xmc_trainer.evaluation import loader_of
 
     device = _device(config)
     backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=device.type == "cpu")
@@ -241,9 +237,9 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
     encoder = TextEncoder(backbone, pool_mode=chosen.pool_mode, feature_layers=chosen.feature_layers).to(device).eval()
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.training.amp.enabled)
 
-    def encode(ids: Tensor, mask: Tensor) -> np.ndarray:
-        with torch.no_grad(), autocast:
-            return encoder(ids.to(device), mask.to(device)).float().cpu().numpy()
+    def encode(ids: Tensor, mask: Tensor) -> Tensor:
+        with autocast:
+            return encoder(ids.to(device), mask.to(device)).float()
 
     width = encoder.out_features
     batch_size = config.data.test_batch_size
@@ -253,31 +249,26 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
         for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
             part = [text or "" for text in texts[at : at + batch_size]]
             tokens = tokenizer(part, truncation=True, max_length=config.data.max_len, padding=True, return_tensors="pt")
-            out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"])
+            with torch.no_grad():
+                out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"]).cpu().numpy()
         return out
-    lengths = corpus.lengths("train")
-    plan = plan_eval(lengths, batch_size=batch_size, world_size=1)
-    loader = loader_of(
-        corpus, "train", plan, rank=0, pad_token_id=tokenizer.pad_token_id, workers=config.data.num_workers, device=device
+    encoded = encode_training_texts(
+        encode,
+        corpus,
+        folder / "texts.npy",
+        width=width,
+        batch_size=batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        workers=config.data.num_workers,
+        device=device,
+        progress=True,
     )
-    encoded = np.memmap(folder / "texts", np.float16, "w+", shape=(len(lengths), width))
-    for batch in tqdm(loader, desc="encode texts", unit="batch"):
-        encoded[batch["rows"].numpy()] = encode(batch["input_ids"], batch["attention_mask"])
-    pairs = corpus.train_labels()
-    of_text = scipy.sparse.csr_matrix(
-        (np.ones(len(pairs.ids), np.float32), pairs.ids, pairs.offsets), shape=(len(lengths), corpus.num_labels)
-    )
-    of_label = of_text.T.tocsr()
+    of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels)
     out = np.memmap(folder / "labels", np.float16, "w+", shape=(corpus.num_labels, width))
-    for at in range(0, corpus.num_labels, _ROWS_AT_ONCE):
-        part = of_label[at : at + _ROWS_AT_ONCE]
-        used = np.unique(part.indices)
-        # A few texts' columns at a time, so that memory does not grow with the number of texts.
-        total = np.zeros((part.shape[0], width), np.float32)
-        for first in range(0, len(used), _ROWS_AT_ONCE):
-            texts = used[first : first + _ROWS_AT_ONCE]
-            total += part[:, texts] @ encoded[texts].astype(np.float32)
-        out[at : at + part.shape[0]] = total / np.maximum(np.diff(part.indptr), 1)[:, None]
+    for at in range(0, corpus.num_labels, ROWS_AT_ONCE):
+        stop = min(at + ROWS_AT_ONCE, corpus.num_labels)
+        total, counts = of_label.sums(range(at, stop))
+        out[at:stop] = total / np.maximum(counts, 1)[:, None]
     return out
 
 

@@ -152,7 +152,14 @@ class FFIConfig:
     weight_dtype: str = option(
         "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
-    bias_init: str = option("prior", "prior: the best constant for the share of positives in the data; or zero")
+    bias_init: str = option(
+        "prior", "prior: the best constant for the share of positives in the data; frequency: the same of each label; or zero"
+    )
+    index_init: str = option(
+        "random", "first features of a label: random, or informed: those on which its training texts stand out most"
+    )
+    weight_init: str = option("random", "first weights: random, or centroid: along the mean of the label's training texts")
+    centroid_scale: float = option(0.5, "length of the weights of weight_init=centroid, for features of deviation 1")
     backend: str = option(
         "auto", "auto, triton (GPU), reference (plain torch, CPU and GPU) or torch_sparse (PyG's); auto: triton where it runs"
     )
@@ -163,7 +170,10 @@ class FFIConfig:
     rewire_threshold: float = option(0.01, "threshold of prune_mode=threshold")
     rewire_fraction: float = option(0.15, "share of prune_mode=fraction")
     rewire_end_threshold: float = option(1e-4, "where the scheduled threshold ends")
-    growth_mode: str = option("random", "random: uniform over the features that the row does not read")
+    growth_mode: str = option(
+        "random", "random: uniform over the features that the row does not read; gradient: those of the largest gradient"
+    )
+    growth_batches: int = option(16, "of growth_mode=gradient: latest steps over which the gradient is summed")
     growth_init_mode: str = option("zero", "grown weights start at zero, or at random like the first ones")
     input_features: int | None = option(None, "d; checked against the encoder or the penultimate layer")
     output_features: int | None = option(None, "number of labels; checked against the data")
@@ -182,10 +192,17 @@ class FFIConfig:
             raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
-        _one_of("model.ffi.bias_init", self.bias_init, ("prior", "zero"))
+        _one_of("model.ffi.bias_init", self.bias_init, ("prior", "frequency", "zero"))
+        _one_of("model.ffi.index_init", self.index_init, ("random", "informed"))
+        if self.index_init == "informed" and not self.use_sparse_layer:
+            raise UserError("model.ffi.index_init=informed: a dense head has no index; set it to random")
+        _one_of("model.ffi.weight_init", self.weight_init, ("random", "centroid"))
+        if not self.centroid_scale > 0:
+            raise UserError(f"model.ffi.centroid_scale={self.centroid_scale}: must be above 0")
         _one_of("model.ffi.backend", self.backend, ("auto", "triton", "reference", "torch_sparse"))
         _one_of("model.ffi.prune_mode", self.prune_mode, ("threshold", "fraction"))
-        _one_of("model.ffi.growth_mode", self.growth_mode, ("random",))
+        _one_of("model.ffi.growth_mode", self.growth_mode, ("random", "gradient"))
+        _at_least("model.ffi.growth_batches", self.growth_batches, 1)
         _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
 
 
@@ -382,6 +399,10 @@ class Config:
             raise UserError(
                 f"training.optimization.dense_epochs={opt.dense_epochs}: must be below epochs={opt.epochs}, or the head "
                 "never becomes sparse; for a dense head set model.ffi.use_sparse_layer=false"
+            )
+        if opt.dense_epochs and ffi.index_init == "informed":
+            raise UserError(
+                "model.ffi.index_init=informed: with training.optimization.dense_epochs the dense weights decide; set one of them back"
             )
         if ffi.head_ratio and opt.dense_epochs:
             raise UserError("training.optimization.dense_epochs: not together with model.ffi.head_ratio; set one of them to 0")

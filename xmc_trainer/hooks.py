@@ -118,7 +118,8 @@ class RewireHook(Hook):
         if self.ffi.use_rewire_scheduling:
             end = min(self.ffi.rewire_end_threshold, amount) if by_threshold else 0.0
             amount = scheduled_amount(amount, end, trainer.state.step, last_step)
-        report = trainer.head.rewire(RewireRule(self.ffi.prune_mode, amount, self.ffi.growth_init_mode))
+        rule = RewireRule(self.ffi.prune_mode, amount, self.ffi.growth_init_mode, self.ffi.growth_mode)
+        report = trainer.head.rewire(rule)
         trainer.dispatch("on_rewire", report, amount)
 
 

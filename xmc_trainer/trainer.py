@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
+from xmc_trainer.label_features import LabelSums, encode_training_texts
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
@@ -99,6 +102,7 @@ class Trainer:
         if config.model.encoder.use_torch_compile:
             self._compile_backbone()
         self.head = self._build_head(self.encoder_module.out_features)
+        self._start_head_from_texts()
         optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
             self.encoder_module.parameter_groups(
                 optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder
@@ -363,10 +367,11 @@ class Trainer:
                 len(counts),
                 fan_in=fan_in,
                 group_size=group_size,
-                first_bias=self._first_bias(int(counts.sum()), len(counts)),
+                first_bias=self._first_bias(counts),
                 optimizer=AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum),
                 lr=optimization.lr,
                 weight_dtype=getattr(torch, ffi.weight_dtype),
+                growth_batches=ffi.growth_batches if ffi.growth_mode == "gradient" else 0,
                 **self._head_arguments() | more,
             )
 
@@ -376,6 +381,51 @@ class Trainer:
         # The two number their labels from 0 alike: with another seed they do not draw the same numbers.
         dense = part(None, 1, counts[:frequent], seed=(self.config.training.seed + 1) % (1 << 32))
         return SplitHead(dense, part(fan_in, ffi.group_size, counts[frequent:]))
+
+    def _start_head_from_texts(self) -> None:
+        """The first index and weights of the head, as far as the training texts decide them."""
+        ffi = self.config.model.ffi
+        if ffi.index_init == "random" and ffi.weight_init == "random":
+            return
+        encoder = self.encoder_module.to(self.device).eval()
+        autocast = torch.autocast(
+            self.device.type, dtype=getattr(torch, self.config.training.amp.dtype), enabled=self.config.training.amp.enabled
+        )
+
+        def encode(ids: Tensor, mask: Tensor) -> Tensor:
+            with autocast:
+                return encoder(ids, mask).float()
+
+        with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
+            features = encode_training_texts(
+                encode,
+                self.corpus,
+                Path(folder) / "texts.npy",
+                width=encoder.out_features,
+                batch_size=self.config.data.test_batch_size,
+                pad_token_id=self.tokenizer.pad_token_id,
+                workers=self.config.data.num_workers,
+                device=self.device,
+                rows=self.train_rows,
+                ranks=self.ranks,
+                progress=self.accelerator.is_main_process,
+            )
+            of_labels = LabelSums(features, self.corpus.train_labels(), self.corpus.num_labels, self.train_rows)
+            mean_d, deviation_d = (torch.from_numpy(x).to(self.device) for x in of_labels.moments())
+
+            def texts_of(labels: range) -> tuple[Tensor, Tensor]:
+                sums, counts = (torch.from_numpy(x).to(self.device) for x in of_labels.sums(labels))
+                inverse = torch.where(deviation_d > 0, 1 / deviation_d, 0.0)
+                return (sums - counts[:, None] * mean_d) * inverse, counts.to(torch.int64)
+
+            self.head.start_from_texts(
+                texts_of,
+                index=ffi.index_init == "informed",
+                centroid_scale=ffi.centroid_scale if ffi.weight_init == "centroid" else 0.0,
+                mean_d=mean_d,
+                deviation_d=deviation_d,
+            )
+        encoder.train()
 
     def _build_meta_branch(self, cluster_of: np.ndarray) -> MetaBranch:
         auxiliary, optimization = self.config.model.auxiliary, self.config.training.optimization
@@ -389,15 +439,22 @@ class Trainer:
             cluster_of,
             scaling=auxiliary.auxloss_scaling,
             last_step=auxiliary.meta_cutoff_epoch * self.state.steps_per_epoch,
-            first_bias=self._first_bias(len(np.unique(pairs)), clusters),
+            first_bias=self._first_bias(np.bincount(np.unique(pairs) % clusters, minlength=clusters)),
             lr=optimization.meta_lr,
             **self._head_arguments(),
         )
 
-    def _first_bias(self, positives: int, outputs: int) -> float:
-        if self.config.model.ffi.bias_init == "zero":
-            return 0.0
-        return best_constant(self.config.training.optimization.loss_fn, positives / (self.corpus.texts * outputs))
+    def _first_bias(self, counts: np.ndarray) -> Tensor:
+        """float32, for each output by how many texts it is a positive of (`counts`)."""
+        init, outputs = self.config.model.ffi.bias_init, len(counts)
+        if init == "zero":
+            return torch.zeros(outputs)
+        mean = counts.sum() / (self.corpus.texts * outputs)
+        share = torch.full((outputs,), mean, dtype=torch.float64)
+        if init == "frequency":
+            # One more text, with an average set of labels: no share is 0 or 1.
+            share = (torch.from_numpy(counts) + share) / (self.corpus.texts + 1)
+        return best_constant(self.config.training.optimization.loss_fn, share).float()
 
     def _head_arguments(self) -> dict[str, Any]:
         """What the labels' head and the meta branch's have in common."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.head_helpers import OneOf
+from tests.head_helpers import OneOf, dense_of, oracle_loss, ragged_batch, target_matrix
 from xmc_trainer.head import AdamW, FixedFanInHead, RewireRule
 from xmc_trainer.head.rewire import plan, scheduled_amount
 
@@ -64,6 +64,56 @@ def test_rewire_moves_exactly_the_small_slots(rule, dtype, group_size):
         assert (grown == 0).all()
     else:
         assert grown.abs().max() <= 12**-0.5 + 1e-3 and grown.std() > 0.1 and not torch.isin(grown, weight.float()).all()
+
+
+def trained(steps=5, **options):
+    """A head after some steps of which it remembers three, and the batches of those."""
+    head = FixedFanInHead(D, LABELS, fan_in=12, optimizer=AdamW(), lr=0.05, seed=3, tile_labels=33, growth_batches=3, **options)
+    generator, batches = torch.Generator().manual_seed(1), []
+    for _ in range(steps):
+        feat = torch.randn(17, D, generator=generator)
+        batches.append((feat, *ragged_batch(17, LABELS, generator)))
+        head(*batches[-1])
+    return head, batches[-3:]
+
+
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_growth_by_gradient_takes_the_largest_absent_ones(group_size, loss):
+    head, batches = trained(group_size=group_size, loss=loss)
+    dense = dense_of(head)[0].requires_grad_()
+    for feat, ids, counts in batches:
+        logits = feat.double() @ dense.T + head.bias.double()
+        oracle_loss(logits, target_matrix(ids, counts, LABELS), loss).sum().backward()
+    size = torch.stack([part.abs().mean(0) for part in dense.grad.split(group_size)])
+    before = head.index.clone()
+    head.rewire(RewireRule("fraction", 0.3, growth_mode="gradient"))
+    for row, (old, new) in enumerate(zip(before.tolist(), head.index.tolist())):
+        absent = sorted(set(range(D)) - set(old), key=lambda feature: -size[row, feature].item())
+        assert set(new) - set(old) == set(absent[:3])
+
+
+def test_growth_by_gradient_does_not_depend_on_shards_or_tiles():
+    rule = RewireRule("fraction", 0.4, growth_mode="gradient")
+    whole, _ = trained()
+    parts = [trained(ranks=OneOf(rank, 3))[0] for rank in range(3)]
+    for head in (whole, *parts):
+        head.rewire(rule)
+    assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
+
+
+def test_growth_by_gradient_needs_steps_and_passes_over_broken_ones():
+    with pytest.raises(ValueError, match="growth_batches"):
+        make_head().rewire(RewireRule("fraction", 0.3, growth_mode="gradient"))
+    head, batches = trained()
+    twin, _ = trained()
+    bad = batches[0][0].clone()
+    bad[0, 0] = torch.inf
+    head(bad, *batches[0][1:])
+    twin._recent.popleft()
+    for one in (head, twin):
+        one.rewire(RewireRule("fraction", 0.3, growth_mode="gradient"))
+    assert torch.equal(head.index, twin.index)
 
 
 def test_rewiring_does_not_depend_on_shards_or_tiles():

@@ -10,6 +10,8 @@ hands the stored feature gradient to the encoder. In a training script that stil
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -22,15 +24,17 @@ from xmc_trainer.head.partition import label_range
 from xmc_trainer.head.rewire import (
     RewireReport,
     RewireRule,
+    group_mean,
     index_dtype,
     kept_slots,
+    largest,
     random_index,
     random_weight,
     rewire,
     strongest_index,
 )
 from xmc_trainer.kernels.counter_rng import Stream
-from xmc_trainer.kernels.reference import HeadTensors, Update, unpack_candidates
+from xmc_trainer.kernels.reference import HeadTensors, Update, dense_weight_grad, index_rows, unpack_candidates
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 
@@ -69,7 +73,7 @@ class FixedFanInHead(nn.Module):
         num_labels: L over all ranks. This rank holds `labels`, a contiguous group-aligned range.
         fan_in: F <= d; None for a dense head (F = d, no index).
         group_size: consecutive labels that share one index row.
-        first_bias: where every bias starts; see `losses.best_constant`.
+        first_bias: where the biases start, one number or float32 [L], of all labels; see `losses.best_constant`.
         loss: "bce" or "squared_hinge", summed over labels.
         text_reduction: "sum" or "mean" over the texts of an optimizer step, all ranks and micro-batches together.
         optimizer: SGD(...) or AdamW(...) of this package; default SGD(momentum=0.9).
@@ -78,6 +82,7 @@ class FixedFanInHead(nn.Module):
         product_dtype: float32, or bfloat16: what features are rounded to before the products. The reference backend
             computes in float32 from there; triton uses bfloat16 matrix instructions. Sums are float32 in both.
         seed: of index, weights, rounding and rewiring; the same on every rank.
+        growth_batches: steps whose features and labels are kept for growth by gradient. Their memory is that of the features.
         backend: auto, triton, reference or torch_sparse; see `xmc_trainer.ops`.
         tile_labels: of the backends without Triton, labels a tile: bounds the working memory (a few [B, tile] and [tile, d]
             float32 matrices). Default: 4096 on a CPU, where a tile should stay in the cache, 65,536 on a GPU, where each
@@ -96,7 +101,7 @@ class FixedFanInHead(nn.Module):
         fan_in: int | None = 128,
         group_size: int = 1,
         bias: bool = True,
-        first_bias: float = 0.0,
+        first_bias: float | Tensor = 0.0,
         loss: str = "bce",
         text_reduction: str = "sum",
         optimizer: SGD | AdamW | None = None,
@@ -105,6 +110,7 @@ class FixedFanInHead(nn.Module):
         weight_dtype: torch.dtype = torch.float32,
         product_dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        growth_batches: int = 0,
         tile_labels: int | None = None,
         backend: str = "auto",
         ranks: Ranks | None = None,
@@ -137,10 +143,17 @@ class FixedFanInHead(nn.Module):
         self._backend_name = backend
         self._feature_bits: tuple[Any, Tensor] | None = None  # of the index as it was, see `tensors`
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # features and pairs of this step's earlier micro-batches
+        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=growth_batches)  # and of the last steps
 
         shape = (len(self.labels), fan_in or in_features)
         self.register_buffer("weight", torch.empty(shape, dtype=weight_dtype, device=device))
-        self.register_buffer("bias", torch.full(shape[:1], first_bias, device=device) if bias else None)
+        own_bias = None
+        if bias:
+            own_bias = torch.empty(shape[:1], device=device)
+            own_bias.copy_(
+                first_bias[self.labels.start : self.labels.stop] if isinstance(first_bias, Tensor) else torch.tensor(first_bias)
+            )
+        self.register_buffer("bias", own_bias)
         index = None
         if fan_in is not None:
             index = torch.empty(-(-shape[0] // group_size), fan_in, dtype=index_dtype(in_features), device=device)
@@ -287,6 +300,7 @@ class FixedFanInHead(nn.Module):
             label_P = torch.cat([kept[1] for kept in self._kept] + [label_P])
             row_P = torch.cat([kept[2] for kept in self._kept] + [row_P + grad_start])
             self._kept = []
+            self._recent.append((feat_Bd, label_P, row_P))
         elif train:
             before = sum(kept[0].shape[0] for kept in self._kept)
             self._kept.append((feat_Bd, label_P, row_P + before))
@@ -374,4 +388,61 @@ class FixedFanInHead(nn.Module):
         """Prune and regrow this rank's connections; see `xmc_trainer.head.rewire`. Deterministic in (seed, steps)."""
         if self.index is None:
             raise ValueError("a dense head has no connections to rewire")
-        return rewire(self.tensors(), self.in_features, rule, self.seed, self.steps, self.tile_labels)
+        if rule.growth_mode == "gradient" and not self._recent:
+            raise ValueError("growth by gradient needs recent steps: set growth_batches, and train before rewiring")
+        tensors = self.tensors()
+
+        def dense_grad(first: int, last: int) -> Tensor:
+            total = torch.zeros(last - first, self.in_features, device=self.weight.device)
+            for feat_Bd, label_P, row_P in self._recent:
+                # A step with a feature that is not finite was none.
+                grad = dense_weight_grad(tensors, first, last, feat_Bd, label_P, row_P, self._loss_fn)
+                total += torch.where(torch.isfinite(feat_Bd).all(), grad, 0.0)
+            return total
+
+        return rewire(tensors, self.in_features, rule, self.seed, self.steps, self.tile_labels, dense_grad)
+
+    @torch.no_grad()
+    def start_from_texts(
+        self,
+        texts_of: Callable[[range], tuple[Tensor, Tensor]],
+        *,
+        index: bool = False,
+        centroid_scale: float = 0.0,
+        mean_d: Tensor | None = None,
+        deviation_d: Tensor | None = None,
+    ) -> None:
+        """Let the features of each label's training texts decide where it starts. Labels without texts start at random.
+
+        Args:
+            texts_of: a range of global label ids -> (float32 [T, d], sums over each label's texts of standardised features;
+                int64 [T], how many texts), on the head's device.
+            index: each row reads the features on which the mean of its labels' texts stands out most, up or down.
+            centroid_scale: each label's weights point along the mean z of its texts, in standardised features, with this
+                length: w_f = scale z_f / |z| / deviation_f, and the bias takes up the mean features. 0: weights stay.
+            mean_d, deviation_d: float32, of the features; needed for centroid_scale.
+        """
+        group = self.group_size
+        step = max(1, min(self.tile_labels, (256 << 20) // (4 * self.in_features)) // group) * group
+        for start in range(0, len(self.labels), step):
+            stop = min(start + step, len(self.labels))
+            sums, counts = texts_of(self.labels[start:stop])
+            if index and self.index is not None:
+                rows = slice(start // group, -(-stop // group))
+                # group_mean of the signed sums: what the labels have in common counts.
+                chosen = largest(group_mean(sums, group).abs(), self.fan_in).sort(dim=1).values.to(self.index.dtype)
+                known = group_mean((counts > 0).float()[:, None], group) > 0
+                self.index[rows] = torch.where(known, chosen, self.index[rows])
+            if centroid_scale:
+                z = sums / counts.clamp_min(1)[:, None]
+                inverse = torch.where(deviation_d > 0, 1 / deviation_d, 0.0).expand_as(z)
+                mean = mean_d.expand_as(z)
+                if self.index is not None:
+                    read = index_rows(self.tensors(), start, stop)
+                    z, inverse, mean = (x.gather(1, read) for x in (z, inverse, mean))
+                weight = centroid_scale * inverse * torch.nn.functional.normalize(z, dim=1)
+                known = counts > 0
+                part = self.weight[start:stop]
+                part.copy_(torch.where(known[:, None], weight, part))
+                if self.bias is not None:
+                    self.bias[start:stop] -= torch.where(known, (weight * mean).sum(1), 0.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,12 +26,12 @@ def squared_hinge(logit: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 LOSSES = {"bce": bce, "squared_hinge": squared_hinge}
 
 
-def best_constant(loss: str, positive_share: float) -> float:
-    """The logit that minimises the mean loss if all logits are one constant, for a share of positives in (0, 1).
+def best_constant(loss: str, positive_share: Tensor) -> Tensor:
+    """The logit that minimises a label's mean loss if all its logits are one constant, for shares of positives in (0, 1).
 
     A bias that starts there lets the first gradients speak of the positives. From a bias of zero they are the sum of
     L negatives' pushes through random weights, and Adam, blind to scale, wrecks a pretrained encoder with them.
     """
     if loss == "bce":
-        return math.log(positive_share / (1 - positive_share))
+        return torch.logit(positive_share)
     return 2 * positive_share - 1

@@ -8,6 +8,7 @@ seed, the step and the global row, so any sharding rewires alike, without commun
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +26,16 @@ class RewireRule:
     """What a rewiring does.
 
     prune_mode "threshold" drops slots whose magnitude is below `amount`, "fraction" the smallest floor(amount * F) of
-    each row. The magnitude of a slot is the mean |weight| over the labels that share it. Growth is uniform over the
-    features that the row does not read. `growth_init_mode` is "zero" or "random" (uniform, as at the start).
+    each row. The magnitude of a slot is the mean |weight| over the labels that share it. growth_mode "random" is uniform
+    over the features that the row does not read; "gradient" takes those of the largest |dloss / dweight| in recent batches,
+    a mean over the labels that share the row (RigL: Evci et al., ICML 2020). growth_init_mode is "zero" or "random"
+    (uniform, as at the start).
     """
 
     prune_mode: str = "threshold"
     amount: float = 0.01
     growth_init_mode: str = "zero"
+    growth_mode: str = "random"
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,14 @@ def strongest_index(weight_Ld: Tensor, fan_in: int, group: int, tile_labels: int
     parts = []
     for start in range(0, weight_Ld.shape[0], step):
         magnitude = group_mean(weight_Ld[start : start + step].float().abs(), group)
-        # A stable order: equal magnitudes go to the smaller feature, on every device.
-        order = magnitude.argsort(dim=1, descending=True, stable=True)[:, :fan_in]
-        parts.append(order.sort(dim=1).values.to(index_dtype(weight_Ld.shape[1])))
+        parts.append(largest(magnitude, fan_in).sort(dim=1).values.to(index_dtype(weight_Ld.shape[1])))
     return torch.cat(parts)
+
+
+def largest(score_Rd: Tensor, count: int) -> Tensor:
+    """int64 [R, count]: the features of the largest score of each row, the largest first."""
+    # A stable order: equal scores go to the smaller feature, on every device.
+    return score_Rd.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def kept_slots(dense_Ld: Tensor, index_RF: Tensor, group: int, tile_labels: int) -> Tensor:
@@ -109,7 +117,14 @@ def kept_slots(dense_Ld: Tensor, index_RF: Tensor, group: int, tile_labels: int)
 
 
 def plan(
-    magnitude_RF: Tensor, index_RF: Tensor, row_R: Tensor, d: int, rule: RewireRule, seed: int, step: int
+    magnitude_RF: Tensor,
+    index_RF: Tensor,
+    row_R: Tensor,
+    d: int,
+    rule: RewireRule,
+    seed: int,
+    step: int,
+    wanted_Rd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which slots are re-pointed, and to which features.
 
@@ -118,6 +133,7 @@ def plan(
         index_RF: int64.
         row_R: int64 global row ids.
         d: number of features.
+        wanted_Rd: float32, the features of the largest value come first; None: any, at random.
     Returns: moved bool [R, F]; feature int64 [R, F], the new index (equal to the old where not moved). A row never
         reads a feature twice; where fewer features are absent than slots were pruned, the smallest slots move.
     """
@@ -132,9 +148,13 @@ def plan(
     # A stable sort: equal magnitudes go in slot order, on every device.
     rank = magnitude_RF.argsort(dim=1, stable=True).argsort(dim=1)
     moved = rank < wanted.clamp_max(absent)
-    order = random_order(make_key(seed, step, Stream.GROW_INDEX), row_R, d)
-    order.scatter_(1, index_RF, torch.iinfo(torch.int64).max)
-    candidate = order.topk(min(fan_in, absent), dim=1, largest=False).values & 0xFFFF
+    most = min(fan_in, absent)
+    if wanted_Rd is None:
+        order = random_order(make_key(seed, step, Stream.GROW_INDEX), row_R, d)
+        order.scatter_(1, index_RF, torch.iinfo(torch.int64).max)
+        candidate = order.topk(most, dim=1, largest=False).values & 0xFFFF
+    else:
+        candidate = largest(wanted_Rd.scatter(1, index_RF, -torch.inf), most)
     ordinal = (moved.cumsum(1) - 1).clamp(0, candidate.shape[1] - 1)
     return moved, torch.where(moved, candidate.gather(1, ordinal), index_RF)
 
@@ -164,8 +184,19 @@ def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tenso
         part.copy_(part.gather(1, order))
 
 
-def rewire(head: HeadTensors, d: int, rule: RewireRule, seed: int, step: int, tile_labels: int) -> RewireReport:
-    """Plan and apply over all rows of this rank, tile by tile. Synchronises with the host once, for the report."""
+def rewire(
+    head: HeadTensors,
+    d: int,
+    rule: RewireRule,
+    seed: int,
+    step: int,
+    tile_labels: int,
+    dense_grad: Callable[[int, int], Tensor],
+) -> RewireReport:
+    """Plan and apply over all rows of this rank, tile by tile. Synchronises with the host once, for the report.
+
+    Args: dense_grad: (first, last) local label -> dloss / dweight float32 [last - first, d]; called for growth by gradient.
+    """
     group, fan_in = head.group_size, head.weight_LF.shape[1]
     rows = head.index_RF.shape[0]
     device = head.weight_LF.device
@@ -176,7 +207,10 @@ def rewire(head: HeadTensors, d: int, rule: RewireRule, seed: int, step: int, ti
         last = min(first + tile, rows)
         magnitude = group_mean(head.weight_LF[first * group : last * group].float().abs(), group)
         row = torch.arange(first, last, device=device) + head.label_start // group
-        moved, feature = plan(magnitude, head.index_RF[first:last].to(torch.int64), row, d, rule, seed, step)
+        wanted = None
+        if rule.growth_mode == "gradient":
+            wanted = group_mean(dense_grad(first * group, min(last * group, head.weight_LF.shape[0])).abs(), group)
+        moved, feature = plan(magnitude, head.index_RF[first:last].to(torch.int64), row, d, rule, seed, step, wanted)
         grown = None
         if rule.growth_init_mode == "random":
             label = torch.arange(first * group, last * group, device=device) + head.label_start

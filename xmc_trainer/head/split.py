@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +62,12 @@ class SplitHead(nn.Module):
             score, label = head.topk(feat_bd, k, skipped, skip_counts)
             candidates.append(pack_candidates(score, torch.where(label < 0, ID_MAX, label + start)))
         return unpack_candidates(torch.cat(candidates, 1).topk(k, dim=1).values)
+
+    def start_from_texts(self, texts_of: Callable[[range], tuple[Tensor, Tensor]], **arguments: object) -> None:
+        """As of FixedFanInHead."""
+        first = self.frequent.num_labels
+        self.frequent.start_from_texts(texts_of, **arguments)
+        self.tail.start_from_texts(lambda labels: texts_of(range(labels.start + first, labels.stop + first)), **arguments)
 
     def rewire(self, rule: RewireRule) -> RewireReport:
         """Of the sparse labels; see FixedFanInHead."""

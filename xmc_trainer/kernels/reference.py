@@ -165,6 +165,18 @@ def head_step(
     return loss_b, grad_bd, finite
 
 
+def dense_weight_grad(
+    head: HeadTensors, start: int, stop: int, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, loss_fn: LossFn
+) -> Tensor:
+    """dloss / dweight of labels start..stop for all d features, read or not: float32 [T, d]."""
+    feat = feat_Bd.to(torch.float32)
+    logit_BT = DenseTile(head, start, stop, feat).logits()
+    if head.bias_L is not None:
+        logit_BT += head.bias_L[start:stop]
+    dlogit_BT = loss_fn(logit_BT, pair_mask(label_P, row_P, start, stop, feat.shape[0]))[1]
+    return dlogit_BT.T @ feat
+
+
 def _update_tile(
     head: HeadTensors, start: int, stop: int, grad_TF: Tensor, dlogit_BT: Tensor, update: Update, finite: Tensor
 ) -> None:

@@ -1,0 +1,121 @@
+"""Sums over each label's texts, and heads that start from them, against loops in plain Python."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.head_helpers import OneOf
+from xmc_trainer import label_features
+from xmc_trainer.data import Ragged
+from xmc_trainer.head import FixedFanInHead, SplitHead
+from xmc_trainer.head.losses import best_constant
+from xmc_trainer.label_features import LabelSums
+
+TEXTS, LABELS, D = 60, 31, 20
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """(features float16 [N, D], label lists): label 7 has no text, feature 3 is constant."""
+    monkeypatch.setattr(label_features, "ROWS_AT_ONCE", 7)
+    rng = np.random.default_rng(0)
+    lists = [sorted(set(rng.integers(0, LABELS, rng.integers(1, 5))) - {7}) for _ in range(TEXTS)]
+    features = (rng.normal(size=(TEXTS, D)) * rng.uniform(0.2, 3, D) + rng.normal(size=D)).astype(np.float16)
+    features[:, 3] = 1.5
+    return features, lists
+
+
+def sums_of(features, lists, rows=None):
+    ids = np.array([label for labels in lists for label in labels], dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, lists)])
+    return LabelSums(features, Ragged(ids, offsets), LABELS, rows)
+
+
+@pytest.mark.parametrize("rows", [None, np.array([40, 3, 17, 18, 59, 0, 22, 9, 31])])
+def test_sums_and_moments(texts, rows):
+    features, lists = texts
+    sums = sums_of(features, lists, rows)
+    counted = range(TEXTS) if rows is None else rows.tolist()
+    exact = features[list(counted)].astype(np.float64)
+    mean, deviation = sums.moments()
+    np.testing.assert_allclose(mean, exact.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(deviation, exact.std(0), rtol=1e-5, atol=1e-6)
+    for labels in (range(LABELS), range(5, 9), range(30, 31)):
+        total, counts = sums.sums(labels)
+        for place, label in enumerate(labels):
+            own = [row for row in counted if label in lists[row]]
+            assert counts[place] == len(own)
+            np.testing.assert_allclose(total[place], features[own].astype(np.float64).sum(0), rtol=1e-5, atol=1e-5)
+
+
+def standardised(features, lists):
+    """(z sums [L, D], counts [L], mean, deviation) in float64, by hand."""
+    x = features.astype(np.float64)
+    mean, deviation = x.mean(0), x.std(0)
+    z = np.divide(x - mean, deviation, out=np.zeros_like(x), where=deviation > 0)
+    sums, counts = np.zeros((LABELS, D)), np.zeros(LABELS, dtype=np.int64)
+    for row, labels in enumerate(lists):
+        for label in labels:
+            sums[label] += z[row]
+            counts[label] += 1
+    return tuple(torch.from_numpy(value) for value in (sums, counts, mean, deviation))
+
+
+@pytest.mark.parametrize("fan_in, group_size, shards", [(6, 1, 1), (6, 1, 3), (6, 4, 2), (None, 1, 2), (20, 1, 1)])
+def test_a_head_starts_where_its_labels_texts_stand_out(texts, fan_in, group_size, shards):
+    sums, counts, mean, deviation = standardised(*texts)
+    options = dict(fan_in=fan_in, group_size=group_size, tile_labels=9, seed=2, first_bias=-3.0)
+    for rank in range(shards):
+        ranks = OneOf(rank, shards)
+        head, random = (FixedFanInHead(D, LABELS, ranks=ranks, **options) for _ in range(2))
+        head.start_from_texts(
+            lambda labels: (sums[labels.start : labels.stop].float(), counts[labels.start : labels.stop]),
+            index=True, centroid_scale=0.5, mean_d=mean.float(), deviation_d=deviation.float(),
+        )  # fmt: skip
+        for place, label in enumerate(head.labels):
+            first = label // group_size * group_size
+            group = range(first, min(first + group_size, LABELS))
+            read = list(range(D))
+            if fan_in is not None:
+                strength = sum(sums[other] for other in group).abs()
+                read = sorted(sorted(range(D), key=lambda f: (-strength[f].item(), f))[:fan_in])
+                if not any(counts[other] for other in group):
+                    read = random.index[place // group_size].tolist()
+                assert head.index[place // group_size].tolist() == read
+            if counts[label] == 0:
+                assert torch.equal(head.weight[place], random.weight[place]) and head.bias[place] == -3
+                continue
+            z = sums[label, read] / counts[label]
+            scale = torch.tensor([1 / deviation[f].item() if deviation[f] > 0 else 0.0 for f in read])
+            weight = 0.5 * z / z.norm() * scale
+            torch.testing.assert_close(head.weight[place].double(), weight, rtol=1e-4, atol=1e-6)
+            assert head.bias[place].item() == pytest.approx(-3 - (weight * mean[read]).sum().item(), rel=1e-4)
+    assert counts[7] == 0
+
+
+def test_both_parts_of_a_split_head_start_from_their_labels(texts):
+    sums, counts, mean, deviation = standardised(*texts)
+    head = SplitHead(FixedFanInHead(D, 5, fan_in=None), FixedFanInHead(D, LABELS - 5, fan_in=6))
+    whole = FixedFanInHead(D, LABELS, fan_in=6)
+    for one in (head, whole):
+        one.start_from_texts(
+            lambda labels: (sums[labels.start : labels.stop].float(), counts[labels.start : labels.stop]),
+            index=True, centroid_scale=1.0, mean_d=mean.float(), deviation_d=deviation.float(),
+        )  # fmt: skip
+    known = counts[5:] > 0
+    assert torch.equal(head.tail.index[known], whole.index[5:][known])
+    torch.testing.assert_close(head.tail.weight[known], whole.weight[5:][known])
+    dense = head.frequent.weight
+    torch.testing.assert_close(dense * deviation.float(), torch.nn.functional.normalize(sums[:5].float(), dim=1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+def test_the_best_constant_has_no_slope(loss):
+    from xmc_trainer.head.losses import LOSSES
+
+    share = torch.tensor([0.001, 0.2, 0.9])
+    logit = best_constant(loss, share)
+    up, down = (LOSSES[loss](logit, torch.full_like(logit, positive, dtype=torch.bool))[1] for positive in (True, False))
+    torch.testing.assert_close(share * up + (1 - share) * down, torch.zeros(3), rtol=0, atol=1e-6)
