@@ -80,7 +80,7 @@ REFUSED = [
     ("model.ffi.fan_in=0", "model.ffi.fan_in"),
     ("model.ffi.fan_in=500", "model.ffi.fan_in=500"),
     ("model.ffi.prune_mode=magic", "model.ffi.prune_mode"),
-    ("model.ffi.growth_mode=gradient", "model.ffi.growth_mode"),
+    ("model.ffi.growth_mode=rigl", "model.ffi.growth_mode"),
     ("model.ffi.weight_dtype=float16", "model.ffi.weight_dtype"),
     ("model.ffi.backend=cuda", "model.ffi.backend"),
     ("model.ffi.input_features=100", "model.ffi.input_features"),
