@@ -73,7 +73,10 @@ class DataConfig:
     label_text_file: str | None = option(
         None, "raw layout: file `label<TAB>text` in the folder, for readable predictions"
     )
-    augment_label_data: bool = option(False, "add each label's text as a training instance of that label (LF data)")
+    test_split: str = option("test", "raw layout: the files to evaluate on, such as dev for dev_raw_texts.txt, dev_labels.txt")
+    augment_label_data: bool = option(
+        False, "add each label's text as a training instance of that label (LF data, or raw with label_text_file)"
+    )
     use_filter_eval: bool = option(False, "drop the pairs of filter_labels_test.txt before the top-k (LF data)")
     num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused")
     max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off")
@@ -93,9 +96,12 @@ class DataConfig:
             raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
         if self.label_text_file and (self.is_lf_data or self.hf_source):
             raise UserError("data.label_text_file: of the raw layout only; label-feature data bring their labels' texts")
-        for name in ("augment_label_data", "use_filter_eval"):
-            if getattr(self, name) and not self.is_lf_data:
-                raise UserError(f"data.{name}=true: needs label-feature data (data.is_lf_data=true)")
+        if self.use_filter_eval and not self.is_lf_data:
+            raise UserError("data.use_filter_eval=true: needs label-feature data (data.is_lf_data=true)")
+        if self.augment_label_data and not (self.is_lf_data or self.label_text_file):
+            raise UserError("data.augment_label_data=true: needs the labels' texts: data.is_lf_data=true or data.label_text_file")
+        if self.test_split != "test" and (self.is_lf_data or self.hf_source):
+            raise UserError("data.test_split: of the raw layout only; for Hugging Face data set data.hf_test_split")
 
 
 @dataclass

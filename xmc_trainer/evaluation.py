@@ -65,6 +65,7 @@ def corpus_of(config: Config, tokenizer: Any, progress: bool = True) -> Corpus:
         text_column=data.text_column,
         label_column=data.label_column,
         label_text_file=data.label_text_file,
+        test_split=data.test_split,
         augment_label_data=data.augment_label_data,
         use_filter_eval=data.use_filter_eval,
         num_labels=data.num_labels,

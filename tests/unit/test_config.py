@@ -127,10 +127,12 @@ def test_unknown_data_sets_are_refused_with_the_known_ones():
         load_config(["dataset=nowhere.yaml"])
 
 
-def test_filter_and_augmentation_need_label_features():
-    for name in ("augment_label_data", "use_filter_eval"):
-        with pytest.raises(UserError, match=name):
-            load_config(["dataset=sidgnd", f"data.{name}=true"])
+def test_settings_of_one_layout_are_refused_for_the_others():
+    for words in (["dataset=sidgnd", "data.use_filter_eval=true"], ["dataset=wiki31k", "data.augment_label_data=true"],
+                  ["dataset=lfyso", "data.test_split=dev"]):  # fmt: skip
+        with pytest.raises(UserError, match=words[1].split("=")[0]):
+            load_config(words)
+    assert load_config(["dataset=sidgnd", "data.augment_label_data=true", "data.test_split=dev"]).data.test_split == "dev"
 
 
 def test_every_option_is_described():

@@ -90,6 +90,24 @@ def test_raw_label_texts(tmp_path):
     assert read_all(raw_source(folder, "names.tsv"))[0] == [("a", "Alpha one"), ("b", "b"), ("c", "c")]
 
 
+def test_raw_augment_adds_the_texts_that_labels_have(tmp_path):
+    write_raw(tmp_path)
+    (tmp_path / "names.tsv").write_text("c\tw2 w9\na\tw0\nz\tunknown\n")
+    plain, augmented = (read_all(raw_source(tmp_path, "names.tsv", augment=on))[1] for on in (False, True))
+    assert augmented == plain + [("w0", [0]), ("w2 w9", [2])]
+    assert raw_source(tmp_path, "names.tsv", augment=True).read().augmented == 2
+
+
+def test_raw_evaluates_on_another_split(tmp_path):
+    write_raw(tmp_path)
+    (tmp_path / "dev_raw_texts.txt").write_text("w7\nw8\n")
+    (tmp_path / "dev_labels.txt").write_text("b\nc a\n")
+    assert read_all(raw_source(tmp_path, test_split="dev"))[2] == [("w7", [1]), ("w8", [0, 2])]
+    assert raw_source(tmp_path, test_split="dev").identity != raw_source(tmp_path).identity
+    with pytest.raises(UserError, match="val_raw_texts.txt"):
+        raw_source(tmp_path, test_split="val")
+
+
 def test_raw_line_counts_that_differ(tmp_path):
     folder = write_raw(tmp_path)
     with open(folder / "train_labels.txt", "a") as file:

@@ -121,6 +121,7 @@ def load_corpus(
     text_column: str = "text",
     label_column: str = "labels",
     label_text_file: str | None = None,
+    test_split: str = "test",
     augment_label_data: bool = False,
     use_filter_eval: bool = False,
     num_labels: int | None = None,
@@ -130,8 +131,9 @@ def load_corpus(
 
     Args:
         folder: of layout "raw" or "lf"; "hf" reads `hf_source` instead (see `xmc_trainer.data.sources`).
-        label_text_file: layout "raw" only.
-        augment_label_data, use_filter_eval: layout "lf" only.
+        label_text_file, test_split: layout "raw" only.
+        augment_label_data: layout "lf", or "raw" with a label_text_file.
+        use_filter_eval: layout "lf" only.
         max_len: tokens a text is cut to.
         num_labels: what the data must say; None: anything.
         progress: show progress bars.
@@ -139,7 +141,7 @@ def load_corpus(
     """
     folder = Path(folder)
     if layout == "raw":
-        source = raw_source(folder, label_text_file)
+        source = raw_source(folder, label_text_file, augment_label_data, test_split)
     elif layout == "lf":
         source = lf_source(folder, augment_label_data, use_filter_eval)
     elif layout == "hf" and hf_source:

@@ -158,14 +158,15 @@ _RAW_LAYOUT = "raw layout: {train,test}_raw_texts.txt or {train,test}_texts.txt,
 _WRONG_FOLDER = "set dataset_path, data.folder or data.is_lf_data"
 
 
-def raw_source(folder: Path, label_text_file: str | None = None) -> Source:
-    """`train_raw_texts.txt` (or `train_texts.txt`) beside `train_labels.txt`, and the same for test.
+def raw_source(folder: Path, label_text_file: str | None = None, augment: bool = False, test_split: str = "test") -> Source:
+    """`train_raw_texts.txt` (or `train_texts.txt`) beside `train_labels.txt`, and the same for `test_split`.
 
     A line is a text; the same line of the label file holds its label names, separated by blanks. The labels are those
-    seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by its name.
+    seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by its name. With `augment`
+    each label's text of that file is also a training row with that one label.
     """
     texts, labels = {}, {}
-    for split in ("train", "test"):
+    for split in ("train", test_split):
         texts[split] = _find([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, _WRONG_FOLDER)
         labels[split] = _find([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, _WRONG_FOLDER)
     files, table_file = [*texts.values(), *labels.values()], None
@@ -181,17 +182,24 @@ def raw_source(folder: Path, label_text_file: str | None = None) -> Source:
 
     def read() -> Contents:
         names: dict[str, set[str]] = {}
-        for split in ("train", "test"):
+        for split in ("train", test_split):
             names[split] = _names_and_line_count(texts[split], labels[split])
         vocabulary = _Vocabulary.of(names["train"])
         table = _label_texts(table_file) if table_file else {}
+        own = [(number, table[name]) for number, name in enumerate(vocabulary.names) if table.get(name)] if augment else []
+
+        def train() -> Iterator[Row]:
+            yield from _counted(Row(text, vocabulary.known(line)) for text, line in rows("train"))
+            yield from (Row(text, [number]) for number, text in own)
+
         return Contents(
             labels=[(name, table.get(name) or name) for name in vocabulary.names],
-            train=lambda: _counted(Row(text, vocabulary.known(line)) for text, line in rows("train")),
-            test=lambda: vocabulary.test_rows(rows("test")),
+            train=train,
+            test=lambda: vocabulary.test_rows(rows(test_split)),
+            augmented=len(own),
         )
 
-    return Source(files, "", read)
+    return Source(files, json.dumps([augment, test_split]), read)
 
 
 def _names_and_line_count(texts: Path, labels: Path) -> set[str]:
