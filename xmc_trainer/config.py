@@ -18,6 +18,7 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from xmc_trainer.errors import UserError
 from xmc_trainer.schedules import SCHEDULES
@@ -468,7 +469,13 @@ def _read_yaml(dataset: str) -> Any:
             f"dataset={dataset}: no such data set; shipped are {', '.join(sorted(shipped))}; or name a .yaml file"
         )
     # Spartex mounts this file under the key `dataset`, and its interpolations say so.
-    return OmegaConf.create(text.replace("${dataset.", "${"))
+    try:
+        tree = OmegaConf.create(text.replace("${dataset.", "${"))
+    except YAMLError as error:
+        raise UserError(f"dataset={dataset}: not YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"dataset={dataset}: must hold sections such as data, model and training")
+    return tree
 
 
 def load_config(overrides: list[str]) -> Config:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from tqdm import tqdm
 
+from xmc_trainer import __version__
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig
 from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.head import RewireReport, RewireRule
@@ -27,6 +30,18 @@ from xmc_trainer.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
     from xmc_trainer.trainer import Trainer
+
+
+def commit() -> str:
+    """The git commit of this code, with a + where it was edited since; "none" if it does not lie in a repository."""
+    here = Path(__file__).parent
+    words = ["git", "-C", str(here), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+    try:
+        inside = subprocess.run([*words[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "none"
+    return done.stdout.strip() if inside.returncode == done.returncode == 0 else "none"
 
 
 class Hook:
@@ -210,7 +225,7 @@ class ProgressHook(Hook):
 
 
 class JsonLogHook(Hook):
-    """log.jsonl in the run folder: one object a line, for every step, evaluation, rewiring and save."""
+    """log.jsonl in the run folder: one object a line, for the start, every step, evaluation, rewiring and save, and the end."""
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
@@ -222,8 +237,15 @@ class JsonLogHook(Hook):
             self._file.flush()
 
     def on_train_start(self, trainer: Trainer) -> None:
+        head_bytes = torch.tensor(sum(buffer.nbytes for buffer in trainer.head.buffers()), device=trainer.device)
+        head_bytes = int(trainer.ranks.sum(head_bytes))
         if trainer.accelerator.is_main_process:
             self._file = open(trainer.run_folder / "log.jsonl", "w", encoding="utf-8")
+            on_gpu = trainer.device.type == "cuda"
+            device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+            versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
+            sizes = {"processes": trainer.ranks.size, "head_bytes": head_bytes, "labels": trainer.corpus.num_labels}
+            self.write({"event": "start", "device": device} | versions | sizes)
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -243,6 +265,7 @@ class JsonLogHook(Hook):
 
     def on_train_end(self, trainer: Trainer) -> None:
         if self._file is not None:
+            self.write({"event": "end", "step": trainer.state.step})
             self._file.close()
 
 

@@ -199,3 +199,10 @@ def test_shipped_settings_are_the_published_ones():
     assert list(prune.values()) == [0.01, 0.01, 0.05, 0.25, 0.15, 0.02]
     wiki = by_name["wiki31k"]
     assert (wiki.model.penultimate.penultimate_size, wiki.training.optimization.penultimate_lr) == (4096, 0.01)
+
+
+@pytest.mark.parametrize("content, message", [("data: {dataset: mine\nx", "not YAML"), ("- a\n- b\n", "must hold sections")])
+def test_files_that_are_no_configuration_are_refused(content, message, tmp_path):
+    (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config([f"dataset={tmp_path / 'mine.yaml'}"])

@@ -1,0 +1,87 @@
+"""A sweep trains what is missing, repeats nothing, and its table is that of the runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_launchers import ROOT, launch
+from xmc_trainer.errors import UserError
+from xmc_trainer.sweep import plan, table
+
+
+@pytest.fixture
+def file(toy_settings, tmp_path):
+    settings = [*toy_settings, "training.optimization.max_steps=6", "data.train_sample=100"]
+    path = tmp_path / "toy.sweep.yaml"
+    rows = {"dense": ["model.ffi.use_sparse_layer=false"], "F = 12": [], "broken": ["data.folder=nowhere"]}
+    path.write_text(json.dumps({"settings": settings, "seeds": [1, 2], "rows": rows}))
+    return path
+
+
+def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path):
+    out = tmp_path / "out"
+    words = ["xmc-trainer", "sweep", file, "--jobs", "2", "--csv", tmp_path / "toy.csv"]
+    done = launch(*words)
+    assert done.returncode == 1, done.stderr
+    assert "broken-1: failed: error: " in done.stdout and "nowhere: no such folder" in done.stdout
+    assert "4 of 6 runs" in done.stdout
+    with (tmp_path / "toy.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["row"], row["seed"]) for row in rows] == [(name, seed) for seed in "12" for name in ("dense", "F = 12")]
+    for row in rows:
+        log = [json.loads(line) for line in (out / f"{row['row'].replace(' = ', '_')}-{row['seed']}/log.jsonl").read_text().splitlines()]
+        last = [record for record in log if record["event"] == "evaluate"][-1]
+        assert float(row["P@1"]) == last["P@1"] and row["device"].startswith(("CPU", "NVIDIA")) and row["commit"]
+    heads = {row["row"]: float(row["head_mib"]) * 2**20 for row in rows}
+    # AdamW: weights and two states, biases too; a counter of skipped steps; the index is int16.
+    assert heads == pytest.approx({"dense": 12 * 41 * 33 + 8, "F = 12": 12 * 41 * 13 + 2 * 41 * 12 + 8})
+    for name in heads:
+        values = [100 * float(row["PSP@3"]) for row in rows if row["row"] == name]
+        assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in done.stdout
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/log.jsonl")}
+    (out / "dense-2" / "log.jsonl").write_text("".join((out / "dense-2/log.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    done = launch(*words)
+    assert "6 runs, 3 finished before" in done.stdout and "4 of 6 runs" in done.stdout
+    changed = {path.parent.name for path in out.glob("*/log.jsonl") if path.stat().st_mtime_ns != before[path]}
+    assert changed == {"dense-2"}
+    done = launch(*words, "--table", "training.optimization.max_steps=7")
+    assert done.returncode == 2 and "none of its 6 runs is finished" in done.stderr
+
+
+def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
+    for content, message in [
+        ("rows: 3", "must have `rows`"),
+        ("{rows: {a: []}, steps: 3}", "steps: write settings, seeds and rows only"),
+        ("{rows: {a b: [], a-b: []}}", "names differ in more than punctuation"),
+        ("{rows: {a: [dataset=wordnet, model.ffi.fanin=3]}}", "fanin"),
+        ("{rows", "not YAML"),
+    ]:
+        (tmp_path / "wrong.yaml").write_text(content)
+        with pytest.raises(UserError, match=message):
+            plan(tmp_path / "wrong.yaml", ["dataset=wordnet"])
+    with pytest.raises(UserError, match="missing.yaml"):
+        plan(Path("missing.yaml"), [])
+
+
+def test_a_row_s_own_settings_come_last(file):
+    runs = plan(file, ["model.ffi.use_sparse_layer=true", "model.ffi.fan_in=7"])
+    assert [(row, seed) for row, seed, _ in runs[:3]] == [("dense", 1), ("F = 12", 1), ("broken", 1)]
+    words = runs[0][2]
+    assert words.index("model.ffi.use_sparse_layer=false") > words.index("model.ffi.use_sparse_layer=true")
+    assert words[-2:] == ["training.seed=1", "log_fname=dense-1"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launchers/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_sweeps_are_valid(file):
+    assert len(plan(file, [])) >= 9
+
+
+def test_one_seed_has_no_spread():
+    found = {"P@1": 0.5, "head_mib": 2.0, "best_P@1_minutes": 3.0}
+    assert table([("a", 1, found)]).splitlines()[-1] == "| a | 1 | 50.00 | 2.0 | 3.0 |"

@@ -1,0 +1,177 @@
+"""Many trainings of one table: rows of settings, several seeds each, some at a time; resumed where it was left.
+
+xmc-trainer sweep launchers/sweeps/sidgnd.yaml --jobs 4 dataset_path=./data
+xmc-trainer sweep launchers/sweeps/sidgnd.yaml --table        # only the table, of the runs that are finished
+
+The YAML file:
+
+    settings: [dataset=sidgnd, training.amp.enabled=true]       # of every run
+    seeds: [1, 2, 3]
+    rows:
+      dense: [model.ffi.use_sparse_layer=false]                 # a row's own
+      seed's method: []
+
+Every run is a process of its own on this machine, in <output_dir>/<row>-<seed>/, its output beside it in .txt. A finished run with the same settings is
+not repeated. The table has mean and standard deviation over the seeds, in per cent; the CSV one line a run, with its
+settings, commit, device and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from xmc_trainer.cli import USAGE
+from xmc_trainer.config import Config, load_config, to_yaml
+from xmc_trainer.errors import UserError
+
+METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
+
+
+def plan(file: Path, more: list[str]) -> list[tuple[str, int, list[str]]]:
+    """(row, seed, `key=value` words) of every run, seed by seed. UserError names what is wrong in the file.
+
+    Args: more: settings of the command line, for every run.
+    """
+    try:
+        tree = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or not tree["rows"]:
+        raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
+    if unknown := tree.keys() - {"settings", "seeds", "rows"}:
+        raise UserError(f"{file}: {', '.join(map(str, unknown))}: write settings, seeds and rows only")
+    names = [re.sub(r"\W+", "_", str(row)) for row in tree["rows"]]
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: rows whose names differ in more than punctuation are needed; they name folders")
+    runs = []
+    for seed in tree.get("seeds") or [42]:
+        for (row, own), name in zip(tree["rows"].items(), names):
+            words = [*(tree.get("settings") or []), *more, *(own or []), f"training.seed={seed}", f"log_fname={name}-{seed}"]
+            load_config(words)  # refuses what is wrong before anything runs
+            runs.append((str(row), seed, words))
+    return runs
+
+
+def finished(config: Config) -> list[dict[str, Any]] | None:
+    """The log of a finished run with exactly this configuration; None if there is none."""
+    try:
+        if (config.run_folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config):
+            return None
+        log = [json.loads(line) for line in (config.run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError):
+        return None
+    return log if log and log[-1]["event"] == "end" else None
+
+
+def result(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run's log says: the last test metrics (0 to 1), head memory, time, and when P@1 was best."""
+    start, end = log[0], log[-1]
+    tests = [record for record in log if record["event"] == "evaluate" and record["split"] == "test"]
+    best = max(tests, key=lambda record: record["P@1"])
+    return {name: tests[-1][name] for name in METRICS if name in tests[-1]} | {
+        "head_mib": start["head_bytes"] / 2**20,
+        "minutes": end["seconds"] / 60,
+        "best_P@1_minutes": best["seconds"] / 60,
+        **{name: start[name] for name in ("device", "torch", "version", "commit")},
+    }
+
+
+def table(runs: list[tuple[str, int, dict[str, Any]]]) -> str:
+    """Markdown, a line a row: mean and standard deviation over its seeds."""
+    shown = [name for name in METRICS if all(name in found for _, _, found in runs)]
+    lines = [
+        "| " + " | ".join(["", "seeds", *shown, "head MiB", "minutes to the best P@1"]) + " |",
+        "|" + "---|" * (len(shown) + 4),
+    ]
+    for row in dict.fromkeys(row for row, _, _ in runs):
+        own = [found for name, _, found in runs if name == row]
+        cells = []
+        for name in shown:
+            values = [100 * found[name] for found in own]
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        cells += [f"{own[0]['head_mib']:.1f}", f"{statistics.mean(found['best_P@1_minutes'] for found in own):.1f}"]
+        lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the sweep's YAML file")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every run; a row's own come after them")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, all on the same device")
+    parser.add_argument("--csv", type=Path, help="file to write; default: the YAML file's name in the current folder")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)  # this process is a run; `settings` are all
+    options = parser.parse_intermixed_args()
+    if options.run:
+        from xmc_trainer.trainer import Trainer
+
+        Trainer(load_config(options.settings)).train()
+        return
+    if options.jobs < 1:
+        parser.error("--jobs: at least 1")
+    runs = plan(options.file, options.settings)
+    if not options.table:
+        train([words for _, _, words in runs], options.file, options.jobs)
+    done = [(row, seed, words, finished(load_config(words))) for row, seed, words in runs]
+    results = [(row, seed, words, result(log)) for row, seed, words, log in done if log is not None]
+    if not results:
+        raise UserError(f"{options.file}: none of its {len(runs)} runs is finished")
+    target = options.csv or Path(options.file.with_suffix(".csv").name)
+    with target.open("w", newline="", encoding="utf-8") as file:
+        columns = dict.fromkeys(name for *_, found in results for name in found)
+        writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
+        writer.writeheader()
+        writer.writerows({"row": row, "seed": seed, "settings": " ".join(words)} | found for row, seed, words, found in results)
+    print(table([(row, seed, found) for row, seed, _, found in results]))
+    print(f"\n{len(results)} of {len(runs)} runs; written to {target}")
+    if len(results) < len(runs):
+        sys.exit(1)
+
+
+def train(runs: list[list[str]], file: Path, jobs: int) -> None:
+    """Train the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
+    waiting = [words for words in runs if finished(load_config(words)) is None]
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
+    live: dict[str, tuple[subprocess.Popen, Path, float]] = {}
+    try:
+        while waiting or live:
+            while waiting and len(live) < jobs:
+                words = waiting.pop(0)
+                folder = load_config(words).run_folder
+                log = folder.with_name(f"{folder.name}.txt")
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with log.open("w") as output:
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", "xmc_trainer", "sweep", str(file), *words, "--run"],
+                        stdout=output, stderr=subprocess.STDOUT, env=environment,
+                    )  # fmt: skip
+                live[folder.name] = process, log, time.monotonic()
+            time.sleep(0.2)
+            for name in [name for name, (process, _, _) in live.items() if process.poll() is not None]:
+                process, output, begin = live.pop(name)
+                lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
+                errors = [line for line in lines if line.startswith("error")] or lines[-1:]
+                said = "done" if process.returncode == 0 else f"failed: {errors[0]} (see {output})"
+                print(f"{name}: {said}, {(time.monotonic() - begin) / 60:.1f} min, {len(waiting) + len(live)} to go", flush=True)
+    finally:
+        for process, _, _ in live.values():
+            process.terminate()
