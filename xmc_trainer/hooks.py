@@ -44,6 +44,11 @@ def commit() -> str:
     return done.stdout.strip() if inside.returncode == done.returncode == 0 else "none"
 
 
+def head_bytes(trainer: Trainer) -> int:
+    """Of this process's part of the head: weights, index and optimizer state."""
+    return sum(buffer.nbytes for buffer in trainer.head.buffers())
+
+
 class Hook:
     """The protocol. Every method is called on every rank, with the trainer, whose `state` says where training is."""
 
@@ -190,7 +195,7 @@ class BestModelHook(Hook):
 
 
 class ProgressHook(Hook):
-    """A progress bar with loss, rate and time left; on request a line every `print_iter` steps; metrics as a table, at
+    """What is trained in one line; a progress bar with loss, rate and time left; on request a line every `print_iter` steps; metrics as a table, at
     the end beside the floor of predicting the most popular labels."""
 
     def __init__(self, print_iter: int | None) -> None:
@@ -199,6 +204,13 @@ class ProgressHook(Hook):
 
     def on_train_start(self, trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
+            size, steps = trainer.ranks.size, trainer.state.total_steps
+            print(
+                f"{size} process{'es' if size > 1 else ''} on {trainer.device.type}: {trainer.train_texts:,} texts, "
+                f"{trainer.corpus.num_labels:,} labels; head: {head_bytes(trainer) / 2**20:,.1f} MiB a process; {steps:,} steps, "
+                f"{trainer.state.steps_per_epoch:,} an epoch",
+                flush=True,
+            )
             self._bar = tqdm(
                 total=trainer.state.total_steps, desc="train", unit="step", mininterval=1.0, smoothing=0.05
             )
@@ -237,14 +249,13 @@ class JsonLogHook(Hook):
             self._file.flush()
 
     def on_train_start(self, trainer: Trainer) -> None:
-        head_bytes = torch.tensor(sum(buffer.nbytes for buffer in trainer.head.buffers()), device=trainer.device)
-        head_bytes = int(trainer.ranks.sum(head_bytes))
+        all_bytes = int(trainer.ranks.sum(torch.tensor(head_bytes(trainer), device=trainer.device)))
         if trainer.accelerator.is_main_process:
             self._file = open(trainer.run_folder / "log.jsonl", "w", encoding="utf-8")
             on_gpu = trainer.device.type == "cuda"
             device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
-            sizes = {"processes": trainer.ranks.size, "head_bytes": head_bytes, "labels": trainer.corpus.num_labels}
+            sizes = {"processes": trainer.ranks.size, "head_bytes": all_bytes, "labels": trainer.corpus.num_labels}
             self.write({"event": "start", "device": device} | versions | sizes)
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:

@@ -116,8 +116,8 @@ class Trainer:
         # Ranks start from equal weights and then drop out different features.
         set_seed(config.training.seed, device_specific=True)
 
-        texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
-        steps_per_epoch = math.ceil(texts / (data.batch_size * optimization.grad_accum_step))
+        self.train_texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
+        steps_per_epoch = math.ceil(self.train_texts / (data.batch_size * optimization.grad_accum_step))
         total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
         self.state = TrainerState(int(total_steps), steps_per_epoch)
         self.meta_branch = None
