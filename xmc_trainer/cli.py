@@ -18,6 +18,7 @@ COMMANDS = {
     "settings": ("xmc_trainer.config", "list every setting, its default and its meaning"),
     "clusters": ("xmc_trainer.clusters", "compute label clusters, for the meta branch and semantic groups"),
     "sweep": ("xmc_trainer.sweep", "many trainings with several seeds, and their table"),
+    "report": ("xmc_trainer.report", "runs side by side: a table and pictures"),
     "wordnet": ("xmc_trainer.data.wordnet", "write the quick start's data set"),
     "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.bench.ranks", "what several ranks send each other; start it by torchrun"),

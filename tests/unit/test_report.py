@@ -1,0 +1,88 @@
+"""Reports of made-up runs: which belong together, what they are called, what is drawn."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from xmc_trainer.config import load_config, to_yaml
+from xmc_trainer.errors import UserError
+from xmc_trainer.report import against, curve, find_runs, lines_of, main
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, *words, scores=(0.1, 0.3), end=True):
+        config = load_config(["dataset=wordnet", "dataset_path=d", f"output_dir={tmp_path}", f"log_fname={name}", *words])
+        config.run_folder.mkdir()
+        (config.run_folder / "config.yaml").write_text(to_yaml(config))
+        names = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
+        log = [{"event": "start", "head_bytes": 3 << 20, "device": "x", "torch": "2", "version": "0", "commit": "c", "seconds": 0}]
+        for number, score in enumerate(scores):
+            log.append({"event": "step", "step": number, "loss": 1.0, "seconds": 0})
+            log.append({"event": "evaluate", "split": "test", "seconds": 60 * (number + 1)} | dict.fromkeys(names, score))
+        log += [{"event": "end", "seconds": 200}] if end else []
+        (config.run_folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+
+    return make
+
+
+def test_seeds_make_a_line_and_differences_name_it(make_run, tmp_path):
+    make_run("a", "training.seed=1")
+    make_run("b", "training.seed=2", scores=(0.2, 0.5))
+    make_run("c", "training.seed=1", "model.ffi.fan_in=32", "training.optimization.lr=0.5")
+    make_run("unfinished", end=False)
+    (tmp_path / "other").mkdir()
+    lines = lines_of(find_runs([tmp_path]))
+    assert [[run.folder.name for run in runs] for runs in lines.values()] == [["a", "b"], ["c"]]
+    assert list(lines)[1] == "fan_in=32, lr=0.5"
+    minutes, values = curve(next(iter(lines.values())), "P@1")
+    assert minutes.tolist() == [1, 2]
+    np.testing.assert_allclose(values, [[10, 30], [20, 50]])
+
+
+def test_a_metric_against_a_setting(make_run, tmp_path):
+    for fan_in, seed, score in [(64, 1, 0.4), (16, 1, 0.1), (16, 2, 0.3)]:
+        make_run(f"r{fan_in}-{seed}", f"model.ffi.fan_in={fan_in}", f"training.seed={seed}", scores=(score,))
+    runs = find_runs([tmp_path])
+    lines = lines_of(runs, ("model.ffi.fan_in",))
+    assert list(lines) == ["wordnet"]
+    values, mean, bounds = against(runs, "model.ffi.fan_in", "PSP@1")
+    assert values.tolist() == [16, 64]
+    np.testing.assert_allclose(mean, [20, 40])
+    np.testing.assert_allclose(bounds, [[10, 40], [30, 40]])
+    with pytest.raises(UserError, match="loss_fn: is 'bce' in .*, not a number"):
+        against(runs, "training.optimization.loss_fn", "P@1")
+
+
+def test_the_command_prints_and_draws(make_run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    make_run("a", "training.seed=1")
+    make_run("b", "training.seed=2", scores=(0.2, 0.5))
+    files = [tmp_path / "curves.svg", tmp_path / "against.png"]
+    words = [str(tmp_path), "--curves", str(files[0]), "--against", "model.ffi.fan_in", "--picture", str(files[1])]
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    main()
+    out = capsys.readouterr().out
+    assert "| wordnet | 2 | 40.00 ± 14.14 |" in out
+    assert "<svg" in files[0].read_text() and files[1].read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--curves", str(tmp_path / "curves.docx")])
+    with pytest.raises(UserError, match="curves.docx: cannot be written"):
+        main()
+
+
+def test_what_cannot_be_reported_is_refused(make_run, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no finished run"):
+        find_runs([tmp_path])
+    make_run("a", scores=())
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    with pytest.raises(UserError, match="a: was evaluated without PSP"):
+        main()
+    make_run("b")
+    for words, message in [(["--against", "model.fan_in", "--picture", "x.svg"], "no such setting")]:
+        monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "b"), *words])
+        with pytest.raises(UserError, match=message):
+            main()

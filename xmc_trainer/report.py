@@ -1,0 +1,159 @@
+"""What runs say side by side: a table, curves over time, and a metric against a setting.
+
+xmc-trainer report outputs/sidgnd
+xmc-trainer report outputs/sidgnd --curves curves.svg
+xmc-trainer report outputs/sidgnd --against model.ffi.fan_in --picture fan_in.svg
+
+Folders are runs, or hold runs (at any depth); those that differ in nothing but the seed are one line: their mean, between the
+lowest and the highest. A line is named by the settings in which it differs from the others. Pictures need matplotlib
+(pip install 'xmc_trainer[report]'); the ending of the file's name is their format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from xmc_trainer.errors import UserError
+from xmc_trainer.sweep import result, table
+
+# In which two runs of one line may differ.
+_OWN = ("training.seed", "log_fname", "training.verbose.log_fname", "output_dir", "training.verbose.wandb_runname")
+_SHOWN = ("P@1", "PSP@1")
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    settings: dict[str, Any]  # by dotted name
+    log: list[dict[str, Any]]  # from "start" to "end"
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [record for record in self.log if record["event"] == "evaluate" and record["split"] == "test"]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def find_runs(folders: list[Path]) -> list[Run]:
+    """The finished runs in or below the folders. UserError if there are none."""
+    runs = []
+    for folder in folders:
+        for file in sorted(folder.rglob("log.jsonl")):
+            try:
+                log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            except ValueError:
+                continue  # being written
+            config = file.with_name("config.yaml")
+            if config.is_file() and log and (log[0]["event"], log[-1]["event"]) == ("start", "end"):
+                runs.append(Run(file.parent, flatten(OmegaConf.to_container(OmegaConf.load(config))), log))
+    if not runs:
+        raise UserError(f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl) in there")
+    return runs
+
+
+def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run]]:
+    """Runs by what they have in common: name -> the runs that differ only in the seed, or in `apart`."""
+    own = {*_OWN, *apart}
+    settings = [{name: str(value) for name, value in run.settings.items() if name not in own} for run in runs]
+    differ = [name for name in settings[0] if len({str(each.get(name)) for each in settings}) > 1]
+    short = [name.rsplit(".", 1)[-1] for name in differ]
+    shown = [name if short.count(last) > 1 else last for name, last in zip(differ, short)]
+    lines: dict[str, list[Run]] = {}
+    for run, each in zip(runs, settings):
+        name = ", ".join(f"{word}={each.get(full)}" for full, word in zip(differ, shown)) or runs[0].settings["data.dataset"]
+        lines.setdefault(name, []).append(run)
+    return lines
+
+
+def curve(runs: list[Run], metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(minutes [n], metric [runs, n] in per cent) at the evaluations that all runs of a line made."""
+    evaluations = [run.evaluations() for run in runs]
+    count = min(map(len, evaluations))
+    minutes = np.array([[record["seconds"] / 60 for record in each[:count]] for each in evaluations])
+    return minutes.mean(0), np.array([[100 * record[metric] for record in each[:count]] for each in evaluations])
+
+
+def against(runs: list[Run], setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(values [n] of a numeric setting, ascending; mean, and lowest and highest [2, n], of the last metric in per cent)."""
+    found: dict[float, list[float]] = {}
+    for run in runs:
+        value = run.settings[setting]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"--against {setting}: is {value!r} in {run.folder}, not a number")
+        found.setdefault(float(value), []).append(100 * run.evaluations()[-1][metric])
+    values = sorted(found)
+    return (
+        np.array(values),
+        np.array([np.mean(found[value]) for value in values]),
+        np.array([[min(found[value]) for value in values], [max(found[value]) for value in values]]),
+    )
+
+
+def picture(file: Path, lines: dict[str, list[Run]], x_label: str, draw: Callable[[Any, str, list[Run], str], None]) -> None:
+    """One panel a metric; `draw` puts a line into it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{file}: pictures need matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure  # without pyplot there is no display to look for
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(_SHOWN), squeeze=False)[0]
+    for metric, panel in zip(_SHOWN, panels):
+        for name, runs in lines.items():
+            draw(panel, name, runs, metric)
+        panel.set(xlabel=x_label, ylabel=f"{metric}, per cent")
+        panel.grid(alpha=0.3)
+    names = panels[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", fontsize="small", ncols=1 if len(max(lines, key=len)) > 60 else 2)
+    try:
+        figure.savefig(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be written ({error})") from None
+    print(f"written to {file}")
+
+
+def _draw_curve(panel: Any, name: str, runs: list[Run], metric: str) -> None:
+    minutes, values = curve(runs, metric)
+    (line,) = panel.plot(minutes, values.mean(0), marker=".", label=name)
+    panel.fill_between(minutes, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that hold runs")
+    parser.add_argument("--curves", type=Path, metavar="PICTURE", help="draw P@1 and PSP@1 over the minutes of training")
+    parser.add_argument("--against", metavar="SETTING", help="draw the last P@1 and PSP@1 over this setting; see --picture")
+    parser.add_argument("--picture", type=Path, help="file for --against")
+    options = parser.parse_args()
+    if (options.against is None) != (options.picture is None):
+        parser.error("--against and --picture go together")
+    runs = find_runs(options.folders)
+    missing = [run.folder for run in runs if not run.evaluations() or _SHOWN[-1] not in run.evaluations()[-1]]
+    if missing:
+        raise UserError(f"{missing[0]}: was evaluated without PSP; set training.evaluation.eval_psp=true, or leave it out")
+    lines = lines_of(runs)
+    print(table([(name, run.settings["training.seed"], result(run.log)) for name, own in lines.items() for run in own]))
+    if options.curves:
+        picture(options.curves, lines, "minutes", _draw_curve)
+    if options.against:
+        if options.against not in runs[0].settings:
+            raise UserError(f"--against {options.against}: no such setting; xmc-trainer settings lists them")
+
+        def draw(panel: Any, name: str, own: list[Run], metric: str) -> None:
+            values, mean, (low, high) = against(own, options.against, metric)
+            panel.errorbar(values, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=name)
+
+        picture(options.picture, lines_of(runs, (options.against,)), options.against, draw)
