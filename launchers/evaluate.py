@@ -31,11 +31,16 @@ def main() -> None:
         raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
     config = load_config([f"dataset={folder / 'config.yaml'}", *arguments.settings])
 
+    import torch
+
     from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
     from xmc_trainer.metrics import table
     from xmc_trainer.model import XMCModel
 
-    model = XMCModel.load(folder, None if config.environment.device == "auto" else config.environment.device)
+    device = config.environment.device
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        device = f"cuda:{config.environment.cuda_device_id}"
+    model = XMCModel.load(folder, None if device == "auto" else device)
     metrics, corpus = evaluate_saved(model.saved, config, model.device)
     if arguments.json:
         print(json.dumps(metrics))

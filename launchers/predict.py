@@ -47,6 +47,10 @@ def _text_of(line: bytes, where: str, path: str) -> str:
         raise UserError(f"{where}: not UTF-8; convert the file") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg})") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no character; correct the text") from None
     if not text.strip():
         raise UserError(f"{where}: the text is empty; remove the line")
     return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from xmc_trainer.parallel import Ranks
 _ENCODER_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
 # Losses stay on the device until this many seconds have passed: reading one waits for the device.
 _SECONDS_BETWEEN_LOSSES = 1.0
+# From its first 2^12 the loss scale of fp16 has halved to nothing long before.
+_FP16_STEPS_TO_RECOVER = 50
 
 
 @dataclass
@@ -92,13 +95,13 @@ class Trainer:
         backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=self.device.type == "cpu")
         if config.model.encoder.use_ngame_encoder_weights:
             load_state_dict_file(backbone, config.model.encoder.ngame_checkpoint, config.model.encoder.ngame_key_prefix)
+        self.encoder_module = self._build_encoder(backbone)
         self.corpus = self._load_corpus()
         cluster_of = self._order_labels()
         self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
         self._train_lengths = self.corpus.lengths("train")
         self._test_lengths = self.corpus.lengths("test")
 
-        self.encoder_module = self._build_encoder(backbone)
         if config.model.encoder.use_torch_compile:
             self._compile_backbone()
         self.head = self._build_head(self.encoder_module.out_features)
@@ -127,6 +130,7 @@ class Trainer:
         self.metrics: dict[str, dict[str, float]] = {}  # the last evaluation of each split
         self._losses: list[tuple[dict[str, Any], Tensor]] = []  # steps whose loss is still on the device
         self._losses_read = time.monotonic()
+        self._not_finite = 0  # latest steps in a row whose loss is not
 
     # The loop -------------------------------------------------------------------------------------------------------
 
@@ -135,6 +139,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.run_folder.exists():
                 print(f"{self.run_folder}: replaces an earlier run; name another by log_fname", flush=True)
+                for name in ("model", self.config.training.checkpoint_file):
+                    if (self.run_folder / name / "manifest.json").is_file():
+                        shutil.rmtree(self.run_folder / name)  # or it would pass for this run's
             self.run_folder.mkdir(parents=True, exist_ok=True)
             (self.run_folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
         self.ranks.barrier()
@@ -232,9 +239,11 @@ class Trainer:
         self._losses, self._losses_read = [], time.monotonic()
         records[-1]["head_skipped"] = int(self.head.skipped)
         self.dispatch("on_losses", records)
+        # fp16 may overflow now and then: its loss scale recovers, and the head skips such a step.
+        allowed = _FP16_STEPS_TO_RECOVER if self.config.training.amp.mixed_precision == "fp16" else 0
         for record in records:
-            # fp16 may overflow now and then: its loss scale recovers, and the head skips such a step.
-            if not math.isfinite(record["loss"]) and self.config.training.amp.mixed_precision != "fp16":
+            self._not_finite = 0 if math.isfinite(record["loss"]) else self._not_finite + 1
+            if self._not_finite > allowed:
                 raise UserError(
                     f"the loss is not finite at step {record['step']}: lower training.optimization.encoder_lr or lr, or "
                     "set training.optimization.max_grad_norm=1.0"
@@ -322,13 +331,16 @@ class Trainer:
                 f"model.encoder.encoder_ftr_dim={config.encoder_ftr_dim}: the encoder's is {backbone.config.hidden_size}"
             )
         longest = getattr(backbone.config, "max_position_embeddings", None)
+        padding = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
+        if longest is not None and padding is not None:
+            longest -= padding + 1  # RoBERTa's count their positions from there
         if longest is not None and self.config.data.max_len > longest:
             raise UserError(f"data.max_len={self.config.data.max_len}: this encoder reads at most {longest} tokens")
         if config.feature_layers > backbone.config.num_hidden_layers:
             raise UserError(
                 f"model.encoder.feature_layers={config.feature_layers}: the encoder has {backbone.config.num_hidden_layers}"
             )
-        return TextEncoder(
+        encoder = TextEncoder(
             backbone,
             pool_mode=config.pool_mode,
             feature_layers=config.feature_layers,
@@ -336,6 +348,12 @@ class Trainer:
             penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
             penultimate_activation=penultimate.penultimate_activation,
         )
+        ffi = self.config.model.ffi
+        if ffi.input_features not in (None, encoder.out_features):
+            raise UserError(f"model.ffi.input_features={ffi.input_features}: there are {encoder.out_features}")
+        if ffi.use_sparse_layer and ffi.fan_in > encoder.out_features:
+            raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {encoder.out_features} features to read")
+        return encoder
 
     def _compile_backbone(self) -> None:
         # One compilation for all lengths. On a GPU each length is then recorded as a graph, for launches cost more than work;
@@ -346,14 +364,8 @@ class Trainer:
     def _build_head(self, features: int) -> FixedFanInHead | SplitHead:
         ffi, optimization = self.config.model.ffi, self.config.training.optimization
         labels = self.corpus.num_labels
-        for field, value, found in (
-            ("input_features", ffi.input_features, features),
-            ("output_features", ffi.output_features, labels),
-        ):
-            if value not in (None, found):
-                raise UserError(f"model.ffi.{field}={value}: there are {found}")
-        if ffi.use_sparse_layer and ffi.fan_in > features:
-            raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {features} features to read")
+        if ffi.output_features not in (None, labels):
+            raise UserError(f"model.ffi.output_features={ffi.output_features}: there are {labels}")
         frequent = self._frequent_labels()
         if -(-(labels - frequent) // ffi.group_size) < self.ranks.size:
             raise UserError(f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes")

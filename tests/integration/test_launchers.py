@@ -199,6 +199,7 @@ def test_predict_reads_files_and_standard_input(model, tmp_path):
         ("b.txt", b"w1\n\xff\n", "b.txt, line 2: not UTF-8"),
         ("c.jsonl", b'{"text": "w1"}\n{"text": 3}\n', "c.jsonl, line 2: write an object"),
         ("d.jsonl", b'{"text": "w1"\n', "d.jsonl, line 1: not valid JSON"),
+        ("e.jsonl", b'{"text": "w1 \\ud83d"}\n', "e.jsonl, line 1: holds half of a surrogate pair"),
         (None, b"", "missing.txt: No such file"),
     ],
 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from transformers import RobertaConfig, RobertaModel
 
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
@@ -251,6 +252,31 @@ def test_contradictions_are_refused_before_training(toy_settings, setting, named
     with pytest.raises(UserError, match=named) as error:
         Trainer(load_config([*toy_settings, setting]))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("setting", ["data.max_len=25", "model.ffi.fan_in=33", "model.ffi.input_features=64"])
+def test_what_the_encoder_contradicts_is_refused_before_tokenising(toy_settings, setting, tmp_path):
+    with pytest.raises(UserError, match=setting):
+        Trainer(load_config([*toy_settings, setting, f"data.cache_dir={tmp_path / 'cache'}"]))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_roberta_reads_fewer_tokens_than_it_has_positions(toy_settings, tiny_encoder, tmp_path):
+    size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=94)
+    RobertaModel(RobertaConfig(max_position_embeddings=14, pad_token_id=1, **size)).save_pretrained(tmp_path / "roberta")
+    roberta = [f"model.encoder.encoder_model={tmp_path / 'roberta'}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
+    with pytest.raises(UserError, match="data.max_len=13: this encoder reads at most 12 tokens"):
+        Trainer(load_config([*toy_settings, *roberta, "data.max_len=13"]))
+    train(toy_settings, *roberta, "data.max_len=12", "training.optimization.max_steps=1")
+
+
+def test_a_run_leaves_no_model_of_an_earlier_one(toy_settings):
+    short = [*toy_settings, "training.optimization.max_steps=1", "training.use_checkpoint=true"]
+    first, _ = train(short, "log_fname=again")
+    assert (first.run_folder / "best").is_dir()
+    (first.run_folder / "notes").mkdir()
+    train(short, "log_fname=again", "training.best_p1=1.0")
+    assert {path.name for path in first.run_folder.iterdir()} == {"config.yaml", "log.jsonl", "model", "notes"}
 
 
 def test_a_diverging_run_stops_and_says_what_to_change(toy_settings):

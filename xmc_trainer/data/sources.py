@@ -106,6 +106,10 @@ def _find(folders: list[Path], names: list[str], layout: str, remedy: str) -> Pa
 def _checked_text(text: str, where: str) -> str:
     if not text.strip():
         raise UserError(f"{where}: the text is empty; remove the instance, here and in its label file")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no character; correct the text") from None
     return text
 
 
