@@ -3,14 +3,18 @@
 bfloat16 and float16 features are multiplied as bfloat16, float32 ones to float32's accuracy; all sums are float32.
 Weights are read and updated in their own precision. Two ways lead through a step:
 
-    group_step    gathers features; labels that share an index row, at least SHARED of them
-    dense_step    spreads rows out; every other index, dense heads, and wherever results must be the same bit for bit
-                  (torch.use_deterministic_algorithms)
+    group    gathers features: for labels that share an index row
+    dense    spreads rows out: for every index, dense heads, and wherever results must be the same bit for bit
+             (torch.use_deterministic_algorithms)
+
+The first is there twice: in CUDA (`group_pass`), where that can be compiled and takes the head, and in Triton (`group_step`).
+The first step of a large head tries what takes it, and the choice is kept on disk (`tuning`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -18,15 +22,18 @@ import torch
 import triton
 from torch import Tensor
 
-from xmc_trainer.kernels import dense_step, group_step, tile_math, topk
+from xmc_trainer.kernels import dense_step, group_pass, group_step, tile_math, topk
 from xmc_trainer.kernels.counter_rng import Stream, make_key
 from xmc_trainer.kernels.pairs import PairBits, feature_bits
 from xmc_trainer.kernels.reference import HeadTensors, LossFn, Update, candidate_ids, pack_candidates
+from xmc_trainer.kernels.tuning import fastest
 
 __all__ = ["feature_bits", "head_step", "head_topk"]
 
-# From this many labels a row on, gathering was the faster way (H200, d = 768, F = 128: 6.1 against 8.4 ms at 16).
-SHARED = 16
+# From this many labels a row on, gathering is likely to be the faster way (H100, d = 768, F = 128, B = 128).
+_SHARED = 16
+# Heads of fewer labels do not wait for their step long enough to be tuned; larger ones are by so many of their labels.
+_TUNED_LABELS = 1 << 16
 # A chunk's workspaces take this many bytes; the dense way's, whose chunks take more launches, this share of the head's
 # weights and index if that is more.
 _WORKSPACE, _DENSE_SHARE = 48 << 20, 0.2
@@ -45,9 +52,10 @@ class Batch(NamedTuple):
     transposed: Tensor  # [d, columns]
 
     @classmethod
-    def of(cls, feat_Bd: Tensor) -> Batch:
+    def of(cls, feat_Bd: Tensor, least: int = 32) -> Batch:
+        """`least`: columns at least."""
         texts, d = feat_Bd.shape
-        tile = min(128, max(32, triton.next_power_of_2(texts)))
+        tile = min(128, max(least, triton.next_power_of_2(texts)))
         columns = max(1, triton.cdiv(texts, tile)) * tile
         dtype = torch.float32 if feat_Bd.dtype == torch.float32 else torch.bfloat16
         rows = feat_Bd.new_zeros(columns, d, dtype=dtype)
@@ -104,15 +112,65 @@ def head_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.head_step`. `tile_labels` does not apply: the kernels' tiles are their own."""
     finite = torch.isfinite(feat_Bd).all()
-    batch = Batch.of(feat_Bd)
     step = Step.of(loss_fn, text_weight, finite, update)
-    # A gathered tile of more features does not fit on the chip.
-    fits = head.weight_LF.shape[1] <= (256 if batch.bf16 else 128)
-    shared = head.index_RF is not None and head.group_size >= SHARED and fits
-    way = _group_step if shared and not torch.are_deterministic_algorithms_enabled() else _dense_step
     with _current(feat_Bd.device):
-        loss, grad = way(head, batch, label_P, row_P, step)
-    return loss[grad_start : batch.texts], grad[grad_start : batch.texts], finite
+        way = _choose(head, feat_Bd, label_P, row_P, step)
+        loss, grad = way.run(head, Batch.of(feat_Bd, way.texts), label_P, row_P, step)
+    texts = feat_Bd.shape[0]
+    return loss[grad_start:texts], grad[grad_start:texts], finite
+
+
+class Way(NamedTuple):
+    """A way through the step."""
+
+    run: Callable[[HeadTensors, Batch, Tensor, Tensor, Step], tuple[Tensor, Tensor]]
+    texts: int = 32  # texts a tile, at least
+
+
+def _ways(head: HeadTensors, feat_Bd: Tensor) -> dict[str, Way]:
+    """The ways that take a head, by name: the one that is likely to be the fastest first."""
+    dense = {"dense": Way(_dense_step)}
+    # A gathered tile of more features does not fit on the chip.
+    fits = head.index_RF is not None and head.weight_LF.shape[1] <= (128 if feat_Bd.dtype == torch.float32 else 256)
+    if torch.are_deterministic_algorithms_enabled() or not fits or head.group_size < _SHARED // 2:
+        return dense
+    group = {"group": Way(_group_step)}
+    if group_pass.takes(head, feat_Bd):
+        group = {
+            f"group pass {' '.join(map(str, blocks))}": Way(functools.partial(_group_pass, blocks=blocks), group_pass.TEXTS)
+            for blocks in group_pass.BLOCKS[group_pass.tile_labels(head.group_size)]
+        }
+    return group | dense if head.group_size >= _SHARED else dense | group
+
+
+def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, step: Step) -> Way:
+    """The fastest way, found by trying them on a part of a large head; the likely one for a small head."""
+    ways = _ways(head, feat_Bd)
+    labels = head.weight_LF.shape[0]
+    if len(ways) == 1 or labels < _TUNED_LABELS or not feat_Bd.is_cuda:
+        return next(iter(ways.values()))
+    texts = triton.cdiv(feat_Bd.shape[0], 128) * 128
+    question = (
+        f"texts {texts}, features {feat_Bd.shape[1]} {feat_Bd.dtype}, fan-in {head.weight_LF.shape[1]}, group {head.group_size}, "
+        f"{head.weight_LF.dtype}, rule {step.rule['RULE']}, update {step.update}"
+    )
+
+    def trial(name: str) -> Callable[[], object]:
+        way, part = ways[name], _first_labels(head, _TUNED_LABELS // head.group_size * head.group_size, feat_Bd.shape[1])
+        return lambda: way.run(part, Batch.of(feat_Bd, way.texts), label_P, row_P, step)
+
+    return ways[fastest(question, list(ways), trial, feat_Bd.device)]
+
+
+def _first_labels(head: HeadTensors, labels: int, d: int) -> HeadTensors:
+    """A copy of the first labels of a head that reads d features, whole groups of them."""
+    part = HeadTensors(
+        head.weight_LF[:labels].clone(), head.index_RF[: labels // head.group_size],
+        None if head.bias_L is None else head.bias_L[:labels].clone(), head.group_size, head.label_start,
+        [state[:labels].clone() for state in head.weight_state], [state[:labels].clone() for state in head.bias_state],
+    )  # fmt: skip
+    part.feature_bits = functools.cache(lambda: feature_bits(part.index_RF, d))
+    return part
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -128,6 +186,25 @@ def _states(state: list[Tensor], missing: Tensor) -> list[Tensor]:
 def _chunk_labels(labels: int, workspace: float, bytes_a_label: int, unit: int) -> int:
     """How many labels to take at a time, a multiple of `unit`."""
     return min(max(1, int(workspace) // bytes_a_label // unit), triton.cdiv(labels, unit)) * unit
+
+
+def _group_pass(
+    head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step, *, blocks: group_pass.Blocks
+) -> tuple[Tensor, Tensor]:
+    """(loss float32 [columns], feature gradient float32 [columns, d])."""
+    group, rows, device = head.group_size, head.index_RF.shape[0], batch.rows.device
+    loss = torch.zeros(batch.columns, device=device)
+    dx = torch.zeros_like(batch.transposed, dtype=torch.float32)
+    tile = group_pass.tile_labels(group)
+    chunk = _chunk_labels(rows * group, _WORKSPACE, batch.columns // 8, group) // group
+    pairs = PairBits(chunk * group, batch.columns, group, tile, device)
+    for first in range(0, rows, chunk):
+        pairs.mark(label_P, row_P, first * group)
+        group_pass.launch(
+            head, first, min(first + chunk, rows), blocks, x_dB=batch.transposed, texts=batch.texts, dx_dB=dx, loss_B=loss,
+            positive=pairs.bits, any_positive=pairs.any, **step._asdict(),
+        )  # fmt: skip
+    return loss, dx.T * step.text_weight
 
 
 def _group_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
@@ -188,6 +265,9 @@ class _DenseChunks:
                     head.weight_LF, head.feature_bits(), rows, first, last, first + self.size, self.d,
                     triton.cdiv(self.d, 32), F=fan_in, G=head.group_size, T=32,
                 )  # fmt: skip
+            elif head.weight_LF.dtype == self.dtype and last - first == self.size:
+                yield first, last, head.weight_LF[first:last]
+                continue
             else:
                 rows[: last - first] = head.weight_LF[first:last]
                 rows[last - first :] = 0
@@ -225,10 +305,10 @@ def _dense_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
         )  # fmt: skip
         dx += _product(slope.T, rows)
         if step.update:
-            # The gradient takes the place of the rows.
-            torch.mm(slope, batch.rows, out=rows)
+            # The gradient takes the place of rows that were spread out.
+            grad = torch.mm(slope, batch.rows, out=chunks.workspace)
             dense_step.gather_kernel[(triton.cdiv(last - first, rows_tile),)](
-                head.weight_LF, *_states(head.weight_state, head.weight_LF), head.index_RF if sparse else rows, rows,
+                head.weight_LF, *_states(head.weight_state, head.weight_LF), head.index_RF if sparse else grad, grad,
                 step.finite, first_label=first, last_label=last, label_start=head.label_start, d=d,
                 text_weight=step.text_weight, F=fan_in, G=head.group_size, T=rows_tile, F_TILE=f_tile, SPARSE=sparse,
                 **step.rule, **step.decay,

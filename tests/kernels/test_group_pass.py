@@ -1,0 +1,172 @@
+"""The CUDA kernel for groups: against float64, the eager bfloat16 twin, the reference backend and itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.head_helpers import OneOf, oracle_loss, ragged_batch, target_matrix
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
+
+pytest.importorskip("triton", reason="the Triton backend needs triton")
+pytestmark = pytest.mark.gpu
+
+OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}
+# (features, fan_in, group_size): of one tile and several, short tiles and groups.
+GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300)]
+LABELS = 1009
+
+
+def make_head(features, fan_in, group_size, optimizer="sgd", **options):
+    options = {"lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton", "product_dtype": torch.bfloat16} | options
+    return FixedFanInHead(
+        features, LABELS, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device="cuda", **options
+    )
+
+
+@pytest.fixture(autouse=True)
+def the_kernel_runs(monkeypatch):
+    """Fails a test in which it was not launched."""
+    from xmc_trainer.kernels import group_pass
+
+    if not group_pass.can_compile(torch.device("cuda")):
+        pytest.skip("the CUDA kernel needs nvcc and ninja")
+    launched, launch = [], group_pass.launch
+    monkeypatch.setattr(group_pass, "launch", lambda *a, **k: launched.append(1) or launch(*a, **k))
+    yield
+    assert launched
+
+
+def batch(features, texts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    feat = torch.randn(texts, features, generator=generator).bfloat16().float()
+    ids, counts = ragged_batch(texts, LABELS, generator)
+    return feat.cuda(), ids.cuda(), counts.cuda()
+
+
+def dense_of(head):
+    """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each number."""
+    row = torch.arange(LABELS, device="cuda") // head.group_size
+    index = head.index.long()[row]
+    dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device="cuda")
+    return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
+
+
+def error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
+@pytest.mark.parametrize("scale, texts", [(0.1, 37), (1.0, 150), (60.0, 128)])
+@pytest.mark.parametrize("features, fan_in, group_size", GROUPS)
+def test_errs_no_more_than_eager_bfloat16(features, fan_in, group_size, scale, texts, loss):
+    # Scale 60 saturates most logits, on both sides.
+    head = make_head(features, fan_in, group_size, lr=1.0, weight_decay=0.0, loss=loss)
+    head.weight.copy_((head.weight * scale).bfloat16())
+    before, mask = dense_of(head)
+    feat, ids, counts = batch(features, texts)
+    feat.requires_grad_()
+    out = head(feat, ids, counts)
+    out.backward()
+    x, y = feat.detach().double(), target_matrix(ids.cpu(), counts.cpu(), LABELS).double().cuda()
+    z = (x @ before.T).requires_grad_()  # the bias was zero
+    exact = oracle_loss(z, y, loss).sum()
+    exact.backward()
+    twin_z = (x.bfloat16() @ before.bfloat16().T).requires_grad_()
+    oracle_loss(twin_z, y.bfloat16(), loss).sum().backward()
+    twin_dx, twin_dw = twin_z.grad @ before.bfloat16(), (twin_z.grad.T @ x.bfloat16()).double() * mask
+    assert out.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert error(feat.grad, z.grad @ before) <= 1.05 * error(twin_dx, z.grad @ before)
+    dw = (z.grad.T @ x) * mask
+    assert error(before - dense_of(head)[0], dw) <= 1.05 * error(twin_dw, dw)
+    torch.testing.assert_close(-head.bias.double(), z.grad.sum(0), rtol=1e-2, atol=1e-2 * z.grad.sum(0).abs().max().item())
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3], GROUPS[5]])
+def test_updates_are_the_reference_s(features, fan_in, group_size, optimizer, weight_dtype):
+    options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean"}
+    heads = [make_head(features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    start = {name: tensor.float().clone() for name, tensor in heads[0].named_buffers()}
+    for step in range(3):
+        for head in heads:
+            head(*batch(features, 200, seed=step))
+    for name, expected in heads[1].named_buffers():
+        got = dict(heads[0].named_buffers())[name]
+        if expected.is_floating_point():
+            # Slopes are rounded to bfloat16 here, and so may be what they are added to.
+            assert error(got.float() - start[name], (expected.float() - start[name]).double()) < 2e-2, name
+        else:
+            assert torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])
+def test_stochastic_rounding_is_the_reference_s(features, fan_in, group_size, optimizer):
+    # With weights of zero the hinge's slopes are +-2: nothing but the order of sums differs between the backends.
+    options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}
+    heads = [make_head(features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    for head in heads:
+        head.weight.zero_()
+        head(*batch(features, 200))
+    for name, expected in heads[1].named_buffers():
+        if expected.dtype == torch.bfloat16:
+            assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])
+def test_micro_batches_and_shards_equal_one_batch(features, fan_in, group_size):
+    texts = 300  # three tiles of texts
+    whole, parts = (make_head(features, fan_in, group_size, "adamw", text_reduction="mean") for _ in range(2))
+    shards = [make_head(features, fan_in, group_size, "adamw", text_reduction="mean", ranks=OneOf(r, 3)) for r in range(3)]
+    for step in range(2):
+        feat, ids, counts = batch(features, texts, seed=step)
+        a, b = feat.clone().requires_grad_(), feat.clone().requires_grad_()
+        loss = whole(a, ids, counts)
+        loss.backward()
+        assert sum(shard(feat, ids, counts).item() for shard in shards) == pytest.approx(loss.item(), rel=1e-5)
+        cuts, ends, parts_loss = [0, 140, 140, texts], counts.cumsum(0).tolist(), 0.0
+        for number, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+            first, last = ends[start - 1] if start else 0, ends[stop - 1]
+            part = parts(b[start:stop], ids[first:last], counts[start:stop], end_of_step=number == 2, texts_in_step=texts)
+            part.backward()
+            parts_loss += part.item()
+        assert parts_loss == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
+        joined = torch.cat([getattr(shard, name) for shard in shards])
+        torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[0], GROUPS[3]])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_feature_never_reaches_a_weight(bad, features, fan_in, group_size):
+    head = make_head(features, fan_in, group_size, "adamw", weight_dtype=torch.bfloat16)
+    good, (feat, ids, counts) = batch(features, 37), batch(features, 37, seed=1)
+    head(*good)
+    before = {name: tensor.clone() for name, tensor in head.named_buffers()}
+    feat[3, 5] = bad
+    feat.requires_grad_()
+    head(feat, ids, counts).backward()
+    assert not torch.isfinite(feat.grad).all() and head.skipped.item() == 1
+    for name, tensor in head.named_buffers():
+        assert name == "skipped" or torch.equal(tensor, before[name]), name
+    head(*good)
+    assert torch.isfinite(head.weight.float()).all() and not torch.equal(head.weight, before["weight"])
+
+
+@pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[0], GROUPS[3]])
+def test_no_texts_no_positives_and_rewired_rows(features, fan_in, group_size):
+    head = make_head(features, fan_in, group_size)
+    none = torch.empty(0, dtype=torch.int64, device="cuda")
+    assert head(torch.empty(0, features, device="cuda"), none, none).item() == 0
+    feat = torch.randn(2, features, device="cuda").bfloat16().float()
+    for _ in range(2):
+        expected = oracle_loss(feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS).cuda(), "bce")
+        with torch.no_grad():
+            head.eval()
+            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device="cuda")).item() == pytest.approx(expected.sum().item(), rel=1e-3)
+            head.train()
+        head.rewire(RewireRule("fraction", 0.3, "random"))

@@ -1,0 +1,324 @@
+// What group_pass.cu is made of: matrix products in shared memory, losses, update rules and stochastic rounding.
+//
+// Products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Layout of a matrix in shared memory: rows of
+// 16-byte chunks, chunk c of row r at c ^ (r & 7), so that the eight rows that ldmatrix reads at once lie in different banks.
+// Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows lane / 4 and lane / 4 + 8, columns
+// lane % 4 * 2 and the next.
+//
+// Compiled for one configuration by -D: WEIGHT (float or bfloat16), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the
+// file's own. The same arithmetic in Triton: tile_math.py.
+
+#pragma once
+
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+using bfloat16 = __nv_bfloat16;
+
+struct Arguments {
+    void *weight, *state0, *state1;                  // [L, F]
+    const void* index;                               // [R, F], rows ascending
+    float *bias, *bias_state0, *bias_state1;         // [L], or null
+    const bfloat16* x;                               // [d, columns]
+    float* dx;                                       // [d, columns], without text_weight
+    const uint32_t* positive;                        // [labels of rows first_row.., columns / 32]: one bit a (label, text)
+    const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one
+    float* loss;                                     // [blocks, columns]
+    const int32_t* finite;                           // scalar
+    int64_t labels;
+    int32_t first_row, last_row, label_start, texts, columns, fan_in, group, update;
+    float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
+    uint32_t key[6];                                 // two for the rounding of weight, state0, state1
+};
+
+namespace {
+
+constexpr int TEXTS = 128, THREADS = 32 * WARPS;  // texts a tile
+constexpr int MOMENTUM = 1, ADAMW = 2, BCE = 0;   // values of RULE and LOSS, as in tile_math.py
+constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2;
+constexpr int X_PITCH = TEXTS / 8;                // chunks a row
+
+template <int PITCH>
+__device__ __forceinline__ int place(int row, int chunk) {  // in elements
+    return (row * PITCH + (chunk ^ (row & 7))) * 8;
+}
+
+__device__ __forceinline__ uint32_t address(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool ok) {  // 16 bytes; zeros unless ok
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(ok ? 16 : 0));
+}
+
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+__device__ __forceinline__ void load4(uint32_t (&r)[4], const bfloat16* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)) : "memory");
+}
+
+__device__ __forceinline__ void load4_transposed(uint32_t (&r)[4], const bfloat16* from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)) : "memory");
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// c[m][n] += A B over K. A is stored [m, k] (A_T: [k, m]), B is stored [n, k] (B_T: [k, n]); pitches in chunks.
+template <int K, int A_PITCH, bool A_T, int B_PITCH, bool B_T, int MM, int NN>
+__device__ __forceinline__ void product(float (&c)[MM][NN][4], const bfloat16* a, int m0, const bfloat16* b, int n0) {
+    const int lane = threadIdx.x & 31, low = lane & 15, high = lane >> 4;
+    const int split = (lane & 7) + (high << 3), second = (lane >> 3) & 1;
+#pragma unroll
+    for (int k = 0; k < K; k += 16) {
+        uint32_t fa[MM][4], fb[4];
+#pragma unroll
+        for (int m = 0; m < MM; ++m) {
+            if (A_T) load4_transposed(fa[m], a + place<A_PITCH>(k + split, (m0 + 16 * m) / 8 + second));
+            else load4(fa[m], a + place<A_PITCH>(m0 + 16 * m + low, k / 8 + high));
+        }
+#pragma unroll
+        for (int n = 0; n < NN; n += 2) {
+            if (B_T) load4_transposed(fb, b + place<B_PITCH>(k + low, n0 / 8 + n + high));
+            else load4(fb, b + place<B_PITCH>(n0 + 8 * n + split, k / 8 + second));
+#pragma unroll
+            for (int m = 0; m < MM; ++m) {
+                multiply(c[m][n], fa[m], fb[0], fb[1]);
+                multiply(c[m][n + 1], fa[m], fb[2], fb[3]);
+            }
+        }
+    }
+}
+
+template <int MM, int NN>
+__device__ __forceinline__ void clear(float (&c)[MM][NN][4]) {
+#pragma unroll
+    for (int m = 0; m < MM; ++m)
+#pragma unroll
+        for (int n = 0; n < NN; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Calls `take` for each of COUNT chunks, THREADS at a time.
+template <int COUNT, typename Take>
+__device__ __forceinline__ void share(Take take) {
+#pragma unroll
+    for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
+        const int chunk = i * THREADS + threadIdx.x;
+        if (COUNT % THREADS == 0 || chunk < COUNT) take(chunk);
+    }
+}
+
+// The words that say which of a thread's logits are positives': bit 8 n + j of word [2 m + half].
+template <int M>
+__device__ __forceinline__ void load_positives(
+    uint32_t (&word)[2 * M], const Arguments& a, int local, int count, int m0, int text) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int m = 0; m < 2 * M; ++m) {
+        const int g = m0 + 8 * m + lane / 4;
+        word[m] = g < count ? a.positive[static_cast<int64_t>(local + g) * (a.columns / 32) + text / 32] >> (text % 32 + lane % 4 * 2) : 0;
+    }
+}
+
+__device__ __forceinline__ float log1p_fast(float x) {
+    return x < 0.01f ? x * (1.0f - x * (0.5f - x * (0.33333334f - 0.25f * x))) : __logf(1.0f + x);
+}
+
+template <int M>
+__device__ __forceinline__ void keep_slopes(bfloat16* s, const float (&slope)[2 * M][2], int m0, int n0, int n) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int m = 0; m < 2 * M; ++m) {
+        bfloat16* to = s + place<X_PITCH>(m0 + 8 * m + lane / 4, n0 / 8 + n) + lane % 4 * 2;
+        *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(slope[m][0], slope[m][1]);
+    }
+}
+
+// Logits c -> slopes, into s, losses of a thread's texts and bias gradients of its labels, where no text has a positive.
+// The losses of a text's labels share one logarithm: 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z.
+// False for the whole warp if that overflowed; then nothing may be taken from here.
+template <int M, int N>
+__device__ __forceinline__ bool slopes_of_negatives(
+    const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], bfloat16* s, int m0, int n0) {
+    bool fine = true;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float slope[2 * M][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float p = 0.0f;
+#pragma unroll
+            for (int m = 0; m < 2 * M; ++m) {
+                const float z = c[m / 2][n][m % 2 * 2 + j];
+                if (LOSS == BCE) {
+                    const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
+                    slope[m][j] = e * reciprocal(1.0f + e);
+                    p = fmaf(p, e, p + e);
+                } else {
+                    const float margin = fmaxf(1.0f + z, 0.0f);
+                    slope[m][j] = 2.0f * margin;
+                    p = fmaf(margin, margin, p);
+                }
+                row_sum[m] += slope[m][j];
+            }
+            fine = fine && (LOSS != BCE || p < 1e30f);
+            loss[2 * n + j] = LOSS == BCE ? log1p_fast(p) : p;
+        }
+        keep_slopes<M>(s, slope, m0, n0, n);
+    }
+    return __all_sync(~0u, fine);
+}
+
+// The same for any logits: of positives too, of columns that are no texts, and however large.
+template <int M, int N>
+__device__ __forceinline__ void slopes_of_any(
+    const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], bfloat16* s, const Arguments& a,
+    const uint32_t (&positive)[2 * M], int m0, int n0, int text0) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int m = 0; m < 2 * M; ++m) row_sum[m] = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        float slope[2 * M][2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float sum = 0.0f;
+            const bool is_text = text0 + n0 + 8 * n + lane % 4 * 2 + j < a.texts;
+#pragma unroll
+            for (int m = 0; m < 2 * M; ++m) {
+                // By symmetry a positive's loss and slope are those of a negative with logit -z, the slope negated.
+                const uint32_t sign = (positive[m] >> (8 * n + j)) << 31;
+                const float z = __uint_as_float(__float_as_uint(c[m / 2][n][m % 2 * 2 + j]) ^ sign);
+                float y;
+                if (LOSS == BCE) {
+                    const float e = exp2_fast(-1.4426950408889634f * fabsf(z)), inverse = reciprocal(1.0f + e);
+                    y = z >= 0.0f ? inverse : e * inverse;
+                    sum += fmaxf(z, 0.0f) + log1p_fast(e);
+                } else {
+                    const float margin = fmaxf(1.0f + z, 0.0f);
+                    y = 2.0f * margin;
+                    sum = fmaf(margin, margin, sum);
+                }
+                slope[m][j] = is_text ? __uint_as_float(__float_as_uint(y) ^ sign) : 0.0f;
+                row_sum[m] += slope[m][j];
+            }
+            loss[2 * n + j] = sum;
+        }
+        keep_slopes<M>(s, slope, m0, n0, n);
+    }
+}
+
+// Both of them: z, with bias -> s [labels, TEXTS] in shared memory, loss of each of a thread's texts, sums of s over its texts.
+// m0, n0: the warp's first label and text in the tile.
+template <int M, int N>
+__device__ __forceinline__ void slopes(
+    const float (&z)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], bfloat16* s, const Arguments& a, bool any_positive,
+    int local, int count, int m0, int n0, int text0) {
+    static_assert(8 * N <= 32, "a warp's texts are bits of one word");
+#pragma unroll
+    for (int m = 0; m < 2 * M; ++m) row_sum[m] = 0.0f;
+    if (any_positive || text0 + TEXTS > a.texts || !slopes_of_negatives(z, loss, row_sum, s, m0, n0)) {
+        uint32_t positive[2 * M] = {};
+        if (any_positive) load_positives<M>(positive, a, local, count, m0, text0 + n0);
+        slopes_of_any(z, loss, row_sum, s, a, positive, m0, n0, text0);
+    }
+#pragma unroll
+    for (int m = 0; m < 2 * M; ++m) {
+        row_sum[m] += __shfl_xor_sync(~0u, row_sum[m], 1);
+        row_sum[m] += __shfl_xor_sync(~0u, row_sum[m], 2);
+    }
+}
+
+// The sum over the eight lanes that share a text, in each of them.
+__device__ __forceinline__ float over_labels(float sum) {
+#pragma unroll
+    for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    return sum;
+}
+
+__device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see counter_rng.py
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    return x ^ (x >> 16);
+}
+
+__device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32_t key, uint32_t column) {
+    const uint32_t x = (hashed + column * 0x9E3779B1u) ^ key;
+    return __float_as_uint(value) + (((x ^ (x >> 16)) * 0x7FEB352Du) >> 16);
+}
+
+__device__ __forceinline__ float square_root(float x) {
+    float y;
+    asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+struct Values { float weight, state0, state1; };
+
+__device__ __forceinline__ Values updated(Values v, float grad, const Arguments& a, float weight_decay) {
+    if (RULE == ADAMW) {
+        v.state0 = a.beta0 * v.state0 + (1.0f - a.beta0) * grad;
+        v.state1 = a.beta1 * v.state1 + (1.0f - a.beta1) * grad * grad;
+        const float deviation = square_root(v.state1 * a.correct1) + a.eps;
+        v.weight = v.weight * (1.0f - a.lr * weight_decay) - a.lr * a.correct0 * __fdividef(v.state0, deviation);
+    } else {
+        grad += weight_decay * v.weight;
+        if (RULE == MOMENTUM) grad = v.state0 = a.beta0 * v.state0 + grad;
+        v.weight -= a.lr * grad;
+    }
+    return v;
+}
+
+// Two neighbouring elements as they are stored.
+template <typename T> struct PairOf { using type = float2; };
+template <> struct PairOf<bfloat16> { using type = uint32_t; };
+using Pair = PairOf<WEIGHT>::type;
+
+__device__ __forceinline__ float2 widened(float2 pair) { return pair; }
+__device__ __forceinline__ float2 widened(uint32_t pair) {
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
+// Rounded by the draws of their row and columns, if they are stored in bfloat16.
+__device__ __forceinline__ void narrow(float2& to, float2 v, uint32_t, uint32_t, uint32_t) { to = v; }
+__device__ __forceinline__ void narrow(uint32_t& to, float2 v, uint32_t hashed, uint32_t key, uint32_t column) {
+    to = __byte_perm(rounded(v.x, hashed, key, column), rounded(v.y, hashed, key, column + 1), 0x7632);
+}
+
+// The update of a label's bias, whose gradient is the sum of PARTS numbers, `stride` apart.
+template <int PARTS>
+__device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, float bias, const float* part, int stride) {
+    if (a.bias == nullptr) return;
+    float grad = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) grad += part[i * stride];
+    Values v{bias, 0.0f, 0.0f};
+    if (RULE >= MOMENTUM) v.state0 = a.bias_state0[label];
+    if (RULE == ADAMW) v.state1 = a.bias_state1[label];
+    v = updated(v, grad * a.text_weight, a, 0.0f);
+    a.bias[label] = v.weight;
+    if (RULE >= MOMENTUM) a.bias_state0[label] = v.state0;
+    if (RULE == ADAMW) a.bias_state1[label] = v.state1;
+}
+
+}  // namespace
