@@ -301,17 +301,48 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]
 
 
-def import_npy(path: Path, labels: int) -> LabelClusters:
-    """The seed's `label_group*.npy`: an object array with one list of label numbers a cluster. It is a pickle: whoever
-    made the file can run code here, so this happens on request only."""
+def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClusters, str]:
+    """Spartex's or LightXML's `label_group*.npy`: an array with one list a cluster, of label names or of whole numbers.
+
+    It is a pickle: whoever made the file can run code here, so this happens on request only.
+
+    Args:
+        ids: names of the data's labels, in their order.
+        order: what whole numbers count: "ours", labels in the order of `ids`, or "sorted", in that of the names sorted as
+            text. None where it makes no difference.
+    Returns: the clusters, and what was read: "names", "ours" or "sorted".
+    Raises UserError if the file is something else, or its numbers may mean either.
+    """
     try:
-        groups = [np.asarray(group, dtype=np.int64).ravel() for group in np.load(path, allow_pickle=True)]
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array of clusters ({error})") from None
-    order = np.concatenate(groups) if groups else np.zeros(0, np.int64)
-    if len(order) != labels or not np.array_equal(np.sort(order), np.arange(labels)):
-        raise UserError(f"{path}: its clusters do not hold each of the data set's {labels} labels exactly once")
-    return LabelClusters(order.astype(np.int32), np.cumsum([0, *map(len, groups)]).astype(np.int64))
+        groups = np.load(path, allow_pickle=True)
+    except OSError as error:
+        raise UserError(f"--import-npy {path}: {error.strerror or error}") from None
+    except Exception as error:  # a pickle can raise anything
+        raise UserError(f"--import-npy {path}: not a .npy file ({str(error).splitlines()[0]}); name Spartex's file") from None
+    nested = isinstance(groups, np.ndarray) and (groups.ndim > 1 or groups.ndim == 1 and groups.dtype == object)
+    members = [np.asarray(group, dtype=object).ravel().tolist() for group in groups] if nested else [[None]]
+    entries = [entry for group in members for entry in group]
+    if all(isinstance(entry, str) for entry in entries):
+        number, read_as = {name: number for number, name in enumerate(ids)}, "names"
+    elif all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in entries):
+        by_text = sorted(range(len(ids)), key=ids.__getitem__)
+        if order is None and by_text != list(range(len(ids))):
+            raise UserError(
+                f"--import-npy {path}: holds whole numbers, and the data's labels are not in the order of their names: add "
+                "--npy-order sorted if they count the names sorted as text, as in files of Spartex and LightXML for raw text "
+                "data, or --npy-order ours for the order of the data (numeric names by value, the lines of lbl.json)"
+            )
+        read_as = order or "ours"
+        number = dict(enumerate(by_text if read_as == "sorted" else range(len(ids))))
+    else:
+        raise UserError(f"--import-npy {path}: its clusters must be lists of label names or of whole numbers")
+    for entry in entries:
+        if entry not in number:
+            raise UserError(f"--import-npy {path}: {entry!r} is none of the data set's {len(ids)} labels; set dataset and dataset_path")
+    found = np.array([number[entry] for entry in entries], dtype=np.int32)
+    if len(found) != len(ids) or len(np.unique(found)) != len(ids):
+        raise UserError(f"--import-npy {path}: its clusters do not hold each of the data set's {len(ids)} labels exactly once; set dataset and dataset_path")
+    return LabelClusters(found, np.cumsum([0, *(len(group) for group in members if group)])), read_as
 
 
 def main() -> None:
@@ -323,19 +354,26 @@ def main() -> None:
     parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
     parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
     parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")
+    parser.add_argument(
+        "--npy-order", choices=("sorted", "ours"), help="of --import-npy: what whole numbers in that file count: the labels' names "
+        "sorted as text, as Spartex and LightXML do for raw text data, or the labels in the order of the data",
+    )  # fmt: skip
     options = parser.parse_intermixed_args()
     config = load_config(options.settings)
-    output = options.output or config.cluster_file
+    output, report = options.output or config.cluster_file, {}
     if options.import_npy:
         from xmc_trainer.encoder import load_tokenizer
         from xmc_trainer.evaluation import corpus_of
 
         corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
-        found, ids = import_npy(options.import_npy, corpus.num_labels), corpus.labels["id"]
+        ids = corpus.labels["id"]
+        found, read_as = import_npy(options.import_npy, ids, options.npy_order or ("ours" if config.data.is_lf_data else None))
+        report["read_as"] = read_as
     else:
         found, ids = compute(config, options.clusters, options.features)
     found.save(output, ids)
     sizes = np.diff(found.offsets)
-    print(json.dumps({"labels": len(found.order), "clusters": len(sizes), "smallest": int(sizes.min()), "largest": int(sizes.max())}))
+    report |= {"labels": len(found.order), "clusters": len(sizes), "smallest": int(sizes.min()), "largest": int(sizes.max())}
+    print(json.dumps(report))
     print(f"written to {output}")
 
