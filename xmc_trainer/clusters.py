@@ -29,9 +29,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
+from xmc_trainer.data import Corpus, sample_rows
+from xmc_trainer.encoder import TextEncoder, load_tokenizer
 from xmc_trainer.errors import UserError
+from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
 from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
 
@@ -224,24 +228,15 @@ def _bisect(
 # Label vectors.
 
 
-def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, folder: Path) -> np.ndarray:
+def label_vectors(
+    config: Config, encoder: TextEncoder, corpus: Corpus, tokenizer: Any, features: str, folder: Path, device: torch.device
+) -> np.ndarray:
     """float16 [L, d], a memory-mapped file in `folder`: means over each label's training texts, or of its own text.
 
-    Args: corpus: of `corpus_of`. features: "texts" or "labels".
+    Args: encoder: on `device`; its penultimate layer, if any, says nothing before it is trained, and is left out.
+        features: "texts" or "labels".
     """
-    from xmc_trainer.encoder import TextEncoder, load_backbone
-
-    device = _device(config)
-    backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=device.type == "cpu")
-    chosen = config.model.encoder
-    encoder = TextEncoder(backbone, pool_mode=chosen.pool_mode, feature_layers=chosen.feature_layers).to(device).eval()
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.training.amp.enabled)
-
-    def encode(ids: Tensor, mask: Tensor) -> Tensor:
-        with autocast:
-            return encoder(ids.to(device), mask.to(device)).float()
-
-    width = encoder.out_features
+    encode, width = in_precision_of(config, encoder.eval().pool, device), encoder.pooled_features
     batch_size = config.data.test_batch_size
     if features == "labels":
         texts = corpus.labels["text"]
@@ -252,6 +247,7 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
             with torch.no_grad():
                 out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"]).cpu().numpy()
         return out
+    rows = sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
     encoded = encode_training_texts(
         encode,
         corpus,
@@ -261,9 +257,10 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
         pad_token_id=tokenizer.pad_token_id,
         workers=config.data.num_workers,
         device=device,
+        rows=rows,
         progress=True,
     )
-    of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels)
+    of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows)
     out = np.memmap(folder / "labels", np.float16, "w+", shape=(corpus.num_labels, width))
     for at in range(0, corpus.num_labels, ROWS_AT_ONCE):
         stop = min(at + ROWS_AT_ONCE, corpus.num_labels)
@@ -272,17 +269,11 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
     return out
 
 
-def _device(config: Config) -> torch.device:
-    gpu = torch.cuda.is_available() and config.environment.device != "cpu"
-    return torch.device("cuda", config.environment.cuda_device_id) if gpu else torch.device("cpu")
-
-
 def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelClusters, list[str]]:
     """The clusters of a configuration's data set and encoder, and the label ids."""
-    from xmc_trainer.encoder import load_tokenizer
-    from xmc_trainer.evaluation import corpus_of
-
+    device = accelerator_of(config).device
     tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
+    encoder = encoder_of(config, device).to(device)
     corpus = corpus_of(config, tokenizer)
     labels = corpus.num_labels
     count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size
@@ -290,9 +281,9 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
         raise UserError(f"--clusters {count}: must be between 2 and the {labels} labels")
     if features == "labels" and not any(corpus.labels["text"]):
         raise UserError("--features labels: these labels have no texts; set data.label_text_file, or take --features texts")
-    device, align = _device(config), config.model.ffi.group_size
+    align = config.model.ffi.group_size
     with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
-        vectors = label_vectors(config, corpus, tokenizer, features, Path(folder))
+        vectors = label_vectors(config, encoder, corpus, tokenizer, features, Path(folder), device)
 
         def rows_of(numbers: np.ndarray) -> Tensor:
             return torch.from_numpy(np.asarray(vectors[numbers])).to(device).float()
@@ -362,9 +353,6 @@ def main() -> None:
     config = load_config(options.settings)
     output, report = options.output or config.cluster_file, {}
     if options.import_npy:
-        from xmc_trainer.encoder import load_tokenizer
-        from xmc_trainer.evaluation import corpus_of
-
         corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
         ids = corpus.labels["id"]
         found, read_as = import_npy(options.import_npy, ids, options.npy_order or ("ours" if config.data.is_lf_data else None))

@@ -42,24 +42,26 @@ class TextEncoder(nn.Module):
         self.pool_mode, self.feature_layers = pool_mode, feature_layers
         self.penultimate_activation = penultimate_activation
         self.dropout = nn.Dropout(embed_dropout)
-        width = backbone.config.hidden_size * feature_layers
+        self.pooled_features: int = backbone.config.hidden_size * feature_layers
         self.penultimate = None
         if penultimate_size is not None:
             activation = _ACTIVATIONS[penultimate_activation]()
-            self.penultimate = nn.Sequential(nn.Linear(width, penultimate_size), activation)
-        self.out_features: int = penultimate_size or width
+            self.penultimate = nn.Sequential(nn.Linear(self.pooled_features, penultimate_size), activation)
+        self.out_features: int = penultimate_size or self.pooled_features
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """int64 [b, T] token ids and 0/1 mask -> features [b, out_features] in the backbone's dtype."""
+        pooled = self.dropout(self.pool(input_ids, attention_mask))
+        return pooled if self.penultimate is None else self.penultimate(pooled)
+
+    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same before dropout and penultimate layer: [b, pooled_features]."""
         if self.pool_mode == "last_hidden_avg":
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             mask = attention_mask[:, :, None].to(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-        else:
-            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-            pooled = torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
-        pooled = self.dropout(pooled)
-        return pooled if self.penultimate is None else self.penultimate(pooled)
+            return (hidden * mask).sum(1) / mask.sum(1)
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
 
     def parameter_groups(self, encoder_lr: float, penultimate_lr: float, weight_decay: float) -> list[dict]:
         """Optimizer groups: weight decay on matrices, none on biases and norms; the penultimate layer's own rate."""

@@ -21,12 +21,7 @@ from xmc_trainer.model import XMCModel
 from xmc_trainer.trainer import Trainer
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    # accelerate keeps its state for the life of a process, which trains one model; this one trains many.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def train(settings, *more, hooks=None):

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from xmc_trainer import engine
 
@@ -30,7 +29,5 @@ def test_the_loss_scale_starts_at_4096_with_and_without_deepspeed(precision, fir
 
 
 @pytest.mark.gpu
-def test_the_scaler_on_a_gpu_starts_there():
-    AcceleratorState._reset_state(reset_partial_state=True)
+def test_the_scaler_on_a_gpu_starts_there(fresh_accelerator):
     assert engine.build_accelerator(mixed_precision="fp16", **ARGUMENTS).scaler.get_scale() == 4096.0
-    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,97 @@
+"""The command xmc-trainer clusters: the training's settings, and what it refuses before it computes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertModel
+
+from xmc_trainer import clusters
+from xmc_trainer.builders import in_precision_of
+from xmc_trainer.config import load_config
+from xmc_trainer.data import sample_rows
+from xmc_trainer.errors import UserError
+
+LABELS = 41
+
+
+@pytest.fixture
+def command(toy_settings, monkeypatch, tmp_path, fresh_accelerator):
+    """Calls the command with the toy data's settings and more words; returns the file's path."""
+
+    def call(*more):
+        path = tmp_path / "made.safetensors"
+        monkeypatch.setattr(sys, "argv", ["clusters", *toy_settings, *([] if "--output" in more else ["--output", str(path)]), *more])
+        clusters.main()
+        return path
+
+    return call
+
+
+def by_hand(model, text):
+    ids = [2, *(4 + int(word.removeprefix("w")) for word in text.split()), 3]
+    with torch.no_grad():
+        return model(torch.tensor([ids])).last_hidden_state[0].mean(0)
+
+
+def test_vectors_are_of_the_trainings_weights_and_texts(command, toy_data, tiny_encoder, tmp_path, monkeypatch):
+    model = BertModel.from_pretrained(tiny_encoder).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    torch.save({f"e.{name}": value for name, value in model.state_dict().items()}, tmp_path / "w.pt")
+    seen = {}
+    whole = clusters.balanced_order
+
+    def watch(rows_of, labels, **more):
+        seen["vectors"] = rows_of(np.arange(labels))
+        return whole(rows_of, labels, **more)
+
+    monkeypatch.setattr(clusters, "balanced_order", watch)
+    ngame = ["model.encoder.use_ngame_encoder_weights=true", f"model.encoder.ngame_checkpoint={tmp_path / 'w.pt'}"]
+    ngame += ["model.encoder.ngame_key_prefix=e.", "model.encoder.embed_dropout=0.5", "data.train_sample=70"]
+    command(*ngame, "model.penultimate.use_penultimate_layer=true", "model.penultimate.penultimate_size=12")
+    texts = (toy_data / "toy" / "train_raw_texts.txt").read_text().splitlines()
+    names = (toy_data / "toy" / "train_labels.txt").read_text().splitlines()
+    chosen = sample_rows(len(texts), 70, 42)
+    expected = torch.zeros(LABELS, 32)
+    for label in range(LABELS):
+        rows = [by_hand(model, texts[row]) for row in chosen if f"tag{label:02d}" in names[row].split()]
+        if rows:
+            expected[label] = torch.stack(rows).mean(0)
+    torch.testing.assert_close(seen["vectors"].cpu(), expected, rtol=5e-3, atol=5e-3)
+
+    command(*ngame, "--features", "labels")  # "name of 3": words that this tokenizer does not know
+    with torch.no_grad():
+        expected = model(torch.tensor([[2, 1, 1, 1, 3]])).last_hidden_state[0].mean(0)
+    torch.testing.assert_close(seen["vectors"].cpu(), expected.expand(LABELS, 32), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_precision_is_the_trainings(toy_settings, dtype):
+    config = load_config([*toy_settings, "training.amp.enabled=true", f"training.amp.dtype={dtype}"])
+    layer, inside = torch.nn.Linear(3, 3), []
+    out = in_precision_of(config, lambda ids, mask: inside.append(layer(ids)) or inside[0], torch.device("cpu"))(torch.ones(2, 3), torch.ones(2, 3))
+    assert inside[0].dtype == getattr(torch, dtype) and out.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        pytest.param(["environment.device=cuda"], "environment.device=cuda: there is no usable GPU",
+                     marks=pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")),
+        (["environment.device=cpu", "training.amp.enabled=true"], "training.amp.dtype=float16: needs a GPU"),
+        (["model.encoder.pool_mode=last_nhidden_conlast", "model.encoder.feature_layers=3"], "feature_layers=3: the encoder has 2"),
+        (["data.max_len=25"], "data.max_len=25: this encoder reads at most 24"),
+        (["data.train_sample=612"], "data.train_sample=612"),
+        (["--clusters", "42"], "--clusters 42"),
+    ],
+)  # fmt: skip
+def test_what_a_training_refuses_is_refused(command, words, said):
+    with pytest.raises(UserError, match=said):
+        command(*words)
