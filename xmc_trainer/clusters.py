@@ -34,7 +34,7 @@ from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus, sample_rows
 from xmc_trainer.encoder import TextEncoder, load_tokenizer
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
 from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
@@ -309,7 +309,7 @@ def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClus
     except OSError as error:
         raise UserError(f"--import-npy {path}: {error.strerror or error}") from None
     except Exception as error:  # a pickle can raise anything
-        raise UserError(f"--import-npy {path}: not a .npy file ({str(error).splitlines()[0]}); name Spartex's file") from None
+        raise UserError(f"--import-npy {path}: not a .npy file ({reason(error)}); name Spartex's file") from None
     nested = isinstance(groups, np.ndarray) and (groups.ndim > 1 or groups.ndim == 1 and groups.dtype == object)
     members = [np.asarray(group, dtype=object).ravel().tolist() for group in groups] if nested else [[None]]
     entries = [entry for group in members for entry in group]

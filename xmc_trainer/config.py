@@ -119,7 +119,7 @@ class EncoderConfig:
     use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
     ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
     ngame_key_prefix: str = option(
-        "", "the encoder's entries of that file are those that start with this; it is stripped, the others are left"
+        "", "the encoder's entries of that file start with this, which is stripped; one that the encoder lacks is refused, but poolers"
     )
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -285,8 +285,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UserError(f"{where}: not valid JSON ({reason}); write one JSON object a line") from None
+            why = getattr(error, "msg", error)
+            raise UserError(f"{where}: not valid JSON ({why}); write one JSON object a line") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: not a JSON object; write one JSON object a line")
         yield where, record
@@ -472,13 +472,13 @@ def _open_parquet(path: Path, columns: tuple[str, str]) -> _Split:
                         yield f"{path}, row {number}", record
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path}, after row {number}: cannot be read ({_first_line(error)}); write it again"
+                f"{path}, after row {number}: cannot be read ({reason(error)}); write it again"
             ) from None
 
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)}); write it again") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); write it again") from None
     _check_columns(schema.names, columns, str(path))
     return _Split([path], records, _class_names(datasets.Features.from_arrow_schema(schema), columns[1]))
 
@@ -489,7 +489,7 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: tupl
         dataset = load()
     except Exception as error:  # the hub's client, its transport and the file formats each raise errors of their own
         raise UserError(
-            f"{where}: tried as a folder, and split {split!r} with the datasets library: {_first_line(error)}; correct "
+            f"{where}: tried as a folder, and split {split!r} with the datasets library: {reason(error)}; correct "
             "data.hf_source and the split names, or see to the connection"
         ) from error
     _check_columns(dataset.column_names, columns, f"{where}, split {split}")
@@ -500,7 +500,3 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: tupl
 
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
     return _Split(files, records, _class_names(dataset.features, columns[1]))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
