@@ -63,8 +63,8 @@ class LabelClusters:
         try:
             save_file({"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}, partial, metadata)
             partial.replace(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); name another file by --output") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be written ({reason(error)}); name another file by --output") from None
 
     @classmethod
     def load(cls, path: Path, label_ids: Iterable[str]) -> LabelClusters:
@@ -336,6 +336,24 @@ def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClus
     return LabelClusters(found, np.cumsum([0, *(len(group) for group in members if group)])), read_as
 
 
+def _output(config: Config, chosen: Path | None) -> Path:
+    """Where the result goes; whether it can be written is found out here, before the work."""
+    path = chosen or config.cluster_file
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file by --output")
+    try:
+        if chosen is None and config.data.hf_source:
+            path.parent.mkdir(parents=True, exist_ok=True)  # the data lie elsewhere: this folder is for the clusters alone
+        if not path.parent.is_dir():
+            remedy = "set dataset_path or data.folder" if chosen is None else "make it, or name another by --output"
+            raise UserError(f"{path.parent}: no such folder; {remedy}")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file by --output") from None
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -351,7 +369,7 @@ def main() -> None:
     )  # fmt: skip
     options = parser.parse_intermixed_args()
     config = load_config(options.settings)
-    output, report = options.output or config.cluster_file, {}
+    output, report = _output(config, options.output), {}
     if options.import_npy:
         corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
         ids = corpus.labels["id"]

@@ -360,6 +360,10 @@ class VerboseConfig:
             )
 
 
+# What a run's folder holds beside training.checkpoint_file, and what stands there while a model is written.
+_RUN_FILES = ("model", "model.partial", "model.old", "config.yaml", "log.jsonl", "wandb")
+
+
 @dataclass
 class TrainingConfig:
     seed: int = option(42, "of everything random")
@@ -378,9 +382,9 @@ class TrainingConfig:
         if self.seed >= 1 << 32:
             raise UserError(f"training.seed={self.seed}: must be below 2^32")
         _share("training.best_p1", self.best_p1)
-        if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", "model"):
+        if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", *_RUN_FILES):
             raise UserError(
-                f"training.checkpoint_file={self.checkpoint_file!r}: a plain folder name other than 'model'"
+                f"training.checkpoint_file={self.checkpoint_file!r}: a plain name for a folder, other than {', '.join(_RUN_FILES)}"
             )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,22 +12,22 @@ from transformers import BertModel
 
 from xmc_trainer import clusters
 from xmc_trainer.builders import in_precision_of
+from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import load_config
 from xmc_trainer.data import sample_rows
 from xmc_trainer.errors import UserError
+from xmc_trainer.trainer import Trainer
 
 LABELS = 41
 
 
 @pytest.fixture
-def command(toy_settings, monkeypatch, tmp_path, fresh_accelerator):
-    """Calls the command with the toy data's settings and more words; returns the file's path."""
+def command(toy_settings, monkeypatch, fresh_accelerator):
+    """Calls the command with the toy data's settings and more words."""
 
     def call(*more):
-        path = tmp_path / "made.safetensors"
-        monkeypatch.setattr(sys, "argv", ["clusters", *toy_settings, *([] if "--output" in more else ["--output", str(path)]), *more])
+        monkeypatch.setattr(sys, "argv", ["clusters", *toy_settings, *more])
         clusters.main()
-        return path
 
     return call
 
@@ -55,7 +55,8 @@ def test_vectors_are_of_the_trainings_weights_and_texts(command, toy_data, tiny_
     monkeypatch.setattr(clusters, "balanced_order", watch)
     ngame = ["model.encoder.use_ngame_encoder_weights=true", f"model.encoder.ngame_checkpoint={tmp_path / 'w.pt'}"]
     ngame += ["model.encoder.ngame_key_prefix=e.", "model.encoder.embed_dropout=0.5", "data.train_sample=70"]
-    command(*ngame, "model.penultimate.use_penultimate_layer=true", "model.penultimate.penultimate_size=12")
+    output = ["--output", str(tmp_path / "made.safetensors")]
+    command(*ngame, *output, "model.penultimate.use_penultimate_layer=true", "model.penultimate.penultimate_size=12")
     texts = (toy_data / "toy" / "train_raw_texts.txt").read_text().splitlines()
     names = (toy_data / "toy" / "train_labels.txt").read_text().splitlines()
     chosen = sample_rows(len(texts), 70, 42)
@@ -66,7 +67,7 @@ def test_vectors_are_of_the_trainings_weights_and_texts(command, toy_data, tiny_
             expected[label] = torch.stack(rows).mean(0)
     torch.testing.assert_close(seen["vectors"].cpu(), expected, rtol=5e-3, atol=5e-3)
 
-    command(*ngame, "--features", "labels")  # "name of 3": words that this tokenizer does not know
+    command(*ngame, *output, "--features", "labels")  # "name of 3": words that this tokenizer does not know
     with torch.no_grad():
         expected = model(torch.tensor([[2, 1, 1, 1, 3]])).last_hidden_state[0].mean(0)
     torch.testing.assert_close(seen["vectors"].cpu(), expected.expand(LABELS, 32), rtol=5e-3, atol=5e-3)
@@ -95,3 +96,50 @@ def test_the_precision_is_the_trainings(toy_settings, dtype):
 def test_what_a_training_refuses_is_refused(command, words, said):
     with pytest.raises(UserError, match=said):
         command(*words)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, monkeypatch):
+    def nothing_else(*arguments):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(clusters, "compute", nothing_else)
+    monkeypatch.setattr(clusters, "corpus_of", nothing_else)
+    for words, said in [
+        (["--output", str(tmp_path / "none" / "c.safetensors")], "none: no such folder; make it"),
+        (["--output", str(tmp_path)], "a folder; name a file by --output"),
+        (["data.folder=elsewhere"], "elsewhere: no such folder; set dataset_path"),
+        (["data.folder=elsewhere", "--import-npy", "g.npy"], "elsewhere: no such folder; set dataset_path"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            command(*words)
+    (tmp_path / "file").touch()
+    for words, said in [
+        (["--output", str(tmp_path / "file" / "c.safetensors")], "no such folder"),
+        (["data.hf_source=somewhere", "data.label_text_file=null", f"dataset_path={tmp_path / 'file'}"], "cannot be written"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            command(*words)
+
+
+def test_a_hugging_face_source_gets_a_folder_for_its_clusters(command, toy_settings, tmp_path):
+    for split, rows in {"train": ["w0 w1", "w2 w3", "w4"], "test": ["w1"]}.items():
+        lines = (json.dumps({"text": text, "labels": text.split()}) for text in rows)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    hf = [f"data.hf_source={tmp_path}", f"dataset_path={tmp_path / 'new'}", "data.label_text_file=null", "data.num_labels=null"]
+    command(*hf, "--clusters", "2", "model.auxiliary.group_y_group=3")
+    path = tmp_path / "new" / "toy" / "label_group3.safetensors"
+    made = LabelClusters.load(path, [f"w{n}" for n in range(5)])
+    assert sorted(made.order) == list(range(5)) and len(made.offsets) == 3
+    # And a training finds it there.
+    trainer = Trainer(load_config([*toy_settings, *hf, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=3"]))
+    assert trainer.meta_branch.clusters(torch.arange(5)).tolist() == made.cluster_of.tolist()
+
+
+def test_names_are_imported_by_the_command(command, tmp_path, capsys):
+    groups = np.empty(2, dtype=object)
+    groups[:] = [[f"tag{n:02d}" for n in range(20, 41)], [f"tag{n:02d}" for n in range(20)]]
+    np.save(tmp_path / "label_group0.npy", groups, allow_pickle=True)
+    command("--import-npy", str(tmp_path / "label_group0.npy"), "--output", str(tmp_path / "c.safetensors"))
+    assert '"read_as": "names"' in capsys.readouterr().out
+    made = LabelClusters.load(tmp_path / "c.safetensors", [f"tag{n:02d}" for n in range(LABELS)])
+    assert made.cluster_of.tolist() == [1] * 20 + [0] * 21
