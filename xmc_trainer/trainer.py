@@ -91,6 +91,16 @@ class Trainer:
         self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
         self._train_lengths = self.corpus.lengths("train")
         self._test_lengths = self.corpus.lengths("test")
+        self.train_texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
+        steps_per_epoch = math.ceil(self.train_texts / (data.batch_size * optimization.grad_accum_step))
+        total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
+        self.state = TrainerState(int(total_steps), steps_per_epoch)
+        dense_steps = optimization.dense_epochs * steps_per_epoch
+        if config.model.ffi.use_sparse_layer and dense_steps >= total_steps:
+            raise UserError(
+                f"training.optimization.max_steps={optimization.max_steps}: ends no later than the {optimization.dense_epochs} dense "
+                f"epochs of {steps_per_epoch} steps, and the head would never be trained sparse; raise it or lower dense_epochs"
+            )
 
         if config.model.encoder.use_torch_compile:
             self._compile_backbone()
@@ -109,10 +119,6 @@ class Trainer:
         # Ranks start from equal weights and then drop out different features.
         set_seed(config.training.seed, device_specific=True)
 
-        self.train_texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
-        steps_per_epoch = math.ceil(self.train_texts / (data.batch_size * optimization.grad_accum_step))
-        total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
-        self.state = TrainerState(int(total_steps), steps_per_epoch)
         self.meta_branch = None
         if config.model.auxiliary.use_meta_branch:
             self.meta_branch = self._build_meta_branch(cluster_of)
