@@ -482,6 +482,20 @@ def _read_yaml(dataset: str) -> Any:
     return tree
 
 
+def _check_spelling(word: str) -> None:
+    """Refuse what is no `key=value`; hydra's spellings, which users of Spartex know, with the right one."""
+    plain = word.lstrip("+")
+    if word.startswith("~"):
+        key = word[1:].partition("=")[0]
+        raise UserError(f"argument {word!r}: settings cannot be removed; write {key}=null, or leave it at its default")
+    if plain.startswith("dataset."):
+        plain = plain.removeprefix("dataset.")
+    if plain != word:
+        raise UserError(f"argument {word!r}: write {plain}")
+    if "=" not in word:
+        raise UserError(f"argument {word!r}: write key=value, for example model.ffi.fan_in=64")
+
+
 def load_config(overrides: list[str]) -> Config:
     """The configuration of a run, from the command line's `key=value` words.
 
@@ -489,8 +503,7 @@ def load_config(overrides: list[str]) -> Config:
     Raises UserError with the field to change: unknown keys, wrong types, impossible combinations.
     """
     for word in overrides:
-        if "=" not in word:
-            raise UserError(f"argument {word!r}: write key=value, for example model.ffi.fan_in=64")
+        _check_spelling(word)
     try:
         command_line = OmegaConf.from_dotlist(overrides)
         dataset = command_line.get("dataset")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,25 @@ def test_the_complete_spartex_layout_loads_and_means_the_same():
     assert config.run_folder == Path("outputs/log_amazontitles131k")
     assert config.training.amp.mixed_precision == "no"
     assert config.training.optimization.text_reduction == "sum"
+
+
+def test_the_readme_names_every_option_of_spartex():
+    readme = (ASSETS.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = readme[readme.index("## From Spartex") :]
+    section, named = "", set()
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3:
+            section = cells[0].strip("`") or section
+            named |= {f"{section}.{option}" for option in re.findall("`([^`]+)`", cells[1])}
+    names = set()
+
+    def leaves(tree, prefix):
+        for key, value in tree.items():
+            leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else names.add(prefix + key)
+
+    leaves(OmegaConf.to_container(OmegaConf.create(SPARTEX.read_text()), resolve=False), "")
+    assert len(names) > 60 and named == names
 
 
 def test_command_line_of_the_seed():
@@ -111,6 +131,11 @@ REFUSED = [
     ("data.hf_source=ag_news", "data.hf_source"),
     ("environment.device=tpu", "environment.device"),
     ("fan_in", "key=value"),
+    ("dataset.model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
+    ("+model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
+    ("++dataset.model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
+    ("~model.ffi.tile_labels", "write model.ffi.tile_labels=null"),
+    ("~model.ffi.tile_labels=4", "write model.ffi.tile_labels=null"),
 ]
 
 
