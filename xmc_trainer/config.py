@@ -252,7 +252,7 @@ class AmpConfig:
 class OptimizationConfig:
     loss_fn: str = option("bce", "bce or squared_hinge, summed over labels")
     loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
-    encoder_optimizer: str = option("adamw", "adamw, adam or sgd")
+    encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9)")
     xmc_optimizer: str = option("sgd", "optimizer of the head: sgd (with xmc_momentum) or adamw")
     xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state")
     epochs: int = option(10, "passes over the training set")
