@@ -242,7 +242,7 @@ def label_vectors(
         texts = corpus.labels["text"]
         out = np.memmap(folder / "labels", np.float16, "w+", shape=(len(texts), width))
         for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
-            part = [text or "" for text in texts[at : at + batch_size]]
+            part = texts[at : at + batch_size]
             tokens = tokenizer(part, truncation=True, max_length=config.data.max_len, padding=True, return_tensors="pt")
             with torch.no_grad():
                 out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"]).cpu().numpy()
@@ -279,7 +279,7 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size
     if not 2 <= count <= labels:
         raise UserError(f"--clusters {count}: must be between 2 and the {labels} labels")
-    if features == "labels" and not any(corpus.labels["text"]):
+    if features == "labels" and corpus.labels["text"] == corpus.labels["id"]:  # a label without a text goes by its name
         raise UserError("--features labels: these labels have no texts; set data.label_text_file, or take --features texts")
     align = config.model.ffi.group_size
     with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:

@@ -149,7 +149,7 @@ class PenultimateConfig:
 
 @dataclass
 class FFIConfig:
-    use_sparse_layer: bool = option(True, "fixed fan-in head; false: dense head (fan-in = all features, no rewiring)")
+    use_sparse_layer: bool = option(True, "fixed fan-in head; false: dense head, for which fan_in, pruning, growth and rewiring mean nothing")
     fan_in: int = option(128, "features that a label reads")
     group_size: int = option(1, "consecutive labels that share one index row")
     semantic_groups: bool = option(
@@ -197,6 +197,10 @@ class FFIConfig:
         _share("model.ffi.head_ratio", self.head_ratio, below_one=True)
         if self.head_ratio and not self.use_sparse_layer:
             raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
+        if self.group_size > 1 and not self.use_sparse_layer:
+            raise UserError(
+                f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or use_sparse_layer=true"
+            )
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
         _one_of("model.ffi.bias_init", self.bias_init, ("prior", "frequency", "zero"))
@@ -293,6 +297,10 @@ class OptimizationConfig:
             _one_of(f"{section}.{name}", getattr(self, name), tuple(SCHEDULES))
             if getattr(self, name) == "MultiStepLR" and not self.lr_milestones:
                 raise UserError(f"{section}.{name}=MultiStepLR: list the epochs in {section}.lr_milestones")
+        if self.lr_milestones and "MultiStepLR" not in (self.lr_scheduler, self.lr_scheduler_xmc):
+            raise UserError(
+                f"{section}.lr_milestones: no schedule reads them; set {section}.lr_scheduler or lr_scheduler_xmc to MultiStepLR"
+            )
         for epoch in self.lr_milestones:
             _at_least(f"{section}.lr_milestones", epoch, 1)
         _share(f"{section}.lr_gamma", self.lr_gamma)
@@ -303,6 +311,8 @@ class OptimizationConfig:
         for name in ("encoder_lr", "penultimate_lr", "meta_lr", "lr", "wd_encoder", "wd", "warmup_steps", "max_grad_norm"):
             _at_least(f"{section}.{name}", getattr(self, name), 0)
         _share(f"{section}.xmc_momentum", self.xmc_momentum, below_one=True)
+        if self.xmc_optimizer == "adamw" and self.xmc_momentum != 0.9:
+            raise UserError(f"{section}.xmc_momentum={self.xmc_momentum}: of xmc_optimizer=sgd; set that, or leave it at 0.9")
         if self.training_steps != 1:
             raise UserError(
                 f"{section}.training_steps: is computed at run time, leave it at 1; to end early set max_steps"

@@ -91,6 +91,7 @@ def test_the_precision_is_the_trainings(toy_settings, dtype):
         (["data.max_len=25"], "data.max_len=25: this encoder reads at most 24"),
         (["data.train_sample=612"], "data.train_sample=612"),
         (["--clusters", "42"], "--clusters 42"),
+        (["--features", "labels", "data.label_text_file=null"], "these labels have no texts"),
     ],
 )  # fmt: skip
 def test_what_a_training_refuses_is_refused(command, words, said):

@@ -120,6 +120,8 @@ REFUSED = [
     ("training.optimization.grad_accum_step=0", "grad_accum_step"),
     ("training.optimization.lr_scheduler=Step", "lr_scheduler"),
     ("training.optimization.lr_scheduler_xmc=MultiStepLR", "lr_milestones"),
+    ("training.optimization.lr_milestones=[3]", "lr_milestones: no schedule reads them"),
+    ("training.optimization.xmc_momentum=0.5", "xmc_momentum=0.5: of xmc_optimizer=sgd"),  # wordnet's is adamw
     ("training.evaluation.early_stop_metric=P@2", "early_stop_metric"),
     ("training.evaluation.early_stop_delta=-1", "early_stop_delta"),
     ("training.amp.dtype=int8", "training.amp.dtype"),
@@ -144,6 +146,15 @@ def test_refusals_name_the_field(word, named):
     with pytest.raises(UserError, match=named.replace(".", r"\.")) as error:
         load_config(["dataset=wordnet", word])
     assert "\n" not in str(error.value)
+
+
+def test_what_a_dense_head_would_ignore_is_refused():
+    dense = ["dataset=wordnet", "model.ffi.use_sparse_layer=false"]
+    for setting in ("model.ffi.group_size=4", "model.ffi.head_ratio=0.1", "model.ffi.index_init=informed"):
+        with pytest.raises(UserError, match=setting.split("=")[0]):
+            load_config([*dense, setting])
+    # Spartex's own layout says these beside its dense head.
+    assert load_config([*dense, "model.ffi.fan_in=64", "model.ffi.prune_mode=fraction"]).model.ffi.fan_in == 64
 
 
 def test_unknown_data_sets_are_refused_with_the_known_ones():
