@@ -229,7 +229,13 @@ def _bisect(
 
 
 def label_vectors(
-    config: Config, encoder: TextEncoder, corpus: Corpus, tokenizer: Any, features: str, folder: Path, device: torch.device
+    config: Config,
+    encoder: TextEncoder,
+    corpus: Corpus,
+    tokenizer: Any,
+    features: str,
+    folder: Path,
+    device: torch.device,
 ) -> np.ndarray:
     """float16 [L, d], a memory-mapped file in `folder`: means over each label's training texts, or of its own text.
 
@@ -299,8 +305,8 @@ def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClus
 
     Args:
         ids: names of the data's labels, in their order.
-        order: what whole numbers count: "ours", labels in the order of `ids`, or "sorted", in that of the names sorted as
-            text. None where it makes no difference.
+        order: what whole numbers count: "ours", labels in the order of `ids`, or "sorted", in that of the names sorted
+            as text. None where it makes no difference.
     Returns: the clusters, and what was read: "names", "ours" or "sorted".
     Raises UserError if the file is something else, or its numbers may mean either.
     """
@@ -319,20 +325,23 @@ def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClus
         by_text = sorted(range(len(ids)), key=ids.__getitem__)
         if order is None and by_text != list(range(len(ids))):
             raise UserError(
-                f"--import-npy {path}: holds whole numbers, and the data's labels are not in the order of their names: add "
-                "--npy-order sorted if they count the names sorted as text, as in files of Spartex and LightXML for raw text "
-                "data, or --npy-order ours for the order of the data (numeric names by value, the lines of lbl.json)"
+                f"--import-npy {path}: holds whole numbers, and the data's labels are not in the order of their names: "
+                "add --npy-order sorted if they count the names sorted as text, as in files of Spartex and LightXML for "
+                "raw text data, or --npy-order ours for the order of the data (numeric names by value)"
             )
         read_as = order or "ours"
         number = dict(enumerate(by_text if read_as == "sorted" else range(len(ids))))
     else:
         raise UserError(f"--import-npy {path}: its clusters must be lists of label names or of whole numbers")
+    remedy = "name the data set that it is of (dataset, dataset_path)"
     for entry in entries:
         if entry not in number:
-            raise UserError(f"--import-npy {path}: {entry!r} is none of the data set's {len(ids)} labels; set dataset and dataset_path")
+            raise UserError(f"--import-npy {path}: {entry!r} is none of the data set's {len(ids)} labels; {remedy}")
     found = np.array([number[entry] for entry in entries], dtype=np.int32)
     if len(found) != len(ids) or len(np.unique(found)) != len(ids):
-        raise UserError(f"--import-npy {path}: its clusters do not hold each of the data set's {len(ids)} labels exactly once; set dataset and dataset_path")
+        raise UserError(
+            f"--import-npy {path}: its clusters do not hold each of the data set's {len(ids)} labels exactly once; {remedy}"
+        )
     return LabelClusters(found, np.cumsum([0, *(len(group) for group in members if group)])), read_as
 
 
@@ -343,7 +352,8 @@ def _output(config: Config, chosen: Path | None) -> Path:
         raise UserError(f"{path}: a folder; name a file by --output")
     try:
         if chosen is None and config.data.hf_source:
-            path.parent.mkdir(parents=True, exist_ok=True)  # the data lie elsewhere: this folder is for the clusters alone
+            # The data lie elsewhere: this folder is for the clusters alone.
+            path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.is_dir():
             remedy = "set dataset_path or data.folder" if chosen is None else "make it, or name another by --output"
             raise UserError(f"{path.parent}: no such folder; {remedy}")
@@ -364,22 +374,25 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
     parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")
     parser.add_argument(
-        "--npy-order", choices=("sorted", "ours"), help="of --import-npy: what whole numbers in that file count: the labels' names "
-        "sorted as text, as Spartex and LightXML do for raw text data, or the labels in the order of the data",
-    )  # fmt: skip
+        "--npy-order",
+        choices=("sorted", "ours"),
+        help="of --import-npy: what whole numbers in that file count: the labels' names sorted as text, as Spartex and "
+        "LightXML do for raw text data, or the labels in the order of the data (default for data.is_lf_data)",
+    )
     options = parser.parse_intermixed_args()
     config = load_config(options.settings)
     output, report = _output(config, options.output), {}
     if options.import_npy:
         corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
         ids = corpus.labels["id"]
-        found, read_as = import_npy(options.import_npy, ids, options.npy_order or ("ours" if config.data.is_lf_data else None))
-        report["read_as"] = read_as
+        order = options.npy_order or ("ours" if config.data.is_lf_data else None)
+        found, report["read_as"] = import_npy(options.import_npy, ids, order)
     else:
         found, ids = compute(config, options.clusters, options.features)
     found.save(output, ids)
     sizes = np.diff(found.offsets)
-    report |= {"labels": len(found.order), "clusters": len(sizes), "smallest": int(sizes.min()), "largest": int(sizes.max())}
+    report |= {"labels": len(found.order), "clusters": len(sizes)}
+    report |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
     print(json.dumps(report))
     print(f"written to {output}")
 

@@ -119,7 +119,9 @@ class EncoderConfig:
     use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
     ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
     ngame_key_prefix: str = option(
-        "", "the encoder's entries of that file start with this, which is stripped; one that the encoder lacks is refused, but poolers"
+        "",
+        "the encoder's entries of that file start with this, which is stripped; one that the encoder lacks is refused, but "
+        "poolers",
     )
 
     def __post_init__(self) -> None:
@@ -149,7 +151,9 @@ class PenultimateConfig:
 
 @dataclass
 class FFIConfig:
-    use_sparse_layer: bool = option(True, "fixed fan-in head; false: dense head, for which fan_in, pruning, growth and rewiring mean nothing")
+    use_sparse_layer: bool = option(
+        True, "fixed fan-in head; false: dense head, for which fan_in, pruning, growth and rewiring mean nothing"
+    )
     fan_in: int = option(128, "features that a label reads")
     group_size: int = option(1, "consecutive labels that share one index row")
     semantic_groups: bool = option(
@@ -199,7 +203,8 @@ class FFIConfig:
             raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
         if self.group_size > 1 and not self.use_sparse_layer:
             raise UserError(
-                f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or use_sparse_layer=true"
+                f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or "
+                "use_sparse_layer=true"
             )
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
@@ -299,7 +304,8 @@ class OptimizationConfig:
                 raise UserError(f"{section}.{name}=MultiStepLR: list the epochs in {section}.lr_milestones")
         if self.lr_milestones and "MultiStepLR" not in (self.lr_scheduler, self.lr_scheduler_xmc):
             raise UserError(
-                f"{section}.lr_milestones: no schedule reads them; set {section}.lr_scheduler or lr_scheduler_xmc to MultiStepLR"
+                f"{section}.lr_milestones: no schedule reads them; set {section}.lr_scheduler or lr_scheduler_xmc to "
+                "MultiStepLR"
             )
         for epoch in self.lr_milestones:
             _at_least(f"{section}.lr_milestones", epoch, 1)
@@ -312,7 +318,9 @@ class OptimizationConfig:
             _at_least(f"{section}.{name}", getattr(self, name), 0)
         _share(f"{section}.xmc_momentum", self.xmc_momentum, below_one=True)
         if self.xmc_optimizer == "adamw" and self.xmc_momentum != 0.9:
-            raise UserError(f"{section}.xmc_momentum={self.xmc_momentum}: of xmc_optimizer=sgd; set that, or leave it at 0.9")
+            raise UserError(
+                f"{section}.xmc_momentum={self.xmc_momentum}: of xmc_optimizer=sgd; set that, or leave it at 0.9"
+            )
         if self.training_steps != 1:
             raise UserError(
                 f"{section}.training_steps: is computed at run time, leave it at 1; to end early set max_steps"
@@ -394,7 +402,8 @@ class TrainingConfig:
         _share("training.best_p1", self.best_p1)
         if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", *_RUN_FILES):
             raise UserError(
-                f"training.checkpoint_file={self.checkpoint_file!r}: a plain name for a folder, other than {', '.join(_RUN_FILES)}"
+                f"training.checkpoint_file={self.checkpoint_file!r}: a plain name for a folder, other than "
+                f"{', '.join(_RUN_FILES)}"
             )
 
 

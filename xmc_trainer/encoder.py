@@ -159,8 +159,8 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
     unknown = [name for name in given if name not in own and not _LEFT_OUT.search(name)]
     if unknown:
         raise UserError(
-            f"{field}: holds {len(unknown)} weights that the encoder does not have, such as {key_prefix}{unknown[0]}: it is of "
-            "another model; set model.encoder.encoder_model to that, or model.encoder.ngame_key_prefix to leave them out"
+            f"{field}: holds {len(unknown)} weights that the encoder does not have, such as {key_prefix}{unknown[0]}: it "
+            "is of another model; set model.encoder.encoder_model to that, or model.encoder.ngame_key_prefix to leave them out"
         )
     for name, value in own.items():
         if name in given and given[name].shape != value.shape:

@@ -68,7 +68,8 @@ def build_accelerator(
         # ranks wait, may take an hour.
         handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=2))]
     if mixed_precision == "fp16":
-        handlers.append(GradScalerKwargs(init_scale=2.0**_INITIAL_SCALE_POWER))  # accelerate leaves it out under DeepSpeed
+        # Under DeepSpeed, which scales by itself, accelerate leaves it out.
+        handlers.append(GradScalerKwargs(init_scale=2.0**_INITIAL_SCALE_POWER))
     if path is not None:
         if on_cpu:
             _skip_shared_memory_build()

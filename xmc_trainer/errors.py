@@ -15,6 +15,6 @@ class UserError(ValueError):
 
 
 def reason(error: Exception) -> str:
-    """What a library's exception says, for a message of ours: its first line, without colours; its type if it says nothing."""
+    """What a library's exception says, for a message of ours: its first line, without colours, or its type."""
     lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

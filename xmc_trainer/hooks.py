@@ -160,7 +160,7 @@ class EvaluateHook(Hook):
 class EarlyStopHook(Hook):
     """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`.
 
-    Evaluations of the first `dense_epochs` epochs do not count: a dense head is better than the sparse one that it becomes.
+    Evaluations of the first `dense_epochs` epochs do not count: a dense head is better than the sparse one made of it.
     """
 
     def __init__(self, config: EvaluationConfig, dense_epochs: int) -> None:

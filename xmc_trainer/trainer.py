@@ -103,8 +103,9 @@ class Trainer:
         dense_steps = optimization.dense_epochs * steps_per_epoch
         if config.model.ffi.use_sparse_layer and dense_steps >= total_steps:
             raise UserError(
-                f"training.optimization.max_steps={optimization.max_steps}: ends no later than the {optimization.dense_epochs} dense "
-                f"epochs of {steps_per_epoch} steps, and the head would never be trained sparse; raise it or lower dense_epochs"
+                f"training.optimization.max_steps={optimization.max_steps}: ends no later than the "
+                f"{optimization.dense_epochs} dense epochs of {steps_per_epoch} steps, and the head would never be trained "
+                "sparse; raise it or lower dense_epochs"
             )
 
         if config.model.encoder.use_torch_compile:

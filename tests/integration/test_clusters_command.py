@@ -77,7 +77,9 @@ def test_vectors_are_of_the_trainings_weights_and_texts(command, toy_data, tiny_
 def test_the_precision_is_the_trainings(toy_settings, dtype):
     config = load_config([*toy_settings, "training.amp.enabled=true", f"training.amp.dtype={dtype}"])
     layer, inside = torch.nn.Linear(3, 3), []
-    out = in_precision_of(config, lambda ids, mask: inside.append(layer(ids)) or inside[0], torch.device("cpu"))(torch.ones(2, 3), torch.ones(2, 3))
+    out = in_precision_of(config, lambda ids, mask: inside.append(layer(ids)) or inside[0], torch.device("cpu"))(
+        torch.ones(2, 3), torch.ones(2, 3)
+    )
     assert inside[0].dtype == getattr(torch, dtype) and out.dtype == torch.float32
 
 
@@ -116,7 +118,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tm
     (tmp_path / "file").touch()
     for words, said in [
         (["--output", str(tmp_path / "file" / "c.safetensors")], "no such folder"),
-        (["data.hf_source=somewhere", "data.label_text_file=null", f"dataset_path={tmp_path / 'file'}"], "cannot be written"),
+        (
+            ["data.hf_source=somewhere", "data.label_text_file=null", f"dataset_path={tmp_path / 'file'}"],
+            "cannot be written",
+        ),
     ]:
         with pytest.raises(UserError, match=said):
             command(*words)
@@ -126,13 +131,20 @@ def test_a_hugging_face_source_gets_a_folder_for_its_clusters(command, toy_setti
     for split, rows in {"train": ["w0 w1", "w2 w3", "w4"], "test": ["w1"]}.items():
         lines = (json.dumps({"text": text, "labels": text.split()}) for text in rows)
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    hf = [f"data.hf_source={tmp_path}", f"dataset_path={tmp_path / 'new'}", "data.label_text_file=null", "data.num_labels=null"]
+    hf = [
+        f"data.hf_source={tmp_path}",
+        f"dataset_path={tmp_path / 'new'}",
+        "data.label_text_file=null",
+        "data.num_labels=null",
+    ]
     command(*hf, "--clusters", "2", "model.auxiliary.group_y_group=3")
     path = tmp_path / "new" / "toy" / "label_group3.safetensors"
     made = LabelClusters.load(path, [f"w{n}" for n in range(5)])
     assert sorted(made.order) == list(range(5)) and len(made.offsets) == 3
     # And a training finds it there.
-    trainer = Trainer(load_config([*toy_settings, *hf, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=3"]))
+    trainer = Trainer(
+        load_config([*toy_settings, *hf, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=3"])
+    )
     assert trainer.meta_branch.clusters(torch.arange(5)).tolist() == made.cluster_of.tolist()
 
 

@@ -21,7 +21,6 @@ from xmc_trainer.hooks import BestModelHook, Hook
 from xmc_trainer.model import XMCModel
 from xmc_trainer.trainer import Trainer
 
-
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 

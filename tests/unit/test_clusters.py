@@ -86,7 +86,7 @@ IDS = ["3", "9", "10", "20", "100"]
     "groups, order, read_as, expected",
     [
         (object_array(["100", "3"], ["9"], ["10", "20"]), None, "names", [4, 0, 1, 2, 3]),
-        (object_array(np.array(["100", "3"]), [], ["9"], np.array(["10", "20"], dtype=object)), None, "names", [4, 0, 1, 2, 3]),
+        (object_array(np.array(["100", "3"]), [], ["9"], object_array("10", "20")), None, "names", [4, 0, 1, 2, 3]),
         (object_array(np.array([4, 0]), [1], np.array([2, 3])), "ours", "ours", [4, 0, 1, 2, 3]),
         # sorted as text: 10, 100, 20, 3, 9
         (object_array([4, 0], [np.int32(1)], [2, 3]), "sorted", "sorted", [1, 2, 4, 3, 0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from xmc_trainer import config as config_module
 from xmc_trainer.config import describe, load_config, markdown_table, shipped_configs, to_yaml
 from xmc_trainer.errors import UserError
 
@@ -186,6 +188,19 @@ def test_every_option_is_described():
     assert len(names) == leaves(dataclasses.asdict(load_config(["dataset=wordnet"])))
 
 
+def test_every_option_is_read_somewhere():
+    """By what builds something of it: not by the configuration's own checks."""
+    package, read = Path(config_module.__file__).parent, set()
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        checks = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"]
+        skipped = {id(node) for check in checks for node in ast.walk(check)}
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in skipped}
+    unread = {name for name, _, _ in describe() if name.split(".")[-1] not in read}
+    # Spartex computes it at run time, as we do: any other value is refused.
+    assert unread == {"training.optimization.training_steps"}
+
+
 # The published settings of Spartex, a column a data set.
 PUBLISHED = """
                                              wiki31k          amazon670k       wiki500k         amazon3m         lfamazontitles131k lfwikiseealso320k
@@ -194,6 +209,7 @@ data.num_labels                              30938            670091           5
 data.max_len                                 128              128              128              128              32                 32
 data.batch_size                              32               64               128              128              512                128
 training.optimization.grad_accum_step        1                1                1                2                1                  1
+model.encoder.encoder_model                  bert-base-uncased bert-base-uncased bert-base-uncased bert-base-uncased sentence-transformers/msmarco-distilbert-base-v4 sentence-transformers/paraphrase-distilroberta-base-v2
 model.encoder.pool_mode                      last_hidden_avg  last_nhidden_conlast last_hidden_avg last_nhidden_conlast last_hidden_avg last_hidden_avg
 model.encoder.embed_dropout                  0.6              0.6              0.5              0.35             0.7                0.55
 model.penultimate.use_penultimate_layer      True             False            False            False            False              False
@@ -219,11 +235,31 @@ training.evaluation.early_stop_delta         5e-05            5e-05            5
 model.ffi.rewire_end_epoch                   0.66             0.66             0.66             0.66             0.66               0.66
 training.amp.dtype                           float16          float16          float16          float16          float16            float16
 """
+# Published for all of them alike.
+PUBLISHED_FOR_ALL = """
+training.amp.enabled                         True
+training.optimization.lr_scheduler           CosineScheduleWithWarmup
+training.optimization.lr_scheduler_xmc       CosineScheduleWithWarmup
+training.optimization.meta_lr                0.0005
+training.optimization.xmc_momentum           0.9
+training.optimization.dense_epochs           0
+training.optimization.loss_reduction         auto
+training.evaluation.early_stop_metric        P@3
+model.encoder.feature_layers                 1
+model.ffi.use_sparse_layer                   True
+model.ffi.group_size                         1
+model.ffi.growth_mode                        random
+model.ffi.growth_init_mode                   zero
+model.ffi.index_init                         random
+model.ffi.use_rewire_scheduling              True
+model.ffi.rewire_end_threshold               0.0001
+"""
 
 
 def test_shipped_settings_are_the_published_ones():
     names, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
     configs = [load_config([f"dataset={name}", "dataset_path=/data"]) for name in names]
+    rows += [[field, *[value] * len(names)] for field, value in map(str.split, PUBLISHED_FOR_ALL.strip().splitlines())]
     for field, *values in rows:
         for name, config, value in zip(names, configs, values, strict=True):
             found = config

@@ -280,7 +280,10 @@ def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrain
         desc=f"tokenise {split}",
     )
     if len(tokenised) and not pc.min(tokenised.data.column("length")).as_py():
-        raise UserError(f"{split} set: this tokenizer gives no token for a text; remove empty texts, or name another encoder_tokenizer")
+        raise UserError(
+            f"{split} set: this tokenizer gives no token for a text; remove empty texts, or name another in "
+            "model.encoder.encoder_tokenizer"
+        )
     tokenised.save_to_disk(str(folder / split))
     size = len(tokenised)
     del stream, tokenised

@@ -165,9 +165,9 @@ _WRONG_FOLDER = "set dataset_path, data.folder or data.is_lf_data"
 def raw_source(folder: Path, label_text_file: str | None = None, augment: bool = False, test_split: str = "test") -> Source:
     """`train_raw_texts.txt` (or `train_texts.txt`) beside `train_labels.txt`, and the same for `test_split`.
 
-    A line is a text, which may be empty; the same line of the label file holds its label names, separated by blanks. The
-    labels are those seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by its name. With `augment`
-    each label's text of that file is also a training row with that one label.
+    A line is a text, which may be empty; the same line of the label file holds its label names, separated by blanks.
+    The labels are those seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by
+    its name. With `augment` each label's text of that file is also a training row with that one label.
     """
     texts, labels = {}, {}
     for split in ("train", test_split):
@@ -187,7 +187,8 @@ def raw_source(folder: Path, label_text_file: str | None = None, augment: bool =
                 empty, first = empty + 1, first or number
             yield text, line.split()
         if empty:
-            logger.warning("%s: %d texts are empty, the first in line %d; they stay, as texts without words", texts[split], empty, first)
+            said = "%s: %d texts are empty, the first in line %d; they stay, as texts without words"
+            logger.warning(said, texts[split], empty, first)
 
     def read() -> Contents:
         names: dict[str, set[str]] = {}
