@@ -381,6 +381,10 @@ def main() -> None:
     )
     options = parser.parse_intermixed_args()
     config = load_config(options.settings)
+    if options.npy_order and not options.import_npy:
+        raise UserError("--npy-order: of --import-npy; name that file too, or leave it out")
+    if options.import_npy and (options.clusters or options.features == "labels"):
+        raise UserError("--import-npy: the file has its clusters; leave --clusters and --features out")
     output, report = _output(config, options.output), {}
     if options.import_npy:
         corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import BertModel
 
+from tests.data_helpers import write_lf
 from xmc_trainer import clusters
 from xmc_trainer.builders import in_precision_of
 from xmc_trainer.clusters import LabelClusters
@@ -93,6 +94,8 @@ def test_the_precision_is_the_trainings(toy_settings, dtype):
         (["data.max_len=25"], "data.max_len=25: this encoder reads at most 24"),
         (["data.train_sample=612"], "data.train_sample=612"),
         (["--clusters", "42"], "--clusters 42"),
+        (["--npy-order", "ours"], "--npy-order: of --import-npy"),
+        (["--import-npy", "g.npy", "--clusters", "4"], "leave --clusters and --features out"),
         (["--features", "labels", "data.label_text_file=null"], "these labels have no texts"),
     ],
 )  # fmt: skip
@@ -156,3 +159,15 @@ def test_names_are_imported_by_the_command(command, tmp_path, capsys):
     assert '"read_as": "names"' in capsys.readouterr().out
     made = LabelClusters.load(tmp_path / "c.safetensors", [f"tag{n:02d}" for n in range(LABELS)])
     assert made.cluster_of.tolist() == [1] * 20 + [0] * 21
+
+
+def test_numbers_count_the_lines_of_label_feature_data(command, tmp_path, capsys):
+    labels = [{"uid": name, "title": "w1", "content": ""} for name in ("c", "a", "b")]
+    write_lf(tmp_path / "toy", labels=labels)
+    np.save(tmp_path / "g.npy", np.array([[2], [0], [1]]))
+    lf = [f"dataset_path={tmp_path}", "data.is_lf_data=true", "data.label_text_file=null", "data.num_labels=null"]
+    for order, expected in (([], [2, 0, 1]), (["--npy-order", "sorted"], [0, 1, 2])):
+        command(*lf, "--import-npy", str(tmp_path / "g.npy"), *order)
+        assert f'"read_as": "{"sorted" if order else "ours"}"' in capsys.readouterr().out
+        made = LabelClusters.load(tmp_path / "toy" / "label_group0.safetensors", ["c", "a", "b"])
+        assert made.order.tolist() == expected
