@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertModel
 
 from tests.data_helpers import tiny_tokenizer, write_raw
 
 LABELS, WORDS = 41, 90  # 41: no rank count or tile divides it
-
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -94,3 +95,11 @@ training:
         f"data.cache_dir={cache}",
         "environment.device=auto",
     ]
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its state for the life of a process, which trains one model; the tests' process trains many."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -29,9 +29,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
-from xmc_trainer.errors import UserError
+from xmc_trainer.data import Corpus, sample_rows
+from xmc_trainer.encoder import TextEncoder, load_tokenizer
+from xmc_trainer.errors import UserError, reason
+from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
 from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
 
@@ -59,8 +63,8 @@ class LabelClusters:
         try:
             save_file({"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}, partial, metadata)
             partial.replace(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); name another file by --output") from None
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path}: cannot be written ({reason(error)}); name another file by --output") from None
 
     @classmethod
     def load(cls, path: Path, label_ids: Iterable[str]) -> LabelClusters:
@@ -224,34 +228,32 @@ def _bisect(
 # Label vectors.
 
 
-def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, folder: Path) -> np.ndarray:
+def label_vectors(
+    config: Config,
+    encoder: TextEncoder,
+    corpus: Corpus,
+    tokenizer: Any,
+    features: str,
+    folder: Path,
+    device: torch.device,
+) -> np.ndarray:
     """float16 [L, d], a memory-mapped file in `folder`: means over each label's training texts, or of its own text.
 
-    Args: corpus: of `corpus_of`. features: "texts" or "labels".
+    Args: encoder: on `device`; its penultimate layer, if any, says nothing before it is trained, and is left out.
+        features: "texts" or "labels".
     """
-    from xmc_trainer.encoder import TextEncoder, load_backbone
-
-    device = _device(config)
-    backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=device.type == "cpu")
-    chosen = config.model.encoder
-    encoder = TextEncoder(backbone, pool_mode=chosen.pool_mode, feature_layers=chosen.feature_layers).to(device).eval()
-    autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.training.amp.enabled)
-
-    def encode(ids: Tensor, mask: Tensor) -> Tensor:
-        with autocast:
-            return encoder(ids.to(device), mask.to(device)).float()
-
-    width = encoder.out_features
+    encode, width = in_precision_of(config, encoder.eval().pool, device), encoder.pooled_features
     batch_size = config.data.test_batch_size
     if features == "labels":
         texts = corpus.labels["text"]
         out = np.memmap(folder / "labels", np.float16, "w+", shape=(len(texts), width))
         for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
-            part = [text or "" for text in texts[at : at + batch_size]]
+            part = texts[at : at + batch_size]
             tokens = tokenizer(part, truncation=True, max_length=config.data.max_len, padding=True, return_tensors="pt")
             with torch.no_grad():
                 out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"]).cpu().numpy()
         return out
+    rows = sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
     encoded = encode_training_texts(
         encode,
         corpus,
@@ -261,9 +263,10 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
         pad_token_id=tokenizer.pad_token_id,
         workers=config.data.num_workers,
         device=device,
+        rows=rows,
         progress=True,
     )
-    of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels)
+    of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows)
     out = np.memmap(folder / "labels", np.float16, "w+", shape=(corpus.num_labels, width))
     for at in range(0, corpus.num_labels, ROWS_AT_ONCE):
         stop = min(at + ROWS_AT_ONCE, corpus.num_labels)
@@ -272,27 +275,21 @@ def label_vectors(config: Config, corpus: Any, tokenizer: Any, features: str, fo
     return out
 
 
-def _device(config: Config) -> torch.device:
-    gpu = torch.cuda.is_available() and config.environment.device != "cpu"
-    return torch.device("cuda", config.environment.cuda_device_id) if gpu else torch.device("cpu")
-
-
 def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelClusters, list[str]]:
     """The clusters of a configuration's data set and encoder, and the label ids."""
-    from xmc_trainer.encoder import load_tokenizer
-    from xmc_trainer.evaluation import corpus_of
-
+    device = accelerator_of(config).device
     tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
+    encoder = encoder_of(config, device).to(device)
     corpus = corpus_of(config, tokenizer)
     labels = corpus.num_labels
     count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size
     if not 2 <= count <= labels:
         raise UserError(f"--clusters {count}: must be between 2 and the {labels} labels")
-    if features == "labels" and not any(corpus.labels["text"]):
+    if features == "labels" and corpus.labels["text"] == corpus.labels["id"]:  # a label without a text goes by its name
         raise UserError("--features labels: these labels have no texts; set data.label_text_file, or take --features texts")
-    device, align = _device(config), config.model.ffi.group_size
+    align = config.model.ffi.group_size
     with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
-        vectors = label_vectors(config, corpus, tokenizer, features, Path(folder))
+        vectors = label_vectors(config, encoder, corpus, tokenizer, features, Path(folder), device)
 
         def rows_of(numbers: np.ndarray) -> Tensor:
             return torch.from_numpy(np.asarray(vectors[numbers])).to(device).float()
@@ -301,17 +298,70 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]
 
 
-def import_npy(path: Path, labels: int) -> LabelClusters:
-    """The seed's `label_group*.npy`: an object array with one list of label numbers a cluster. It is a pickle: whoever
-    made the file can run code here, so this happens on request only."""
+def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClusters, str]:
+    """Spartex's or LightXML's `label_group*.npy`: an array with one list a cluster, of label names or of whole numbers.
+
+    It is a pickle: whoever made the file can run code here, so this happens on request only.
+
+    Args:
+        ids: names of the data's labels, in their order.
+        order: what whole numbers count: "ours", labels in the order of `ids`, or "sorted", in that of the names sorted
+            as text. None where it makes no difference.
+    Returns: the clusters, and what was read: "names", "ours" or "sorted".
+    Raises UserError if the file is something else, or its numbers may mean either.
+    """
     try:
-        groups = [np.asarray(group, dtype=np.int64).ravel() for group in np.load(path, allow_pickle=True)]
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not an array of clusters ({error})") from None
-    order = np.concatenate(groups) if groups else np.zeros(0, np.int64)
-    if len(order) != labels or not np.array_equal(np.sort(order), np.arange(labels)):
-        raise UserError(f"{path}: its clusters do not hold each of the data set's {labels} labels exactly once")
-    return LabelClusters(order.astype(np.int32), np.cumsum([0, *map(len, groups)]).astype(np.int64))
+        groups = np.load(path, allow_pickle=True)
+    except OSError as error:
+        raise UserError(f"--import-npy {path}: {error.strerror or error}") from None
+    except Exception as error:  # a pickle can raise anything
+        raise UserError(f"--import-npy {path}: not a .npy file ({reason(error)}); name Spartex's file") from None
+    nested = isinstance(groups, np.ndarray) and (groups.ndim > 1 or groups.ndim == 1 and groups.dtype == object)
+    members = [np.asarray(group, dtype=object).ravel().tolist() for group in groups] if nested else [[None]]
+    entries = [entry for group in members for entry in group]
+    if all(isinstance(entry, str) for entry in entries):
+        number, read_as = {name: number for number, name in enumerate(ids)}, "names"
+    elif all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in entries):
+        by_text = sorted(range(len(ids)), key=ids.__getitem__)
+        if order is None and by_text != list(range(len(ids))):
+            raise UserError(
+                f"--import-npy {path}: holds whole numbers, and the data's labels are not in the order of their names: "
+                "add --npy-order sorted if they count the names sorted as text, as in files of Spartex and LightXML for "
+                "raw text data, or --npy-order ours for the order of the data (numeric names by value)"
+            )
+        read_as = order or "ours"
+        number = dict(enumerate(by_text if read_as == "sorted" else range(len(ids))))
+    else:
+        raise UserError(f"--import-npy {path}: its clusters must be lists of label names or of whole numbers")
+    remedy = "name the data set that it is of (dataset, dataset_path)"
+    for entry in entries:
+        if entry not in number:
+            raise UserError(f"--import-npy {path}: {entry!r} is none of the data set's {len(ids)} labels; {remedy}")
+    found = np.array([number[entry] for entry in entries], dtype=np.int32)
+    if len(found) != len(ids) or len(np.unique(found)) != len(ids):
+        raise UserError(
+            f"--import-npy {path}: its clusters do not hold each of the data set's {len(ids)} labels exactly once; {remedy}"
+        )
+    return LabelClusters(found, np.cumsum([0, *(len(group) for group in members if group)])), read_as
+
+
+def _output(config: Config, chosen: Path | None) -> Path:
+    """Where the result goes; whether it can be written is found out here, before the work."""
+    path = chosen or config.cluster_file
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file by --output")
+    try:
+        if chosen is None and config.data.hf_source:
+            # The data lie elsewhere: this folder is for the clusters alone.
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            remedy = "set dataset_path or data.folder" if chosen is None else "make it, or name another by --output"
+            raise UserError(f"{path.parent}: no such folder; {remedy}")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file by --output") from None
+    return path
 
 
 def main() -> None:
@@ -323,19 +373,30 @@ def main() -> None:
     parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
     parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
     parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")
+    parser.add_argument(
+        "--npy-order",
+        choices=("sorted", "ours"),
+        help="of --import-npy: what whole numbers in that file count: the labels' names sorted as text, as Spartex and "
+        "LightXML do for raw text data, or the labels in the order of the data (default for data.is_lf_data)",
+    )
     options = parser.parse_intermixed_args()
     config = load_config(options.settings)
-    output = options.output or config.cluster_file
+    if options.npy_order and not options.import_npy:
+        raise UserError("--npy-order: of --import-npy; name that file too, or leave it out")
+    if options.import_npy and (options.clusters or options.features == "labels"):
+        raise UserError("--import-npy: the file has its clusters; leave --clusters and --features out")
+    output, report = _output(config, options.output), {}
     if options.import_npy:
-        from xmc_trainer.encoder import load_tokenizer
-        from xmc_trainer.evaluation import corpus_of
-
         corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
-        found, ids = import_npy(options.import_npy, corpus.num_labels), corpus.labels["id"]
+        ids = corpus.labels["id"]
+        order = options.npy_order or ("ours" if config.data.is_lf_data else None)
+        found, report["read_as"] = import_npy(options.import_npy, ids, order)
     else:
         found, ids = compute(config, options.clusters, options.features)
     found.save(output, ids)
     sizes = np.diff(found.offsets)
-    print(json.dumps({"labels": len(found.order), "clusters": len(sizes), "smallest": int(sizes.min()), "largest": int(sizes.max())}))
+    report |= {"labels": len(found.order), "clusters": len(sizes)}
+    report |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
+    print(json.dumps(report))
     print(f"written to {output}")
 

@@ -119,7 +119,9 @@ class EncoderConfig:
     use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
     ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
     ngame_key_prefix: str = option(
-        "", "the encoder's entries of that file are those that start with this; it is stripped, the others are left"
+        "",
+        "the encoder's entries of that file start with this, which is stripped; one that the encoder lacks is refused, but "
+        "poolers",
     )
 
     def __post_init__(self) -> None:
@@ -149,7 +151,9 @@ class PenultimateConfig:
 
 @dataclass
 class FFIConfig:
-    use_sparse_layer: bool = option(True, "fixed fan-in head; false: dense head (fan-in = all features, no rewiring)")
+    use_sparse_layer: bool = option(
+        True, "fixed fan-in head; false: dense head, for which fan_in, pruning, growth and rewiring mean nothing"
+    )
     fan_in: int = option(128, "features that a label reads")
     group_size: int = option(1, "consecutive labels that share one index row")
     semantic_groups: bool = option(
@@ -197,6 +201,11 @@ class FFIConfig:
         _share("model.ffi.head_ratio", self.head_ratio, below_one=True)
         if self.head_ratio and not self.use_sparse_layer:
             raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
+        if self.group_size > 1 and not self.use_sparse_layer:
+            raise UserError(
+                f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or "
+                "use_sparse_layer=true"
+            )
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
         _one_of("model.ffi.bias_init", self.bias_init, ("prior", "frequency", "zero"))
@@ -252,7 +261,7 @@ class AmpConfig:
 class OptimizationConfig:
     loss_fn: str = option("bce", "bce or squared_hinge, summed over labels")
     loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
-    encoder_optimizer: str = option("adamw", "adamw, adam or sgd")
+    encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9)")
     xmc_optimizer: str = option("sgd", "optimizer of the head: sgd (with xmc_momentum) or adamw")
     xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state")
     epochs: int = option(10, "passes over the training set")
@@ -293,6 +302,11 @@ class OptimizationConfig:
             _one_of(f"{section}.{name}", getattr(self, name), tuple(SCHEDULES))
             if getattr(self, name) == "MultiStepLR" and not self.lr_milestones:
                 raise UserError(f"{section}.{name}=MultiStepLR: list the epochs in {section}.lr_milestones")
+        if self.lr_milestones and "MultiStepLR" not in (self.lr_scheduler, self.lr_scheduler_xmc):
+            raise UserError(
+                f"{section}.lr_milestones: no schedule reads them; set {section}.lr_scheduler or lr_scheduler_xmc to "
+                "MultiStepLR"
+            )
         for epoch in self.lr_milestones:
             _at_least(f"{section}.lr_milestones", epoch, 1)
         _share(f"{section}.lr_gamma", self.lr_gamma)
@@ -303,6 +317,10 @@ class OptimizationConfig:
         for name in ("encoder_lr", "penultimate_lr", "meta_lr", "lr", "wd_encoder", "wd", "warmup_steps", "max_grad_norm"):
             _at_least(f"{section}.{name}", getattr(self, name), 0)
         _share(f"{section}.xmc_momentum", self.xmc_momentum, below_one=True)
+        if self.xmc_optimizer == "adamw" and self.xmc_momentum != 0.9:
+            raise UserError(
+                f"{section}.xmc_momentum={self.xmc_momentum}: of xmc_optimizer=sgd; set that, or leave it at 0.9"
+            )
         if self.training_steps != 1:
             raise UserError(
                 f"{section}.training_steps: is computed at run time, leave it at 1; to end early set max_steps"
@@ -360,6 +378,10 @@ class VerboseConfig:
             )
 
 
+# What a run's folder holds beside training.checkpoint_file, and what stands there while a model is written.
+_RUN_FILES = ("model", "model.partial", "model.old", "config.yaml", "log.jsonl", "wandb")
+
+
 @dataclass
 class TrainingConfig:
     seed: int = option(42, "of everything random")
@@ -378,9 +400,10 @@ class TrainingConfig:
         if self.seed >= 1 << 32:
             raise UserError(f"training.seed={self.seed}: must be below 2^32")
         _share("training.best_p1", self.best_p1)
-        if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", "model"):
+        if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", *_RUN_FILES):
             raise UserError(
-                f"training.checkpoint_file={self.checkpoint_file!r}: a plain folder name other than 'model'"
+                f"training.checkpoint_file={self.checkpoint_file!r}: a plain name for a folder, other than "
+                f"{', '.join(_RUN_FILES)}"
             )
 
 
@@ -478,6 +501,20 @@ def _read_yaml(dataset: str) -> Any:
     return tree
 
 
+def _check_spelling(word: str) -> None:
+    """Refuse what is no `key=value`; hydra's spellings, which users of Spartex know, with the right one."""
+    plain = word.lstrip("+")
+    if word.startswith("~"):
+        key = word[1:].partition("=")[0]
+        raise UserError(f"argument {word!r}: settings cannot be removed; write {key}=null, or leave it at its default")
+    if plain.startswith("dataset."):
+        plain = plain.removeprefix("dataset.")
+    if plain != word:
+        raise UserError(f"argument {word!r}: write {plain}")
+    if "=" not in word:
+        raise UserError(f"argument {word!r}: write key=value, for example model.ffi.fan_in=64")
+
+
 def load_config(overrides: list[str]) -> Config:
     """The configuration of a run, from the command line's `key=value` words.
 
@@ -485,8 +522,7 @@ def load_config(overrides: list[str]) -> Config:
     Raises UserError with the field to change: unknown keys, wrong types, impossible combinations.
     """
     for word in overrides:
-        if "=" not in word:
-            raise UserError(f"argument {word!r}: write key=value, for example model.ffi.fan_in=64")
+        _check_spelling(word)
     try:
         command_line = OmegaConf.from_dotlist(overrides)
         dataset = command_line.get("dataset")

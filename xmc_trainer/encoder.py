@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, reason
 
+# What a state dict may hold beyond the encoder: a pooler, for pooling is ours, and positions, which older versions of
+# transformers saved although they are counted, not trained.
+_LEFT_OUT = re.compile(r"^pooler\.|(^|\.)(position_ids|token_type_ids|inv_freq)$")
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "none": nn.Identity}
 
 
@@ -42,24 +46,26 @@ class TextEncoder(nn.Module):
         self.pool_mode, self.feature_layers = pool_mode, feature_layers
         self.penultimate_activation = penultimate_activation
         self.dropout = nn.Dropout(embed_dropout)
-        width = backbone.config.hidden_size * feature_layers
+        self.pooled_features: int = backbone.config.hidden_size * feature_layers
         self.penultimate = None
         if penultimate_size is not None:
             activation = _ACTIVATIONS[penultimate_activation]()
-            self.penultimate = nn.Sequential(nn.Linear(width, penultimate_size), activation)
-        self.out_features: int = penultimate_size or width
+            self.penultimate = nn.Sequential(nn.Linear(self.pooled_features, penultimate_size), activation)
+        self.out_features: int = penultimate_size or self.pooled_features
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """int64 [b, T] token ids and 0/1 mask -> features [b, out_features] in the backbone's dtype."""
+        pooled = self.dropout(self.pool(input_ids, attention_mask))
+        return pooled if self.penultimate is None else self.penultimate(pooled)
+
+    def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The same before dropout and penultimate layer: [b, pooled_features]."""
         if self.pool_mode == "last_hidden_avg":
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             mask = attention_mask[:, :, None].to(hidden.dtype)
-            pooled = (hidden * mask).sum(1) / mask.sum(1)
-        else:
-            out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
-            pooled = torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
-        pooled = self.dropout(pooled)
-        return pooled if self.penultimate is None else self.penultimate(pooled)
+            return (hidden * mask).sum(1) / mask.sum(1)
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
 
     def parameter_groups(self, encoder_lr: float, penultimate_lr: float, weight_decay: float) -> list[dict]:
         """Optimizer groups: weight decay on matrices, none on biases and norms; the penultimate layer's own rate."""
@@ -103,10 +109,9 @@ def _load(loader: type, name: str, field: str, **options: object) -> object:
     try:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{field}={name}: cannot be loaded; name a folder that holds the model, or a hub id that is reachable or "
-            f"in the local Hugging Face cache ({reason})"
+            f"in the local Hugging Face cache ({reason(error)})"
         ) from None
 
 
@@ -127,25 +132,35 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
 
     Args: path: .safetensors, or a file of torch.save that holds nothing but tensors: no code in it is ever run.
         key_prefix: entries without it are left out; it is stripped from the others.
-    Raises UserError unless every weight of the backbone that is trained is there, in the right shape.
+    Raises UserError unless every weight of the backbone that is trained is there, in the right shape, and no other.
     """
     field = f"model.encoder.ngame_checkpoint={path}"
     try:
+        if not Path(path).stat().st_size:
+            raise UserError(f"{field}: the file is empty; copy it again")
         state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{field}: {error.strerror or error}") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        raise UserError(f"{field}: not a file of tensors alone ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{field}: not a file of tensors alone ({reason(error)})") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{field}: must hold a state dict: names and tensors")
+    if not state:
+        raise UserError(f"{field}: holds no weights")
     given = {name.removeprefix(key_prefix): value for name, value in state.items() if name.startswith(key_prefix)}
     own = backbone.state_dict()
     missing = [name for name in own if name not in given and not name.startswith("pooler.")]
     if missing:
-        first = next(iter(state), "nothing")
+        first = next(iter(state))
         raise UserError(
             f"{field}: lacks {len(missing)} of the encoder's {len(own)} weights, such as {missing[0]}; its entries are named "
             f"like {first}: set model.encoder.ngame_key_prefix to what stands in front"
+        )
+    unknown = [name for name in given if name not in own and not _LEFT_OUT.search(name)]
+    if unknown:
+        raise UserError(
+            f"{field}: holds {len(unknown)} weights that the encoder does not have, such as {key_prefix}{unknown[0]}: it "
+            "is of another model; set model.encoder.encoder_model to that, or model.encoder.ngame_key_prefix to leave them out"
         )
     for name, value in own.items():
         if name in given and given[name].shape != value.shape:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 
 from xmc_trainer.errors import UserError
 
-# The dynamic loss scale of fp16 starts at 2^12.
+# The dynamic loss scale of fp16 starts at 2^12, with DeepSpeed's scaler and with torch's.
 _INITIAL_SCALE_POWER = 12
 
 
@@ -67,6 +67,9 @@ def build_accelerator(
         # Without a backend named, accelerate on a CPU may start every rank alone. Tokenising, under which the other
         # ranks wait, may take an hour.
         handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=2))]
+    if mixed_precision == "fp16":
+        # Under DeepSpeed, which scales by itself, accelerate leaves it out.
+        handlers.append(GradScalerKwargs(init_scale=2.0**_INITIAL_SCALE_POWER))
     if path is not None:
         if on_cpu:
             _skip_shared_memory_build()

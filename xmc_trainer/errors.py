@@ -1,8 +1,20 @@
 """The one exception that users are meant to read."""
 
+from __future__ import annotations
+
+import re
+
+_TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
 
 class UserError(ValueError):
     """Something that the user can mend: the message is one line that names the field, or the file and line, to change.
 
     The launchers print it without a traceback and exit with status 2.
     """
+
+
+def reason(error: Exception) -> str:
+    """What a library's exception says, for a message of ours: its first line, without colours, or its type."""
+    lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -158,14 +158,17 @@ class EvaluateHook(Hook):
 
 
 class EarlyStopHook(Hook):
-    """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`."""
+    """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`.
 
-    def __init__(self, config: EvaluationConfig) -> None:
-        self.config = config
+    Evaluations of the first `dense_epochs` epochs do not count: a dense head is better than the sparse one made of it.
+    """
+
+    def __init__(self, config: EvaluationConfig, dense_epochs: int) -> None:
+        self.config, self.dense_epochs = config, dense_epochs
         self._best, self._waited = -math.inf, 0
 
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-        if split != "test":
+        if split != "test" or trainer.state.epoch < self.dense_epochs:
             return
         value = metrics[self.config.early_stop_metric]
         if value > self._best + self.config.early_stop_delta:
@@ -183,13 +186,13 @@ class EarlyStopHook(Hook):
 
 
 class BestModelHook(Hook):
-    """Keeps the model with the best test P@1 so far."""
+    """Keeps the model with the best test P@1 so far, of those after the first `dense_epochs` epochs."""
 
-    def __init__(self, folder_name: str, best_p1: float) -> None:
-        self.folder_name, self.best_p1 = folder_name, best_p1
+    def __init__(self, folder_name: str, best_p1: float, dense_epochs: int) -> None:
+        self.folder_name, self.best_p1, self.dense_epochs = folder_name, best_p1, dense_epochs
 
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-        if split == "test" and metrics["P@1"] > self.best_p1:
+        if split == "test" and trainer.state.epoch >= self.dense_epochs and metrics["P@1"] > self.best_p1:
             self.best_p1 = metrics["P@1"]
             trainer.save(trainer.run_folder / self.folder_name)
 
@@ -323,16 +326,17 @@ def default_hooks(config: Config) -> list[Hook]:
     before the hooks that save, show and act on its result.
     """
     ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
+    dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0
     hooks: list[Hook] = [ScheduleHook(optimization)]
-    if ffi.use_sparse_layer and optimization.dense_epochs:
-        hooks.append(SparsifyHook(optimization.dense_epochs, ffi))
+    if dense_epochs:
+        hooks.append(SparsifyHook(dense_epochs, ffi))
     if ffi.use_sparse_layer and ffi.rewire_interval:
         hooks.append(RewireHook(ffi))
     hooks.append(EvaluateHook(config.training.evaluation))
     if config.training.evaluation.early_stop_patience:
-        hooks.append(EarlyStopHook(config.training.evaluation))
+        hooks.append(EarlyStopHook(config.training.evaluation, dense_epochs))
     if config.training.use_checkpoint:
-        hooks.append(BestModelHook(config.training.checkpoint_file, config.training.best_p1))
+        hooks.append(BestModelHook(config.training.checkpoint_file, config.training.best_p1, dense_epochs))
     hooks.append(ProgressHook(verbose.print_iter if verbose.show_iter else None))
     if verbose.logging:
         hooks.append(JsonLogHook())

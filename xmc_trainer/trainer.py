@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.checkpoint import save_model
 from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
-from xmc_trainer.encoder import TextEncoder, load_backbone, load_state_dict_file, load_tokenizer
-from xmc_trainer.engine import build_accelerator, step_was_applied
+from xmc_trainer.encoder import load_tokenizer
+from xmc_trainer.engine import step_was_applied
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead
@@ -32,7 +34,11 @@ from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 
-_ENCODER_OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+_ENCODER_OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),  # as the head's, and what is expected of it in the field
+}
 # Losses stay on the device until this many seconds have passed: reading one waits for the device.
 _SECONDS_BETWEEN_LOSSES = 1.0
 # From its first 2^12 the loss scale of fp16 has halved to nothing long before.
@@ -66,15 +72,7 @@ class Trainer:
     def __init__(self, config: Config, *, deepspeed_config: str | None = None, hooks: list[Hook] | None = None) -> None:
         optimization, data = config.training.optimization, config.data
         self.config = config
-        self.accelerator = build_accelerator(
-            device=config.environment.device,
-            cuda_device_id=config.environment.cuda_device_id,
-            mixed_precision=config.training.amp.mixed_precision,
-            accumulation=optimization.grad_accum_step,
-            micro_batch=data.batch_size,
-            max_grad_norm=optimization.max_grad_norm,
-            deepspeed_config=deepspeed_config,
-        )
+        self.accelerator = accelerator_of(config, deepspeed_config)
         self.ranks, self.device = Ranks(), self.accelerator.device
         self.run_folder = config.run_folder
         # What can be refused is refused before anything is loaded.
@@ -92,15 +90,23 @@ class Trainer:
             raise UserError(f"{config.data_folder}: no such folder; set dataset_path or data.folder")
         set_seed(config.training.seed)
         self.tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
-        backbone = load_backbone(config.model.encoder.encoder_model, for_cpu=self.device.type == "cpu")
-        if config.model.encoder.use_ngame_encoder_weights:
-            load_state_dict_file(backbone, config.model.encoder.ngame_checkpoint, config.model.encoder.ngame_key_prefix)
-        self.encoder_module = self._build_encoder(backbone)
+        self.encoder_module = encoder_of(config, self.device)
         self.corpus = self._load_corpus()
         cluster_of = self._order_labels()
         self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
         self._train_lengths = self.corpus.lengths("train")
         self._test_lengths = self.corpus.lengths("test")
+        self.train_texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
+        steps_per_epoch = math.ceil(self.train_texts / (data.batch_size * optimization.grad_accum_step))
+        total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
+        self.state = TrainerState(int(total_steps), steps_per_epoch)
+        dense_steps = optimization.dense_epochs * steps_per_epoch
+        if config.model.ffi.use_sparse_layer and dense_steps >= total_steps:
+            raise UserError(
+                f"training.optimization.max_steps={optimization.max_steps}: ends no later than the "
+                f"{optimization.dense_epochs} dense epochs of {steps_per_epoch} steps, and the head would never be trained "
+                "sparse; raise it or lower dense_epochs"
+            )
 
         if config.model.encoder.use_torch_compile:
             self._compile_backbone()
@@ -119,10 +125,6 @@ class Trainer:
         # Ranks start from equal weights and then drop out different features.
         set_seed(config.training.seed, device_specific=True)
 
-        self.train_texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
-        steps_per_epoch = math.ceil(self.train_texts / (data.batch_size * optimization.grad_accum_step))
-        total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
-        self.state = TrainerState(int(total_steps), steps_per_epoch)
         self.meta_branch = None
         if config.model.auxiliary.use_meta_branch:
             self.meta_branch = self._build_meta_branch(cluster_of)
@@ -324,37 +326,6 @@ class Trainer:
         """How many labels `head_ratio` gives full fan-in."""
         return round(self.config.model.ffi.head_ratio * self.corpus.num_labels)
 
-    def _build_encoder(self, backbone: Any) -> TextEncoder:
-        config, penultimate = self.config.model.encoder, self.config.model.penultimate
-        if config.encoder_ftr_dim not in (None, backbone.config.hidden_size):
-            raise UserError(
-                f"model.encoder.encoder_ftr_dim={config.encoder_ftr_dim}: the encoder's is {backbone.config.hidden_size}"
-            )
-        longest = getattr(backbone.config, "max_position_embeddings", None)
-        padding = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
-        if longest is not None and padding is not None:
-            longest -= padding + 1  # RoBERTa's count their positions from there
-        if longest is not None and self.config.data.max_len > longest:
-            raise UserError(f"data.max_len={self.config.data.max_len}: this encoder reads at most {longest} tokens")
-        if config.feature_layers > backbone.config.num_hidden_layers:
-            raise UserError(
-                f"model.encoder.feature_layers={config.feature_layers}: the encoder has {backbone.config.num_hidden_layers}"
-            )
-        encoder = TextEncoder(
-            backbone,
-            pool_mode=config.pool_mode,
-            feature_layers=config.feature_layers,
-            embed_dropout=config.embed_dropout,
-            penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
-            penultimate_activation=penultimate.penultimate_activation,
-        )
-        ffi = self.config.model.ffi
-        if ffi.input_features not in (None, encoder.out_features):
-            raise UserError(f"model.ffi.input_features={ffi.input_features}: there are {encoder.out_features}")
-        if ffi.use_sparse_layer and ffi.fan_in > encoder.out_features:
-            raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {encoder.out_features} features to read")
-        return encoder
-
     def _compile_backbone(self) -> None:
         # One compilation for all lengths. On a GPU each length is then recorded as a graph, for launches cost more than work;
         # but not if gradients of several micro-batches meet: a graph's next run overwrites what it gave before.
@@ -400,17 +371,9 @@ class Trainer:
         if ffi.index_init == "random" and ffi.weight_init == "random":
             return
         encoder = self.encoder_module.to(self.device).eval()
-        autocast = torch.autocast(
-            self.device.type, dtype=getattr(torch, self.config.training.amp.dtype), enabled=self.config.training.amp.enabled
-        )
-
-        def encode(ids: Tensor, mask: Tensor) -> Tensor:
-            with autocast:
-                return encoder(ids, mask).float()
-
         with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
             features = encode_training_texts(
-                encode,
+                in_precision_of(self.config, encoder, self.device),
                 self.corpus,
                 Path(folder) / "texts.npy",
                 width=encoder.out_features,

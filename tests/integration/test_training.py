@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,17 +17,11 @@ from transformers import RobertaConfig, RobertaModel
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
-from xmc_trainer.hooks import Hook
+from xmc_trainer.hooks import BestModelHook, Hook
 from xmc_trainer.model import XMCModel
 from xmc_trainer.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    # accelerate keeps its state for the life of a process, which trains one model; this one trains many.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def train(settings, *more, hooks=None):
@@ -441,6 +436,23 @@ def test_a_dense_start_becomes_sparse(toy_settings):
     assert XMCModel.load(trainer.run_folder / "model").saved.head.fan_in == 12
     rewired, _ = train(toy_settings, *more, "log_fname=rewired")
     assert [record["step"] for record in log_of(rewired, "rewire")] == [45, 50, 55, 60, 65]
+
+
+def test_a_dense_start_is_neither_waited_for_nor_kept(toy_settings):
+    dense = [*toy_settings, "training.optimization.dense_epochs=2", "model.ffi.rewire_interval=0"]
+    # 20 steps an epoch; the end of the dense epochs would be that of the training.
+    with pytest.raises(UserError, match="max_steps=40: ends no later than the 2 dense epochs of 20 steps"):
+        Trainer(load_config([*dense, "training.optimization.max_steps=40"]))
+    stop = ["training.evaluation.early_stop_patience=1", "training.evaluation.early_stop_delta=2.0"]
+    trainer, _ = train(dense, *stop)
+    # Nothing is better by 200 points: the first evaluation that counts is that of epoch 3, one more ends the training.
+    assert [record["step"] for record in log_of(trainer, "evaluate")] == [20, 40, 60, 80]
+    best, kept = BestModelHook("best", 0.1, dense_epochs=2), []
+    for epoch, p1 in enumerate([0.5, 0.9, 0.4, 0.3, 0.6]):
+        state = SimpleNamespace(epoch=epoch)
+        best.on_evaluate(SimpleNamespace(state=state, run_folder=Path("run"), save=kept.append), "test", {"P@1": p1})
+        kept += [epoch] * (len(kept) % 2)
+    assert kept == [Path("run/best"), 2, Path("run/best"), 4]
 
 
 def test_schedules_and_early_stopping(toy_settings):

@@ -72,11 +72,60 @@ def test_files_remember_their_labels(tmp_path):
         LabelClusters.load(tmp_path / "c.safetensors", ids)
 
 
-def test_the_seeds_files_are_imported(tmp_path):
-    groups = np.empty(3, dtype=object)
-    groups[:] = [np.array([4, 0]), [1], np.array([2, 3])]
+def object_array(*groups):
+    made = np.empty(len(groups), dtype=object)
+    made[:] = groups
+    return made
+
+
+# Of five labels in the order of their numeric names; as text "10" and "100" come before "9".
+IDS = ["3", "9", "10", "20", "100"]
+
+
+@pytest.mark.parametrize(
+    "groups, order, read_as, expected",
+    [
+        (object_array(["100", "3"], ["9"], ["10", "20"]), None, "names", [4, 0, 1, 2, 3]),
+        (object_array(np.array(["100", "3"]), [], ["9"], object_array("10", "20")), None, "names", [4, 0, 1, 2, 3]),
+        (object_array(np.array([4, 0]), [1], np.array([2, 3])), "ours", "ours", [4, 0, 1, 2, 3]),
+        # sorted as text: 10, 100, 20, 3, 9
+        (object_array([4, 0], [np.int32(1)], [2, 3]), "sorted", "sorted", [1, 2, 4, 3, 0]),
+    ],
+)
+def test_the_seeds_files_are_imported(groups, order, read_as, expected, tmp_path):
     np.save(tmp_path / "g.npy", groups, allow_pickle=True)
-    clusters = import_npy(tmp_path / "g.npy", 5)
-    assert clusters.order.tolist() == [4, 0, 1, 2, 3] and clusters.cluster_of.tolist() == [0, 1, 2, 2, 0]
-    with pytest.raises(UserError, match="each of the data set's 6 labels"):
-        import_npy(tmp_path / "g.npy", 6)
+    clusters, how = import_npy(tmp_path / "g.npy", IDS, order)
+    assert how == read_as and clusters.order.tolist() == expected and clusters.offsets.tolist() == [0, 2, 3, 5]
+
+
+def test_clusters_of_one_size_are_a_matrix(tmp_path):
+    np.save(tmp_path / "g.npy", np.array([["b", "d"], ["c", "a"]]))
+    assert import_npy(tmp_path / "g.npy", list("abcd"), None)[0].cluster_of.tolist() == [1, 0, 1, 0]
+    np.save(tmp_path / "g.npy", np.array([[1, 3], [2, 0]]))  # names in order: numbers mean one thing
+    assert import_npy(tmp_path / "g.npy", list("abcd"), None)[0].cluster_of.tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (object_array([4, 0], [1], [2, 3]), "add --npy-order sorted"),
+        (object_array(["3", "9"], ["10"], ["20"]), "each of the data set's 5 labels exactly once"),
+        (object_array(["3", "9"], ["10", "3"], ["20", "100"]), "each of the data set's 5 labels exactly once"),
+        (object_array(["3", "9"], ["10", "20", "7"]), "'7' is none of the data set's 5 labels"),
+        (object_array([4.0, 0.0], [1.0], [2.0, 3.0]), "lists of label names or of whole numbers"),
+        (object_array(["3", "9"], ["10", "20", 100]), "lists of label names or of whole numbers"),
+        (np.array(["3", "9", "10", "20", "100"]), "lists of label names or of whole numbers"),
+        (np.array(5), "lists of label names or of whole numbers"),
+        (b"label a\nlabel b\n", "not a .npy file"),
+        (None, "No such file"),
+    ],
+)
+def test_other_files_are_refused_in_one_line(content, said, tmp_path):
+    file = tmp_path / "g.npy"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        np.save(file, content, allow_pickle=True)
+    with pytest.raises(UserError, match=said) as error:
+        import_npy(file, IDS, None)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)

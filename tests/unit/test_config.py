@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from xmc_trainer import config as config_module
 from xmc_trainer.config import describe, load_config, markdown_table, shipped_configs, to_yaml
 from xmc_trainer.errors import UserError
 
@@ -36,6 +39,25 @@ def test_the_complete_spartex_layout_loads_and_means_the_same():
     assert config.run_folder == Path("outputs/log_amazontitles131k")
     assert config.training.amp.mixed_precision == "no"
     assert config.training.optimization.text_reduction == "sum"
+
+
+def test_the_readme_names_every_option_of_spartex():
+    readme = (ASSETS.parents[1] / "README.md").read_text(encoding="utf-8")
+    page = readme[readme.index("## From Spartex") :]
+    section, named = "", set()
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == 3:
+            section = cells[0].strip("`") or section
+            named |= {f"{section}.{option}" for option in re.findall("`([^`]+)`", cells[1])}
+    names = set()
+
+    def leaves(tree, prefix):
+        for key, value in tree.items():
+            leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else names.add(prefix + key)
+
+    leaves(OmegaConf.to_container(OmegaConf.create(SPARTEX.read_text()), resolve=False), "")
+    assert len(names) > 60 and named == names
 
 
 def test_command_line_of_the_seed():
@@ -100,15 +122,24 @@ REFUSED = [
     ("training.optimization.grad_accum_step=0", "grad_accum_step"),
     ("training.optimization.lr_scheduler=Step", "lr_scheduler"),
     ("training.optimization.lr_scheduler_xmc=MultiStepLR", "lr_milestones"),
+    ("training.optimization.lr_milestones=[3]", "lr_milestones: no schedule reads them"),
+    ("training.optimization.xmc_momentum=0.5", "xmc_momentum=0.5: of xmc_optimizer=sgd"),  # wordnet's is adamw
     ("training.evaluation.early_stop_metric=P@2", "early_stop_metric"),
     ("training.evaluation.early_stop_delta=-1", "early_stop_delta"),
     ("training.amp.dtype=int8", "training.amp.dtype"),
     ("training.verbose.log_fname=../up", "log_fname"),
     ("training.checkpoint_file=model", "checkpoint_file"),
+    ("training.checkpoint_file=log.jsonl", "checkpoint_file"),
+    ("training.checkpoint_file=config.yaml", "checkpoint_file"),
     ("data.batch_size=0", "data.batch_size"),
     ("data.hf_source=ag_news", "data.hf_source"),
     ("environment.device=tpu", "environment.device"),
     ("fan_in", "key=value"),
+    ("dataset.model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
+    ("+model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
+    ("++dataset.model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
+    ("~model.ffi.tile_labels", "write model.ffi.tile_labels=null"),
+    ("~model.ffi.tile_labels=4", "write model.ffi.tile_labels=null"),
 ]
 
 
@@ -117,6 +148,15 @@ def test_refusals_name_the_field(word, named):
     with pytest.raises(UserError, match=named.replace(".", r"\.")) as error:
         load_config(["dataset=wordnet", word])
     assert "\n" not in str(error.value)
+
+
+def test_what_a_dense_head_would_ignore_is_refused():
+    dense = ["dataset=wordnet", "model.ffi.use_sparse_layer=false"]
+    for setting in ("model.ffi.group_size=4", "model.ffi.head_ratio=0.1", "model.ffi.index_init=informed"):
+        with pytest.raises(UserError, match=setting.split("=")[0]):
+            load_config([*dense, setting])
+    # Spartex's own layout says these beside its dense head.
+    assert load_config([*dense, "model.ffi.fan_in=64", "model.ffi.prune_mode=fraction"]).model.ffi.fan_in == 64
 
 
 def test_unknown_data_sets_are_refused_with_the_known_ones():
@@ -148,6 +188,19 @@ def test_every_option_is_described():
     assert len(names) == leaves(dataclasses.asdict(load_config(["dataset=wordnet"])))
 
 
+def test_every_option_is_read_somewhere():
+    """By what builds something of it: not by the configuration's own checks."""
+    package, read = Path(config_module.__file__).parent, set()
+    for path in package.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        checks = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"]
+        skipped = {id(node) for check in checks for node in ast.walk(check)}
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in skipped}
+    unread = {name for name, _, _ in describe() if name.split(".")[-1] not in read}
+    # Spartex computes it at run time, as we do: any other value is refused.
+    assert unread == {"training.optimization.training_steps"}
+
+
 # The published settings of Spartex, a column a data set.
 PUBLISHED = """
                                              wiki31k          amazon670k       wiki500k         amazon3m         lfamazontitles131k lfwikiseealso320k
@@ -156,6 +209,7 @@ data.num_labels                              30938            670091           5
 data.max_len                                 128              128              128              128              32                 32
 data.batch_size                              32               64               128              128              512                128
 training.optimization.grad_accum_step        1                1                1                2                1                  1
+model.encoder.encoder_model                  bert-base-uncased bert-base-uncased bert-base-uncased bert-base-uncased sentence-transformers/msmarco-distilbert-base-v4 sentence-transformers/paraphrase-distilroberta-base-v2
 model.encoder.pool_mode                      last_hidden_avg  last_nhidden_conlast last_hidden_avg last_nhidden_conlast last_hidden_avg last_hidden_avg
 model.encoder.embed_dropout                  0.6              0.6              0.5              0.35             0.7                0.55
 model.penultimate.use_penultimate_layer      True             False            False            False            False              False
@@ -181,11 +235,31 @@ training.evaluation.early_stop_delta         5e-05            5e-05            5
 model.ffi.rewire_end_epoch                   0.66             0.66             0.66             0.66             0.66               0.66
 training.amp.dtype                           float16          float16          float16          float16          float16            float16
 """
+# Published for all of them alike.
+PUBLISHED_FOR_ALL = """
+training.amp.enabled                         True
+training.optimization.lr_scheduler           CosineScheduleWithWarmup
+training.optimization.lr_scheduler_xmc       CosineScheduleWithWarmup
+training.optimization.meta_lr                0.0005
+training.optimization.xmc_momentum           0.9
+training.optimization.dense_epochs           0
+training.optimization.loss_reduction         auto
+training.evaluation.early_stop_metric        P@3
+model.encoder.feature_layers                 1
+model.ffi.use_sparse_layer                   True
+model.ffi.group_size                         1
+model.ffi.growth_mode                        random
+model.ffi.growth_init_mode                   zero
+model.ffi.index_init                         random
+model.ffi.use_rewire_scheduling              True
+model.ffi.rewire_end_threshold               0.0001
+"""
 
 
 def test_shipped_settings_are_the_published_ones():
     names, *rows = [line.split() for line in PUBLISHED.strip().splitlines()]
     configs = [load_config([f"dataset={name}", "dataset_path=/data"]) for name in names]
+    rows += [[field, *[value] * len(names)] for field, value in map(str.split, PUBLISHED_FOR_ALL.strip().splitlines())]
     for field, *values in rows:
         for name, config, value in zip(names, configs, values, strict=True):
             found = config

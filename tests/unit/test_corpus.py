@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
+from tokenizers import processors
 
 from tests.data_helpers import CLS, SEP, UNK, instance, real_data, tiny_tokenizer, write_lf, write_raw
 from xmc_trainer.data import Corpus, corpus, load_corpus
@@ -54,6 +55,15 @@ def test_content(tmp_path):
     assert found.test_labels().ids.tolist() == [0, 1, 2] and found.test_labels().offsets.tolist() == [0, 1, 3]
     assert entries(tmp_path / "cache") == [found.fingerprint]
     assert sorted(os.listdir(tmp_path / "cache" / found.fingerprint)) == ["labels", "test", "texts", "train"]
+
+
+def test_an_empty_text_is_its_special_tokens(tmp_path):
+    folder = write_raw(tmp_path / "d", [("w0", "a"), ("", "a b")], [("w3", "a")])
+    assert load(folder, tmp_path / "cache").train[:]["input_ids"] == [[CLS, 4, SEP], [CLS, SEP]]
+    bare = tiny_tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.raises(UserError, match="train set: this tokenizer gives no token for a text; remove empty texts"):
+        load(folder, tmp_path / "cache", tokenizer=bare)
 
 
 def test_label_feature_content_with_filter_and_augmentation(tmp_path):
@@ -164,8 +174,7 @@ def test_number_of_labels_is_checked_with_and_without_cache(tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"train": [("w0", "a"), (" ", "a")]}, "train_raw_texts.txt, line 2: the text is empty; remove"),
-        ({"test": [("w0", "a"), ("", "a")]}, "test_raw_texts.txt, line 2: the text is empty; remove"),
+        ({"train": []}, "train_labels.txt: a label file with no labels"),
         ({"test": [("w0", "unseen")]}, "the test set has no texts with labels; check its files"),
     ],
 )

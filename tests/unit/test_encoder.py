@@ -31,6 +31,9 @@ def test_state_dicts_are_loaded_safely_or_refused(tiny_encoder, tmp_path):
         for parameter in source.parameters():
             parameter.add_(1.0)
     state = {f"encoder.{name}": value for name, value in source.state_dict().items()} | {"classifier": torch.ones(3)}
+    # Older versions of transformers saved these; they are counted, not trained.
+    state["encoder.embeddings.position_ids"] = torch.arange(24)[None]
+    state["encoder.pooler.extra"] = torch.ones(3)
     torch.save(state, tmp_path / "ngame.pt")
     save_file(state, tmp_path / "ngame.safetensors")
     for name in ("ngame.pt", "ngame.safetensors"):
@@ -47,6 +50,10 @@ def test_state_dicts_are_loaded_safely_or_refused(tiny_encoder, tmp_path):
     (tmp_path / "broken.pt").write_bytes(b"nothing")
     name = next(iter(source.state_dict()))
     torch.save(state | {f"encoder.{name}": torch.ones(2)}, tmp_path / "shape.pt")
+    torch.save(state | {"encoder.encoder.layer.2.output.dense.bias": torch.ones(32)}, tmp_path / "deeper.pt")
+    torch.save({}, tmp_path / "nothing.pt")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "empty.safetensors").touch()
     target = load_backbone(str(tiny_encoder))
     before = {key: value.clone() for key, value in target.state_dict().items()}
     for file, prefix, message in [
@@ -55,7 +62,12 @@ def test_state_dicts_are_loaded_safely_or_refused(tiny_encoder, tmp_path):
         ("evil.pt", "", "not a file of tensors"),
         ("broken.pt", "", "not a file of tensors"),
         ("missing.pt", "", "No such file"),
+        ("deeper.pt", "encoder.", "1 weights that the encoder does not have, such as encoder.encoder.layer.2.output"),
+        ("nothing.pt", "", "holds no weights"),
+        ("empty.pt", "", "the file is empty"),
+        ("empty.safetensors", "", "the file is empty"),
     ]:
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as error:
             load_state_dict_file(target, str(tmp_path / file), prefix)
+        assert str(error.value).isprintable(), file  # one line, without the colours of torch's messages
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())

@@ -125,10 +125,13 @@ def test_raw_label_file_with_no_labels(tmp_path, split):
 
 
 @pytest.mark.parametrize("blank", ["", " \t", "\u3000"])
-def test_raw_empty_text(tmp_path, blank):
-    contents = raw_source(write_raw(tmp_path, [("w0", "a"), (blank, "a")])).read()
-    message = message_of(lambda: list(contents.train()))
-    assert f"{tmp_path}/train_raw_texts.txt, line 2: the text is empty; remove" in message
+def test_raw_empty_texts_stay_and_are_counted(tmp_path, blank, caplog):
+    folder = write_raw(tmp_path, [("w0", "a"), (blank, "a b"), (blank, "b")], [("w1", "a"), ("w2", "b"), (blank, "b")])
+    with caplog.at_level(logging.WARNING):
+        _, train, test = read_all(raw_source(folder))
+    assert train == [("w0", [0]), (blank, [0, 1]), (blank, [1])] and test[-1] == (blank, [1])
+    assert f"{folder}/train_raw_texts.txt: 2 texts are empty, the first in line 2" in caplog.text
+    assert f"{folder}/test_raw_texts.txt: 1 texts are empty, the first in line 3" in caplog.text
 
 
 def test_raw_undecodable_bytes(tmp_path):

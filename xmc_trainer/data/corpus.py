@@ -19,6 +19,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
@@ -278,6 +279,11 @@ def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrain
         cache_file_name=str(folder / f"{split}_tokens.arrow"),
         desc=f"tokenise {split}",
     )
+    if len(tokenised) and not pc.min(tokenised.data.column("length")).as_py():
+        raise UserError(
+            f"{split} set: this tokenizer gives no token for a text; remove empty texts, or name another in "
+            "model.encoder.encoder_tokenizer"
+        )
     tokenised.save_to_disk(str(folder / split))
     size = len(tokenised)
     del stream, tokenised

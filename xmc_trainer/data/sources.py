@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -165,9 +165,9 @@ _WRONG_FOLDER = "set dataset_path, data.folder or data.is_lf_data"
 def raw_source(folder: Path, label_text_file: str | None = None, augment: bool = False, test_split: str = "test") -> Source:
     """`train_raw_texts.txt` (or `train_texts.txt`) beside `train_labels.txt`, and the same for `test_split`.
 
-    A line is a text; the same line of the label file holds its label names, separated by blanks. The labels are those
-    seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by its name. With `augment`
-    each label's text of that file is also a training row with that one label.
+    A line is a text, which may be empty; the same line of the label file holds its label names, separated by blanks.
+    The labels are those seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by
+    its name. With `augment` each label's text of that file is also a training row with that one label.
     """
     texts, labels = {}, {}
     for split in ("train", test_split):
@@ -181,8 +181,14 @@ def raw_source(folder: Path, label_text_file: str | None = None, augment: bool =
         files.append(table_file)
 
     def rows(split: str) -> Iterator[tuple[str, list[str]]]:
+        empty = first = 0
         for (number, text), (_, line) in zip(read_lines(texts[split]), read_lines(labels[split])):
-            yield _checked_text(text, f"{texts[split]}, line {number}"), line.split()
+            if not text.strip():  # readers of the published files expect them: LightXML puts filler words there
+                empty, first = empty + 1, first or number
+            yield text, line.split()
+        if empty:
+            said = "%s: %d texts are empty, the first in line %d; they stay, as texts without words"
+            logger.warning(said, texts[split], empty, first)
 
     def read() -> Contents:
         names: dict[str, set[str]] = {}
@@ -285,8 +291,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise UserError(f"{where}: not valid JSON ({reason}); write one JSON object a line") from None
+            why = getattr(error, "msg", error)
+            raise UserError(f"{where}: not valid JSON ({why}); write one JSON object a line") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: not a JSON object; write one JSON object a line")
         yield where, record
@@ -472,13 +478,13 @@ def _open_parquet(path: Path, columns: tuple[str, str]) -> _Split:
                         yield f"{path}, row {number}", record
         except (pa.ArrowException, OSError) as error:
             raise UserError(
-                f"{path}, after row {number}: cannot be read ({_first_line(error)}); write it again"
+                f"{path}, after row {number}: cannot be read ({reason(error)}); write it again"
             ) from None
 
     try:
         schema = pq.read_schema(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({_first_line(error)}); write it again") from None
+        raise UserError(f"{path}: cannot be read ({reason(error)}); write it again") from None
     _check_columns(schema.names, columns, str(path))
     return _Split([path], records, _class_names(datasets.Features.from_arrow_schema(schema), columns[1]))
 
@@ -489,7 +495,7 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: tupl
         dataset = load()
     except Exception as error:  # the hub's client, its transport and the file formats each raise errors of their own
         raise UserError(
-            f"{where}: tried as a folder, and split {split!r} with the datasets library: {_first_line(error)}; correct "
+            f"{where}: tried as a folder, and split {split!r} with the datasets library: {reason(error)}; correct "
             "data.hf_source and the split names, or see to the connection"
         ) from error
     _check_columns(dataset.column_names, columns, f"{where}, split {split}")
@@ -500,7 +506,3 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: tupl
 
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
     return _Split(files, records, _class_names(dataset.features, columns[1]))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
