@@ -23,6 +23,7 @@ COMMANDS = {
     "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.bench.ranks", "what several ranks send each other; start it by torchrun"),
     "bench zero": ("xmc_trainer.bench.zero", "time and memory of the encoder under each DeepSpeed file"),
+    "bench scaling": ("xmc_trainer.bench.scaling", "a training step on several GPUs of this machine"),
 }
 
 

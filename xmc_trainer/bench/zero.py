@@ -19,9 +19,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from xmc_trainer.encoder import TextEncoder
 
 _NO_DEEPSPEED = "none"
 
@@ -67,12 +70,27 @@ def main() -> None:
         sys.exit(1)
 
 
-def measure(options: argparse.Namespace) -> None:
-    """One rank of one setting; rank 0 prints the row as JSON."""
-    import deepspeed
+def random_encoder(hidden: int, layers: int, dropout: float = 0.1) -> TextEncoder:
+    """A BERT of random weights, with heads of 64 features."""
     from transformers import BertConfig, BertModel
 
     from xmc_trainer.encoder import TextEncoder
+
+    config = BertConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64),
+        intermediate_size=4 * hidden,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return TextEncoder(BertModel(config, add_pooling_layer=False))
+
+
+def measure(options: argparse.Namespace) -> None:
+    """One rank of one setting; rank 0 prints the row as JSON."""
+    import deepspeed
+
     from xmc_trainer.engine import build_accelerator
 
     accelerator = build_accelerator(
@@ -87,19 +105,13 @@ def measure(options: argparse.Namespace) -> None:
     device, gpu = accelerator.device, accelerator.device.type == "cuda"
     before = _resident()
     torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.hidden // 64),
-        intermediate_size=4 * options.hidden,
-    )
-    module = TextEncoder(BertModel(config, add_pooling_layer=False))
+    module = random_encoder(options.hidden, options.layers)
     parameters = sum(p.numel() for p in module.parameters())
     groups = module.parameter_groups(1e-5, 0.0, 0.01)
     optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=options.precision != "fp16")
     encoder, optimizer = accelerator.prepare(module, optimizer)
     texts = options.batch // accelerator.num_processes
-    ids = torch.randint(config.vocab_size, (texts, options.max_len), device=device)
+    ids = torch.randint(module.backbone.config.vocab_size, (texts, options.max_len), device=device)
     mask = torch.ones_like(ids)
     times = []
     for _ in range(options.repeat + 3):
