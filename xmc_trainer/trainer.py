@@ -300,7 +300,7 @@ class Trainer:
     # Building -------------------------------------------------------------------------------------------------------
 
     def _load_corpus(self) -> Corpus:
-        with self.accelerator.local_main_process_first():
+        with self.ranks.one_a_machine_first():
             return corpus_of(self.config, self.tokenizer, progress=self.accelerator.is_local_main_process)
 
     def _order_labels(self) -> np.ndarray | None:
