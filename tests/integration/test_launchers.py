@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from tests.data_helpers import instance, write_lf, write_raw
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -239,9 +242,50 @@ def test_evaluate_repeats_the_runs_metrics(model):
     assert_one_line(done.stderr, "model.ffi.fan_in=3")
 
 
-def test_evaluate_refuses_other_labels(model, tmp_path):
-    from tests.data_helpers import write_raw
+@pytest.fixture
+def tied(model, tmp_path):
+    """The trained model with every third label alike: with equal scores, whatever the text."""
+    folder = tmp_path / "tied"
+    shutil.copytree(model[0], folder)
+    shard = folder / "head-00000-of-00001.safetensors"
+    tensors = load_file(shard)
+    tensors["weight"][::3] = 0.0
+    tensors["bias"][::3] = -2.5
+    save_file(tensors, shard)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"][shard.name] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
 
+
+def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
+    """The labels shared, output once, equal scores in the same order; with pairs to leave out, and a rank without texts."""
+    texts, labels = ((toy_data / "toy" / f"test_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels"))
+    records = [instance(text, [int(tag[3:]) for tag in line.split()]) for text, line in zip(texts, labels)]
+    inside = write_lf(tmp_path / "toy", records, records, [{"uid": f"tag{n:02d}", "title": f"w{n}", "content": ""} for n in range(41)])
+    (inside / "filter_labels_test.txt").write_text("".join(f"{row} {row % 41}\n" for row in range(len(records))))
+    settings = [f"dataset_path={tmp_path}", "data.is_lf_data=true", "data.use_filter_eval=true", "data.label_text_file=null"]
+    (tmp_path / "some.txt").write_text("\n".join(texts[:5]) + "\n")
+    found, predicted = [], []
+    for start in ([sys.executable], ["torchrun", "--nproc_per_node", "2", "--master_port", free_port()]):
+        done = launch(*start, "launchers/evaluate.py", tied, "--json", "data.test_batch_size=20", *settings)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout))
+        # Of two batches the second has one text.
+        done = launch(*start, "launchers/predict.py", tied, tmp_path / "some.txt", "-k", "41", "--batch_size", "4")
+        assert done.returncode == 0, done.stderr
+        predicted.append([json.loads(line) for line in done.stdout.splitlines()])
+    assert found[1] == pytest.approx(found[0], rel=1e-12) and 0 < found[0]["P@5"] < 1
+    one, two = predicted
+    assert [record["text"] for record in two] == [record["text"] for record in one] == texts[:5]
+    for left, right in zip(one, two):
+        assert [label["id"] for label in right["labels"]] == [label["id"] for label in left["labels"]]
+        assert [label["score"] for label in right["labels"]] == pytest.approx([label["score"] for label in left["labels"]], rel=1e-5)
+        alike = [label["id"] for label in left["labels"] if int(label["id"][3:]) % 3 == 0]
+        assert alike == sorted(alike) and len(alike) == 14
+
+
+def test_evaluate_refuses_other_labels(model, tmp_path):
     write_raw(tmp_path / "toy")
     (tmp_path / "toy" / "names.tsv").write_text("")
     done = launch(sys.executable, "launchers/evaluate.py", model[0], f"dataset_path={tmp_path}")
@@ -289,19 +333,18 @@ def test_compiled_code_is_refused_where_parameters_move(toy_settings):
     assert done.returncode and "error: model.encoder.use_torch_compile=true: not under ZeRO stage 3" in done.stderr, done.stderr
 
 
-def test_contradicting_deepspeed_settings_are_refused(toy_settings, tmp_path):
-    base = json.loads((ROOT / "ds_configs/zero2.json").read_text())
-    for change, message in [
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps=4 contradicts"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0 contradicts"),
-        ({"bf16": {"enabled": True}}, "enabled=True contradicts"),
-        ({"optimizer": {"type": "Adam"}}, "remove the 'optimizer' block"),
-    ]:
-        path = tmp_path / "ds.json"
-        path.write_text(json.dumps(base | change))
-        done = launch(sys.executable, "launchers/train.py", *toy_settings, "--deepspeed_config", path)
-        assert done.returncode == 2
-        assert_one_line(done.stderr, message)
+def test_launchers_are_told_something_else(toy_settings, tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(json.loads((ROOT / "ds_configs/zero2.json").read_text()) | {"gradient_clipping": 1.0}))
+    accelerate = ["accelerate", "launch", "--num_processes", "2", "--main_process_port", free_port()]
+    for words, message in [
+        ([sys.executable, "launchers/train.py", "--deepspeed_config", path], "gradient_clipping=1.0 contradicts"),
+        ([*accelerate, "--config_file", "launchers/accelerate_zero2.yaml", "--gradient_accumulation_steps", "4", "launchers/train.py"],
+         "gradient_accumulation_steps=4; drop it"),
+        ([*accelerate, "--cpu", "launchers/train.py"], "started only one process"),
+    ]:  # fmt: skip
+        done = launch(*words, *toy_settings)
+        assert done.returncode and message in done.stderr, done.stderr
 
 
 def test_a_batch_that_does_not_divide_is_refused(toy_settings):
