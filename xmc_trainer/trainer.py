@@ -24,7 +24,7 @@ from xmc_trainer.encoder import TextEncoder, load_backbone, load_state_dict_file
 from xmc_trainer.engine import build_accelerator, step_was_applied
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead, joint_step
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.label_features import LabelSums, encode_training_texts
@@ -191,24 +191,20 @@ class Trainer:
         torch.compiler.cudagraph_mark_step_begin()  # what a recorded graph gave before may be overwritten
         with self.accelerator.accumulate(self.encoder):
             features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
-
-            def loss_of(head: FixedFanInHead | SplitHead, label_ids: Tensor, weight: float) -> Tensor:
-                return head(
-                    features[: tensors["label_counts"].shape[0]],
-                    label_ids,
-                    tensors["label_counts"],
-                    end_of_step=end_of_step,
-                    texts_in_step=batch["rows_in_step"],
-                    loss_weight=weight,
-                    # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
-                    engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
-                    rank_sizes=batch["rank_sizes"],
-                )
-
-            loss = loss_of(self.head, tensors["label_ids"], 1.0 - meta_weight)
+            parts = self.head.parts(1.0 - meta_weight)
             if meta_weight > 0:
-                clusters = self.meta_branch.clusters(tensors["label_ids"])
-                loss = loss + loss_of(self.meta_branch.head, clusters, meta_weight)
+                parts += self.meta_branch.parts(meta_weight)
+            loss = joint_step(
+                parts,
+                features[: tensors["label_counts"].shape[0]],
+                tensors["label_ids"],
+                tensors["label_counts"],
+                end_of_step=end_of_step,
+                texts_in_step=batch["rows_in_step"],
+                # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
+                engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
+                rank_sizes=batch["rank_sizes"],
+            )
             self.accelerator.backward(loss)
             if optimization.max_grad_norm and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.encoder.parameters(), optimization.max_grad_norm)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, SplitHead
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, SplitHead, joint_step
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
@@ -87,9 +87,8 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
             )
             features, label_counts = encoder(texts[rows]), torch.tensor([len(ids[row]) for row in rows], dtype=torch.int64)
             share = branch.weight(step - 1) if branch else 0.0
-            loss = head(features, positives, label_counts, loss_weight=1 - share, **arguments)
-            if share:
-                loss = loss + branch.head(features, branch.clusters(positives), label_counts, loss_weight=share, **arguments)
+            parts = head.parts(1 - share) + (branch.parts(share) if share else [])
+            loss = joint_step(parts, features, positives, label_counts, **arguments)
             (loss / accumulation).backward()
             total += loss.item()
         for parameter in encoder.parameters():
