@@ -2,7 +2,7 @@
 
 python launchers/evaluate.py outputs/wordnet/model
 python launchers/evaluate.py outputs/wordnet/model dataset_path=/elsewhere data.test_batch_size=512 --json
-torchrun --nproc_per_node 2 launchers/evaluate.py outputs/wordnet/model     # each process holds its share of the labels
+torchrun --nproc_per_node 2 launchers/evaluate.py outputs/wordnet/model     # the processes share the labels
 """
 
 from __future__ import annotations

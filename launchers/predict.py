@@ -2,7 +2,7 @@
 
     python launchers/predict.py outputs/wordnet/model texts.txt > predictions.jsonl
     echo "a small domesticated carnivore" | python launchers/predict.py outputs/wordnet/model
-    torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # each holds its share of the labels
+    torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # the processes share the labels
 
 Input: a text file with one text a line, JSON lines with a field "text" (the name ends in .jsonl or .json), or standard
 input (one text a line). Output: JSON lines, labels best first:
@@ -26,6 +26,7 @@ from xmc_trainer.errors import UserError
 
 if TYPE_CHECKING:
     from xmc_trainer.model import XMCModel
+    from xmc_trainer.parallel import Ranks
 
 # Texts read, predicted and written at a time: memory stays flat however long the input.
 _CHUNK = 4096
@@ -62,6 +63,24 @@ def _text_of(line: bytes, where: str, path: str) -> str:
     return text
 
 
+def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
+    """What rank 0 reads, on every rank, a part at a time; a bad line ends them all."""
+    texts = read_texts(path)
+    while True:
+        chunk: list[str] | UserError = []
+        if ranks.rank == 0:
+            try:
+                chunk = list(islice(texts, _CHUNK))
+            except UserError as error:
+                chunk = error
+        chunk = ranks.broadcast(chunk)
+        if isinstance(chunk, UserError):
+            raise chunk
+        if not chunk:
+            return
+        yield chunk
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
@@ -92,8 +111,7 @@ def main() -> None:
 def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
     """Rank 0 reads and writes, all ranks predict."""
     ranks = model.saved.head.ranks
-    texts = read_texts(arguments.input)
-    chunks = iter(lambda: ranks.broadcast(list(islice(texts, _CHUNK)) if ranks.rank == 0 else None), [])
+    chunks = read_chunks(arguments.input, ranks)
     predictions = ((chunk, model.predict(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
     if ranks.rank:
         deque(predictions, maxlen=0)

@@ -55,7 +55,8 @@ def build_accelerator(
     path = _deepspeed_config_path(deepspeed_config)
     settings = None
     if path is not None:
-        settings = deepspeed_settings(path, mixed_precision, accumulation, micro_batch // world_size, world_size, max_grad_norm)
+        rank_batch = micro_batch // world_size
+        settings = deepspeed_settings(path, mixed_precision, accumulation, rank_batch, world_size, max_grad_norm)
     _refuse_other_flags(mixed_precision, accumulation, max_grad_norm, settings)
     if on_cpu and path is not None and torch.cuda.is_available():
         raise UserError("environment.device=cpu: with DeepSpeed hide the GPUs instead (CUDA_VISIBLE_DEVICES= in front)")
@@ -131,7 +132,8 @@ def _refuse_other_flags(
         unsaid = (None, "no") if flag == "mixed_precision" else (None,)
         if flag in in_yaml or theirs not in (*unsaid, str(ours)):
             raise UserError(
-                f"accelerate launch was told {flag}={theirs}; drop it from the command or its YAML: {field} decides ({ours})"
+                f"accelerate launch was told {flag}={theirs}; drop it from the command or its YAML: {field} decides "
+                f"({ours})"
             )
 
 
@@ -158,7 +160,9 @@ def deepspeed_settings(
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
     sections = ("fp16", "bf16", "zero_optimization")
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in sections):
-        raise UserError(f"{path}: the file, and {', '.join(sections)} in it, must be JSON objects; begin with one of ds_configs/")
+        raise UserError(
+            f"{path}: the file, and {', '.join(sections)} in it, must be JSON objects; begin with one of ds_configs/"
+        )
     # The last three set a precision that nothing else here knows of, or none at all.
     for block, field in {
         "optimizer": "training.optimization",

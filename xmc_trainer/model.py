@@ -28,8 +28,8 @@ class XMCModel:
     for label in model.predict(["a small domesticated carnivore"], k=5)[0]:
         print(label.id, label.text, label.score)
 
-    In a process group (`torch.distributed`) each rank loads a share of the labels; every rank must then predict the same
-    texts, which they share, and all receive all predictions.
+    In a process group (`torch.distributed`) each rank loads a share of the labels. Then every rank must predict the same
+    texts; they share the work, and all receive all predictions.
     """
 
     def __init__(self, saved: SavedModel, device: torch.device) -> None:
@@ -68,7 +68,7 @@ class XMCModel:
                 return_tensors="pt",
             ).to(self.device)
             # Tokens of all ranks' texts: a text is padded to the same length whatever their number. A rank without any
-            # encodes one for nothing.
+            # encodes one in vain.
             parts = np.array_split(np.arange(len(rows)), ranks.size)
             mine, sizes = parts[ranks.rank], [len(part) for part in parts]
             chosen = torch.from_numpy(mine if len(mine) else np.zeros(1, np.int64)).to(self.device)

@@ -36,21 +36,22 @@ def launched_processes() -> int:
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if int(os.environ.get(name, "1")) > 1:
             raise UserError(
-                f"{os.environ[name]} processes were started ({name}) but would not work together; start one a machine, and "
-                "in it accelerate launch or torchrun, as launchers/examples/slurm.sh does; for separate runs set WORLD_SIZE=1"
+                f"{os.environ[name]} processes were started ({name}) but would not work together; start one a machine, "
+                "and in it accelerate launch or torchrun, as launchers/examples/slurm.sh does; for separate runs set "
+                "WORLD_SIZE=1"
             )
     # Set for several processes only; without GPUs, or with --cpu, accelerate launch then starts one and says nothing.
     if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
         raise UserError(
-            "accelerate launch --num_processes started only one process, as it does with --cpu or a single GPU; add --config_file "
-            "launchers/accelerate_zero2.yaml, start with torchrun instead, or unset MASTER_ADDR for one process"
+            "accelerate launch --num_processes started only one process, as it does with --cpu or a single GPU; add "
+            "--config_file launchers/accelerate_zero2.yaml, start with torchrun, or for one process unset MASTER_ADDR"
         )
     return 1
 
 
 @contextmanager
 def joined_ranks(device: torch.device) -> Iterator[torch.device]:
-    """The process group of a launcher's processes, if there are several; for all but trainings, which leave it to accelerate.
+    """The process group of a launcher's processes, if there are several. Trainings leave that to accelerate.
 
     Gives this process's device: its own of the machine's GPUs, or `device`.
     """
@@ -135,7 +136,7 @@ class Ranks:
             yield
             return
         if self._patient is None:
-            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            self._patient = dist.new_group(timeout=_PATIENCE)
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if not first:
             dist.barrier(self._patient)
