@@ -85,6 +85,7 @@ def test_the_slurm_example_starts_a_node(toy_settings, tmp_path):
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    slurm["SLURM_STEP_NUM_TASKS"] = "2"  # tasks without a launcher in each would be refused
     path = f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"
     done = subprocess.run(
         ["bash", "launchers/examples/slurm.sh", *toy_settings, "training.optimization.max_steps=3", "log_fname=slurm"],
