@@ -119,6 +119,9 @@ def measure(options: argparse.Namespace) -> None:
     row |= {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
     if accelerator.is_main_process:
         os.write(1, (json.dumps(row) + "\n").encode())
+    # Before the process group: were DDP the last to hold it, gloo's thread and this one could wait for each other for ever.
+    del encoder, optimizer
+    accelerator.free_memory()
     accelerator.end_training()
 
 
