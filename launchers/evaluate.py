@@ -2,12 +2,14 @@
 
 python launchers/evaluate.py outputs/wordnet/model
 python launchers/evaluate.py outputs/wordnet/model dataset_path=/elsewhere data.test_batch_size=512 --json
+torchrun --nproc_per_node 2 launchers/evaluate.py outputs/wordnet/model     # the processes share the labels
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from xmc_trainer.cli import run
@@ -36,12 +38,16 @@ def main() -> None:
     from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
     from xmc_trainer.metrics import table
     from xmc_trainer.model import XMCModel
+    from xmc_trainer.parallel import joined_ranks
 
     device = config.environment.device
     if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         device = f"cuda:{config.environment.cuda_device_id}"
-    model = XMCModel.load(folder, None if device == "auto" else device)
-    metrics, corpus = evaluate_saved(model.saved, config, model.device)
+    with joined_ranks(torch.device("cpu" if device == "auto" else device)) as own_device:
+        model = XMCModel.load(folder, own_device)
+        metrics, corpus = evaluate_saved(model.saved, config, model.device)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if arguments.json:
         print(json.dumps(metrics))
         return

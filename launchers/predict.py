@@ -2,6 +2,7 @@
 
     python launchers/predict.py outputs/wordnet/model texts.txt > predictions.jsonl
     echo "a small domesticated carnivore" | python launchers/predict.py outputs/wordnet/model
+    torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # the processes share the labels
 
 Input: a text file with one text a line, JSON lines with a field "text" (the name ends in .jsonl or .json), or standard
 input (one text a line). Output: JSON lines, labels best first:
@@ -14,12 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from xmc_trainer.cli import run
 from xmc_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from xmc_trainer.model import XMCModel
+    from xmc_trainer.parallel import Ranks
 
 # Texts read, predicted and written at a time: memory stays flat however long the input.
 _CHUNK = 4096
@@ -56,6 +63,24 @@ def _text_of(line: bytes, where: str, path: str) -> str:
     return text
 
 
+def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
+    """What rank 0 reads, on every rank, a part at a time; a bad line ends them all."""
+    texts = read_texts(path)
+    while True:
+        chunk: list[str] | UserError = []
+        if ranks.rank == 0:
+            try:
+                chunk = list(islice(texts, _CHUNK))
+            except UserError as error:
+                chunk = error
+        chunk = ranks.broadcast(chunk)
+        if isinstance(chunk, UserError):
+            raise chunk
+        if not chunk:
+            return
+        yield chunk
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
@@ -73,12 +98,24 @@ def main() -> None:
     if arguments.output != "-" and not Path(arguments.output).absolute().parent.is_dir():
         raise UserError(f"--output={arguments.output}: there is no such folder; make it first")
 
-    from xmc_trainer.model import XMCModel
+    import torch
 
-    model = XMCModel.load(arguments.model, arguments.device)
-    texts = read_texts(arguments.input)
-    chunks = iter(lambda: list(islice(texts, _CHUNK)), [])
+    from xmc_trainer.model import XMCModel
+    from xmc_trainer.parallel import joined_ranks
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with joined_ranks(device) as own_device:
+        predict(XMCModel.load(arguments.model, own_device), arguments)
+
+
+def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
+    """Rank 0 reads and writes, all ranks predict."""
+    ranks = model.saved.head.ranks
+    chunks = read_chunks(arguments.input, ranks)
     predictions = ((chunk, model.predict(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
+    if ranks.rank:
+        deque(predictions, maxlen=0)
+        return
     first = next(predictions, None)  # before the output is opened: a bad input leaves no empty file behind
     if first is None:
         print(f"{'standard input' if arguments.input == '-' else arguments.input}: no texts", file=sys.stderr)

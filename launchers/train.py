@@ -33,7 +33,7 @@ def main() -> None:
 
     trainer = Trainer(config, deepspeed_config=arguments.deepspeed_config)
     trainer.train()
-    trainer.accelerator.end_training()
+    trainer.close()
 
 
 if __name__ == "__main__":

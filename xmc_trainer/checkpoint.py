@@ -153,7 +153,7 @@ class SavedModel:
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedModel:
-    """Read a folder of `save_model`, whatever number of ranks wrote it.
+    """Read a folder of `save_model`, whatever number of ranks wrote it; of the labels those of this rank.
 
     Raises UserError if the folder is not a model, is of another format, or a file does not match its checksum.
     """

@@ -40,6 +40,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def _call(name: str) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not name.startswith("bench"):
+        raise UserError(f"xmc-trainer {name}: works in one process, {processes} were started; start it without a launcher")
+    importlib.import_module(COMMANDS[name][0]).main()
+
+
 def main() -> None:
     """Call the command that the first words name; it reads the others."""
     words = sys.argv[1:]
@@ -48,7 +55,7 @@ def main() -> None:
         if len(words) >= length and name in COMMANDS:
             # What argparse shows as the program's name.
             sys.argv = [f"xmc-trainer {name}", *words[length:]]
-            run(importlib.import_module(COMMANDS[name][0]).main)
+            run(lambda: _call(name))
             return
     lines = [f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items()]
     usage = "\n".join(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 
 from xmc_trainer.errors import UserError
+from xmc_trainer.parallel import TIMEOUT, launched_processes
 
 # The dynamic loss scale of fp16 starts at 2^12, with DeepSpeed's scaler and with torch's.
 _INITIAL_SCALE_POWER = 12
@@ -44,7 +44,7 @@ def build_accelerator(
         deepspeed_config: JSON file, for the `deepspeed` launcher; `accelerate launch` names its own.
     Raises UserError for combinations that would train wrongly or not at all.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = launched_processes()
     if micro_batch % world_size:
         raise UserError(f"data.batch_size={micro_batch}: does not divide by the {world_size} processes; change either")
     if device == "cuda" and not torch.cuda.is_available():
@@ -53,6 +53,11 @@ def build_accelerator(
     if on_cpu and mixed_precision == "fp16":
         raise UserError("training.amp.dtype=float16: needs a GPU; on a CPU set bfloat16 or training.amp.enabled=false")
     path = _deepspeed_config_path(deepspeed_config)
+    settings = None
+    if path is not None:
+        rank_batch = micro_batch // world_size
+        settings = deepspeed_settings(path, mixed_precision, accumulation, rank_batch, world_size, max_grad_norm)
+    _refuse_other_flags(mixed_precision, accumulation, max_grad_norm, settings)
     if on_cpu and path is not None and torch.cuda.is_available():
         raise UserError("environment.device=cpu: with DeepSpeed hide the GPUs instead (CUDA_VISIBLE_DEVICES= in front)")
     if on_cpu:
@@ -64,16 +69,14 @@ def build_accelerator(
 
     handlers, plugin = [], None
     if path is not None or world_size > 1:
-        # Without a backend named, accelerate on a CPU may start every rank alone. Tokenising, under which the other
-        # ranks wait, may take an hour.
-        handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timedelta(hours=2))]
+        # Without a backend named, accelerate on a CPU may start every rank alone.
+        handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)]
     if mixed_precision == "fp16":
         # Under DeepSpeed, which scales by itself, accelerate leaves it out.
         handlers.append(GradScalerKwargs(init_scale=2.0**_INITIAL_SCALE_POWER))
-    if path is not None:
+    if settings is not None:
         if on_cpu:
             _skip_shared_memory_build()
-        settings = deepspeed_settings(path, mixed_precision, accumulation, micro_batch // world_size, max_grad_norm)
         if "LOCAL_RANK" not in os.environ:
             raise UserError(f"--deepspeed_config={path}: needs a launcher; start with deepspeed instead of python")
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
@@ -110,6 +113,33 @@ def _deepspeed_config_path(argument: str | None) -> str | None:
     return from_accelerate if launched else None
 
 
+def _refuse_other_flags(
+    mixed_precision: str, accumulation: int, max_grad_norm: float, deepspeed: dict[str, Any] | None
+) -> None:
+    """What `accelerate launch`, or its YAML, was told beside the configuration and the JSON would be ignored."""
+    flags = {
+        "mixed_precision": (mixed_precision, "training.amp"),
+        "gradient_accumulation_steps": (accumulation, "training.optimization.grad_accum_step"),
+        "gradient_clipping": (max_grad_norm, "training.optimization.max_grad_norm"),
+    }
+    if deepspeed is not None:
+        zero = deepspeed["zero_optimization"]
+        flags["deepspeed_zero_stage"] = (zero["stage"], "zero_optimization.stage of the DeepSpeed JSON")
+        for part in ("offload_optimizer", "offload_param"):
+            device = (zero.get(part) or {}).get("device", "none")
+            flags[f"deepspeed_{part}_device"] = (device, f"zero_optimization.{part} of the DeepSpeed JSON")
+    in_yaml = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
+    for name, (ours, field) in flags.items():
+        theirs, flag = os.environ.get(f"ACCELERATE_{name.upper()}"), name.removeprefix("deepspeed_")
+        # Where nothing is said of the precision, accelerate says "no".
+        unsaid = (None, "no") if flag == "mixed_precision" else (None,)
+        if flag in in_yaml or theirs not in (*unsaid, str(ours)):
+            raise UserError(
+                f"accelerate launch was told {flag}={theirs}; drop it from the command or its YAML: {field} decides "
+                f"({ours})"
+            )
+
+
 def _skip_shared_memory_build() -> None:
     # On CPU DeepSpeed compiles a shared-memory communication extension on first use: half a minute, it needs g++, and a
     # stale lock file of a killed build blocks every later run. Gloo does the same work.
@@ -119,18 +149,33 @@ def _skip_shared_memory_build() -> None:
 
 
 def deepspeed_settings(
-    path: str, mixed_precision: str, accumulation: int, rank_batch: int, max_grad_norm: float
+    path: str, mixed_precision: str, accumulation: int, rank_batch: int, ranks: int, max_grad_norm: float
 ) -> dict[str, Any]:
-    """The DeepSpeed JSON with the configuration's values in place of "auto". UserError where they contradict."""
+    """The DeepSpeed JSON with the configuration's values in place of "auto". UserError where they contradict.
+
+    Args: rank_batch: texts a micro-batch of one of the `ranks`.
+    """
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--deepspeed_config={path}: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    for block in ("optimizer", "scheduler"):
+    sections = ("fp16", "bf16", "zero_optimization")
+    if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in sections):
+        raise UserError(
+            f"{path}: the file, and {', '.join(sections)} in it, must be JSON objects; begin with one of ds_configs/"
+        )
+    # The last three set a precision that nothing else here knows of, or none at all.
+    for block, field in {
+        "optimizer": "training.optimization",
+        "scheduler": "training.optimization",
+        "torch_autocast": "training.amp",
+        "amp": "training.amp",
+        "bfloat16": "training.amp (and DeepSpeed's name is bf16)",
+    }.items():
         if block in settings:
-            raise UserError(f"{path}: remove the {block!r} block; training.optimization sets it")
+            raise UserError(f"{path}: remove the {block!r} block; {field} sets it")
 
     def fill(section: dict[str, Any], key: str, value: Any, field: str) -> None:
         if section.get(key, "auto") not in ("auto", value):
@@ -139,14 +184,15 @@ def deepspeed_settings(
 
     fill(settings, "gradient_accumulation_steps", accumulation, "training.optimization.grad_accum_step")
     fill(settings, "train_micro_batch_size_per_gpu", rank_batch, "data.batch_size / processes")
+    fill(settings, "train_batch_size", rank_batch * ranks * accumulation, "data.batch_size x grad_accum_step")
     fill(settings, "gradient_clipping", max_grad_norm, "training.optimization.max_grad_norm")
     for name in ("fp16", "bf16"):
         fill(settings.setdefault(name, {}), "enabled", mixed_precision == name, "(training.amp) " + name)
     settings["fp16"].setdefault("initial_scale_power", _INITIAL_SCALE_POWER)
-    if settings.get("train_batch_size", "auto") == "auto":
-        settings.pop("train_batch_size", None)
-    zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    zero = settings.setdefault("zero_optimization", {})
+    stage = zero.setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage={stage}: write 0, 1, 2 or 3")
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # or saving fails, after all of the training
     # torch's optimizers with offloading too: DeepSpeed's own for the host is another one, and has to be compiled.
@@ -167,3 +213,10 @@ def step_was_applied(accelerator: Accelerator, encoder: Any, optimizer: Any) -> 
     if hasattr(encoder, "was_step_applied"):
         return encoder.was_step_applied()
     return not optimizer.step_was_skipped
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End this process's part in the training. Who holds what `accelerator.prepare` gave lets go of it first."""
+    # Were DDP the last to hold the process group, gloo's thread and this one could wait for each other for ever.
+    accelerator.free_memory()
+    accelerator.end_training()

@@ -112,11 +112,13 @@ def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
 
 
 def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
-    """Metrics of a saved model on the test set that `config` names, and that data set. One process.
+    """Metrics of a saved model on the test set that `config` names, and that data set; the same on every rank of its head.
 
     Raises UserError if the data set's labels are not the model's.
     """
-    corpus = corpus_of(config, saved.tokenizer)
+    ranks = saved.head.ranks
+    with ranks.one_a_machine_first():
+        corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0)
     if corpus.num_labels != saved.head.num_labels:
         raise UserError(
             f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; name the data set "
@@ -131,15 +133,15 @@ def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> t
                 "(dataset_path, data.folder)"
             )
         corpus = corpus.reordered(np.array([place[name] for name in model_ids]))
-    plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=1)
+    plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=ranks.size)
     loader = loader_of(
         corpus,
         "test",
         plan,
-        rank=0,
+        rank=ranks.rank,
         pad_token_id=saved.tokenizer.pad_token_id,
         workers=config.data.num_workers,
         device=device,
     )
     metrics = metrics_of(config.training.evaluation, corpus)
-    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=True), corpus
+    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=ranks.rank == 0), corpus

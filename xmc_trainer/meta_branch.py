@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmc_trainer.head import AdamW, FixedFanInHead
+from xmc_trainer.head import AdamW, FixedFanInHead, Part
 
 
 class MetaBranch:
@@ -38,3 +38,7 @@ class MetaBranch:
     def clusters(self, label_ids: Tensor) -> Tensor:
         """int [n] label ids -> int32 [n] cluster ids; labels of one cluster repeat it, which a head counts once."""
         return self._cluster_of[label_ids.to(torch.int64)]
+
+    def parts(self, loss_weight: float) -> list[Part]:
+        """What `joint_step` takes, beside the labels' head."""
+        return [Part(self.head, self.clusters, loss_weight)]

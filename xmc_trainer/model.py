@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,9 @@ class XMCModel:
     model = XMCModel.load("outputs/wordnet/model")
     for label in model.predict(["a small domesticated carnivore"], k=5)[0]:
         print(label.id, label.text, label.score)
+
+    In a process group (`torch.distributed`) each rank loads a share of the labels. Then every rank must predict the same
+    texts; they share the work, and all receive all predictions.
     """
 
     def __init__(self, saved: SavedModel, device: torch.device) -> None:
@@ -51,6 +55,7 @@ class XMCModel:
                 raise UserError(f"text {number} of {len(texts)} is empty")
         if not 1 <= k <= self.saved.head.num_labels:
             raise UserError(f"k={k}: must be between 1 and the number of labels, {self.saved.head.num_labels}")
+        ranks = self.saved.head.ranks
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
         out: list[list[Prediction]] = [[] for _ in texts]
         for start in range(0, len(order), batch_size):
@@ -62,7 +67,13 @@ class XMCModel:
                 padding=True,
                 return_tensors="pt",
             ).to(self.device)
-            scores, labels = self.saved.head.topk(self.encode(tokens["input_ids"], tokens["attention_mask"]), k)
+            # Tokens of all ranks' texts: a text is padded to the same length whatever their number. A rank without any
+            # encodes one in vain.
+            parts = np.array_split(np.arange(len(rows)), ranks.size)
+            mine, sizes = parts[ranks.rank], [len(part) for part in parts]
+            chosen = torch.from_numpy(mine if len(mine) else np.zeros(1, np.int64)).to(self.device)
+            features = self.encode(tokens["input_ids"][chosen], tokens["attention_mask"][chosen])[: len(mine)]
+            scores, labels = (ranks.gather_rows(x, sizes) for x in self.saved.head.topk(features, k))
             if self.saved.head.loss_name == "bce":
                 scores = scores.sigmoid()
             for row, row_scores, row_labels in zip(rows, scores.tolist(), labels.tolist()):

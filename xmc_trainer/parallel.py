@@ -5,21 +5,66 @@ Everything here moves features, ragged labels or scalars of one batch; nothing g
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from xmc_trainer.errors import UserError
+
+# A process that is gone ends the job at once, but a lost link is only seen by waiting. Between two collectives a rank
+# compiles, or writes and checks its part of a model: minutes at most.
+TIMEOUT = timedelta(minutes=10)
+# Tokenising, under which the other ranks wait, may take an hour.
+_PATIENCE = timedelta(hours=2)
 
 # torch 2.13 renamed them; the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def start_ranks(device: torch.device) -> None:
-    """Join the process group that torchrun's environment describes; trainings leave that to accelerate."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def launched_processes() -> int:
+    """How many processes a launcher started. UserError where they do not know of each other: each would do it all."""
+    size = int(os.environ.get("WORLD_SIZE", "0"))
+    if size:
+        return size
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{os.environ[name]} processes were started ({name}) but would not work together; start one a machine, "
+                "and in it accelerate launch or torchrun, as launchers/examples/slurm.sh does; for separate runs set "
+                "WORLD_SIZE=1"
+            )
+    # Set for several processes only; without GPUs, or with --cpu, accelerate launch then starts one and says nothing.
+    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch --num_processes started only one process, as it does with --cpu or a single GPU; add "
+            "--config_file launchers/accelerate_zero2.yaml, start with torchrun, or for one process unset MASTER_ADDR"
+        )
+    return 1
 
 
-def stop_ranks() -> None:
+@contextmanager
+def joined_ranks(device: torch.device) -> Iterator[torch.device]:
+    """The process group of a launcher's processes, if there are several. Trainings leave that to accelerate.
+
+    Gives this process's device: its own of the machine's GPUs, or `device`.
+    """
+    if launched_processes() == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield device
+    # Not after an error: it would wait for ranks that wait for this one.
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -33,6 +78,7 @@ class Ranks:
         active = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if active else 0
         self.size: int = dist.get_world_size() if active else 1
+        self._patient: dist.ProcessGroup | None = None  # for waits of an hour
 
     def sizes(self, length: int, device: torch.device) -> list[int]:
         """`length` of every rank, in rank order. Synchronises with the host."""
@@ -74,3 +120,26 @@ class Ranks:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, any object that can be pickled, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    @contextmanager
+    def one_a_machine_first(self) -> Iterator[None]:
+        """One process a machine runs the block, then the others do, which find what it left. It may take an hour."""
+        if self.size == 1:
+            yield
+            return
+        if self._patient is None:
+            self._patient = dist.new_group(timeout=_PATIENCE)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
+            dist.barrier(self._patient)
+        yield
+        if first:
+            dist.barrier(self._patient)

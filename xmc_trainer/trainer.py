@@ -23,10 +23,10 @@ from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder import load_tokenizer
-from xmc_trainer.engine import step_was_applied
+from xmc_trainer.engine import leave, step_was_applied
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead, joint_step
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.label_features import LabelSums, encode_training_texts
@@ -193,24 +193,20 @@ class Trainer:
         torch.compiler.cudagraph_mark_step_begin()  # what a recorded graph gave before may be overwritten
         with self.accelerator.accumulate(self.encoder):
             features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
-
-            def loss_of(head: FixedFanInHead | SplitHead, label_ids: Tensor, weight: float) -> Tensor:
-                return head(
-                    features[: tensors["label_counts"].shape[0]],
-                    label_ids,
-                    tensors["label_counts"],
-                    end_of_step=end_of_step,
-                    texts_in_step=batch["rows_in_step"],
-                    loss_weight=weight,
-                    # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
-                    engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
-                    rank_sizes=batch["rank_sizes"],
-                )
-
-            loss = loss_of(self.head, tensors["label_ids"], 1.0 - meta_weight)
+            parts = self.head.parts(1.0 - meta_weight)
             if meta_weight > 0:
-                clusters = self.meta_branch.clusters(tensors["label_ids"])
-                loss = loss + loss_of(self.meta_branch.head, clusters, meta_weight)
+                parts += self.meta_branch.parts(meta_weight)
+            loss = joint_step(
+                parts,
+                features[: tensors["label_counts"].shape[0]],
+                tensors["label_ids"],
+                tensors["label_counts"],
+                end_of_step=end_of_step,
+                texts_in_step=batch["rows_in_step"],
+                # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
+                engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
+                rank_sizes=batch["rank_sizes"],
+            )
             self.accelerator.backward(loss)
             if optimization.max_grad_norm and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.encoder.parameters(), optimization.max_grad_norm)
@@ -250,6 +246,11 @@ class Trainer:
                     f"the loss is not finite at step {record['step']}: lower training.optimization.encoder_lr or lr, or "
                     "set training.optimization.max_grad_norm=1.0"
                 )
+
+    def close(self) -> None:
+        """Leave the process group; this trainer is of no more use."""
+        del self.encoder, self.optimizer
+        leave(self.accelerator)
 
     # Around the loop ------------------------------------------------------------------------------------------------
 
@@ -302,7 +303,7 @@ class Trainer:
     # Building -------------------------------------------------------------------------------------------------------
 
     def _load_corpus(self) -> Corpus:
-        with self.accelerator.local_main_process_first():
+        with self.ranks.one_a_machine_first():
             return corpus_of(self.config, self.tokenizer, progress=self.accelerator.is_local_main_process)
 
     def _order_labels(self) -> np.ndarray | None:

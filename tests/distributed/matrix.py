@@ -7,39 +7,67 @@ from __future__ import annotations
 
 import itertools
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, SplitHead, joint_step
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
 LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 30
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}
-CASES = list(itertools.product(OPTIMIZERS, ("bce", "squared_hinge"), (1, 3), (1, 16), (False, True)))
+FREQUENT = 23  # labels of a split head's dense part
 
 
-def train(
-    optimizer: str, loss_name: str, accumulation: int, group_size: int, auxiliary: bool
-) -> dict[str, torch.Tensor | list[float]]:
-    ranks = Ranks()
+class Case(NamedTuple):
+    optimizer: str
+    loss: str
+    accumulation: int
+    group_size: int
+    auxiliary: bool = False
+    variant: str = "plain"  # or gradient (growth by it), sum (of texts), dense, split, bfloat16 (weights)
+
+    @property
+    def rewires(self) -> bool:
+        return self.variant != "dense"
+
+
+CASES = [Case(*words) for words in itertools.product(OPTIMIZERS, ("bce", "squared_hinge"), (1, 3), (1, 16), (False, True))]
+for variant in ("gradient", "sum", "dense", "split", "bfloat16"):
+    CASES.append(Case("adamw", "bce", 3, 1, variant=variant))
+    CASES.append(Case("momentum", "squared_hinge", 1, 1 if variant == "dense" else 4, variant=variant))
+
+
+def head_of(case: Case, ranks: Ranks) -> FixedFanInHead | SplitHead:
+    arguments = dict(
+        group_size=case.group_size, loss=case.loss, text_reduction="sum" if case.variant == "sum" else "mean", seed=4,
+        lr=0.002 if case.variant == "sum" else 0.02, optimizer=OPTIMIZERS[case.optimizer], weight_decay=0.01,
+        tile_labels=13, ranks=ranks, growth_batches=3 if case.variant == "gradient" else 0,
+        weight_dtype=torch.bfloat16 if case.variant == "bfloat16" else torch.float32,
+    )  # fmt: skip
+    if case.variant != "split":
+        return FixedFanInHead(FEATURES, LABELS, fan_in=None if case.variant == "dense" else 9, **arguments)
+    frequent = FixedFanInHead(FEATURES, FREQUENT, fan_in=None, **arguments | {"group_size": 1, "seed": 5})
+    return SplitHead(frequent, FixedFanInHead(FEATURES, LABELS - FREQUENT, fan_in=9, **arguments))
+
+
+def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
+    ranks, accumulation = Ranks(), case.accumulation
     torch.manual_seed(0)
     encoder = torch.nn.Linear(INPUTS, FEATURES)
     encoder_optimizer = torch.optim.AdamW(encoder.parameters(), lr=3e-3, eps=1e-4)
-    head = FixedFanInHead(
-        FEATURES, LABELS, fan_in=9, group_size=group_size, loss=loss_name, text_reduction="mean", seed=4, lr=0.02,
-        optimizer=OPTIMIZERS[optimizer], weight_decay=0.01, tile_labels=13, ranks=ranks,
-    )  # fmt: skip
+    head = head_of(case, ranks)
     branch = None
-    if auxiliary:
+    if case.auxiliary:
         branch = MetaBranch.build(
-            FEATURES, np.arange(LABELS) % 11, scaling=0.4, last_step=20, loss=loss_name, text_reduction="mean", seed=4,
+            FEATURES, np.arange(LABELS) % 11, scaling=0.4, last_step=20, loss=case.loss, text_reduction="mean", seed=4,
             lr=0.02, tile_labels=13, ranks=ranks,
         )  # fmt: skip
     rng = np.random.default_rng(7)
-    curve = []
+    curve, moved = [], 0
     for step in range(1, STEPS + 1):
         texts = torch.from_numpy(rng.standard_normal((TEXTS, INPUTS), dtype=np.float32))
         counts = rng.integers(0, 5, TEXTS)
@@ -59,9 +87,8 @@ def train(
             )
             features, label_counts = encoder(texts[rows]), torch.tensor([len(ids[row]) for row in rows], dtype=torch.int64)
             share = branch.weight(step - 1) if branch else 0.0
-            loss = head(features, positives, label_counts, loss_weight=1 - share, **arguments)
-            if share:
-                loss = loss + branch.head(features, branch.clusters(positives), label_counts, loss_weight=share, **arguments)
+            parts = head.parts(1 - share) + (branch.parts(share) if share else [])
+            loss = joint_step(parts, features, positives, label_counts, **arguments)
             (loss / accumulation).backward()
             total += loss.item()
         for parameter in encoder.parameters():
@@ -71,15 +98,33 @@ def train(
         encoder_optimizer.step()
         encoder_optimizer.zero_grad()
         curve.append(total)
-        if step % 7 == 0:
-            head.rewire(RewireRule("fraction", 0.3, "random"))
+        if step % 7 == 0 and case.rewires:
+            moved += head.rewire(RewireRule("fraction", 0.3, "random", "gradient" if case.variant == "gradient" else "random")).moved
+    parts = {"frequent.": head.frequent, "": head.tail} if isinstance(head, SplitHead) else {"": head}
+    tensors = {
+        prefix + name: getattr(part, name)
+        for prefix, part in parts.items()
+        for name in ("index", "weight", "bias")
+        if getattr(part, name) is not None
+    }
     best = head.topk(encoder(torch.from_numpy(rng.standard_normal((4, INPUTS), dtype=np.float32))), 5)
-    return {"curve": curve, "index": head.index, "weight": head.weight, "bias": head.bias, "best": best[1]}
+    return tensors | {"curve": curve, "moved": moved, "best": best[1]}
+
+
+def ties(variant: str) -> torch.Tensor:
+    """int64 [b, 60] best labels of this rank's texts, of a head that scores every label alike but for a few."""
+    ranks = Ranks()
+    head = head_of(Case("sgd", "bce", 1, 1, variant=variant), ranks)
+    for part in (head.frequent, head.tail) if isinstance(head, SplitHead) else (head,):
+        part.weight.zero_()
+        part.bias.copy_(torch.tensor([float(label % 7 == 0) for label in part.labels]))
+    texts = range(4)[{1: slice(4), 2: slice(4 * ranks.rank, 4), 3: (slice(0), slice(3), slice(3, 4))[ranks.rank]}[ranks.size]]
+    return head.topk(torch.ones(len(texts), FEATURES), 60)[1]
 
 
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    results = {case: train(*case) for case in CASES}
+    results = {tuple(case): train(case) for case in CASES} | {name: ties(name) for name in ("plain", "split")}
     dist.barrier()  # nobody closes a connection that another rank still reads from
     torch.save(results, f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Results do not depend on the number of ranks: optimizers, losses, accumulation, groups, meta branch, rewiring; 1, 2, 3."""
+"""Results do not depend on the number of ranks, 1, 2 or 3: optimizers, losses, accumulation, groups, kinds of heads, rewiring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.matrix import CASES, LABELS
+from tests.distributed.matrix import CASES, FREQUENT, LABELS
 from tests.integration.test_launchers import ROOT, free_port, launch
 
 
@@ -29,13 +29,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_any_number_of_ranks_trains_as_one(results, case, size):
     one, parts = results[1][0][case], [result[case] for result in results[size]]
-    if not case[-1]:  # a fading meta branch changes what the loss is made of
+    if not case.auxiliary:  # a fading meta branch changes what the loss is made of
         assert one["curve"][-1] < one["curve"][0]
+    # Sums in another order may, once in a long while, tip the rounding of a weight to its bfloat16 neighbour.
+    rounded = case.variant == "bfloat16"
     for part in parts:
-        assert part["curve"] == pytest.approx(one["curve"], rel=1e-5)
+        assert part["curve"] == pytest.approx(one["curve"], rel=1e-4 if rounded else 1e-5)
     shares = [len(part["weight"]) for part in parts]
-    assert sum(shares) == LABELS and all(0 < share < LABELS for share in shares)
-    assert torch.equal(torch.cat([part["index"] for part in parts]), one["index"])
-    for name in ("weight", "bias"):
-        torch.testing.assert_close(torch.cat([part[name] for part in parts]), one[name], rtol=1e-3, atol=1e-4)
+    assert sum(shares) == LABELS - FREQUENT * (case.variant == "split") and all(0 < share < LABELS for share in shares)
+    assert (one["moved"] > 0) == case.rewires and sum(part["moved"] for part in parts) == one["moved"]
+    for name in one.keys() - {"curve", "moved", "best"}:
+        whole = torch.cat([part[name] for part in parts])
+        if name == "index":
+            assert torch.equal(whole, one[name])
+        else:
+            torch.testing.assert_close(whole, one[name], rtol=2**-7 if rounded else 1e-3, atol=1e-4)
     assert all(torch.equal(part["best"], one["best"]) for part in parts)
+
+
+@pytest.mark.parametrize("kind", ["plain", "split"])
+def test_equal_scores_go_to_the_smaller_label_whoever_owns_it(results, kind):
+    """Of 4 texts, of which the ranks have 4; 4 and 0; or 0, 3 and 1."""
+    (one,) = (result[kind] for result in results[1])
+    first = [*range(0, LABELS, 7)] if kind == "plain" else [*range(0, FREQUENT, 7), *range(FREQUENT, LABELS, 7)]
+    expected = first + [label for label in range(LABELS) if label not in first]
+    assert one.tolist() == [expected[:60]] * 4
+    for size in (2, 3):
+        assert torch.equal(torch.cat([result[kind] for result in results[size]]), one)

@@ -39,8 +39,9 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
-def test_two_machines_train_as_one_process(toy_settings, hosts, launcher):
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "deepspeed"])
+def test_two_machines_train_as_one_process(toy_settings, hosts, launcher, tmp_path):
+    (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     settings = [*toy_settings, "training.optimization.max_steps=20"]
     one = curve(settings, "python")
     running = []
@@ -54,8 +55,13 @@ def test_two_machines_train_as_one_process(toy_settings, hosts, launcher):
                 "torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank", str(rank),
                 "--master_addr", ADDRESSES[0], "--master_port", "29500",
             ],
+            "deepspeed": [
+                "deepspeed", "--hostfile", str(tmp_path / "hostfile"), "--no_ssh", "--node_rank", str(rank),
+                "--master_addr", ADDRESSES[0], "--master_port", "29500",
+            ],
         }[launcher]  # fmt: skip
-        command = ["ip", "netns", "exec", host, *start, "launchers/train.py", *settings, "log_fname=nodes"]
+        more = ["--deepspeed_config", "ds_configs/zero2.json"] if launcher == "deepspeed" else []
+        command = ["ip", "netns", "exec", host, *start, "launchers/train.py", *more, *settings, "log_fname=nodes"]
         running.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"v{rank}"},
@@ -79,6 +85,7 @@ def test_the_slurm_example_starts_a_node(toy_settings, tmp_path):
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    slurm["SLURM_STEP_NUM_TASKS"] = "2"  # tasks without a launcher in each would be refused
     path = f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"
     done = subprocess.run(
         ["bash", "launchers/examples/slurm.sh", *toy_settings, "training.optimization.max_steps=3", "log_fname=slurm"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
 from xmc_trainer.hooks import BestModelHook, Hook
 from xmc_trainer.model import XMCModel
+from xmc_trainer.parallel import Ranks
 from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -323,6 +325,30 @@ def test_the_meta_branch_helps_along_and_fades(toy_settings, clusters):
     _, _, without = run("model.auxiliary.auxloss_scaling=0.0", "training.optimization.max_steps=5")
     plain = log_of(train(toy_settings, "training.optimization.max_steps=5", "log_fname=plain")[0], "step")
     assert [record["loss"] for record in without] == [record["loss"] for record in plain]
+
+
+class FirstOfTen(Ranks):
+    """Rank 0 of ten, as far as a trainer asks before it meets the others."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = 0, 10
+
+    def one_a_machine_first(self):
+        return nullcontext()
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["model.ffi.group_size=5"], "model.ffi.group_size=5: leaves fewer groups of labels than processes"),
+        (["model.ffi.head_ratio=0.2"], "model.ffi.head_ratio=0.2: gives 8 labels full fan-in, fewer than processes"),
+        (["model.auxiliary.use_meta_branch=true"], r"label_group0.safetensors: has fewer clusters \(8\) than there are processes"),
+    ],
+)
+def test_more_processes_than_parts_are_refused(toy_settings, clusters, monkeypatch, more, message):
+    monkeypatch.setattr("xmc_trainer.trainer.Ranks", FirstOfTen)
+    with pytest.raises(UserError, match=message):
+        Trainer(load_config([*toy_settings, *more]))
 
 
 def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):

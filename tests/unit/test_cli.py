@@ -42,3 +42,10 @@ def test_a_user_s_error_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=nothing")
     assert capsys.readouterr().err.startswith("error: dataset=nothing: no such data set")
+
+
+def test_commands_work_in_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, "clusters", "dataset=wordnet")
+    assert "xmc-trainer clusters: works in one process, 2 were started; start it without a launcher" in capsys.readouterr().err

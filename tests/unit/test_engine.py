@@ -1,17 +1,171 @@
-"""How the engine is set up, as far as it shows without a GPU or a launcher."""
+"""How the engine is set up, and ways to start a run that would train wrongly, or not together: refused, with the remedy."""
 
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from xmc_trainer import engine
+from xmc_trainer.engine import build_accelerator, deepspeed_settings
 from xmc_trainer.errors import UserError
+from xmc_trainer.parallel import launched_processes
 
-ARGUMENTS = dict(
+ROOT = Path(__file__).parents[2]
+ZERO2 = str(ROOT / "ds_configs/zero2.json")
+# What accelerate launch sets with the shipped YAML files.
+ACCELERATE = {
+    "WORLD_SIZE": "1",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": ZERO2,
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_MIXED_PRECISION": "no",
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """A function that sets variables; those of launchers that may be around these tests are gone."""
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_")) or name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+            monkeypatch.delenv(name)
+
+    def put(variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the Accelerator was made with; it says that it is alone."""
+    arguments = {}
+
+    def accelerator(**given):
+        arguments.update(given)
+        return SimpleNamespace(num_processes=1)
+
+    monkeypatch.setattr(engine, "Accelerator", accelerator)
+    monkeypatch.setattr(engine, "DeepSpeedPlugin", lambda hf_ds_config: hf_ds_config)
+    return arguments
+
+
+def build(**change):
+    arguments = dict(
+        device="auto", cuda_device_id=0, mixed_precision="no", accumulation=2, micro_batch=12, max_grad_norm=0.0,
+        deepspeed_config=None,
+    )  # fmt: skip
+    return build_accelerator(**arguments | change)
+
+
+def test_the_shipped_way_passes(environment, started):
+    environment(ACCELERATE | {"LOCAL_RANK": "0"})
+    build()
+    settings = started["deepspeed_plugin"]
+    assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (24, 12)
+    environment({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "ACCELERATE_GRADIENT_CLIPPING": "0.5"})
+    build(max_grad_norm=0.5)  # said twice, but the same
+
+
+def test_processes_that_would_train_alone(environment, started):
+    environment({"WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    with pytest.raises(UserError, match="2 processes were started but would not train together; start them by accelerate"):
+        build()
+    assert started["kwargs_handlers"][0].timeout.total_seconds() == 600
+
+
+@pytest.mark.parametrize(
+    "variables, argument, message",
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, None, r"mixed_precision=bf16; drop it .* training.amp decides \(no\)"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, None, r"gradient_accumulation_steps=4; .*grad_accum_step decides \(2\)"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, None, r"gradient_clipping=1.0; .*max_grad_norm decides \(0.0\)"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, None, r"zero_stage=3; .*DeepSpeed JSON decides \(2\)"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, None, r"offload_optimizer_device=cpu; .*decides \(none\)"),
+        ({"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,mixed_precision"}, None, "mixed_precision=no; drop it"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}, None, "names no deepspeed_config_file; take one of ds_configs/"),
+        ({}, "other.json", f"--deepspeed_config=other.json: accelerate launch already hands over {ZERO2}; drop one"),
+        ({"ACCELERATE_USE_FSDP": "true"}, None, "FSDP is not supported"),
+    ],
+)
+def test_accelerate_is_told_something_else(environment, started, variables, argument, message):
+    environment(ACCELERATE | variables)
+    with pytest.raises(UserError, match=message):
+        build(deepspeed_config=argument)
+    assert not started
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, r"2 processes were started \(SLURM_STEP_NUM_TASKS\) .* one a machine"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 processes were started"),
+        ({"PMI_SIZE": "4"}, "4 processes were started"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "started only one process"),
+    ],
+)
+def test_processes_that_do_not_know_of_each_other(environment, variables, message):
+    environment(variables)
+    with pytest.raises(UserError, match=message):
+        launched_processes()
+    environment({"WORLD_SIZE": "2"})  # a launcher inside
+    assert launched_processes() == 2
+
+
+def test_one_process_is_no_matter_what(environment):
+    for variables in ({}, {"SLURM_NTASKS": "4"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"ACCELERATE_USE_CPU": "False"}):
+        environment(variables)
+        assert launched_processes() == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"gradient_accumulation_steps": 4}, 'gradient_accumulation_steps=4 contradicts .*grad_accum_step=2; write "auto"'),
+        ({"gradient_clipping": 1.0}, "gradient_clipping=1.0 contradicts"),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 contradicts data.batch_size / processes=4"),
+        ({"train_batch_size": 8}, "train_batch_size=8 contradicts data.batch_size x grad_accum_step=24"),
+        ({"bf16": {"enabled": True}}, "enabled=True contradicts"),
+        ({"bf16": True}, "bf16, zero_optimization in it, must be JSON objects"),
+        ({"optimizer": {"type": "Adam"}}, "remove the 'optimizer' block; training.optimization sets it"),
+        ({"scheduler": {"type": "WarmupLR"}}, "remove the 'scheduler' block"),
+        ({"torch_autocast": {"enabled": True}}, "remove the 'torch_autocast' block; training.amp sets it"),
+        ({"amp": {"enabled": True}}, "remove the 'amp' block; training.amp"),
+        ({"bfloat16": {"enabled": True}}, "remove the 'bfloat16' block; training.amp"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage=auto: write 0, 1, 2 or 3"),
+    ],
+)
+def test_a_deepspeed_json_that_contradicts(tmp_path, change, message):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(json.loads(Path(ZERO2).read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        deepspeed_settings(str(path), "no", 2, 4, 3, 0.0)
+
+
+def test_a_deepspeed_json_that_is_none(tmp_path):
+    path = tmp_path / "ds.json"
+    for text, message in [("[]", "must be JSON objects; begin with"), ("{", "line 1: not valid JSON")]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            deepspeed_settings(str(path), "no", 1, 4, 1, 0.0)
+    path.write_text("{}")
+    settings = deepspeed_settings(str(path), "bf16", 1, 4, 2, 0.5)
+    assert settings["zero_optimization"] == {"stage": 0} and settings["bf16"]["enabled"] and settings["train_batch_size"] == 8
+
+
+def test_fp16_needs_a_zero_stage():
+    with pytest.raises(UserError, match="zero0.json: fp16 at ZeRO stage 0 trains wrongly; take stage 1, 2 or 3"):
+        deepspeed_settings(str(ROOT / "ds_configs/zero0.json"), "fp16", 1, 4, 1, 0.0)
+    assert deepspeed_settings(ZERO2, "fp16", 1, 4, 1, 0.0)["fp16"]["enabled"]
+
+
+ON_A_GPU = dict(
     device="cuda", cuda_device_id=0, accumulation=1, micro_batch=8, max_grad_norm=0.0, deepspeed_config=None
 )
 
@@ -24,12 +178,12 @@ def test_the_loss_scale_starts_at_4096_with_and_without_deepspeed(precision, fir
     monkeypatch.setattr(
         engine, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1)
     )
-    engine.build_accelerator(mixed_precision=precision, **ARGUMENTS)
+    build_accelerator(mixed_precision=precision, **ON_A_GPU)
     scales = [handler.to_kwargs()["init_scale"] for handler in given["kwargs_handlers"]]
     assert scales == ([first_scale] if first_scale else [])
 
     (tmp_path / "zero1.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
-    settings = engine.deepspeed_settings(str(tmp_path / "zero1.json"), precision, 1, 8, 0.0)
+    settings = deepspeed_settings(str(tmp_path / "zero1.json"), precision, 1, 8, 1, 0.0)
     assert not first_scale or 2 ** settings["fp16"]["initial_scale_power"] == first_scale
 
 
@@ -38,13 +192,13 @@ def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(engine, "Accelerator", lambda **kwargs: SimpleNamespace(num_processes=1))
-    engine.build_accelerator(mixed_precision="no", **ARGUMENTS | {"cuda_device_id": 3})
+    build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})
     assert chosen == [3]
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="environment.cuda_device_id: leave it at 0 with several processes"):
-        engine.build_accelerator(mixed_precision="no", **ARGUMENTS | {"cuda_device_id": 3})
+        build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})
 
 
 @pytest.mark.gpu
 def test_the_scaler_on_a_gpu_starts_there(fresh_accelerator):
-    assert engine.build_accelerator(mixed_precision="fp16", **ARGUMENTS).scaler.get_scale() == 4096.0
+    assert build_accelerator(mixed_precision="fp16", **ON_A_GPU).scaler.get_scale() == 4096.0

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "xmc_trainer"
 ALLOWED = {
     "kernels": {"kernels"},
     "ops": {"kernels"},
-    "parallel": set(),
+    "parallel": {"errors"},
     "errors": set(),
     "metrics": set(),
     "schedules": set(),
@@ -22,7 +22,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "config": {"errors", "schedules"},
     "meta_branch": {"head"},
-    "engine": {"errors"},
+    "engine": {"errors", "parallel"},
     "checkpoint": {"encoder", "head", "errors"},
 }
 

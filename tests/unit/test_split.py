@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from xmc_trainer.head import SGD, FixedFanInHead, RewireRule, SplitHead
+from xmc_trainer.head import SGD, FixedFanInHead, RewireRule, SplitHead, joint_step
+from xmc_trainer.meta_branch import MetaBranch
+from xmc_trainer.parallel import Ranks
 
 FEATURES, FREQUENT, LABELS, TEXTS = 13, 7, 41, 9
 
@@ -85,3 +88,27 @@ def test_rate_and_rewiring_reach_the_parts():
     assert head.rewire(RewireRule("fraction", 0.4)).moved == 2 * 9  # of 5 slots in 9 groups
     with pytest.raises(ValueError, match="one loss"):
         SplitHead(made("bce").frequent, made("squared_hinge").tail)
+
+
+def test_heads_that_read_the_same_features_exchange_them_once():
+    class Counting(Ranks):
+        def gather_rows(self, x, sizes):
+            sent.append(("gather", tuple(x.shape)))
+            return x
+
+        def scatter_sum_rows(self, x, sizes):
+            sent.append(("scatter", tuple(x.shape)))
+            return x
+
+        def sum(self, x):
+            sent.append(("sum", tuple(x.shape)))
+            return x
+
+    sent, ranks = [], Counting()
+    head = SplitHead(*(FixedFanInHead(FEATURES, n, fan_in=f, ranks=ranks) for n, f in ((FREQUENT, None), (LABELS - FREQUENT, 5))))
+    branch = MetaBranch.build(FEATURES, np.arange(LABELS) % 3, scaling=0.4, last_step=9, ranks=ranks)
+    feat, ids, counts = batch()
+    joint_step(head.parts(0.6) + branch.parts(0.4), feat.requires_grad_(), ids, counts).backward()
+    texts = (TEXTS, FEATURES)
+    assert sorted(sent) == sorted([("gather", texts), ("gather", (TEXTS,)), ("gather", tuple(ids.shape)), ("scatter", texts), ("sum", ())])
+    assert feat.grad.abs().sum() > 0

@@ -14,7 +14,6 @@ import argparse
 import csv
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from xmc_trainer.head import SGD, FixedFanInHead
-from xmc_trainer.parallel import Ranks, start_ranks, stop_ranks
+from xmc_trainer.parallel import Ranks, joined_ranks
 
 
 class CountingRanks(Ranks):
@@ -68,14 +67,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--csv", default="bench_ranks.csv", help="file to write")
     options = parser.parse_args()
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-    if gpu:
-        torch.cuda.set_device(device)
-    launched = "WORLD_SIZE" in os.environ
-    if launched:
-        start_ranks(device)
-    ranks = CountingRanks()
+    with joined_ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")) as device:
+        measure(options, device)
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> None:
+    gpu, ranks = device.type == "cuda", CountingRanks()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads a rank"
     if ranks.rank == 0:
         print(f"{ranks.size} ranks; {name}; torch {torch.__version__}")
@@ -119,6 +116,4 @@ def main() -> None:
             writer.writeheader()
             writer.writerows(rows)
         print(f"written to {options.csv}")
-    if launched:
-        stop_ranks()
 

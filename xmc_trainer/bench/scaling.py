@@ -31,7 +31,7 @@ from torch import Tensor
 
 from xmc_trainer.bench.ranks import CountingRanks
 from xmc_trainer.bench.zero import random_encoder
-from xmc_trainer.engine import build_accelerator
+from xmc_trainer.engine import build_accelerator, leave
 from xmc_trainer.head import SGD, FixedFanInHead
 
 _LAUNCHERS = ("accelerate", "deepspeed")
@@ -204,7 +204,8 @@ class Training:
     def report(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             os.write(1, (json.dumps({"processes": self.processes} | row) + "\n").encode())
-        self.accelerator.end_training()
+        del self.encoder, self.optimizer
+        leave(self.accelerator)
 
     def milliseconds(self, work: Callable[[], Any]) -> float:
         """From where all ranks are ready until this one is done."""

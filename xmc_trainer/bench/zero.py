@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace) -> None:
     """One rank of one setting; rank 0 prints the row as JSON."""
     import deepspeed
 
-    from xmc_trainer.engine import build_accelerator
+    from xmc_trainer.engine import build_accelerator, leave
 
     accelerator = build_accelerator(
         device="auto",
@@ -131,7 +131,8 @@ def measure(options: argparse.Namespace) -> None:
     row |= {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
     if accelerator.is_main_process:
         os.write(1, (json.dumps(row) + "\n").encode())
-    accelerator.end_training()
+    del encoder, optimizer
+    leave(accelerator)
 
 
 def _resident() -> int:

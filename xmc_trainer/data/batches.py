@@ -31,11 +31,6 @@ class MicroBatch:
     rows_in_step: int  # texts of the optimizer step that this micro-batch is part of, over all ranks
 
 
-def _rank_batch(field: str, batch_size: int, world_size: int) -> None:
-    if batch_size % world_size:
-        raise UserError(f"data.{field}={batch_size}: does not divide by the {world_size} processes; change either one")
-
-
 def sample_rows(total: int, size: int | None, seed: int) -> np.ndarray | None:
     """`size` distinct rows of `total`, ascending, drawn by `seed`; None (all of them) for size None."""
     if size is None:
@@ -66,7 +61,8 @@ def plan_epoch(
     Every row comes once. One step may be short: its rows are spread evenly over micro-batches and ranks. Raises
     UserError if the ranks cannot share a micro-batch equally.
     """
-    _rank_batch("batch_size", batch_size, world_size)
+    if batch_size % world_size:
+        raise UserError(f"data.batch_size={batch_size}: does not divide by the {world_size} processes; change either one")
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(np.arange(len(lengths)) if rows is None else rows)
     step_size = batch_size * accumulation
@@ -90,8 +86,10 @@ def plan_epoch(
 def plan_eval(
     lengths: np.ndarray, *, batch_size: int, world_size: int, rows: np.ndarray | None = None
 ) -> list[MicroBatch]:
-    """Every row (of `rows`) once, longest first: too large a batch fails at once, and little is padded."""
-    _rank_batch("test_batch_size", batch_size, world_size)
+    """Every row (of `rows`) once, longest first: too large a batch fails at once, and little is padded.
+
+    The ranks share a batch as evenly as it divides; some may have no row of a short one.
+    """
     chosen = np.arange(len(lengths)) if rows is None else rows
     order = chosen[np.argsort(-lengths[chosen], kind="stable")]
     parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import reduce
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,21 +47,74 @@ def ragged_rows(counts: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(rows, counts.to(torch.int64), output_size=total)
 
 
+class Part(NamedTuple):
+    """One of the heads that read the same features, and what it makes of them."""
+
+    head: FixedFanInHead
+    ids_of: Callable[[Tensor], Tensor] | None  # int64 [n] label ids -> its own; it passes over those that are not
+    loss_weight: float
+
+
 class _HeadStep(torch.autograd.Function):
-    """Forward runs the head step; backward returns the feature gradient that it left."""
+    """Forward runs the step of all heads; backward returns the feature gradient that it left."""
 
     @staticmethod
-    def forward(ctx: Any, feat_bd: Tensor, head: FixedFanInHead, train: bool, batch: tuple[Any, ...]) -> Tensor:
-        loss, grad_bd = head._step(feat_bd.detach(), train, *batch)
+    def forward(ctx: Any, feat_bd: Tensor, parts: list[Part], batch: tuple[Any, ...]) -> Tensor:
+        loss, grad_bd = _step(feat_bd.detach(), parts, *batch)
         ctx.save_for_backward(grad_bd)
         ctx.feat_dtype = feat_bd.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         (grad_bd,) = ctx.saved_tensors
         # grad_output carries fp16's loss scale: multiply in float32, round once.
-        return (grad_bd * grad_output.float()).to(ctx.feat_dtype), None, None, None
+        return (grad_bd * grad_output.float()).to(ctx.feat_dtype), None, None
+
+
+def joint_step(
+    parts: list[Part],
+    feat_bd: Tensor,
+    label_ids: Tensor,
+    label_counts: Tensor,
+    *,
+    end_of_step: bool = True,
+    texts_in_step: int | None = None,
+    engine_divisor: float = 1.0,
+    rank_sizes: tuple[list[int], list[int]] | None = None,
+) -> Tensor:
+    """The sum of the heads' weighted losses; see `FixedFanInHead.forward`. Between ranks everything travels once for all.
+
+    Args: parts: of one product_dtype, on one set of ranks.
+    """
+    batch = (torch.is_grad_enabled(), label_ids, label_counts, end_of_step, texts_in_step, engine_divisor, rank_sizes)
+    if feat_bd.requires_grad and torch.is_grad_enabled():
+        return _HeadStep.apply(feat_bd, parts, batch)
+    return _step(feat_bd, parts, *batch)[0]
+
+
+def _step(
+    feat_bd: Tensor,
+    parts: list[Part],
+    train: bool,
+    label_ids: Tensor,
+    label_counts: Tensor,
+    end_of_step: bool,
+    texts_in_step: int | None,
+    engine_divisor: float,
+    rank_sizes: tuple[list[int], list[int]] | None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, feature gradient [b, d] float32) of this micro-batch; see `FixedFanInHead.forward`."""
+    first = parts[0].head
+    feat_Bd, label_P, row_P, sizes = first._gather(feat_bd, label_ids, label_counts, rank_sizes)
+    done = [
+        head._step(
+            feat_Bd, label_P if ids_of is None else ids_of(label_P), row_P, train, end_of_step, texts_in_step, loss_weight
+        )
+        for head, ids_of, loss_weight in parts
+    ]
+    loss, grad_Bd = (reduce(torch.add, values) for values in zip(*done))
+    return first.ranks.sum(loss), first.ranks.scatter_sum_rows(grad_Bd, sizes) * engine_divisor
 
 
 class FixedFanInHead(nn.Module):
@@ -265,26 +319,34 @@ class FixedFanInHead(nn.Module):
         Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
             of a step's micro-batches add up to the step's loss.
         """
-        batch = (label_ids, label_counts, end_of_step, texts_in_step, loss_weight, engine_divisor, rank_sizes)
-        train = self.training and torch.is_grad_enabled()
-        if feat_bd.requires_grad and torch.is_grad_enabled():
-            return _HeadStep.apply(feat_bd, self, train, batch)
-        return self._step(feat_bd, train, *batch)[0]
+        return joint_step(
+            self.parts(loss_weight),
+            feat_bd,
+            label_ids,
+            label_counts,
+            end_of_step=end_of_step,
+            texts_in_step=texts_in_step,
+            engine_divisor=engine_divisor,
+            rank_sizes=rank_sizes,
+        )
+
+    def parts(self, loss_weight: float) -> list[Part]:
+        """What `joint_step` takes."""
+        return [Part(self, None, loss_weight)]
 
     def _step(
         self,
-        feat_bd: Tensor,
+        feat_Bd: Tensor,
+        label_P: Tensor,
+        row_P: Tensor,
         train: bool,
-        label_ids: Tensor,
-        label_counts: Tensor,
         end_of_step: bool,
         texts_in_step: int | None,
         loss_weight: float,
-        engine_divisor: float,
-        rank_sizes: tuple[list[int], list[int]] | None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, feature gradient [b, d] float32) of this micro-batch; see `forward`."""
-        feat_Bd, label_P, row_P, sizes = self._gather(feat_bd, label_ids, label_counts, rank_sizes)
+        """(loss, gradient [B, d] float32 of all ranks' features) as far as this rank's labels go."""
+        train = train and self.training
+        label_P = label_P.to(torch.int64) - self.labels.start
         texts = feat_Bd.shape[0]
         text_weight = loss_weight
         if self.text_reduction == "mean":
@@ -319,13 +381,12 @@ class FixedFanInHead(nn.Module):
             self.skipped += ~finite
         # A saturated logit has a finite slope, and a feature may have no reader: a loss scaler must see the overflow all the same.
         grad_Bd = grad_Bd.masked_fill(~finite, torch.nan)
-        grad_bd = self.ranks.scatter_sum_rows(grad_Bd, sizes) * engine_divisor
-        return self.ranks.sum(loss_B.sum() * text_weight), grad_bd
+        return loss_B.sum() * text_weight, grad_Bd
 
     def _gather(
         self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, rank_sizes: tuple[list[int], list[int]] | None
     ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """All ranks' features, their (local label, row) pairs as int64, and the number of rows of each rank."""
+        """All ranks' features, their (label, row) pairs as int64, and the number of rows of each rank."""
         rows, pairs = rank_sizes or (
             self.ranks.sizes(feat_bd.shape[0], feat_bd.device),
             self.ranks.sizes(label_ids.shape[0], label_ids.device),
@@ -338,7 +399,7 @@ class FixedFanInHead(nn.Module):
         self, label_ids: Tensor, label_counts: Tensor, rows: list[int], pairs: list[int]
     ) -> tuple[Tensor, Tensor]:
         counts = self.ranks.gather_rows(label_counts, rows)
-        label_P = self.ranks.gather_rows(label_ids, pairs).to(torch.int64) - self.labels.start
+        label_P = self.ranks.gather_rows(label_ids, pairs).to(torch.int64)
         return label_P, ragged_rows(counts, label_P.shape[0])
 
     @torch.no_grad()
@@ -359,6 +420,7 @@ class FixedFanInHead(nn.Module):
         if skip_ids is not None:
             pairs = self.ranks.sizes(skip_ids.shape[0], skip_ids.device)
             label_P, row_P = self._gather_pairs(skip_ids, skip_counts, sizes, pairs)
+            label_P = label_P - self.labels.start
         key_Bk = self._backend.head_topk(self.tensors(), feat_Bd, k, label_P, row_P, tile_labels=self.tile_labels)
         if self.ranks.size > 1:
             every = self.ranks.gather_rows(key_Bk, [key_Bk.shape[0]] * self.ranks.size)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from xmc_trainer.head.layer import FixedFanInHead
+from xmc_trainer.head.layer import FixedFanInHead, Part, joint_step
 from xmc_trainer.head.rewire import RewireReport, RewireRule
 from xmc_trainer.kernels.reference import ID_MAX, pack_candidates, unpack_candidates
 
@@ -43,12 +43,16 @@ class SplitHead(nn.Module):
     def lr(self, value: float) -> None:
         self.frequent.lr = self.tail.lr = value
 
-    def forward(self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, **arguments: object) -> Tensor:
+    def forward(
+        self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, *, loss_weight: float = 1.0, **arguments: object
+    ) -> Tensor:
         """As of FixedFanInHead."""
-        # Each head passes over the ids that are not its own.
-        return self.frequent(feat_bd, label_ids, label_counts, **arguments) + self.tail(
-            feat_bd, label_ids - self.frequent.num_labels, label_counts, **arguments
-        )
+        return joint_step(self.parts(loss_weight), feat_bd, label_ids, label_counts, **arguments)
+
+    def parts(self, loss_weight: float) -> list[Part]:
+        """What `joint_step` takes."""
+        tail = Part(self.tail, lambda label_ids: label_ids - self.frequent.num_labels, loss_weight)
+        return [*self.frequent.parts(loss_weight), tail]
 
     @torch.no_grad()
     def topk(
