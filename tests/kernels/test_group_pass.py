@@ -1,6 +1,18 @@
-"""The CUDA kernel for groups: against float64, the eager bfloat16 twin, the reference backend and itself."""
+"""The CUDA kernel for groups: against float64, the eager bfloat16 twin, the reference backend and itself.
+
+Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
+"""
 
 from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,46 +21,79 @@ from tests.head_helpers import OneOf, oracle_loss, ragged_batch, target_matrix
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
-pytestmark = pytest.mark.gpu
+from xmc_trainer.kernels import group_pass  # noqa: E402
 
+HERE = Path(__file__).parent
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}
 # (features, fan_in, group_size): of one tile and several, short tiles and groups.
 GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300)]
-LABELS = 1009
+LABELS = 331
+_memory = tempfile.TemporaryDirectory(prefix="group_pass.")  # as long as the compiled libraries
 
 
-def make_head(features, fan_in, group_size, optimizer="sgd", **options):
-    options = {"lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton", "product_dtype": torch.bfloat16} | options
-    return FixedFanInHead(
-        features, LABELS, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device="cuda", **options
+@functools.cache
+def library_for_cpu(capability, defines):
+    """As `group_pass._library`, of the source without what only nvcc understands."""
+    folder = Path(tempfile.mkdtemp(dir=_memory.name))
+    for file in (HERE / "cuda_on_cpu").iterdir():
+        shutil.copy(file, folder)
+    source, math = group_pass._SOURCES[:2]
+    shutil.copy(math, folder)
+    text = source.read_text().replace("extern __shared__ uint8_t memory[];", "uint8_t* memory = cpu::aligned_memory();")
+    text, launches = re.subn(
+        r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);", r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });", text
     )
+    assert launches == 1
+    (folder / "group_pass.cpp").write_text(text)
+    words = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *(f"-D{define}" for define in defines)]
+    subprocess.run([*words, "-o", folder / "group_pass.so", folder / "group_pass.cpp"], check=True)
+    return ctypes.CDLL(str(folder / "group_pass.so"))
 
 
-@pytest.fixture(autouse=True)
-def the_kernel_runs(monkeypatch):
-    """Fails a test in which it was not launched."""
-    from xmc_trainer.kernels import group_pass
+DEVICES = [
+    pytest.param("cpu", marks=[
+        pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, which marks the positives, is off on a GPU"),
+        pytest.mark.skipif(shutil.which("g++") is None, reason="the CUDA source needs a C++ compiler to run on a CPU"),
+    ]),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]  # fmt: skip
 
-    if not group_pass.can_compile(torch.device("cuda")):
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request, monkeypatch):
+    """Where the kernel runs; fails a test in which it was not launched."""
+    if request.param == "cpu":
+        monkeypatch.setattr(group_pass, "can_compile", lambda device: True)
+        monkeypatch.setattr(group_pass, "_library", library_for_cpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    elif not group_pass.can_compile(torch.device("cuda")):
         pytest.skip("the CUDA kernel needs nvcc and ninja")
     launched, launch = [], group_pass.launch
     monkeypatch.setattr(group_pass, "launch", lambda *a, **k: launched.append(1) or launch(*a, **k))
-    yield
+    yield request.param
     assert launched
 
 
-def batch(features, texts, seed=0):
+def make_head(device, features, fan_in, group_size, optimizer="sgd", **options):
+    options = {"lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton", "product_dtype": torch.bfloat16} | options
+    return FixedFanInHead(
+        features, LABELS, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device=device, **options
+    )
+
+
+def batch(device, features, texts, seed=0):
     generator = torch.Generator().manual_seed(seed)
     feat = torch.randn(texts, features, generator=generator).bfloat16().float()
     ids, counts = ragged_batch(texts, LABELS, generator)
-    return feat.cuda(), ids.cuda(), counts.cuda()
+    return feat.to(device), ids.to(device), counts.to(device)
 
 
 def dense_of(head):
     """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each number."""
-    row = torch.arange(LABELS, device="cuda") // head.group_size
+    row = torch.arange(LABELS, device=head.weight.device) // head.group_size
     index = head.index.long()[row]
-    dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device="cuda")
+    dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device=head.weight.device)
     return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
 
 
@@ -56,19 +101,20 @@ def error(got, exact):
     return ((got.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
-@pytest.mark.parametrize("scale, texts", [(0.1, 37), (1.0, 150), (60.0, 128)])
+@pytest.mark.parametrize(
+    "scale, texts, loss", [(0.1, 37, "bce"), (1.0, 150, "squared_hinge"), (60.0, 128, "bce"), (60.0, 37, "squared_hinge")]
+)
 @pytest.mark.parametrize("features, fan_in, group_size", GROUPS)
-def test_errs_no_more_than_eager_bfloat16(features, fan_in, group_size, scale, texts, loss):
+def test_errs_no_more_than_eager_bfloat16(features, fan_in, group_size, scale, texts, loss, device):
     # Scale 60 saturates most logits, on both sides.
-    head = make_head(features, fan_in, group_size, lr=1.0, weight_decay=0.0, loss=loss)
+    head = make_head(device, features, fan_in, group_size, lr=1.0, weight_decay=0.0, loss=loss)
     head.weight.copy_((head.weight * scale).bfloat16())
     before, mask = dense_of(head)
-    feat, ids, counts = batch(features, texts)
+    feat, ids, counts = batch(device, features, texts)
     feat.requires_grad_()
     out = head(feat, ids, counts)
     out.backward()
-    x, y = feat.detach().double(), target_matrix(ids.cpu(), counts.cpu(), LABELS).double().cuda()
+    x, y = feat.detach().double(), target_matrix(ids.cpu(), counts.cpu(), LABELS).double().to(device)
     z = (x @ before.T).requires_grad_()  # the bias was zero
     exact = oracle_loss(z, y, loss).sum()
     exact.backward()
@@ -84,44 +130,45 @@ def test_errs_no_more_than_eager_bfloat16(features, fan_in, group_size, scale, t
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3], GROUPS[5]])
-def test_updates_are_the_reference_s(features, fan_in, group_size, optimizer, weight_dtype):
+@pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[5]])
+def test_updates_are_the_reference_s(features, fan_in, group_size, optimizer, weight_dtype, device):
     options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean"}
-    heads = [make_head(features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    heads = [make_head(device, features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
     start = {name: tensor.float().clone() for name, tensor in heads[0].named_buffers()}
     for step in range(3):
         for head in heads:
-            head(*batch(features, 200, seed=step))
+            head(*batch(device, features, 200, seed=step))
     for name, expected in heads[1].named_buffers():
         got = dict(heads[0].named_buffers())[name]
         if expected.is_floating_point():
-            # Slopes are rounded to bfloat16 here, and so may be what they are added to.
-            assert error(got.float() - start[name], (expected.float() - start[name]).double()) < 2e-2, name
+            # Slopes are rounded to bfloat16 here, which tips a rounding of what they are added to here and there.
+            allowed = 1e-2 if expected.dtype == torch.float32 else 5e-2
+            assert error(got.float() - start[name], (expected.float() - start[name]).double()) < allowed, name
         else:
             assert torch.equal(got, expected), name
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])
-def test_stochastic_rounding_is_the_reference_s(features, fan_in, group_size, optimizer):
+def test_stochastic_rounding_is_the_reference_s(features, fan_in, group_size, optimizer, device):
     # With weights of zero the hinge's slopes are +-2: nothing but the order of sums differs between the backends.
     options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}
-    heads = [make_head(features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    heads = [make_head(device, features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
     for head in heads:
         head.weight.zero_()
-        head(*batch(features, 200))
+        head(*batch(device, features, 200))
     for name, expected in heads[1].named_buffers():
         if expected.dtype == torch.bfloat16:
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])
-def test_micro_batches_and_shards_equal_one_batch(features, fan_in, group_size):
+def test_micro_batches_and_shards_equal_one_batch(features, fan_in, group_size, device):
     texts = 300  # three tiles of texts
-    whole, parts = (make_head(features, fan_in, group_size, "adamw", text_reduction="mean") for _ in range(2))
-    shards = [make_head(features, fan_in, group_size, "adamw", text_reduction="mean", ranks=OneOf(r, 3)) for r in range(3)]
+    whole, parts = (make_head(device, features, fan_in, group_size, "adamw", text_reduction="mean") for _ in range(2))
+    shards = [make_head(device, features, fan_in, group_size, "adamw", text_reduction="mean", ranks=OneOf(r, 3)) for r in range(3)]
     for step in range(2):
-        feat, ids, counts = batch(features, texts, seed=step)
+        feat, ids, counts = batch(device, features, texts, seed=step)
         a, b = feat.clone().requires_grad_(), feat.clone().requires_grad_()
         loss = whole(a, ids, counts)
         loss.backward()
@@ -142,9 +189,9 @@ def test_micro_batches_and_shards_equal_one_batch(features, fan_in, group_size):
 
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[0], GROUPS[3]])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_feature_never_reaches_a_weight(bad, features, fan_in, group_size):
-    head = make_head(features, fan_in, group_size, "adamw", weight_dtype=torch.bfloat16)
-    good, (feat, ids, counts) = batch(features, 37), batch(features, 37, seed=1)
+def test_a_non_finite_feature_never_reaches_a_weight(bad, features, fan_in, group_size, device):
+    head = make_head(device, features, fan_in, group_size, "adamw", weight_dtype=torch.bfloat16)
+    good, (feat, ids, counts) = batch(device, features, 37), batch(device, features, 37, seed=1)
     head(*good)
     before = {name: tensor.clone() for name, tensor in head.named_buffers()}
     feat[3, 5] = bad
@@ -158,15 +205,15 @@ def test_a_non_finite_feature_never_reaches_a_weight(bad, features, fan_in, grou
 
 
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[0], GROUPS[3]])
-def test_no_texts_no_positives_and_rewired_rows(features, fan_in, group_size):
-    head = make_head(features, fan_in, group_size)
-    none = torch.empty(0, dtype=torch.int64, device="cuda")
-    assert head(torch.empty(0, features, device="cuda"), none, none).item() == 0
-    feat = torch.randn(2, features, device="cuda").bfloat16().float()
+def test_no_texts_no_positives_and_rewired_rows(features, fan_in, group_size, device):
+    head = make_head(device, features, fan_in, group_size)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    assert head(torch.empty(0, features, device=device), none, none).item() == 0
+    feat = torch.randn(2, features, device=device).bfloat16().float()
     for _ in range(2):
-        expected = oracle_loss(feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS).cuda(), "bce")
+        expected = oracle_loss(feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS, device=device), "bce")
         with torch.no_grad():
             head.eval()
-            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device="cuda")).item() == pytest.approx(expected.sum().item(), rel=1e-3)
+            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(expected.sum().item(), rel=1e-3)
             head.train()
         head.rewire(RewireRule("fraction", 0.3, "random"))

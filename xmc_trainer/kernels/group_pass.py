@@ -22,7 +22,7 @@ from torch import Tensor
 from xmc_trainer.kernels.reference import HeadTensors
 from xmc_trainer.kernels.tuning import cache_folder
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("group_pass.cu", "tile_math.cuh")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("group_pass.cu", "tile_math.cuh", "ptx.cuh")]
 TEXTS = 128  # texts a tile, as in the source
 _TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "int16_t", torch.int32: "int32_t"}
 
