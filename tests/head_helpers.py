@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -92,3 +95,29 @@ class OracleHead:
         loss.backward()
         self.optimizer.step()
         return loss.detach(), x.grad
+
+
+def assert_parts_train_as_one(make: Callable[..., FixedFanInHead], batches: Iterable[tuple[Tensor, ...]], grad_rtol: float) -> None:
+    """Three micro-batches, one of them empty, and three shards train as one head does on the whole batch.
+
+    Args: make: makes a head, with text_reduction="mean"; takes `ranks`.
+    """
+    whole, parts, shards = make(), make(), [make(ranks=OneOf(rank, 3)) for rank in range(3)]
+    for feat, ids, counts in batches:
+        a, b = feat.clone().requires_grad_(), feat.clone().requires_grad_()
+        loss = whole(a, ids, counts)
+        loss.backward()
+        assert sum(shard(feat, ids, counts).item() for shard in shards) == pytest.approx(loss.item(), rel=1e-5)
+        texts = feat.shape[0]
+        cuts, ends, parts_loss = [0, texts - 10, texts - 10, texts], counts.cumsum(0).tolist(), 0.0
+        for number, (start, stop) in enumerate(zip(cuts, cuts[1:])):
+            first, last = ends[start - 1] if start else 0, ends[stop - 1]
+            part = parts(b[start:stop], ids[first:last], counts[start:stop], end_of_step=number == 2, texts_in_step=texts)
+            part.backward()
+            parts_loss += part.item()
+        assert parts_loss == pytest.approx(loss.item(), rel=1e-5)
+        torch.testing.assert_close(b.grad, a.grad, rtol=grad_rtol, atol=1e-6)
+    for name in ("weight", "bias"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
+        joined = torch.cat([getattr(shard, name) for shard in shards])
+        torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-4, atol=1e-6)

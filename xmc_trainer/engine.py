@@ -50,9 +50,12 @@ def build_accelerator(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("environment.device=cuda: there is no usable GPU; set environment.device=auto or cpu")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if on_cpu and mixed_precision == "fp16":
-        raise UserError("training.amp.dtype=float16: needs a GPU; on a CPU set bfloat16 or training.amp.enabled=false")
     path = _deepspeed_config_path(deepspeed_config)
+    if on_cpu and mixed_precision == "fp16" and (path is None or not _cpu_takes_fp16()):
+        raise UserError(
+            "training.amp.dtype=float16: needs a GPU (or DeepSpeed on a CPU that multiplies in float16); set bfloat16 or "
+            "training.amp.enabled=false"
+        )
     settings = None
     if path is not None:
         rank_batch = micro_batch // world_size
@@ -93,6 +96,14 @@ def build_accelerator(
             "--config_file launchers/accelerate_zero2.yaml, or by deepspeed launchers/train.py --deepspeed_config FILE"
         )
     return accelerator
+
+
+def _cpu_takes_fp16() -> bool:
+    """Whether DeepSpeed trains in fp16 on this machine's CPU."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def _deepspeed_config_path(argument: str | None) -> str | None:

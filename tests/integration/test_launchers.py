@@ -97,6 +97,15 @@ def test_every_stage_trains_in_bfloat16_as_stage_0_does(short):
         assert found == pytest.approx(plain, rel=0.05) and found[-1] < 0.95 * found[0], how
 
 
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU does not multiply in float16")
+def test_float16_under_zero_trains_as_float32_does(short):
+    plain = curve(short, "python")
+    settings = [*short, "training.amp.enabled=true", "training.amp.dtype=float16"]
+    for how, processes in (("accelerate-1", 2), ("deepspeed-2", 1), ("deepspeed-3_offload", 2)):
+        found = curve(settings, how, processes)
+        assert found == pytest.approx(plain, rel=0.05) and found[-1] < 0.95 * found[0], how
+
+
 def outcome(settings: list[str], how: str, processes: int = 1) -> dict:
     """What a training came to: losses, metrics, moved slots, and the head's tensors of all processes."""
     losses = curve(settings, how, processes)

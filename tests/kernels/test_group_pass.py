@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.head_helpers import OneOf, oracle_loss, ragged_batch, target_matrix
+from tests.head_helpers import assert_parts_train_as_one, oracle_loss, ragged_batch, target_matrix
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
@@ -164,27 +164,11 @@ def test_stochastic_rounding_is_the_reference_s(features, fan_in, group_size, op
 
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])
 def test_micro_batches_and_shards_equal_one_batch(features, fan_in, group_size, device):
-    texts = 300  # three tiles of texts
-    whole, parts = (make_head(device, features, fan_in, group_size, "adamw", text_reduction="mean") for _ in range(2))
-    shards = [make_head(device, features, fan_in, group_size, "adamw", text_reduction="mean", ranks=OneOf(r, 3)) for r in range(3)]
-    for step in range(2):
-        feat, ids, counts = batch(device, features, texts, seed=step)
-        a, b = feat.clone().requires_grad_(), feat.clone().requires_grad_()
-        loss = whole(a, ids, counts)
-        loss.backward()
-        assert sum(shard(feat, ids, counts).item() for shard in shards) == pytest.approx(loss.item(), rel=1e-5)
-        cuts, ends, parts_loss = [0, 140, 140, texts], counts.cumsum(0).tolist(), 0.0
-        for number, (start, stop) in enumerate(zip(cuts, cuts[1:])):
-            first, last = ends[start - 1] if start else 0, ends[stop - 1]
-            part = parts(b[start:stop], ids[first:last], counts[start:stop], end_of_step=number == 2, texts_in_step=texts)
-            part.backward()
-            parts_loss += part.item()
-        assert parts_loss == pytest.approx(loss.item(), rel=1e-5)
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
-    for name in ("weight", "bias"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
-        joined = torch.cat([getattr(shard, name) for shard in shards])
-        torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-4, atol=1e-6)
+    def make(**more):
+        return make_head(device, features, fan_in, group_size, "adamw", text_reduction="mean", **more)
+
+    # Three tiles of texts.
+    assert_parts_train_as_one(make, [batch(device, features, 300, seed) for seed in range(2)], grad_rtol=1e-3)
 
 
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[0], GROUPS[3]])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.head_helpers import OneOf, OracleHead, dense_of, ragged_batch, target_matrix
+from tests.head_helpers import OneOf, OracleHead, assert_parts_train_as_one, dense_of, ragged_batch, target_matrix
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
 from xmc_trainer.kernels.reference import HeadTensors, Update, unpack_candidates
 from xmc_trainer.ops import select_backend
@@ -109,27 +109,10 @@ def test_stochastic_rounding_is_the_reference_s(group_size, optimizer, device):
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("group_size", [1, 40])
 def test_micro_batches_and_shards_equal_one_batch(group_size, optimizer, device):
-    texts = 150  # two tiles of texts
-    options = {"group_size": group_size, "text_reduction": "mean"}
-    whole, parts = make_head(device, optimizer, **options), make_head(device, optimizer, **options)
-    shards = [make_head(device, optimizer, ranks=OneOf(r, 3), **options) for r in range(3)]
-    for feat, ids, counts in batches(2, device, texts=texts):
-        a, b = feat.clone().requires_grad_(), feat.clone().requires_grad_()
-        loss = whole(a, ids, counts)
-        loss.backward()
-        assert sum(shard(feat, ids, counts).item() for shard in shards) == pytest.approx(loss.item(), rel=1e-5)
-        cuts, ends, parts_loss = [0, 140, 140, texts], counts.cumsum(0).tolist(), 0.0
-        for number, (start, stop) in enumerate(zip(cuts, cuts[1:])):
-            first, last = ends[start - 1] if start else 0, ends[stop - 1]
-            part = parts(b[start:stop], ids[first:last], counts[start:stop], end_of_step=number == 2, texts_in_step=texts)
-            part.backward()
-            parts_loss += part.item()
-        assert parts_loss == pytest.approx(loss.item(), rel=1e-5)
-        torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
-    for name in ("weight", "bias"):
-        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
-        joined = torch.cat([getattr(shard, name) for shard in shards])
-        torch.testing.assert_close(joined, getattr(whole, name), rtol=1e-4, atol=1e-6)
+    def make(**more):
+        return make_head(device, optimizer, group_size=group_size, text_reduction="mean", **more)
+
+    assert_parts_train_as_one(make, batches(2, device, texts=150), grad_rtol=1e-4)  # two tiles of texts
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -159,6 +159,18 @@ def test_a_deepspeed_json_that_is_none(tmp_path):
     assert settings["zero_optimization"] == {"stage": 0} and settings["bf16"]["enabled"] and settings["train_batch_size"] == 8
 
 
+def test_fp16_needs_hardware(environment, started, monkeypatch):
+    with pytest.raises(UserError, match="training.amp.dtype=float16: needs a GPU .* set bfloat16"):
+        build(mixed_precision="fp16")
+    environment(ACCELERATE | {"LOCAL_RANK": "0"})
+    monkeypatch.setattr(engine, "_cpu_takes_fp16", lambda: False)
+    with pytest.raises(UserError, match="training.amp.dtype=float16: needs a GPU .* DeepSpeed on a CPU"):
+        build(mixed_precision="fp16")
+    monkeypatch.setattr(engine, "_cpu_takes_fp16", lambda: True)
+    build(mixed_precision="fp16")
+    assert started["deepspeed_plugin"]["fp16"]["enabled"]
+
+
 def test_fp16_needs_a_zero_stage():
     with pytest.raises(UserError, match="zero0.json: fp16 at ZeRO stage 0 trains wrongly; take stage 1, 2 or 3"):
         deepspeed_settings(str(ROOT / "ds_configs/zero0.json"), "fp16", 1, 4, 1, 0.0)

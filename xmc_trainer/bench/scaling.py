@@ -1,4 +1,4 @@
-"""A training step of encoder and head on 1, 2, 4, 8 processes, one a GPU: times, memory, what travels, and whether they train alike.
+"""A training step of encoder and head on 1, 2, 4, 8 processes, one a GPU: times, memory, what travels, whether they train alike.
 
 xmc-trainer bench scaling                                       # Amazon-3M's shape; without GPUs a small one, said so
 xmc-trainer bench scaling --processes 1,2 --launchers deepspeed --stages 2 --csv scaling.csv
@@ -42,7 +42,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         "xmc-trainer bench scaling", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     gpus = torch.cuda.device_count()
-    parser.add_argument("--processes", default="1,2,4,8" if gpus else "1,2", help="comma-separated; more than there are GPUs are left out")
+    parser.add_argument(
+        "--processes", default="1,2,4,8" if gpus else "1,2", help="comma-separated; more than there are GPUs are left out"
+    )
     parser.add_argument("--launchers", default=",".join(_LAUNCHERS), help="comma-separated: accelerate, deepspeed")
     parser.add_argument("--stages", default="1,2,3", help="comma-separated stages of ZeRO")
     parser.add_argument("--precision", default="bf16", choices=("no", "bf16", "fp16"))
@@ -86,7 +88,8 @@ def main() -> None:
         print(f"{gpus} GPUs here: {', '.join(left)} processes are left out")
     rows: list[dict[str, Any]] = []
     alone: dict[tuple[str, int], float] = {}
-    print("launcher    ZeRO  processes       ms   texts/s  efficiency  GiB a rank  gather: kB, ms   scatter: kB, ms    nccl, ms", flush=True)
+    columns = "launcher    ZeRO  processes       ms   texts/s  efficiency  GiB a rank  gather: kB, ms   scatter: kB, ms    nccl, ms"
+    print(columns, flush=True)
     for launcher in options.launchers:
         for stage in options.stages:
             for count in counts:
@@ -100,28 +103,27 @@ def main() -> None:
                 rows.append(row)
                 share = "" if one is None else f"{100 * row['efficiency']:.0f} %"
                 nccl = "" if row["nccl_ms"] is None else f"{row['nccl_ms']:12.2f}"
-                print(
-                    f"{launcher:12s}{stage:4d}{count:11d}{row['ms']:9.1f}{row['texts_s']:10.0f}{share:>12s}{row['peak_gib']:12.2f}"
-                    f"{row['gather_bytes'] / 1e3:10.1f}{row['gather_ms']:6.2f}{row['scatter_bytes'] / 1e3:12.1f}{row['scatter_ms']:6.2f}{nccl}",
-                    flush=True,
-                )
+                step = f"{row['ms']:9.1f}{row['texts_s']:10.0f}{share:>12s}{row['peak_gib']:12.2f}"
+                travels = f"{row['gather_bytes'] / 1e3:10.1f}{row['gather_ms']:6.2f}{row['scatter_bytes'] / 1e3:12.1f}{row['scatter_ms']:6.2f}"
+                print(f"{launcher:12s}{stage:4d}{count:11d}{step}{travels}{nccl}", flush=True)
     failed = not rows
     if options.exact_steps:
         batch = options.batch * max(counts)
         for stage in options.stages:
-            curves = {count: start(options, "exact", options.launchers[0], stage, count, batch // count) for count in counts}
+            launcher = options.launchers[0]
+            curves = {count: start(options, "exact", launcher, stage, count, batch // count) for count in counts}
             found = {count: row["losses"] for count, row in curves.items() if row is not None}
             for count, losses in found.items():
                 if count != 1 and 1 in found:
                     far = max(abs(a - b) / abs(b) for a, b in zip(losses, found[1], strict=True))
-                    print(f"ZeRO {stage}, {count} processes: losses of {len(losses)} steps within {far:.1e} of one process's", flush=True)
+                    said = f"ZeRO {stage}, {count} processes: losses of {len(losses)} steps within {far:.1e} of one process's"
+                    print(said, flush=True)
                     for row in rows:
-                        if (row["launcher"], row["stage"], row["processes"]) == (options.launchers[0], stage, count):
+                        if (row["launcher"], row["stage"], row["processes"]) == (launcher, stage, count):
                             row["loss_difference"] = far
             failed |= not found
-    columns = dict.fromkeys(key for row in rows for key in row)
     with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         writer.writeheader()
         writer.writerows(rows)
     print(f"written to {options.csv}")
@@ -129,19 +131,21 @@ def main() -> None:
         sys.exit(1)
 
 
-def start(options: argparse.Namespace, what: str, launcher: str, stage: int, count: int, batch: int | None = None) -> dict[str, Any] | None:
+def start(
+    options: argparse.Namespace, what: str, launcher: str, stage: int, count: int, batch: int | None = None
+) -> dict[str, Any] | None:
     """Start the ranks of one setting; rank 0's row, or None after saying what went wrong."""
-    words = {"rank-of": what, "batch": batch or options.batch} | {
-        name.replace("_", "-"): getattr(options, name)
-        for name in ("precision", "max_len", "hidden", "layers", "labels", "fan_in", "group_size", "positives", "repeat", "exact_steps")
-    }
+    same = ("precision", "max_len", "hidden", "layers", "labels", "fan_in", "group_size", "positives", "repeat", "exact_steps")
+    words = {"rank-of": what, "batch": batch or options.batch}
+    words |= {name.replace("_", "-"): getattr(options, name) for name in same}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     module = "xmc_trainer.bench.scaling"
     if launcher == "accelerate":
         file = f"launchers/accelerate_zero{stage}.yaml"
-        command = ["accelerate", "launch", "--config_file", file, "--num_processes", str(count), "--main_process_port", port, "-m", module]
+        command = ["accelerate", "launch", "--config_file", file, "--num_processes", str(count), "--main_process_port", port]
+        command += ["-m", module]
     else:
         # Counts processes where there is no GPU, too.
         command = ["deepspeed", "--num_gpus", str(count), "--master_port", port, "--module", module]
@@ -178,7 +182,8 @@ class Training:
         low = torch.float32 if precision == "no" else torch.bfloat16
         self.head = FixedFanInHead(
             options.hidden, options.labels, fan_in=options.fan_in, group_size=options.group_size, first_bias=-11.0, lr=1e-4,
-            optimizer=SGD(), weight_dtype=low if self.gpu else torch.float32, product_dtype=low, ranks=self.ranks, device=self.device,
+            optimizer=SGD(), weight_dtype=low if self.gpu else torch.float32, product_dtype=low, ranks=self.ranks,
+            device=self.device,
         )  # fmt: skip
         texts = options.batch
         self.sizes = [texts] * self.processes, [texts * options.positives] * self.processes
@@ -251,7 +256,9 @@ def _collectives(training: Training, labels: Tensor) -> tuple[dict[str, float], 
     counts = torch.full((options.batch,), options.positives, device=device)
     every = torch.zeros(sum(sizes[0]), options.hidden, device=device)
     kinds = {
-        "gather": lambda: (ranks.gather_rows(features, sizes[0]), ranks.gather_rows(counts, sizes[0]), ranks.gather_rows(labels, sizes[1])),
+        "gather": lambda: [
+            ranks.gather_rows(x, size) for x, size in ((features, sizes[0]), (counts, sizes[0]), (labels, sizes[1]))
+        ],
         "scatter": lambda: ranks.scatter_sum_rows(every, sizes[0]),
         "sum": lambda: ranks.sum(torch.zeros((), device=device)),
     }  # fmt: skip
