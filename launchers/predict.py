@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=5, help="labels a text (default 5)")
     parser.add_argument("--batch_size", type=int, default=256, help="texts a batch (default 256)")
     parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     for name in ("k", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{'-k' if name == 'k' else '--batch_size'}={getattr(arguments, name)}: must be at least 1")

@@ -40,6 +40,7 @@ from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
 from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
 
 _FORMAT = "1"
+_REMEDY = "make it by xmc-trainer clusters, with the settings of this run"
 
 
 @dataclass(frozen=True)
@@ -66,20 +67,24 @@ class LabelClusters:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be written ({reason(error)}); name another file by --output") from None
 
+    @staticmethod
+    def require(path: Path) -> None:
+        """UserError where there is no file to load."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such label clusters; {_REMEDY}")
+
     @classmethod
     def load(cls, path: Path, label_ids: Iterable[str]) -> LabelClusters:
         """Read a file of `save`. UserError if it is none, or of other labels."""
-        remedy = "make it by xmc-trainer clusters, with the settings of this run"
-        if not path.is_file():
-            raise UserError(f"{path}: no such label clusters; {remedy}")
+        cls.require(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 order, offsets = file.get_tensor("order"), file.get_tensor("offsets")
         except SafetensorError as error:
-            raise UserError(f"{path}: not a file of label clusters ({error}); {remedy}") from None
+            raise UserError(f"{path}: not a file of label clusters ({error}); {_REMEDY}") from None
         if metadata.get("format") != _FORMAT or metadata.get("labels_sha256") != _digest(label_ids):
-            raise UserError(f"{path}: of other labels than this data set's; {remedy}")
+            raise UserError(f"{path}: of other labels than this data set's; {_REMEDY}")
         return cls(order, offsets)
 
 

@@ -106,6 +106,10 @@ class TextEncoder(nn.Module):
 
 def _load(loader: type, name: str, field: str, **options: object) -> object:
     disable_progress_bar()  # its bars are of a second's work, here and when saving
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2):
+        # The hub would be asked, and waited for; its ids have two parts at most.
+        raise UserError(f"{field}={name}: no such folder; name one that holds the model, or a hub id")
     try:
         return loader.from_pretrained(name, **options)
     except (OSError, ValueError) as error:

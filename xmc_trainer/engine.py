@@ -226,6 +226,12 @@ def step_was_applied(accelerator: Accelerator, encoder: Any, optimizer: Any) -> 
     return not optimizer.step_was_skipped
 
 
+def engine_name(accelerator: Accelerator) -> str:
+    """What drives the encoder, for people."""
+    plugin = accelerator.state.deepspeed_plugin
+    return "without DeepSpeed" if plugin is None else f"DeepSpeed ZeRO {plugin.zero_stage}"
+
+
 def leave(accelerator: Accelerator) -> None:
     """End this process's part in the training. Who holds what `accelerator.prepare` gave lets go of it first."""
     # Were DDP the last to hold the process group, gloo's thread and this one could wait for each other for ever.

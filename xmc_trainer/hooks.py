@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from xmc_trainer import __version__
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig
+from xmc_trainer.engine import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.head import RewireReport, RewireRule
 from xmc_trainer.head.rewire import scheduled_amount
@@ -209,11 +210,19 @@ class ProgressHook(Hook):
         if trainer.accelerator.is_main_process:
             size, steps = trainer.ranks.size, trainer.state.total_steps
             print(
-                f"{size} process{'es' if size > 1 else ''} on {trainer.device.type}: {trainer.train_texts:,} texts, "
+                f"{size} process{'es' if size > 1 else ''} on {trainer.device.type}, {engine_name(trainer.accelerator)}: "
+                f"{trainer.train_texts:,} texts, "
                 f"{trainer.corpus.num_labels:,} labels; head: {head_bytes(trainer) / 2**20:,.1f} MiB a process; {steps:,} steps, "
                 f"{trainer.state.steps_per_epoch:,} an epoch",
                 flush=True,
             )
+            warmup = trainer.config.training.optimization.warmup_steps
+            if steps <= warmup:
+                print(
+                    f"warning: all {steps:,} steps are warm-up (training.optimization.warmup_steps={warmup}), and the learning "
+                    "rates never reach their peaks; lower it",
+                    flush=True,
+                )
             self._bar = tqdm(
                 total=trainer.state.total_steps, desc="train", unit="step", mininterval=1.0, smoothing=0.05
             )
@@ -259,7 +268,7 @@ class JsonLogHook(Hook):
             device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
             sizes = {"processes": trainer.ranks.size, "head_bytes": all_bytes, "labels": trainer.corpus.num_labels}
-            self.write({"event": "start", "device": device} | versions | sizes)
+            self.write({"event": "start", "device": device, "engine": engine_name(trainer.accelerator)} | versions | sizes)
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         for record in records:

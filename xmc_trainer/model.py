@@ -49,7 +49,9 @@ class XMCModel:
         return self.saved.encoder(input_ids, attention_mask)
 
     def predict(self, texts: list[str], k: int = 5, batch_size: int = 256) -> list[list[Prediction]]:
-        """The k best labels of each text, best first. UserError for a text without content."""
+        """The k best labels of each text, best first. UserError for a text without content, and what is no list of texts."""
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError("texts must be a list of strings")
         for number, text in enumerate(texts, start=1):
             if not text.strip():
                 raise UserError(f"text {number} of {len(texts)} is empty")

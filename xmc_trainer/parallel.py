@@ -31,6 +31,11 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 def launched_processes() -> int:
     """How many processes a launcher started. UserError where they do not know of each other: each would do it all."""
     size = int(os.environ.get("WORLD_SIZE", "0"))
+    if size > 1 and not os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
+        raise UserError(
+            f"WORLD_SIZE={size} without RANK, MASTER_ADDR and MASTER_PORT: start the processes by accelerate launch, deepspeed or "
+            "torchrun, which set them all, or unset WORLD_SIZE for one process"
+        )
     if size:
         return size
     for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):

@@ -88,6 +88,8 @@ class Trainer:
             )
         if data.hf_source is None and not config.data_folder.is_dir():
             raise UserError(f"{config.data_folder}: no such folder; set dataset_path or data.folder")
+        if config.model.ffi.semantic_groups or config.model.auxiliary.use_meta_branch:
+            LabelClusters.require(config.cluster_file)
         set_seed(config.training.seed)
         self.tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
         self.encoder_module = encoder_of(config, self.device)

@@ -13,6 +13,7 @@ import torch
 
 from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import load_config
+from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
 from xmc_trainer.model import XMCModel
 from xmc_trainer.trainer import Trainer
@@ -186,3 +187,25 @@ def test_the_name_of_a_run_at_wandb(toy_settings, monkeypatch, name, expected):
     assert calls[0]["name"] == expected and calls[0]["config"]["data"]["dataset"] == "toy"
     assert [step for step, values in logged[:-1] if "train/loss" in values] == [1, 2] and logged[-1] == "finished"
     assert any("test/P@1" in values for _, values in logged[:-1])
+
+
+def test_a_training_that_is_all_warm_up_says_so_and_says_what_drives_it(toy_settings, capsys):
+    steps = ["training.optimization.max_steps=2", "environment.device=cpu"]
+    trainer = train(toy_settings, *steps, "training.optimization.warmup_steps=2")
+    said = capsys.readouterr().out
+    assert "all 2 steps are warm-up (training.optimization.warmup_steps=2)" in said and "on cpu, without DeepSpeed: " in said
+    assert log_of(trainer, "start")[0]["engine"] == "without DeepSpeed"
+    train(toy_settings, *steps, "training.optimization.warmup_steps=1")
+    assert "warm-up" not in capsys.readouterr().out
+
+
+def test_missing_clusters_are_noticed_before_the_texts_are_read(toy_settings, monkeypatch):
+    monkeypatch.setattr("xmc_trainer.trainer.corpus_of", lambda *_, **__: pytest.fail("texts were read"))
+    with pytest.raises(UserError, match="label_group7.safetensors: no such label clusters; make it by xmc-trainer clusters"):
+        train(toy_settings, *PLAIN, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=7")
+
+
+@pytest.mark.parametrize("texts", ["kettle", [None], ["a", 1]])
+def test_what_is_no_list_of_texts_is_not_predicted(texts):
+    with pytest.raises(UserError, match="texts must be a list of strings"):
+        XMCModel(None, torch.device("cpu")).predict(texts)

@@ -28,11 +28,15 @@ ACCELERATE = {
 }
 
 
+# What every launcher sets for two processes.
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """A function that sets variables; those of launchers that may be around these tests are gone."""
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_")) or name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_")) or name in (*TWO, "LOCAL_RANK"):
             monkeypatch.delenv(name)
 
     def put(variables):
@@ -74,7 +78,7 @@ def test_the_shipped_way_passes(environment, started):
 
 
 def test_processes_that_would_train_alone(environment, started):
-    environment({"WORLD_SIZE": "2", "LOCAL_RANK": "0"})
+    environment(TWO | {"LOCAL_RANK": "0"})
     with pytest.raises(UserError, match="2 processes were started but would not train together; start them by accelerate"):
         build()
     assert started["kwargs_handlers"][0].timeout.total_seconds() == 600
@@ -114,8 +118,14 @@ def test_processes_that_do_not_know_of_each_other(environment, variables, messag
     environment(variables)
     with pytest.raises(UserError, match=message):
         launched_processes()
-    environment({"WORLD_SIZE": "2"})  # a launcher inside
+    environment(TWO)  # a launcher inside
     assert launched_processes() == 2
+
+
+def test_a_number_of_processes_alone_starts_none(environment):
+    environment({"WORLD_SIZE": "2"})
+    with pytest.raises(UserError, match="WORLD_SIZE=2 without RANK, MASTER_ADDR and MASTER_PORT: start the processes by"):
+        launched_processes()
 
 
 def test_one_process_is_no_matter_what(environment):
@@ -199,14 +209,14 @@ def test_the_loss_scale_starts_at_4096_with_and_without_deepspeed(precision, fir
     assert not first_scale or 2 ** settings["fp16"]["initial_scale_power"] == first_scale
 
 
-def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(monkeypatch):
+def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(environment, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(engine, "Accelerator", lambda **kwargs: SimpleNamespace(num_processes=1))
     build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})
     assert chosen == [3]
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    environment(TWO)
     with pytest.raises(UserError, match="environment.cuda_device_id: leave it at 0 with several processes"):
         build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})
 

@@ -282,3 +282,20 @@ def test_a_gpu_computes_what_a_cpu_does(fan_in, group_size, dtype):
     (score, label), (gpu_score, gpu_label) = (head.topk(feat.to(head.weight.device), 5) for head in heads)
     torch.testing.assert_close(gpu_score.cpu(), score, rtol=1e-3, atol=1e-4)
     assert (gpu_label.cpu() == label).float().mean() > 0.98
+
+
+@pytest.mark.parametrize(
+    "features, ids, counts, message",
+    [
+        ((2, 5), [0, 1], [1, 1], r"features of shape \[2, 5\]: the head reads \[texts, 6\]"),
+        ((2, 6), [0, 9], [1, 1], "label_ids from 0 to 9: there are labels 0 to 8"),
+        ((2, 6), [-1, 3], [1, 1], "label_ids from -1 to 3"),
+        ((2, 6), [0, 1, 2], [1, 1], "label_counts add up to 2, and there are 3 label_ids"),
+        ((2, 6), [0], [1], r"label_counts of shape \[1\]: one number for each of the 2 texts"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(features, ids, counts, message):
+    head = FixedFanInHead(6, 9, fan_in=3)
+    with pytest.raises(ValueError, match=message):
+        head(torch.zeros(features), torch.tensor(ids), torch.tensor(counts))
+    assert head.steps == 0

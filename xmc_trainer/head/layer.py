@@ -47,6 +47,20 @@ def ragged_rows(counts: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(rows, counts.to(torch.int64), output_size=total)
 
 
+def check_batch(feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, features: int, labels: int) -> None:
+    """ValueError unless they fit each other and the head. On a GPU their values are not looked at: that would wait for it."""
+    if feat_bd.ndim != 2 or feat_bd.shape[1] != features:
+        raise ValueError(f"features of shape {list(feat_bd.shape)}: the head reads [texts, {features}]")
+    if label_counts.shape != feat_bd.shape[:1]:
+        raise ValueError(f"label_counts of shape {list(label_counts.shape)}: one number for each of the {feat_bd.shape[0]} texts")
+    if label_ids.is_cuda or label_counts.is_cuda:
+        return
+    if int(label_counts.sum()) != label_ids.shape[0]:
+        raise ValueError(f"label_counts add up to {int(label_counts.sum())}, and there are {label_ids.shape[0]} label_ids")
+    if label_ids.numel() and not 0 <= int(label_ids.min()) <= int(label_ids.max()) < labels:
+        raise ValueError(f"label_ids from {int(label_ids.min())} to {int(label_ids.max())}: there are labels 0 to {labels - 1}")
+
+
 class Part(NamedTuple):
     """One of the heads that read the same features, and what it makes of them."""
 
@@ -319,6 +333,7 @@ class FixedFanInHead(nn.Module):
         Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
             of a step's micro-batches add up to the step's loss.
         """
+        check_batch(feat_bd, label_ids, label_counts, self.in_features, self.num_labels)
         return joint_step(
             self.parts(loss_weight),
             feat_bd,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from xmc_trainer.head.layer import FixedFanInHead, Part, joint_step
+from xmc_trainer.head.layer import FixedFanInHead, Part, check_batch, joint_step
 from xmc_trainer.head.rewire import RewireReport, RewireRule
 from xmc_trainer.kernels.reference import ID_MAX, pack_candidates, unpack_candidates
 
@@ -47,6 +47,7 @@ class SplitHead(nn.Module):
         self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, *, loss_weight: float = 1.0, **arguments: object
     ) -> Tensor:
         """As of FixedFanInHead."""
+        check_batch(feat_bd, label_ids, label_counts, self.frequent.in_features, self.num_labels)
         return joint_step(self.parts(loss_weight), feat_bd, label_ids, label_counts, **arguments)
 
     def parts(self, loss_weight: float) -> list[Part]:
