@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import xmc_trainer
 from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
+from xmc_trainer.parallel import Ranks
 
 FORMAT = 3  # 2: every row of the index is ascending; 3: a list of heads
 _HEAD_TENSORS = ("weight", "index", "bias")
@@ -64,13 +66,9 @@ def save_model(
         max_len: tokens a text is cut to.
     """
     ranks = head.ranks
-    partial = folder.with_name(folder.name + ".partial")
-    if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    shards = [f"head-{rank:05d}-of-{ranks.size:05d}.safetensors" for rank in range(ranks.size)]
-    parts = _parts(head)
+    partial = begin_folder(folder, ranks)
+    shards = shard_names(ranks)
+    parts = head_parts(head)
     tensors = {
         prefix + name: getattr(part, name).contiguous()
         for prefix, part in parts
@@ -78,7 +76,7 @@ def save_model(
         if getattr(part, name) is not None
     }
     save_file(tensors, partial / shards[ranks.rank])
-    ranks.barrier()
+    manifest: dict[str, Any] = {}
     if ranks.rank == 0:
         encoder.save_pretrained(partial / "encoder", encoder_state)
         tokenizer.save_pretrained(partial / "tokenizer")
@@ -98,23 +96,99 @@ def save_model(
                 "penultimate_activation": encoder.penultimate_activation,
             },
             "heads": [_description(prefix, part, shards) for prefix, part in parts],
-            "sha256": {
-                str(path.relative_to(partial)): _sha256(path) for path in sorted(partial.rglob("*")) if path.is_file()
-            },
         }
+    finish_folder(partial, folder, ranks, manifest)
+
+
+def begin_folder(folder: Path, ranks: Ranks) -> Path:
+    """Where the ranks write what is to be `folder`, on one file system; empty."""
+    partial = folder.with_name(folder.name + ".partial")
+    if ranks.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    return partial
+
+
+def finish_folder(partial: Path, folder: Path, ranks: Ranks, manifest: dict[str, Any]) -> None:
+    """Put the folder in its place, whole, once every rank has written its files.
+
+    Args: manifest: rank 0's; the checksums of all files are added to it.
+    """
+    ranks.barrier()
+    if ranks.rank == 0:
+        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        manifest = manifest | {"sha256": {str(path.relative_to(partial)): _sha256(path) for path in files}}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        mask = os.umask(0)
+        os.umask(mask)
+        for path in files:
+            path.chmod(0o666 & ~mask)  # safetensors' files would be for their writer alone
         _swap_in(partial, folder)
     ranks.barrier()
 
 
-def _parts(head: FixedFanInHead | SplitHead) -> list[tuple[str, FixedFanInHead]]:
+def read_manifest(folder: Path, known_format: int, what: str) -> dict[str, Any]:
+    """The manifest of `finish_folder`. UserError if there is none, or of another format; `what` the folder should be."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; name the folder of {what}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error.msg}); {what} has to be saved again") from None
+    if manifest.get("format") != known_format:
+        raise UserError(f"{path}: format {manifest.get('format')}, this version reads {known_format}")
+    return manifest
+
+
+def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """UserError for a file that is missing or whose checksum is another."""
+    for name, expected in manifest["sha256"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; copy the whole folder")
+        if _sha256(path) != expected:
+            raise UserError(f"{path}: damaged, its checksum differs from manifest.json; copy or save the folder again")
+
+
+def shard_names(ranks: Ranks) -> list[str]:
+    """Of the file of each rank."""
+    return [f"head-{rank:05d}-of-{ranks.size:05d}.safetensors" for rank in range(ranks.size)]
+
+
+def shard_ranges(head: FixedFanInHead, shards: list[str]) -> list[dict[str, Any]]:
+    """Which of the head's labels each file has."""
+    ranges = (head.labels_of(rank) for rank in range(len(shards)))
+    return [{"file": name, "labels": [part.start, part.stop]} for name, part in zip(shards, ranges)]
+
+
+def load_shards(
+    head: FixedFanInHead, folder: Path, prefix: str, shards: list[dict[str, Any]], names: Iterable[str]
+) -> None:
+    """Read this rank's labels of the tensors `names`, of which none or all of a file's may be missing."""
+    for shard in shards:
+        first, last = shard["labels"]
+        start, stop = max(first, head.labels.start), min(last, head.labels.stop)
+        if start >= stop:
+            continue
+        tensors = {}
+        with safe_open(folder / shard["file"], framework="pt") as file:
+            for name in names:
+                if prefix + name in file.keys():
+                    unit = head.group_size if name == "index" else 1
+                    rows = slice((start - first) // unit, -(-(stop - first) // unit))
+                    tensors[name] = file.get_slice(prefix + name)[rows]
+        head.load_labels(range(start, stop), tensors)
+
+
+def head_parts(head: FixedFanInHead | SplitHead) -> list[tuple[str, FixedFanInHead]]:
     """(prefix of its tensors, head), in the order of their labels."""
     return [(_FREQUENT, head.frequent), ("", head.tail)] if isinstance(head, SplitHead) else [("", head)]
 
 
 def _description(prefix: str, head: FixedFanInHead, shards: list[str]) -> dict[str, Any]:
     """What a head is made from again: arguments of its class, and which of its labels each file has."""
-    ranges = (head.labels_of(rank) for rank in range(len(shards)))
     return {
         "prefix": prefix,
         "arguments": {
@@ -126,14 +200,15 @@ def _description(prefix: str, head: FixedFanInHead, shards: list[str]) -> dict[s
             "loss": head.loss_name,
             "weight_dtype": str(head.weight.dtype).removeprefix("torch."),
         },
-        "shards": [{"file": name, "labels": [part.start, part.stop]} for name, part in zip(shards, ranges)],
+        "shards": shard_ranges(head, shards),
     }
 
 
 def _swap_in(partial: Path, folder: Path) -> None:
+    # At every moment one of the three names has a whole folder.
     old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(partial, folder)
     shutil.rmtree(old, ignore_errors=True)
@@ -158,20 +233,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     Raises UserError if the folder is not a model, is of another format, or a file does not match its checksum.
     """
     folder = Path(folder)
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder / 'manifest.json'}: {error.strerror}; name the folder of a saved model") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'manifest.json'}: not valid JSON ({error.msg}); save the model again") from None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder / 'manifest.json'}: format {manifest.get('format')}, this version reads {FORMAT}")
-    for name, expected in manifest["sha256"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing; copy the whole model folder")
-        if _sha256(path) != expected:
-            raise UserError(f"{path}: damaged, its checksum differs from manifest.json; copy or save the model again")
+    manifest = read_manifest(folder, FORMAT, "a saved model")
+    verify_files(folder, manifest)
     encoder = TextEncoder(load_backbone(str(folder / "encoder")), **manifest["encoder"])
     encoder.load_penultimate(folder / "encoder")
     heads = [_load_head(folder, description, device) for description in manifest["heads"]]
@@ -194,8 +257,5 @@ def _load_head(folder: Path, description: dict[str, Any], device: str | torch.de
     # Made without memory first: nothing is drawn at random only to be overwritten.
     head = FixedFanInHead(**options, optimizer=SGD(), device="meta").to_empty(device=device)
     head.skipped.zero_()
-    for shard in description["shards"]:
-        with safe_open(folder / shard["file"], framework="pt") as file:
-            tensors = {name: file.get_tensor(prefix + name) for name in _HEAD_TENSORS if prefix + name in file.keys()}
-        head.load_labels(range(*shard["labels"]), tensors)
+    load_shards(head, folder, prefix, description["shards"], _HEAD_TENSORS)
     return head

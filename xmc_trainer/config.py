@@ -379,7 +379,9 @@ class VerboseConfig:
 
 
 # What a run's folder holds beside training.checkpoint_file, and what stands there while a model is written.
-_RUN_FILES = ("model", "model.partial", "model.old", "config.yaml", "log.jsonl", "wandb")
+_RUN_FILES = (
+    "model", "model.partial", "model.old", "checkpoint", "checkpoint.partial", "checkpoint.old", "config.yaml", "log.jsonl", "wandb",
+)  # fmt: skip
 
 
 @dataclass
@@ -394,8 +396,13 @@ class TrainingConfig:
     )
     checkpoint_file: str = option("best", "folder name of that model")
     best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept")
+    checkpoint_interval: int = option(
+        1000, "optimizer steps between two checkpoints of the training, of which the last is kept until its end; 0: never"
+    )
+    resume: bool = option(False, "go on from the run's checkpoint; from the beginning where there is none")
 
     def __post_init__(self) -> None:
+        _at_least("training.checkpoint_interval", self.checkpoint_interval, 0)
         _at_least("training.seed", self.seed, 0)
         if self.seed >= 1 << 32:
             raise UserError(f"training.seed={self.seed}: must be below 2^32")
@@ -546,6 +553,14 @@ def load_config(overrides: list[str]) -> Config:
 def to_yaml(config: Any) -> str:
     """A resolved configuration section as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -53,7 +54,8 @@ def head_bytes(trainer: Trainer) -> int:
 class Hook:
     """The protocol. Every method is called on every rank, with the trainer, whose `state` says where training is."""
 
-    def on_train_start(self, trainer: Trainer) -> None: ...
+    def on_train_start(self, trainer: Trainer) -> None:
+        """Before the first step, or the first after the checkpoint that the training goes on from."""
 
     def on_step_begin(self, trainer: Trainer) -> None:
         """Before the micro-batches of an optimizer step."""
@@ -75,6 +77,31 @@ class Hook:
 
     def on_train_end(self, trainer: Trainer) -> None: ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this hook, of rank 0's; JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes it over, on every rank, before `on_train_start`."""
+
+
+class CheckpointHook(Hook):
+    """Writes the training's checkpoint every `interval` optimizer steps; its end removes it."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+        self._last = 0
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        self._last = trainer.state.step
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        # Not at the end of a step: every hook is to be through with it.
+        step = trainer.state.step
+        if step > self._last and step % self.interval == 0:
+            self._last = step
+            trainer.save_checkpoint()
+
 
 class ScheduleHook(Hook):
     """Sets the learning rates of encoder (and meta branch) and head before each step."""
@@ -82,6 +109,13 @@ class ScheduleHook(Hook):
     def __init__(self, config: OptimizationConfig) -> None:
         self.config = config
         self._peaks: list[float] = []
+        self._loaded: dict[str, Any] = {"encoder": {}, "head": {}}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"encoder": self._encoder.state_dict(), "head": self._head.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = state
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._peaks = [group["lr"] for group in trainer.optimizer.param_groups]
@@ -94,6 +128,8 @@ class ScheduleHook(Hook):
             )  # fmt: skip
 
         self._encoder, self._head = schedule(config.lr_scheduler), schedule(config.lr_scheduler_xmc)
+        self._encoder.load_state_dict(self._loaded["encoder"])
+        self._head.load_state_dict(self._loaded["head"])
 
     def on_step_begin(self, trainer: Trainer) -> None:
         factor = self._encoder.factor(trainer.state.step)
@@ -126,6 +162,12 @@ class RewireHook(Hook):
     def __init__(self, ffi: FFIConfig) -> None:
         self.ffi = ffi
         self._real_steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"real_steps": self._real_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._real_steps = state["real_steps"]
 
     def on_step_end(self, trainer: Trainer) -> None:
         if trainer.head.index is None:
@@ -168,6 +210,12 @@ class EarlyStopHook(Hook):
         self.config, self.dense_epochs = config, dense_epochs
         self._best, self._waited = -math.inf, 0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best, self._waited = state["best"], state["waited"]
+
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
         if split != "test" or trainer.state.epoch < self.dense_epochs:
             return
@@ -191,6 +239,12 @@ class BestModelHook(Hook):
 
     def __init__(self, folder_name: str, best_p1: float, dense_epochs: int) -> None:
         self.folder_name, self.best_p1, self.dense_epochs = folder_name, best_p1, dense_epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_p1": self.best_p1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_p1 = max(self.best_p1, state["best_p1"])
 
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
         if split == "test" and trainer.state.epoch >= self.dense_epochs and metrics["P@1"] > self.best_p1:
@@ -216,6 +270,8 @@ class ProgressHook(Hook):
                 f"{trainer.state.steps_per_epoch:,} an epoch",
                 flush=True,
             )
+            if trainer.state.step:
+                print(f"goes on after step {trainer.state.step:,}, in epoch {trainer.state.epoch + 1}", flush=True)
             warmup = trainer.config.training.optimization.warmup_steps
             if steps <= warmup:
                 print(
@@ -224,7 +280,7 @@ class ProgressHook(Hook):
                     flush=True,
                 )
             self._bar = tqdm(
-                total=trainer.state.total_steps, desc="train", unit="step", mininterval=1.0, smoothing=0.05
+                total=trainer.state.total_steps, initial=trainer.state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05
             )
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
@@ -249,11 +305,22 @@ class ProgressHook(Hook):
 
 
 class JsonLogHook(Hook):
-    """log.jsonl in the run folder: one object a line, for the start, every step, evaluation, rewiring and save, and the end."""
+    """log.jsonl in the run folder: one object a line, for the start, every step, evaluation, rewiring and save, and the end.
+
+    A training that goes on from a checkpoint drops what was written after that and says "resume". Seconds are those of the
+    training that counts.
+    """
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
         self._start = time.monotonic()
+        self._kept_bytes: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._file is None else {"bytes": self._file.tell(), "seconds": time.monotonic() - self._start}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._kept_bytes, self._start = state.get("bytes"), time.monotonic() - state.get("seconds", 0.0)
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
@@ -263,12 +330,16 @@ class JsonLogHook(Hook):
     def on_train_start(self, trainer: Trainer) -> None:
         all_bytes = int(trainer.ranks.sum(torch.tensor(head_bytes(trainer), device=trainer.device)))
         if trainer.accelerator.is_main_process:
-            self._file = open(trainer.run_folder / "log.jsonl", "w", encoding="utf-8")
+            path = trainer.run_folder / "log.jsonl"
+            if self._kept_bytes is not None and path.is_file():
+                os.truncate(path, min(self._kept_bytes, path.stat().st_size))
+            self._file = open(path, "w" if self._kept_bytes is None else "a", encoding="utf-8")
             on_gpu = trainer.device.type == "cuda"
             device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
             sizes = {"processes": trainer.ranks.size, "head_bytes": all_bytes, "labels": trainer.corpus.num_labels}
-            self.write({"event": "start", "device": device, "engine": engine_name(trainer.accelerator)} | versions | sizes)
+            event = {"event": "resume", "step": trainer.state.step} if trainer.state.step else {"event": "start"}
+            self.write(event | {"device": device, "engine": engine_name(trainer.accelerator)} | versions | sizes)
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -298,6 +369,13 @@ class WandbHook(Hook):
     def __init__(self, config: Config) -> None:
         self.config = config
         self._run: Any = None
+        self._id: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"id": self._id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._id = state["id"]
 
     def on_train_start(self, trainer: Trainer) -> None:
         if not trainer.accelerator.is_main_process:
@@ -308,9 +386,12 @@ class WandbHook(Hook):
         self._run = wandb.init(
             project="xmc_trainer",
             name=None if name == "none" else name,
+            id=self._id,  # of the run that was interrupted, if there was one
+            resume="allow",
             dir=str(trainer.run_folder),
             config=dataclasses.asdict(self.config),
         )
+        self._id = self._run.id
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         if self._run is not None:
@@ -331,12 +412,15 @@ class WandbHook(Hook):
 def default_hooks(config: Config) -> list[Hook]:
     """The hooks of a configuration, in the order in which they run.
 
-    Rates are set before anything else; rewiring and sparsifying edit the head before anyone looks at it; evaluation comes
+    Checkpoints are of what the step before left. Rates are set before anything else; rewiring and sparsifying edit the head before anyone looks at it; evaluation comes
     before the hooks that save, show and act on its result.
     """
     ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
     dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0
-    hooks: list[Hook] = [ScheduleHook(optimization)]
+    hooks: list[Hook] = []
+    if config.training.checkpoint_interval:
+        hooks.append(CheckpointHook(config.training.checkpoint_interval))
+    hooks.append(ScheduleHook(optimization))
     if dense_epochs:
         hooks.append(SparsifyHook(dense_epochs, ffi))
     if ffi.use_sparse_layer and ffi.rewire_interval:

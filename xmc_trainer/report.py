@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from xmc_trainer.config import flatten
 from xmc_trainer.errors import UserError
 from xmc_trainer.sweep import result, table
 
@@ -38,14 +39,6 @@ class Run:
 
     def evaluations(self) -> list[dict[str, Any]]:
         return [record for record in self.log if record["event"] == "evaluate" and record["split"] == "test"]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    flat = {}
-    for name, value in tree.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def find_runs(folders: list[Path]) -> list[Run]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
@@ -35,6 +36,12 @@ class Schedule:
     def observe(self, metric: float) -> None:
         """Called after each test evaluation with a metric of which more is better."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: whatever does not follow from the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
     def _warmup(self, step: int) -> float:
         return step / self.warmup_steps if step < self.warmup_steps else 1.0
 
@@ -59,6 +66,13 @@ class ReduceLROnPlateau(Schedule):
 
     best = -math.inf
     waited = reductions = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited, "reductions": self.reductions}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.best, self.waited, self.reductions = state["best"], state["waited"], state["reductions"]
 
     def factor(self, step: int) -> float:
         return self._warmup(step) * self.gamma**self.reductions

@@ -1,4 +1,4 @@
-"""Many trainings of one table: rows of settings, several seeds each, some at a time; resumed where it was left.
+"""Many trainings of one table: rows of settings, several seeds each, some at a time; goes on where it was left.
 
 xmc-trainer sweep launchers/sweeps/sidgnd.yaml --jobs 4 dataset_path=./data
 xmc-trainer sweep launchers/sweeps/sidgnd.yaml --table        # only the table, of the runs that are finished
@@ -12,7 +12,7 @@ The YAML file:
       seed's method: []
 
 Every run is a process of its own on this machine, in <output_dir>/<row>-<seed>/, its output beside it in .txt. A finished run with the same settings is
-not repeated. The table has mean and standard deviation over the seeds, in per cent; the CSV one line a run, with its
+not repeated, an interrupted one goes on from its checkpoint. The table has mean and standard deviation over the seeds, in per cent; the CSV one line a run, with its
 settings, commit, device and versions.
 """
 
@@ -23,6 +23,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from xmc_trainer import resume
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config, to_yaml
 from xmc_trainer.errors import UserError
@@ -62,7 +64,7 @@ def plan(file: Path, more: list[str]) -> list[tuple[str, int, list[str]]]:
     runs = []
     for seed in tree.get("seeds") or [42]:
         for (row, own), name in zip(tree["rows"].items(), names):
-            words = [*(tree.get("settings") or []), *more, *(own or []), f"training.seed={seed}", f"log_fname={name}-{seed}"]
+            words = ["training.resume=true", *(tree.get("settings") or []), *more, *(own or []), f"training.seed={seed}", f"log_fname={name}-{seed}"]
             load_config(words)  # refuses what is wrong before anything runs
             runs.append((str(row), seed, words))
     return runs
@@ -156,7 +158,13 @@ def train(runs: list[list[str]], file: Path, jobs: int) -> None:
         while waiting or live:
             while waiting and len(live) < jobs:
                 words = waiting.pop(0)
-                folder = load_config(words).run_folder
+                config = load_config(words)
+                folder = config.run_folder
+                found = resume.find(folder)
+                if found is None or resume.differences(config, found.folder / "config.yaml"):
+                    # Of a row that has changed since, or of a run that was cut off at its very end.
+                    resume.remove(folder)
+                    shutil.rmtree(folder / "model", ignore_errors=True)
                 log = folder.with_name(f"{folder.name}.txt")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 with log.open("w") as output:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from xmc_trainer import resume
 from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.checkpoint import save_model
 from xmc_trainer.clusters import LabelClusters
@@ -75,6 +77,7 @@ class Trainer:
         self.accelerator = accelerator_of(config, deepspeed_config)
         self.ranks, self.device = Ranks(), self.accelerator.device
         self.run_folder = config.run_folder
+        self._checkpoint = self._find_checkpoint()
         # What can be refused is refused before anything is loaded.
         try:
             select_backend(config.model.ffi.backend, self.device)
@@ -113,7 +116,8 @@ class Trainer:
         if config.model.encoder.use_torch_compile:
             self._compile_backbone()
         self.head = self._build_head(self.encoder_module.out_features)
-        self._start_head_from_texts()
+        if self._checkpoint is None:
+            self._start_head_from_texts()
         optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
             self.encoder_module.parameter_groups(
                 optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder
@@ -124,9 +128,6 @@ class Trainer:
         )
         # Only the encoder meets the engine; the head is its own.
         self.encoder, self.optimizer = self.accelerator.prepare(self.encoder_module, optimizer)
-        # Ranks start from equal weights and then drop out different features.
-        set_seed(config.training.seed, device_specific=True)
-
         self.meta_branch = None
         if config.model.auxiliary.use_meta_branch:
             self.meta_branch = self._build_meta_branch(cluster_of)
@@ -134,20 +135,16 @@ class Trainer:
         self.metrics: dict[str, dict[str, float]] = {}  # the last evaluation of each split
         self._losses: list[tuple[dict[str, Any], Tensor]] = []  # steps whose loss is still on the device
         self._losses_read = time.monotonic()
-        self._not_finite = 0  # latest steps in a row whose loss is not
+        self.not_finite = 0  # latest steps in a row whose loss is not
+        if self._checkpoint is not None:
+            self._checkpoint.restore(self)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
         if self.accelerator.is_main_process:
-            if self.run_folder.exists():
-                print(f"{self.run_folder}: replaces an earlier run; name another by log_fname", flush=True)
-                for name in ("model", self.config.training.checkpoint_file):
-                    if (self.run_folder / name / "manifest.json").is_file():
-                        shutil.rmtree(self.run_folder / name)  # or it would pass for this run's
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            (self.run_folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            self._open_run_folder()
         self.ranks.barrier()
         self.dispatch("on_train_start")
         while not self.state.finished:
@@ -157,6 +154,8 @@ class Trainer:
             self.state.epoch += 1
         self.save(self.run_folder / "model")
         self.dispatch("on_train_end")
+        if self.accelerator.is_main_process:
+            resume.remove(self.run_folder)
         return self.metrics["test"]
 
     def _train_epoch(self) -> None:
@@ -174,10 +173,12 @@ class Trainer:
             length_grouped=data.length_grouped,
             rows=self.train_rows,
         )
-        steps = steps[: self.state.total_steps - self.state.step]
+        made = self.state.step - self.state.epoch * self.state.steps_per_epoch  # of this epoch, before a checkpoint
+        steps = steps[made : made + self.state.total_steps - self.state.step]
         batches = iter(self._loader("train", [micro for step in steps for micro in step]))
         for _ in steps:
             self.dispatch("on_step_begin")
+            self._seed_draws()
             loss = torch.zeros((), device=self.device)
             for micro in range(accumulation):
                 loss += self._micro_step(next(batches), end_of_step=micro == accumulation - 1)
@@ -186,6 +187,11 @@ class Trainer:
             self._record_loss(loss, applied)
             if applied:
                 self.dispatch("on_step_end")
+
+    def _seed_draws(self) -> None:
+        """Ranks drop out different features; a step's draws are the same whether or not the training was interrupted before."""
+        key = f"{self.config.training.seed} {self.state.step} {self.ranks.rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
 
     def _micro_step(self, batch: dict[str, Any], end_of_step: bool) -> Tensor:
         """Forward and backward of one micro-batch, at the end of the step both updates. Returns its loss, detached."""
@@ -242,8 +248,8 @@ class Trainer:
         # fp16 may overflow now and then: its loss scale recovers, and the head skips such a step.
         allowed = _FP16_STEPS_TO_RECOVER if self.config.training.amp.mixed_precision == "fp16" else 0
         for record in records:
-            self._not_finite = 0 if math.isfinite(record["loss"]) else self._not_finite + 1
-            if self._not_finite > allowed:
+            self.not_finite = 0 if math.isfinite(record["loss"]) else self.not_finite + 1
+            if self.not_finite > allowed:
                 raise UserError(
                     f"the loss is not finite at step {record['step']}: lower training.optimization.encoder_lr or lr, or "
                     "set training.optimization.max_grad_norm=1.0"
@@ -286,6 +292,37 @@ class Trainer:
     def _train_eval_rows(self) -> Any:
         size = min(len(self._test_lengths), len(self._train_lengths))
         return sample_rows(len(self._train_lengths), size, self.config.training.seed)
+
+    def save_checkpoint(self) -> None:
+        """Write what an interrupted training goes on from; between two steps, every rank must call. See `xmc_trainer.resume`."""
+        self._flush_losses()
+        resume.save(self)
+
+    def _find_checkpoint(self) -> resume.Checkpoint | None:
+        """The one to go on from. UserError rather than a run that would undo what another has done."""
+        folder, found = self.run_folder, resume.find(self.run_folder)
+        if not self.config.training.resume:
+            if found is not None:
+                raise UserError(
+                    f"{folder}: holds a run that was interrupted after step {found.step}; go on with training.resume=true, name "
+                    f"another run by log_fname, or remove {found.folder}"
+                )
+            return None
+        if found is not None:
+            found.check_settings(self.config)
+        elif (folder / "model" / "manifest.json").is_file() and not resume.differences(self.config, folder / "config.yaml"):
+            raise UserError(f"{folder}: this run is finished; train it anew with training.resume=false, or name another by log_fname")
+        return found
+
+    def _open_run_folder(self) -> None:
+        folder = self.run_folder
+        if self._checkpoint is None and folder.exists():
+            print(f"{folder}: replaces an earlier run; name another by log_fname", flush=True)
+            for name in ("model", self.config.training.checkpoint_file):
+                if (folder / name / "manifest.json").is_file():
+                    shutil.rmtree(folder / name)  # or it would pass for this run's
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
 
     def save(self, folder: Any) -> None:
         """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""

@@ -1,4 +1,4 @@
-"""launchers/train.py with a hook that fails on the last rank after five steps: `how` is raise or kill."""
+"""launchers/train.py with a hook that fails on the last rank after some steps: `how` is raise or kill."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from xmc_trainer.trainer import Trainer
 
 
 class Fail(Hook):
-    def __init__(self, how: str) -> None:
-        self.how = how
+    def __init__(self, how: str, step: int) -> None:
+        self.how, self.step = how, step
 
-    def on_step_end(self, trainer) -> None:
-        if trainer.state.step == 5 and trainer.ranks.rank == trainer.ranks.size - 1:
+    def on_step_begin(self, trainer) -> None:
+        if trainer.state.step == self.step and trainer.ranks.rank == trainer.ranks.size - 1:
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("this rank's own error")
@@ -25,10 +25,11 @@ class Fail(Hook):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("how")
+    parser.add_argument("--after", type=int, default=5)
     parser.add_argument("settings", nargs="*")
     parser.add_argument("--deepspeed_config")
     parser.add_argument("--local_rank")
     arguments = parser.parse_intermixed_args()
     Trainer(
-        load_config(arguments.settings), deepspeed_config=arguments.deepspeed_config, hooks=[Fail(arguments.how)]
+        load_config(arguments.settings), deepspeed_config=arguments.deepspeed_config, hooks=[Fail(arguments.how, arguments.after)]
     ).train()

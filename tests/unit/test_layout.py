@@ -23,7 +23,9 @@ ALLOWED = {
     "config": {"errors", "schedules"},
     "meta_branch": {"head"},
     "engine": {"errors", "parallel"},
-    "checkpoint": {"encoder", "head", "errors"},
+    "checkpoint": {"encoder", "head", "parallel", "errors"},
+    "engine_state": set(),
+    "resume": {"checkpoint", "config", "engine_state", "errors", "head", "trainer"},  # the trainer only as a type
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -59,6 +60,14 @@ class Corpus:
     @property
     def num_labels(self) -> int:
         return len(self.labels)
+
+    @functools.cached_property
+    def label_order(self) -> str:
+        """Hash of the labels' ids, in the order in which the head holds them."""
+        digest = hashlib.sha256()
+        for label in self.labels["id"]:
+            digest.update(f"{label}\n".encode())
+        return digest.hexdigest()
 
     def lengths(self, split: str) -> np.ndarray:
         """Tokens of every text of "train" or "test", int32."""

@@ -259,6 +259,18 @@ class FixedFanInHead(nn.Module):
             count = -(-(stop - start) // unit)
             getattr(self, name)[to_first : to_first + count] = value[from_first : from_first + count]
 
+    def recent_steps(self) -> list[dict[str, Tensor]]:
+        """What is kept for growth by gradient, the oldest step first: features [B, d], labels (global ids) and rows (int64 [P])."""
+        return [
+            {"features": feat_Bd, "labels": label_P + self.labels.start, "rows": row_P} for feat_Bd, label_P, row_P in self._recent
+        ]
+
+    def load_recent_steps(self, steps: list[dict[str, Tensor]]) -> None:
+        """Of `recent_steps`, of any rank."""
+        for step in steps:
+            feat_Bd, label_P, row_P = (step[name].to(self.weight.device) for name in ("features", "labels", "rows"))
+            self._recent.append((feat_Bd, label_P - self.labels.start, row_P))
+
     def reset_parameters(self) -> None:
         """Random index, weights uniform in +-1/sqrt(fan_in); from the seed and global ids alone."""
         fan_in, device = self.weight.shape[1], self.weight.device

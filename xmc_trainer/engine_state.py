@@ -1,0 +1,143 @@
+"""The encoder's training state, whole: what a checkpoint keeps of it, whatever engine had it and however many ranks.
+
+DeepSpeed scatters a parameter's float32 values and optimizer state over the ranks; here they are put together, one parameter
+at a time, and taken apart again. So a training goes on with another ZeRO stage, number of processes, or without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+# What each of torch's optimizers keeps for a parameter beside its count of steps.
+_STATES = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Adam: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
+
+
+class EncoderState:
+    """Access to the trained parameters of `module` and what `optimizer` (of `accelerator.prepare`) keeps for them."""
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: Any) -> None:
+        self._accelerator = accelerator
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        # accelerate's wrapper holds DeepSpeed's optimizer, which holds torch's; or torch's itself.
+        self._engine = optimizer.optimizer
+        self._torch = getattr(self._engine, "optimizer", self._engine)
+        first = next(iter(self._parameters.values()))
+        self._partitioned = hasattr(first, "ds_id")  # ZeRO 3: the module holds no whole parameter
+        self._sharded = self._partitioned or hasattr(first, "_hp_mapping")
+        # ZeRO 0 with bfloat16 keeps a float32 copy of each parameter.
+        pairs = zip(getattr(self._engine, "fp16_groups", []), getattr(self._engine, "fp32_groups", [])) if not self._sharded else ()
+        self._copies = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs)}
+
+    def _flat(self) -> list[Tensor]:
+        """What torch's optimizer takes for parameters."""
+        if self._partitioned:
+            return self._engine.fp32_partitioned_groups_flat
+        return [parameter for group in self._torch.param_groups for parameter in group["params"]]
+
+    def names(self) -> tuple[str, ...]:
+        """Of the state of every parameter; none before the first step."""
+        flat = self._flat()
+        return _STATES[type(self._torch)] if any(self._torch.state.get(each) for each in flat) else ()
+
+    def steps(self) -> float:
+        """What the optimizer has counted, for Adam's correction."""
+        counts = [float(state["step"]) for state in self._torch.state.values() if "step" in state]
+        return max(counts, default=0.0)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """("weight/<name>" or "<state>/<name>", float32 tensor) of every parameter. Every rank must run through it."""
+        if self.names():
+            self._link()
+        for name, parameter in self._parameters.items():
+            for state in (None, *self.names()):
+                yield f"{state or 'weight'}/{name}", self._get(parameter, state)
+
+    def _get(self, parameter: Tensor, state: str | None) -> Tensor:
+        if self._sharded:
+            from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+            return safe_get_full_fp32_param(parameter) if state is None else safe_get_full_optimizer_state(parameter, state)
+        own = self._copies.get(id(parameter), parameter)
+        return own.detach() if state is None else self._torch.state[own][state]
+
+    @torch.no_grad()
+    def load(self, get: Callable[[str], Tensor], states: tuple[str, ...], steps: float) -> None:
+        """Take over what another training's `tensors`, `names` and `steps` gave; on every rank.
+
+        Args: get: the tensor of a name. Raises ValueError where a parameter's shape is another.
+        """
+        if states:
+            self._make_states(states, steps)
+        for name, parameter in self._parameters.items():
+            for state in (None, *states):
+                value = get(f"{state or 'weight'}/{name}").to(self._accelerator.device)
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                if value.shape != shape:
+                    raise ValueError(f"{name} has the shape {list(value.shape)}, the encoder's has {list(shape)}")
+                self._set(parameter, value, state)
+
+    def _make_states(self, names: tuple[str, ...], steps: float) -> None:
+        """As after a step: torch's optimizers make theirs in the first one."""
+        fused = bool(self._torch.param_groups[0].get("fused"))
+        for each in self._flat():
+            state: dict[str, Tensor] = {name: torch.zeros_like(each) for name in names}
+            if "exp_avg" in names:
+                state["step"] = torch.tensor(steps, dtype=torch.float32, device=each.device if fused else "cpu")
+            self._torch.state[each] = state
+        self._link()
+
+    def _link(self) -> None:
+        """Let the parameters find their states under ZeRO 1 and 2."""
+        if self._sharded and not self._partitioned:
+            # DeepSpeed 0.19 does so after the first step of the first group of parameters, when the others have no state yet.
+            self._engine._hp_optimizer_states_linked = False
+            self._engine._lazy_init_hp_params_optimizer_state()
+
+    def _set(self, parameter: Tensor, value: Tensor, state: str | None) -> None:
+        if not self._sharded:
+            own = self._copies.get(id(parameter), parameter)
+            (own if state is None else self._torch.state[own][state]).copy_(value)
+        else:
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+            if state is not None:
+                safe_set_full_optimizer_state(parameter, value, state)
+                return
+            safe_set_full_fp32_param(parameter, value)
+        if state is not None:
+            return
+        # What the encoder computes with, in the precision of that.
+        if self._partitioned:
+            from deepspeed.runtime.zero import GatheredParameters
+
+            with GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        else:
+            parameter.data.copy_(value)
+
+    def loss_scale(self) -> dict[str, float] | None:
+        """fp16's: the scale, and the steps since it changed or overflowed; None without one."""
+        if (ours := self._accelerator.scaler) is not None:
+            state = ours.state_dict()
+            return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
+        theirs = getattr(self._engine, "loss_scaler", None)
+        if theirs is None or not theirs.dynamic:
+            return None
+        good = theirs.cur_iter - theirs.last_overflow_iter - 1
+        return {"scale": theirs.cur_scale, "good_steps": good, "hysteresis": theirs.cur_hysteresis}
+
+    def load_loss_scale(self, state: dict[str, float] | None) -> None:
+        if state is None or self.loss_scale() is None:
+            return
+        if (ours := self._accelerator.scaler) is not None:
+            ours.load_state_dict(ours.state_dict() | {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])})
+            return
+        theirs = self._engine.loss_scaler
+        theirs.cur_scale = state["scale"]
+        theirs.cur_iter = theirs.last_overflow_iter + 1 + int(state["good_steps"])
+        theirs.cur_hysteresis = int(state.get("hysteresis", theirs.cur_hysteresis))
