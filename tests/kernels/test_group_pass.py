@@ -26,27 +26,29 @@ from xmc_trainer.kernels import group_pass  # noqa: E402
 HERE = Path(__file__).parent
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}
 # (features, fan_in, group_size): of one tile and several, short tiles and groups.
-GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300)]
+GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300), (300, 40, 50)]
 LABELS = 331
 _memory = tempfile.TemporaryDirectory(prefix="group_pass.")  # as long as the compiled libraries
 
 
 @functools.cache
-def library_for_cpu(capability, defines):
+def library_for_cpu(source, capability, defines):
     """As `group_pass._library`, of the source without what only nvcc understands."""
     folder = Path(tempfile.mkdtemp(dir=_memory.name))
+    replaced = 0
+    for name in (source, *group_pass._HEADERS):
+        text = (group_pass._FOLDER / name).read_text()
+        text, shared = re.subn(r"extern __shared__ (.*)uint8_t memory\[\];", "uint8_t* memory = cpu::aligned_memory();", text)
+        text, launches = re.subn(
+            r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);", r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });", text
+        )
+        (folder / name.replace(".cu", ".cpp") if name == source else folder / name).write_text(text)
+        replaced += shared + launches
+    assert replaced == 2
     for file in (HERE / "cuda_on_cpu").iterdir():
         shutil.copy(file, folder)
-    source, math = group_pass._SOURCES[:2]
-    shutil.copy(math, folder)
-    text = source.read_text().replace("extern __shared__ uint8_t memory[];", "uint8_t* memory = cpu::aligned_memory();")
-    text, launches = re.subn(
-        r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);", r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });", text
-    )
-    assert launches == 1
-    (folder / "group_pass.cpp").write_text(text)
     words = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *(f"-D{define}" for define in defines)]
-    subprocess.run([*words, "-o", folder / "group_pass.so", folder / "group_pass.cpp"], check=True)
+    subprocess.run([*words, "-o", folder / "group_pass.so", folder / source.replace(".cu", ".cpp")], check=True)
     return ctypes.CDLL(str(folder / "group_pass.so"))
 
 
@@ -160,6 +162,29 @@ def test_stochastic_rounding_is_the_reference_s(features, fan_in, group_size, op
     for name, expected in heads[1].named_buffers():
         if expected.dtype == torch.bfloat16:
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("group_size, blocks", [(group, one) for group, found in group_pass.BLOCKS.items() for one in found])
+def test_every_way_is_the_reference_s(group_size, blocks, device, monkeypatch):
+    head = make_head(device, 256, 128, group_size, "adamw", weight_dtype=torch.bfloat16)
+    if blocks not in group_pass.choices(SimpleNamespace(weight_LF=head.weight, group_size=group_size), head.weight.device):
+        pytest.skip("not for this GPU")
+    monkeypatch.setattr(group_pass, "choices", lambda head, device: (blocks,))
+    reference = make_head(device, 256, 128, group_size, "adamw", weight_dtype=torch.bfloat16, backend="reference")
+    start = {name: tensor.float().clone() for name, tensor in head.named_buffers()}
+    for step in range(2):
+        feat, ids, counts = batch(device, 256, 120, seed=step)
+        feats = [feat.clone().requires_grad_() for _ in range(2)]
+        losses = [head(feats[0], ids, counts), reference(feats[1], ids, counts)]
+        for loss in losses:
+            loss.backward()
+        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
+        assert error(feats[0].grad, feats[1].grad.double()) < 1e-2
+    for name, expected in reference.named_buffers():
+        if expected.is_floating_point():
+            allowed = 1e-2 if expected.dtype == torch.float32 else 5e-2
+            got = dict(head.named_buffers())[name].float()
+            assert error(got - start[name], expected.double() - start[name]) < allowed, name
 
 
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])

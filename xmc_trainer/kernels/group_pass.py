@@ -1,6 +1,6 @@
-"""Builds and launches group_pass.cu: the step of labels that share index rows, in one pass over the weights.
+"""Builds and launches group_pass.cu and warpgroup_pass.cu: the step of labels that share index rows, one pass over the weights.
 
-The kernel is compiled on first use for what a head needs of it, by torch's extension loader, and kept on disk. That takes
+A kernel is compiled on first use for what a head needs of it, by torch's extension loader, and kept on disk. That takes
 nvcc (torch looks at CUDA_HOME, then at the PATH), ninja, and a GPU of compute capability 8.0 or more; `can_compile` says
 whether it is all there. Where it is not, `group_step` does the same in Triton.
 """
@@ -22,7 +22,8 @@ from torch import Tensor
 from xmc_trainer.kernels.reference import HeadTensors
 from xmc_trainer.kernels.tuning import cache_folder
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("group_pass.cu", "tile_math.cuh", "ptx.cuh")]
+_FOLDER = Path(__file__).parent
+_HEADERS = ("tile_math.cuh", "launch.cuh", "ptx.cuh")
 TEXTS = 128  # texts a tile, as in the source
 _TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "int16_t", torch.int32: "int32_t"}
 
@@ -32,15 +33,17 @@ class Blocks(NamedTuple):
 
     warps: int  # a block: 4 or 8
     blocks: int  # meant to fit on a multiprocessor
-    strip: int  # 16 features of the feature gradient that a warp makes at a time: 1, 2 or 4
+    strip: int  # 16 features of the feature gradient that a warp makes at a time: 1, 2 or 4; 0: warpgroup_pass.cu
 
 
-# Worth trying for a tile of that many labels; the fastest on an H100 (d = 768, F = 128, B = 128) first.
+# Worth trying for groups of up to that many labels, or any; the fastest on an H100 (d = 768, F = 128, B = 128) first.
 BLOCKS = {
     16: (Blocks(4, 4, 2), Blocks(4, 3, 4)),
     32: (Blocks(4, 4, 2), Blocks(4, 3, 4)),
-    64: (Blocks(8, 2, 2), Blocks(4, 3, 2)),
+    64: (Blocks(4, 3, 0), Blocks(4, 2, 0), Blocks(8, 2, 2), Blocks(4, 3, 2)),
+    128: (Blocks(8, 2, 0), Blocks(4, 3, 0), Blocks(8, 2, 2), Blocks(4, 3, 2)),
 }
+_WARPGROUPS = (9, 0)  # the compute capability that warpgroup_pass.cu is for
 
 
 class _Arguments(ctypes.Structure):
@@ -69,6 +72,14 @@ def can_compile(device: torch.device) -> bool:
     return CUDA_HOME is not None
 
 
+def choices(head: HeadTensors, device: torch.device) -> tuple[Blocks, ...]:
+    """Those of `BLOCKS` that a head may be taken by on a device."""
+    warpgroups = torch.cuda.get_device_capability(device) == _WARPGROUPS
+    halves = head.weight_LF.shape[1] > 64  # two warpgroups each take half of the features
+    found = BLOCKS[_rounded(head.group_size, 128)]
+    return tuple(blocks for blocks in found if blocks.strip or (warpgroups and (halves or blocks.warps == 4)))
+
+
 def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
     """Whether `launch` takes this head and these features."""
     fan_in, (texts, d) = head.weight_LF.shape[1], feat_Bd.shape
@@ -76,29 +87,43 @@ def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
     return shapes and feat_Bd.dtype != torch.float32 and can_compile(feat_Bd.device)
 
 
-def tile_labels(group: int) -> int:
-    """Labels a tile: groups are cut into tiles of 16, 32 or 64."""
-    return min(64, max(16, 1 << (group - 1).bit_length()))
+def tile_labels(group: int, blocks: Blocks) -> int:
+    """Labels a tile: groups are cut into tiles of 16, 32 or 64, or of 64 a warpgroup."""
+    return _rounded(group, 64) if blocks.strip else 16 * blocks.warps
+
+
+def _rounded(group: int, most: int) -> int:
+    return min(most, max(16, 1 << (group - 1).bit_length()))
 
 
 @functools.cache
-def _library(capability: tuple[int, int], defines: tuple[str, ...]) -> ctypes.CDLL:
-    """The compiled source. Ranks that start together each compile their own; the last one's is kept."""
-    made_of = ([source.read_text(encoding="utf-8") for source in _SOURCES], defines, capability, torch.__version__)
+def _library(source: str, capability: tuple[int, int], defines: tuple[str, ...]) -> ctypes.CDLL:
+    """A compiled source. Ranks that start together each compile their own; the last one's is kept."""
+    texts = [(_FOLDER / name).read_text(encoding="utf-8") for name in (source, *_HEADERS)]
+    made_of = (texts, defines, capability, torch.__version__)
     name = "group_pass_" + hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
     kept = cache_folder() / f"{name}.so"
     if not kept.exists():
         from torch.utils import cpp_extension
 
         kept.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own accord torch compiles for sm_90, which lacks the warpgroup's instructions.
+        target = ["-gencode=arch=compute_90a,code=sm_90a"] if capability == _WARPGROUPS else []
         # A folder of its own: torch's lock file would outlive a process that is killed, and stop every later one.
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             cpp_extension.load(
-                name, [str(_SOURCES[0])], build_directory=folder, is_python_module=False,
-                extra_cuda_cflags=["-O3", *(f"-D{define}" for define in defines)],
+                name, [str(_FOLDER / source)], build_directory=folder, is_python_module=False,
+                extra_cuda_cflags=["-O3", *target, *(f"-D{define}" for define in defines)],
             )  # fmt: skip
             os.replace(Path(folder) / f"{name}.so", kept)
     return ctypes.CDLL(str(kept))
+
+
+def _in_warpgroup_order(x_dB: Tensor) -> Tensor:
+    """The texts of each tile in the order of warpgroup_pass.cu's rows."""
+    d = x_dB.shape[0]
+    warp_row_half_high = x_dB.view(d, -1, 4, 8, 2, 2)
+    return warp_row_half_high.permute(0, 1, 4, 2, 5, 3).reshape(d, -1)
 
 
 def launch(
@@ -131,8 +156,9 @@ def launch(
         text_weight, update, rule, decay, loss: as in `triton_head.Step`.
     """
     (labels, fan_in), columns, device = head.weight_LF.shape, x_dB.shape[1], x_dB.device
-    tile, one_tile = tile_labels(head.group_size), columns == TEXTS
+    tile, one_tile = tile_labels(head.group_size, blocks), columns == TEXTS
     library = _library(
+        "group_pass.cu" if blocks.strip else "warpgroup_pass.cu",
         torch.cuda.get_device_capability(device),
         (
             f"LABELS={tile}", f"FEATURES={64 if fan_in <= 64 else 128}", f"WEIGHT={_TYPES[head.weight_LF.dtype]}",
@@ -140,6 +166,8 @@ def launch(
             f"DX_M={blocks.strip}", f"BLOCKS={blocks.blocks if one_tile else 1}", f"ONE_TILE={int(one_tile)}",
         ),
     )  # fmt: skip
+    if not blocks.strip:
+        x_dB = _in_warpgroup_order(x_dB)
     programs = min(_check(library.group_pass_blocks()), (last_row - first_row) * -(-head.group_size // tile))
     losses = torch.zeros(programs, columns, device=device)
     weight_state, bias_state = ([*state, None, None][:2] for state in (head.weight_state, head.bias_state))

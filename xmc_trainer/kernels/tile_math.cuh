@@ -1,12 +1,13 @@
-// What group_pass.cu is made of: matrix products in shared memory, losses, update rules and stochastic rounding.
+// What group_pass.cu and warpgroup_pass.cu are made of: tiles of labels, matrix products in shared memory, losses, update
+// rules and stochastic rounding.
 //
-// Products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Layout of a matrix in shared memory: rows of
-// 16-byte chunks, chunk c of row r at c ^ (r & 7), so that the eight rows that ldmatrix reads at once lie in different banks.
-// Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows lane / 4 and lane / 4 + 8, columns
+// A warp's products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Layout of a matrix in shared memory:
+// rows of 16-byte chunks, chunk c of row r at c ^ (r & 7), so that the eight rows that ldmatrix reads at once lie in different
+// banks. Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows lane / 4 and lane / 4 + 8, columns
 // lane % 4 * 2 and the next.
 //
 // Compiled for one configuration by -D: WEIGHT (float or bfloat16), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the
-// file's own. The same arithmetic in Triton: tile_math.py.
+// files' own. The same arithmetic in Triton: tile_math.py.
 
 #pragma once
 
@@ -33,7 +34,7 @@ namespace {
 constexpr int TEXTS = 128, THREADS = 32 * WARPS;  // texts a tile
 constexpr int MOMENTUM = 1, ADAMW = 2, BCE = 0;   // values of RULE and LOSS, as in tile_math.py
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2;
-constexpr int X_PITCH = TEXTS / 8;                // chunks a row
+constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks a row
 
 template <int PITCH>
 __device__ __forceinline__ int place(int row, int chunk) {  // in elements
@@ -76,14 +77,83 @@ __device__ __forceinline__ void clear(float (&c)[MM][NN][4]) {
             for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
 }
 
-// Calls `take` for each of COUNT chunks, THREADS at a time.
-template <int COUNT, typename Take>
+// Calls `take` for each of ROWS rows' PITCH chunks, THREADS at a time: take(row, chunk). A thread's chunk is always the same.
+template <int ROWS, int PITCH, typename Take>
 __device__ __forceinline__ void share(Take take) {
+    constexpr int STEP = THREADS / PITCH;
 #pragma unroll
-    for (int i = 0; i < (COUNT + THREADS - 1) / THREADS; ++i) {
-        const int chunk = i * THREADS + threadIdx.x;
-        if (COUNT % THREADS == 0 || chunk < COUNT) take(chunk);
+    for (int i = 0; i < (ROWS + STEP - 1) / STEP; ++i) {
+        const int row = threadIdx.x / PITCH + i * STEP;
+        if (ROWS % STEP == 0 || row < ROWS) take(row, threadIdx.x % PITCH);
     }
+}
+
+// Which labels a tile has.
+struct Tile {
+    int row;
+    int64_t label0;  // the first label
+    int local;       // its place from first_row on
+    int count;       // labels; none or fewer for a tile past the last label
+
+    __device__ __forceinline__ Tile(const Arguments& a, int number) {
+        const int tiles = (a.group + LABELS - 1) / LABELS, first = number % tiles * LABELS;
+        row = a.first_row + number / tiles;
+        label0 = static_cast<int64_t>(row) * a.group + first;
+        local = (row - a.first_row) * a.group + first;
+        count = static_cast<int>(min(static_cast<int64_t>(min(LABELS, a.group - first)), a.labels - label0));
+    }
+};
+
+// What a thread needs first of a tile, read while the tile before is worked on.
+struct Ahead {
+    int32_t offset = -1;  // of the features of slot threadIdx.x in X^T; negative: there is no such slot
+    float bias = -1e30f;  // of label threadIdx.x; this one stands for no label: its loss and slope are zero
+    bool any_positive = false;
+
+    __device__ __forceinline__ Ahead(const Arguments& a, int number, int numbers) {
+        if (number >= numbers) return;
+        const Tile tile(a, number);
+        const int thread = threadIdx.x;
+        if (thread < a.fan_in)
+            offset = static_cast<const INDEX*>(a.index)[static_cast<int64_t>(tile.row) * a.fan_in + thread] * a.columns;
+        if (thread < tile.count) bias = a.bias ? a.bias[tile.label0 + thread] : 0.0f;
+        any_positive = a.any_positive[number] != 0;
+    }
+};
+
+// The tile's weights to shared memory as bfloat16: label g's eight from feature 8 c on to to(g, c). Zeros where there are none.
+template <typename To>
+__device__ __forceinline__ void load_weights(const Arguments& a, const Tile& tile, To to) {
+    const WEIGHT* weight = static_cast<const WEIGHT*>(a.weight) + tile.label0 * a.fan_in;
+    share<LABELS, W_PITCH>([&](int g, int chunk) {
+        const int f = 8 * chunk;
+        const bool ok = g < tile.count && f < a.fan_in;
+        const WEIGHT* from = weight + (ok ? g * a.fan_in + f : 0);
+        if constexpr (BF16_WEIGHT) {
+            copy_async(to(g, chunk), from, ok);
+        } else {
+            const float4 none = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            const float4 x = ok ? reinterpret_cast<const float4*>(from)[0] : none;
+            const float4 y = ok ? reinterpret_cast<const float4*>(from)[1] : none;
+            const __nv_bfloat162 packed[4] = {__floats2bfloat162_rn(x.x, x.y), __floats2bfloat162_rn(x.z, x.w),
+                                              __floats2bfloat162_rn(y.x, y.y), __floats2bfloat162_rn(y.z, y.w)};
+            *reinterpret_cast<uint4*>(to(g, chunk)) = *reinterpret_cast<const uint4*>(packed);
+        }
+    });
+}
+
+// The tile's rows of a tensor on their way to the L2 cache: they lie one after another.
+__device__ __forceinline__ void fetch_rows(const Arguments& a, const Tile& tile, const void* tensor) {
+    const uint32_t bytes = sizeof(WEIGHT) * a.fan_in;
+    if (tile.count > 0) prefetch(static_cast<const uint8_t*>(tensor) + tile.label0 * bytes, tile.count * bytes);
+}
+
+__device__ __forceinline__ void add4(float* to, float4 value) {
+#if __CUDA_ARCH__ >= 900
+    atomicAdd(reinterpret_cast<float4*>(to), value);
+#else
+    atomicAdd(to, value.x), atomicAdd(to + 1, value.y), atomicAdd(to + 2, value.z), atomicAdd(to + 3, value.w);
+#endif
 }
 
 // The words that say which of a thread's logits are positives': bit 8 n + j of word [2 m + half].
@@ -102,13 +172,18 @@ __device__ __forceinline__ float log1p_fast(float x) {
     return x < 0.01f ? x * (1.0f - x * (0.5f - x * (0.33333334f - 0.25f * x))) : __logf(1.0f + x);
 }
 
+__device__ __forceinline__ uint32_t packed(float x, float y) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
 template <int M>
 __device__ __forceinline__ void keep_slopes(bfloat16* s, const float (&slope)[2 * M][2], int m0, int n0, int n) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int m = 0; m < 2 * M; ++m) {
         bfloat16* to = s + place<X_PITCH>(m0 + 8 * m + lane / 4, n0 / 8 + n) + lane % 4 * 2;
-        *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(slope[m][0], slope[m][1]);
+        *reinterpret_cast<uint32_t*>(to) = packed(slope[m][0], slope[m][1]);
     }
 }
 
@@ -147,6 +222,23 @@ __device__ __forceinline__ bool slopes_of_negatives(
     return __all_sync(~0u, fine);
 }
 
+// The slope of one logit, however large; its loss is added to `loss`. sign: the top bit, set for a positive.
+__device__ __forceinline__ float slope_of_any(float logit, uint32_t sign, bool is_text, float& loss) {
+    // By symmetry a positive's loss and slope are those of a negative with logit -z, the slope negated.
+    const float z = __uint_as_float(__float_as_uint(logit) ^ sign);
+    float y;
+    if (LOSS == BCE) {
+        const float e = exp2_fast(-1.4426950408889634f * fabsf(z)), inverse = reciprocal(1.0f + e);
+        y = z >= 0.0f ? inverse : e * inverse;
+        loss += fmaxf(z, 0.0f) + log1p_fast(e);
+    } else {
+        const float margin = fmaxf(1.0f + z, 0.0f);
+        y = 2.0f * margin;
+        loss = fmaf(margin, margin, loss);
+    }
+    return is_text ? __uint_as_float(__float_as_uint(y) ^ sign) : 0.0f;
+}
+
 // The same for any logits: of positives too, of columns that are no texts, and however large.
 template <int M, int N>
 __device__ __forceinline__ void slopes_of_any(
@@ -164,20 +256,7 @@ __device__ __forceinline__ void slopes_of_any(
             const bool is_text = text0 + n0 + 8 * n + lane % 4 * 2 + j < a.texts;
 #pragma unroll
             for (int m = 0; m < 2 * M; ++m) {
-                // By symmetry a positive's loss and slope are those of a negative with logit -z, the slope negated.
-                const uint32_t sign = (positive[m] >> (8 * n + j)) << 31;
-                const float z = __uint_as_float(__float_as_uint(c[m / 2][n][m % 2 * 2 + j]) ^ sign);
-                float y;
-                if (LOSS == BCE) {
-                    const float e = exp2_fast(-1.4426950408889634f * fabsf(z)), inverse = reciprocal(1.0f + e);
-                    y = z >= 0.0f ? inverse : e * inverse;
-                    sum += fmaxf(z, 0.0f) + log1p_fast(e);
-                } else {
-                    const float margin = fmaxf(1.0f + z, 0.0f);
-                    y = 2.0f * margin;
-                    sum = fmaf(margin, margin, sum);
-                }
-                slope[m][j] = is_text ? __uint_as_float(__float_as_uint(y) ^ sign) : 0.0f;
+                slope[m][j] = slope_of_any(c[m / 2][n][m % 2 * 2 + j], positive[m] >> (8 * n + j) << 31, is_text, sum);
                 row_sum[m] += slope[m][j];
             }
             loss[2 * n + j] = sum;
@@ -255,6 +334,110 @@ __device__ __forceinline__ float2 widened(uint32_t pair) {
 __device__ __forceinline__ void narrow(float2& to, float2 v, uint32_t, uint32_t, uint32_t) { to = v; }
 __device__ __forceinline__ void narrow(uint32_t& to, float2 v, uint32_t hashed, uint32_t key, uint32_t column) {
     to = __byte_perm(rounded(v.x, hashed, key, column), rounded(v.y, hashed, key, column + 1), 0x7632);
+}
+
+// Of a part of a row, PAIRS times 8 columns, a lane has columns 8 n + lane % 4 * 2 and the next. Parts of four such pairs of
+// bfloat16 go to memory and back as four chunks of 16 bytes, one for each of the row's four lanes, and these exchange: their
+// own four bytes at a time would be half of what memory moves.
+template <int PAIRS> constexpr bool IN_CHUNKS = BF16_WEIGHT && PAIRS == 4;
+
+// Lane p's q-th pair <-> lane q's p-th. All lanes of the warp must call.
+template <int PAIRS>
+__device__ __forceinline__ void exchange(Pair (&v)[PAIRS]) {
+    if constexpr (IN_CHUNKS<PAIRS>) {
+#pragma unroll
+        for (int bit = 1; bit < 4; bit *= 2) {
+            const bool upper = threadIdx.x & bit;
+#pragma unroll
+            for (int n = 0; n < 4; ++n) {
+                if (n & bit) continue;
+                const uint32_t got = __shfl_xor_sync(~0u, upper ? v[n] : v[n + bit], bit);
+                v[n] = upper ? got : v[n];
+                v[n + bit] = upper ? v[n + bit] : got;
+            }
+        }
+    }
+}
+
+// `columns`: how many there are from `from` on; `there`: whether any.
+template <int PAIRS>
+__device__ __forceinline__ void read_part(Pair (&v)[PAIRS], const WEIGHT* from, bool there, int columns) {
+    const int quarter = threadIdx.x & 3;
+    if constexpr (IN_CHUNKS<PAIRS>) {
+        const uint4 chunk = there && 8 * quarter < columns ? reinterpret_cast<const uint4*>(from)[quarter] : uint4{0, 0, 0, 0};
+        v[0] = chunk.x, v[1] = chunk.y, v[2] = chunk.z, v[3] = chunk.w;
+    } else {
+#pragma unroll
+        for (int n = 0; n < PAIRS; ++n)
+            v[n] = there && 8 * n < columns ? reinterpret_cast<const Pair*>(from)[4 * n + quarter] : Pair{};
+    }
+}
+
+template <int PAIRS>
+__device__ __forceinline__ void write_part(WEIGHT* to, Pair (&v)[PAIRS], bool there, int columns) {
+    const int quarter = threadIdx.x & 3;
+    exchange(v);
+    if constexpr (IN_CHUNKS<PAIRS>) {
+        if (there && 8 * quarter < columns) reinterpret_cast<uint4*>(to)[quarter] = uint4{v[0], v[1], v[2], v[3]};
+    } else {
+#pragma unroll
+        for (int n = 0; n < PAIRS; ++n)
+            if (there && 8 * n < columns) reinterpret_cast<Pair*>(to)[4 * n + quarter] = v[n];
+    }
+}
+
+// The update of a warp's weights, whose gradient is c: labels from m0 on, features from f0 on. old(g, c): where eight
+// bfloat16 weights of label g are, from feature 8 c on. The state of TOGETHER parts of rows is asked for before any is needed.
+template <int TOGETHER, int M, int N, typename Old>
+__device__ __forceinline__ void update_weights(
+    const float (&c)[M][N][4], const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
+    constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // of a row
+    static_assert(2 * M * PARTS % TOGETHER == 0 && N % PAIRS == 0, "whole parts");
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int first_part = 0; first_part < 2 * M * PARTS; first_part += TOGETHER) {
+        Pair weight[TOGETHER][PAIRS], state0[TOGETHER][PAIRS], state1[TOGETHER][PAIRS];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const int g = m0 + (first_part + i) / PARTS * 8 + lane / 4, f = f0 + (first_part + i) % PARTS * (8 * PAIRS);
+            const int64_t start = (tile.label0 + g) * a.fan_in + f;
+            const auto read = [&](Pair (&v)[PAIRS], const void* tensor) {
+                read_part(v, static_cast<const WEIGHT*>(tensor) + start, g < tile.count, a.fan_in - f);
+            };
+            if (RULE >= MOMENTUM) read(state0[i], a.state0);
+            if (RULE == ADAMW) read(state1[i], a.state1);
+            if constexpr (!BF16_WEIGHT) read(weight[i], a.weight);
+        }
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const int m = (first_part + i) / PARTS, n0 = (first_part + i) % PARTS * PAIRS;
+            const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0;
+            const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
+            const uint32_t hashed0 = mix(number ^ a.key[0]), hashed1 = mix(number ^ a.key[2]), hashed2 = mix(number ^ a.key[4]);
+            if (RULE >= MOMENTUM) exchange(state0[i]);
+            if (RULE == ADAMW) exchange(state1[i]);
+#pragma unroll
+            for (int n = 0; n < PAIRS; ++n) {
+                const int column = f + 8 * n + lane % 4 * 2;
+                if constexpr (BF16_WEIGHT) weight[i][n] = *reinterpret_cast<const Pair*>(old(g, f / 8 + n) + lane % 4 * 2);
+                const float2 none = make_float2(0.0f, 0.0f), w = widened(weight[i][n]);
+                const float2 v0 = RULE >= MOMENTUM ? widened(state0[i][n]) : none;
+                const float2 v1 = RULE == ADAMW ? widened(state1[i][n]) : none;
+                const float* const grad = &c[m / 2][n0 + n][m % 2 * 2];
+                const Values x = updated({w.x, v0.x, v1.x}, grad[0] * a.text_weight, a, a.weight_decay);
+                const Values y = updated({w.y, v0.y, v1.y}, grad[1] * a.text_weight, a, a.weight_decay);
+                narrow(weight[i][n], {x.weight, y.weight}, hashed0, a.key[1], column);
+                if (RULE >= MOMENTUM) narrow(state0[i][n], {x.state0, y.state0}, hashed1, a.key[3], column);
+                if (RULE == ADAMW) narrow(state1[i][n], {x.state1, y.state1}, hashed2, a.key[5], column);
+            }
+            const auto write = [&](void* tensor, Pair (&v)[PAIRS]) {
+                write_part(static_cast<WEIGHT*>(tensor) + (tile.label0 + g) * a.fan_in + f, v, g < tile.count, a.fan_in - f);
+            };
+            write(a.weight, weight[i]);
+            if (RULE >= MOMENTUM) write(a.state0, state0[i]);
+            if (RULE == ADAMW) write(a.state1, state1[i]);
+        }
+    }
 }
 
 // The update of a label's bias, whose gradient is the sum of PARTS numbers, `stride` apart.

@@ -138,7 +138,7 @@ def _ways(head: HeadTensors, feat_Bd: Tensor) -> dict[str, Way]:
     if group_pass.takes(head, feat_Bd):
         group = {
             f"group pass {' '.join(map(str, blocks))}": Way(functools.partial(_group_pass, blocks=blocks), group_pass.TEXTS)
-            for blocks in group_pass.BLOCKS[group_pass.tile_labels(head.group_size)]
+            for blocks in group_pass.choices(head, feat_Bd.device)
         }
     return group | dense if head.group_size >= _SHARED else dense | group
 
@@ -195,7 +195,7 @@ def _group_pass(
     group, rows, device = head.group_size, head.index_RF.shape[0], batch.rows.device
     loss = torch.zeros(batch.columns, device=device)
     dx = torch.zeros_like(batch.transposed, dtype=torch.float32)
-    tile = group_pass.tile_labels(group)
+    tile = group_pass.tile_labels(group, blocks)
     chunk = _chunk_labels(rows * group, _WORKSPACE, batch.columns // 8, group) // group
     pairs = PairBits(chunk * group, batch.columns, group, tile, device)
     for first in range(0, rows, chunk):

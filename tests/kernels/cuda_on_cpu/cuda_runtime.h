@@ -17,11 +17,13 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(n)
 
 using std::max;
 using std::min;
 
 struct dim3 { int x = 0; };
+struct int2 { int x, y; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
@@ -51,7 +53,7 @@ inline std::vector<Meeting> warps;
 inline Meeting block;
 inline std::vector<uint8_t> shared_memory;
 inline std::function<void()> kernel;
-struct Lane { const void* pointer; float number; uint32_t word[6]; bool flag; };
+struct Lane { const void* pointer; uint32_t word[6]; bool flag; };
 inline std::vector<Lane> lanes;  // what the lanes of each warp bring to a meeting
 
 void turn();
@@ -99,7 +101,7 @@ inline void run(int blocks, int size, int shared_bytes, std::function<void()> wh
     kernel = std::move(what);
     gridDim.x = blocks;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-        shared_memory.assign(shared_bytes + 256, 0xFF);  // not a number, wherever nobody has written
+        shared_memory.assign(shared_bytes + 1024, 0xFF);  // not a number, wherever nobody has written
         threads = std::vector<Thread>(size);
         lanes.assign(size, {});
         warps.assign(size / WARP, Meeting{WARP});
@@ -127,16 +129,19 @@ inline void run(int blocks, int size, int shared_bytes, std::function<void()> wh
     }
 }
 
-inline uint8_t* aligned_memory() { return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 127) & ~uintptr_t(127)); }
+inline uint8_t* aligned_memory() {
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 1023) & ~uintptr_t(1023));
+}
 
 }  // namespace cpu
 
 inline void __syncthreads() { cpu::meet(cpu::block); }
 inline void __syncwarp() { cpu::meet(cpu::own_warp()); }
 
-inline float __shfl_xor_sync(unsigned, float value, int other) {
-    float got = 0.0f;
-    cpu::together([&](cpu::Lane& own) { own.number = value; }, [&](cpu::Lane* all, int lane) { got = all[lane ^ other].number; });
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int other) {
+    uint32_t got = 0;
+    cpu::together([&](cpu::Lane& own) { own.word[0] = value; },
+                  [&](cpu::Lane* all, int lane) { got = all[lane ^ other].word[0]; });
     return got;
 }
 
@@ -149,6 +154,9 @@ inline int __all_sync(unsigned, bool value) {
 
 inline uint32_t __float_as_uint(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
+inline float __shfl_xor_sync(unsigned all, float value, int other) {
+    return __uint_as_float(__shfl_xor_sync(all, __float_as_uint(value), other));
+}
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t order) {
     const uint64_t both = uint64_t(y) << 32 | x;
     uint32_t out = 0;

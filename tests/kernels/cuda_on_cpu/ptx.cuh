@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <cstdlib>
+
 #include "cuda_bf16.h"
 
 using bfloat16 = __nv_bfloat16;
@@ -51,6 +53,66 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
                 }
             }
         });
+}
+
+inline void prefetch(const void* from, uint32_t bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) std::abort();
+}
+
+// Products of a warpgroup. They are done at once here, so that what a real one might still be reading or adding goes unseen.
+inline void publish_shared() {}
+inline void begin_products() {}
+inline void end_products() {}
+template <typename T, int N> void pin(T (&)[N][4]) {}
+
+// Descriptors, as the PTX manual has them: start address, offset of the next 64 elements of a row that is not along K
+// ("leading"), offset of the next eight rows ("stride"), each in sixteens, and kind of swizzle.
+inline uint64_t matrix(const void* shared) {
+    const auto address = static_cast<uint64_t>(static_cast<const uint8_t*>(shared) - cpu::aligned_memory());
+    return (address & 0x3FFFF) >> 4 | uint64_t(1024 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+// Element (mn, k) of an operand: rows of 128 bytes along K or (MN_MAJOR) along M or N. The swizzle of 128 bytes: bits 4-6 of an
+// address are exclusive-ored with bits 7-9.
+template <bool MN_MAJOR>
+inline float element(uint64_t descriptor, int mn, int k) {
+    if (descriptor >> 62 != 1 || descriptor >> 49 & 7) std::abort();
+    const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; };
+    const uint32_t start = field(0), leading = field(16), stride = field(32);
+    const uint32_t plain = MN_MAJOR ? start + mn % 64 * 2 + mn / 64 * leading + k % 8 * 128 + k / 8 * stride
+                                    : start + k * 2 + mn % 8 * 128 + mn / 8 * stride;
+    uint16_t bits;
+    std::memcpy(&bits, cpu::aligned_memory() + (plain ^ (plain >> 7 & 7) << 4), 2);
+    return widened_bfloat16(bits);
+}
+
+// wgmma.m64nNk16: warp w has rows 16 w + lane / 4 and + 8 of the sums, columns 8 n + lane % 4 * 2 and the next.
+template <bool B_N_MAJOR, int N, typename A>
+inline void add_products(float (&c)[N][4], A a, uint64_t b, bool add) {
+    const int lane = threadIdx.x % 32;
+    for (int n = 0; n < N; ++n)
+        for (int i = 0; i < 4; ++i) {
+            float sum = add ? c[n][i] : 0.0f;
+            const int row = lane / 4 + i / 2 * 8, column = 8 * n + lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; ++k) sum += a(row, k) * element<B_N_MAJOR>(b, column, k);
+            c[n][i] = sum;
+        }
+}
+
+template <bool A_M_MAJOR, bool B_N_MAJOR, int N>
+inline void multiply(float (&c)[N][4], uint64_t a, uint64_t b, bool add) {
+    const int row0 = threadIdx.x / 32 % 4 * 16;
+    add_products<B_N_MAJOR>(c, [&](int row, int k) { return element<A_M_MAJOR>(a, row0 + row, k); }, b, add);
+}
+
+template <bool B_N_MAJOR, int N>
+inline void multiply(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+    cpu::together([&](cpu::Lane& own) { std::copy(a, a + 4, own.word); }, [&](cpu::Lane* all, int) {
+        add_products<B_N_MAJOR>(c, [&](int row, int k) {
+            const uint32_t pair = all[row % 8 * 4 + k % 8 / 2].word[row / 8 + k / 8 * 2];
+            return widened_bfloat16(static_cast<uint16_t>(pair >> 16 * (k % 2)));
+        }, b, add);
+    });
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
