@@ -232,6 +232,7 @@ def measure(options: argparse.Namespace) -> None:
     ids, labels = training.batch(0)
     for _ in range(3):
         training.step(ids, labels)
+    start_s = time.time() - os.stat("/proc/self").st_ctime if Path("/proc/self").exists() else None
     times = [training.milliseconds(lambda: training.step(ids, labels)) for _ in range(options.repeat)]
     peak = torch.cuda.max_memory_allocated() if training.gpu else _peak_resident()
     sent, alone = _collectives(training, labels)
@@ -242,7 +243,7 @@ def measure(options: argparse.Namespace) -> None:
         {"ms": round(ms, 2), "texts_s": round(1000 * texts / ms, 1), "peak_gib": round(peak / 2**30, 3)}
         | {f"{what}_bytes": round(count) for what, count in sent.items()}
         | {f"{what}_ms": round(value, 3) for what, value in alone.items()}
-        | {"nccl_ms": _nccl(training, ids, labels)}
+        | {"nccl_ms": _nccl(training, ids, labels), "start_s": start_s and round(start_s, 1)}
         | {name: getattr(options, name) for name in ("precision", "batch", "max_len", "hidden", "layers", "labels", "fan_in")}
         | {"group_size": options.group_size, "positives": options.positives, "device": name}
         | {"torch": torch.__version__, "deepspeed": deepspeed.__version__}
