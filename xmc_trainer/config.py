@@ -167,7 +167,12 @@ class FFIConfig:
         "prior", "prior: the best constant for the share of positives in the data; frequency: the same of each label; or zero"
     )
     index_init: str = option(
-        "random", "first features of a label: random, or informed: those on which its training texts stand out most"
+        "random",
+        "first features of a label: random; informed: those on which its training texts stand out most; or discriminant: "
+        "those that tell them from the other texts best, the features' correlations considered",
+    )
+    discriminant_ridge: float = option(
+        0.5, "of discriminant: what the correlations are shrunk by, 0 to 1; 1: not considered, as informed"
     )
     weight_init: str = option("random", "first weights: random, or centroid: along the mean of the label's training texts")
     centroid_scale: float = option(0.5, "length of the weights of weight_init=centroid, for features of deviation 1")
@@ -209,9 +214,11 @@ class FFIConfig:
         _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
         _one_of("model.ffi.bias_init", self.bias_init, ("prior", "frequency", "zero"))
-        _one_of("model.ffi.index_init", self.index_init, ("random", "informed"))
-        if self.index_init == "informed" and not self.use_sparse_layer:
-            raise UserError("model.ffi.index_init=informed: a dense head has no index; set it to random")
+        _one_of("model.ffi.index_init", self.index_init, ("random", "informed", "discriminant"))
+        if self.index_init != "random" and not self.use_sparse_layer:
+            raise UserError(f"model.ffi.index_init={self.index_init}: a dense head has no index; set it to random")
+        if not 0 < self.discriminant_ridge <= 1:
+            raise UserError(f"model.ffi.discriminant_ridge={self.discriminant_ridge}: must be above 0 and at most 1")
         _one_of("model.ffi.weight_init", self.weight_init, ("random", "centroid"))
         if not self.centroid_scale > 0:
             raise UserError(f"model.ffi.centroid_scale={self.centroid_scale}: must be above 0")
@@ -437,9 +444,10 @@ class Config:
                 f"training.optimization.dense_epochs={opt.dense_epochs}: must be below epochs={opt.epochs}, or the head "
                 "never becomes sparse; for a dense head set model.ffi.use_sparse_layer=false"
             )
-        if opt.dense_epochs and ffi.index_init == "informed":
+        if opt.dense_epochs and ffi.index_init != "random":
             raise UserError(
-                "model.ffi.index_init=informed: with training.optimization.dense_epochs the dense weights decide; set one of them back"
+                f"model.ffi.index_init={ffi.index_init}: with training.optimization.dense_epochs the dense weights decide; "
+                "set one of them back"
             )
         if ffi.head_ratio and opt.dense_epochs:
             raise UserError("training.optimization.dense_epochs: not together with model.ffi.head_ratio; set one of them to 0")

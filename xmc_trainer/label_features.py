@@ -1,8 +1,8 @@
 """What the encoder, as it stands, says about the labels: sums of its features over each label's training texts.
 
 The encoder passes over the training texts once; sums are then made for any range of labels, a tile at a time, so that
-memory grows neither with the texts (their features lie in a file) nor with the labels. Label clusters, the informed first
-index and weights along centroids are made of them.
+memory grows neither with the texts (their features lie in a file) nor with the labels. Label clusters, the informed and
+discriminant first indices and weights along centroids are made of them.
 """
 
 from __future__ import annotations
@@ -103,3 +103,23 @@ class LabelSums:
         mean = total / len(self._rows)
         deviation = np.sqrt(np.maximum(squares / len(self._rows) - np.square(mean), 0))
         return mean.astype(np.float32), deviation.astype(np.float32)
+
+    def correlations(self) -> np.ndarray:
+        """Of the features over the texts that count, float64 [d, d]; a constant feature correlates with none, itself included."""
+        mean, deviation = self.moments()
+        inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+        products = np.zeros((len(mean), len(mean)))
+        for first in range(0, len(self._rows), ROWS_AT_ONCE):
+            z = (self._features[self._rows[first : first + ROWS_AT_ONCE]].astype(np.float32) - mean) * inverse
+            products += z.T @ z
+        return products / len(self._rows)
+
+
+def whitener(correlations: np.ndarray, ridge: float) -> np.ndarray:
+    """float64 [d, d]: the inverse of correlations shrunk by the share `ridge` towards none.
+
+    Times a label's mean, in standardised features, it is the direction of Fisher's linear discriminant of the label against
+    all texts. Where features say the same, their mean stands out on all of them; the discriminant tells them apart.
+    """
+    d = len(correlations)
+    return np.linalg.inv((1 - ridge) * correlations + ridge * np.eye(d))

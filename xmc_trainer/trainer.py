@@ -31,7 +31,7 @@ from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead, joint_step
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
-from xmc_trainer.label_features import LabelSums, encode_training_texts
+from xmc_trainer.label_features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
@@ -428,6 +428,11 @@ class Trainer:
             of_labels = LabelSums(features, self.corpus.train_labels(), self.corpus.num_labels, self.train_rows)
             mean_d, deviation_d = (torch.from_numpy(x).to(self.device) for x in of_labels.moments())
 
+            whitener_dd = None
+            if ffi.index_init == "discriminant":
+                shrunk = whitener(of_labels.correlations(), ffi.discriminant_ridge)
+                whitener_dd = torch.from_numpy(shrunk).to(self.device)
+
             def texts_of(labels: range) -> tuple[Tensor, Tensor]:
                 sums, counts = (torch.from_numpy(x).to(self.device) for x in of_labels.sums(labels))
                 inverse = torch.where(deviation_d > 0, 1 / deviation_d, 0.0)
@@ -435,7 +440,8 @@ class Trainer:
 
             self.head.start_from_texts(
                 texts_of,
-                index=ffi.index_init == "informed",
+                index=ffi.index_init != "random",
+                whitener_dd=whitener_dd,
                 centroid_scale=ffi.centroid_scale if ffi.weight_init == "centroid" else 0.0,
                 mean_d=mean_d,
                 deviation_d=deviation_d,

@@ -152,7 +152,7 @@ def test_groups_meta_branch_and_split_head_on_two_processes(short, tmp_path):
     done = launch("xmc-trainer", "clusters", *settings)
     assert done.returncode == 0 and '"labels": 41' in done.stdout, done.stderr
     settings += ["model.ffi.semantic_groups=true", "model.auxiliary.use_meta_branch=true", "model.ffi.head_ratio=0.2"]
-    settings += ["model.ffi.index_init=informed", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
+    settings += ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
                  "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
     assert_same(outcome(settings, "python"), outcome(settings, "accelerate-2", 2))
     predicted = [

@@ -96,6 +96,7 @@ def test_environment_stands_in_for_dataset_path():
 
 
 REFUSED = [
+    ("model.ffi.discriminant_ridge=0", "discriminant_ridge"),
     ("model.ffi.fanin=64", "fanin"),
     ("model.ffi.fan_in=many", "model.ffi.fan_in"),
     ("training.optimization.lr=fast", "training.optimization.lr"),
@@ -152,7 +153,8 @@ def test_refusals_name_the_field(word, named):
 
 def test_what_a_dense_head_would_ignore_is_refused():
     dense = ["dataset=wordnet", "model.ffi.use_sparse_layer=false"]
-    for setting in ("model.ffi.group_size=4", "model.ffi.head_ratio=0.1", "model.ffi.index_init=informed"):
+    sparse = ("group_size=4", "head_ratio=0.1", "index_init=informed", "index_init=discriminant")
+    for setting in (f"model.ffi.{word}" for word in sparse):
         with pytest.raises(UserError, match=setting.split("=")[0]):
             load_config([*dense, setting])
     # Spartex's own layout says these beside its dense head.

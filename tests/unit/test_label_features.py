@@ -11,7 +11,7 @@ from xmc_trainer import label_features
 from xmc_trainer.data import Ragged
 from xmc_trainer.head import FixedFanInHead, SplitHead
 from xmc_trainer.head.losses import best_constant
-from xmc_trainer.label_features import LabelSums
+from xmc_trainer.label_features import LabelSums, whitener
 
 TEXTS, LABELS, D = 60, 31, 20
 
@@ -93,6 +93,46 @@ def test_a_head_starts_where_its_labels_texts_stand_out(texts, fan_in, group_siz
             torch.testing.assert_close(head.weight[place].double(), weight, rtol=1e-4, atol=1e-6)
             assert head.bias[place].item() == pytest.approx(-3 - (weight * mean[read]).sum().item(), rel=1e-4)
     assert counts[7] == 0
+
+
+@pytest.mark.parametrize("rows", [None, np.arange(0, TEXTS, 2)])
+def test_correlations(texts, rows):
+    features, lists = texts
+    counted = features.astype(np.float64)[slice(None) if rows is None else rows]
+    varies = [f for f in range(D) if f != 3]
+    expected = np.zeros((D, D))
+    expected[np.ix_(varies, varies)] = np.corrcoef(counted[:, varies], rowvar=False)
+    np.testing.assert_allclose(sums_of(features, lists, rows).correlations(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_a_discriminant_index_is_that_of_ridge_regression(texts, group_size):
+    """The slopes of the least squares fit of "has the label" on the features are the discriminant's direction."""
+    features, lists = texts
+    # Pairs of features that say nearly the same, where the discriminant and the means disagree.
+    rng = np.random.default_rng(1)
+    features[:, D // 2 :] = features[:, : D // 2] + 0.3 * rng.normal(size=(TEXTS, D // 2))
+    sums, counts, mean, deviation = standardised(features, lists)
+    x = features.astype(np.float64)
+    z = np.divide(x - mean.numpy(), deviation.numpy(), out=np.zeros_like(x), where=deviation.numpy() > 0)
+    ridge = 0.3
+    rows = np.concatenate([np.sqrt((1 - ridge) / TEXTS) * z, np.sqrt(ridge) * np.eye(D)])
+    has = np.array([[label in labels for label in range(LABELS)] for labels in lists], dtype=np.float64)
+    slopes = np.linalg.lstsq(rows, np.concatenate([has, np.zeros((D, LABELS))]), rcond=None)[0].T
+    heads = [FixedFanInHead(D, LABELS, fan_in=6, group_size=group_size, tile_labels=9, seed=2) for _ in range(2)]
+    given = whitener(sums_of(features, lists).correlations(), ridge), whitener(np.eye(D), 1.0)
+    for head, whitener_dd in zip(heads, given):
+        head.start_from_texts(
+            lambda labels: (sums[labels.start : labels.stop].float(), counts[labels.start : labels.stop]),
+            index=True, whitener_dd=torch.from_numpy(whitener_dd),
+        )  # fmt: skip
+    discriminant, informed = (head.index.tolist() for head in heads)
+    for row, first in enumerate(range(0, LABELS, group_size)):
+        group = [label for label in range(first, min(first + group_size, LABELS)) if counts[label]]
+        if group:
+            assert discriminant[row] == sorted(np.argsort(-np.abs(slopes[group].sum(0)))[:6])
+            assert informed[row] == sorted(np.argsort(-sums[group].sum(0).abs().numpy())[:6])
+    assert discriminant != informed
 
 
 def test_both_parts_of_a_split_head_start_from_their_labels(texts):

@@ -497,6 +497,7 @@ class FixedFanInHead(nn.Module):
         texts_of: Callable[[range], tuple[Tensor, Tensor]],
         *,
         index: bool = False,
+        whitener_dd: Tensor | None = None,
         centroid_scale: float = 0.0,
         mean_d: Tensor | None = None,
         deviation_d: Tensor | None = None,
@@ -507,6 +508,7 @@ class FixedFanInHead(nn.Module):
             texts_of: a range of global label ids -> (float32 [T, d], sums over each label's texts of standardised features;
                 int64 [T], how many texts), on the head's device.
             index: each row reads the features on which the mean of its labels' texts stands out most, up or down.
+            whitener_dd: float64, symmetric; for the index the sums are multiplied by it: see `label_features.whitener`.
             centroid_scale: each label's weights point along the mean z of its texts, in standardised features, with this
                 length: w_f = scale z_f / |z| / deviation_f, and the bias takes up the mean features. 0: weights stay.
             mean_d, deviation_d: float32, of the features; needed for centroid_scale.
@@ -519,7 +521,11 @@ class FixedFanInHead(nn.Module):
             if index and self.index is not None:
                 rows = slice(start // group, -(-stop // group))
                 # group_mean of the signed sums: what the labels have in common counts.
-                chosen = largest(group_mean(sums, group).abs(), self.fan_in).sort(dim=1).values.to(self.index.dtype)
+                strength = group_mean(sums, group)
+                if whitener_dd is not None:
+                    # In float64 the tile, whose shape orders the sums, does not decide between features.
+                    strength = strength.double() @ whitener_dd
+                chosen = largest(strength.abs(), self.fan_in).sort(dim=1).values.to(self.index.dtype)
                 known = group_mean((counts > 0).float()[:, None], group) > 0
                 self.index[rows] = torch.where(known, chosen, self.index[rows])
             if centroid_scale:
