@@ -7,6 +7,7 @@ import torch
 
 from tests.head_helpers import OneOf, OracleHead, assert_parts_train_as_one, dense_of, ragged_batch, target_matrix
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
+from xmc_trainer.head.losses import bce
 from xmc_trainer.kernels.reference import HeadTensors, Update, unpack_candidates
 from xmc_trainer.ops import select_backend
 
@@ -90,9 +91,9 @@ def test_bfloat16_products_err_no_more_than_eager_ones(fan_in, group_size, scale
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("group_size", [1, 40])
-def test_stochastic_rounding_is_the_reference_s(group_size, optimizer, device):
-    options = {"group_size": group_size, "weight_dtype": torch.bfloat16}
+@pytest.mark.parametrize("fan_in, group_size", [(None, 1), (12, 1), (12, 40)])
+def test_stochastic_rounding_is_the_reference_s(fan_in, group_size, optimizer, device):
+    options = {"fan_in": fan_in, "group_size": group_size, "weight_dtype": torch.bfloat16}
     heads = [make_head(where, optimizer, backend=name, **options) for where, name in
              [(device, "triton"), ("cpu", "reference")]]  # fmt: skip
     for feat, ids, counts in batches(2, "cpu"):
@@ -134,14 +135,15 @@ def test_a_non_finite_feature_never_reaches_a_weight(bad, group_size, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("group_size", [1, 40])
-def test_deterministic_mode_repeats_bit_for_bit(group_size, device):
+@pytest.mark.parametrize("fan_in, group_size", [(None, 1), (12, 1), (12, 40)])
+@pytest.mark.parametrize("texts", [37, 150])
+def test_deterministic_mode_repeats_bit_for_bit(texts, fan_in, group_size, device):
     results = []
     torch.use_deterministic_algorithms(True)
     try:
         for _ in range(2):
-            head = make_head(device, "momentum", group_size=group_size, product_dtype=torch.bfloat16)
-            for feat, ids, counts in batches(3, device, texts=150):
+            head = make_head(device, "momentum", fan_in=fan_in, group_size=group_size, product_dtype=torch.bfloat16)
+            for feat, ids, counts in batches(3, device, texts=texts):
                 feat.requires_grad_()
                 loss = head(feat, ids, counts)
                 loss.backward()
@@ -197,6 +199,55 @@ def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, devi
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "texts, k, features, labels, fan_in, group_size",
+    [
+        (1, 3, 200, 700, None, 1),
+        (300, 5, 48, 389, 12, 16),  # blocks of 8 groups, the last one of 25 groups cut short
+        (5, 300, 48, 1009, 12, 200),  # a group is two blocks; more labels than a block has
+        (3, 10, 768, 260, 100, 1),
+        (2, 150, 4096, 150, 130, 16),  # every label; more features a label than a tile has
+        (256, 4, 33, 129, None, 1),
+    ],
+)
+def test_topk_of_odd_shapes_and_of_blocks_that_are_skipped(texts, k, features, labels, fan_in, group_size, dtype, device):
+    head = make_head(device, features=features, labels=labels, fan_in=fan_in, group_size=group_size, product_dtype=dtype)
+    head.weight.copy_((head.weight * 6).round().clamp(-3, 3))  # sums are exact, and many equal: ties decide
+    head.bias.copy_(torch.arange(labels) % 3)
+    generator = torch.Generator().manual_seed(4)
+    feat = torch.randint(-1, 2, (texts, features), generator=generator).float()
+    # Even texts skip the first block or two, the first one every label, odd ones a few.
+    most = [range(labels) if n == 0 and texts > 1 else range(0, 0 if n % 2 else min(labels - 1, 256), 1) for n in range(texts)]
+    skips = [sorted({*some, *torch.randint(labels, (3,), generator=generator).tolist()}) for some in most]
+    skip_ids = torch.tensor([label for some in skips for label in some])
+    skip_counts = torch.tensor([len(some) for some in skips])
+    for skipping in (False, True):
+        scores = feat.double() @ dense_of(head)[0].T + head.bias.double().cpu()
+        if skipping:
+            scores[torch.repeat_interleave(torch.arange(texts), skip_counts), skip_ids] = -torch.inf
+        order = torch.sort(scores, dim=1, descending=True, stable=True)
+        expected = torch.where(order.values > -torch.inf, order.indices, -1)[:, :k]
+        lists = (skip_ids.to(device), skip_counts.to(device)) if skipping else ()
+        score, label = head.topk(feat.to(device), k, *lists)
+        expected = torch.nn.functional.pad(expected, (0, k - expected.shape[1]), value=-1)
+        assert torch.equal(label.cpu(), expected)
+        kept = expected >= 0
+        best = scores.gather(1, expected.clamp_min(0))
+        assert torch.equal(score.double().cpu()[kept], best[kept])
+
+
+def test_the_best_of_many_blocks():
+    from xmc_trainer.kernels.triton_head import _best_blocks
+
+    best = torch.randint(-2, 3, (1024, 32), generator=torch.Generator().manual_seed(2)).float()
+    best[1000:] = -torch.inf
+    for wanted in (1, 3, 9, 700):
+        expected = torch.sort(best[:, :21].T, dim=1, descending=True, stable=True).indices[:, :wanted]
+        assert torch.equal(_best_blocks(best, 21, wanted), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_rewiring_shows_in_the_next_step_and_ranking(device):
     head, twin = make_head(device), make_head("cpu", backend="reference")
     for feat, ids, counts in batches(3, "cpu"):
@@ -206,6 +257,34 @@ def test_rewiring_shows_in_the_next_step_and_ranking(device):
         assert torch.equal(*rankings)
         for h in (head, twin):
             h.rewire(RewireRule("fraction", 0.3, "random"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("texts, features", [(1, 200), (130, 33), (40, 768), (3, 1100)])
+@pytest.mark.parametrize("fan_in, group_size", [(None, 1), (20, 1), (20, 4)])
+def test_the_dense_way_takes_any_shape(fan_in, group_size, texts, features, bias, device):
+    labels = 149
+    results = []
+    for where, name in [(device, "triton"), ("cpu", "reference")]:
+        whole = make_head(where, "momentum", features=features, labels=labels, fan_in=fan_in, group_size=group_size, backend=name)
+        head = whole.tensors()
+        if not bias:
+            head.bias_L, head.bias_state = None, []
+        feat, ids, counts = next(batches(1, "cpu", texts=max(texts, 3), features=features, labels=labels))
+        row = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        feat, ids, row = feat[:texts].to(where), ids[row < texts].to(where), row[row < texts].to(where)
+        kept = head.weight_LF.clone()
+        outputs = [
+            whole._backend.head_step(
+                head, feat, ids, row, loss_fn=bce, text_weight=0.5, grad_start=0, tile_labels=64,
+                update=Update(SGD(momentum=0.9), 0.1, 0.01, 7, 1) if updates else None,
+            )
+            for updates in (False, True)
+        ]  # fmt: skip
+        results.append([x.cpu() for loss, grad, _ in outputs for x in (loss, grad)] + [(head.weight_LF - kept).cpu()])
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_backends_that_cannot_run_are_refused(monkeypatch):
@@ -235,8 +314,6 @@ def test_offsets_beyond_2_to_the_31(group_size):
     feat = torch.randn(32, d, device="cuda").bfloat16()
     label = torch.tensor([labels - 1, start + 3, 5], device="cuda")
     row = torch.tensor([0, 1, 2], device="cuda")
-    from xmc_trainer.head.losses import bce
-
     options = dict(loss_fn=bce, text_weight=1.0, grad_start=0, update=Update(SGD(), 0.1, 0.0, 7, 1), tile_labels=4096)
     triton_head.head_step(head, feat, label, row, **options)
     select_backend("reference", torch.device("cuda")).head_step(last, feat, label - start, row, **options)

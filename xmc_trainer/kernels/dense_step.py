@@ -2,12 +2,18 @@
 
 Where few labels share an index row there is nothing to gather for a matrix instruction, and gathering for a single label
 is slower than multiplying with its zeros. So a chunk's rows are spread out in a workspace, D_Cd (zero but at index; a
-dense head's is its weights), the products are the library's, and what is between them is done here:
+dense head's is its weights, where they are), and the products are dense:
 
-    spread_kernel    D <- rows of the chunk                            z_CB = D X^T       (library)
-    slopes_kernel    loss_B += sum_C loss(z + bias, y)      g_CB = dloss/dz      bias <- update
-                                                            dX_Bd += g^T D     D <- g X   (library)
-    gather_kernel    weight[l] <- update(weight[l], D[l, index[l]])
+    spread_kernel       D <- rows of the chunk
+    slopes_kernel       z_CB = D X^T + bias     loss_B += sum_C loss(z, y)     g_CB = dloss/dz     bias <- update
+    gradients_kernel    dX_Bd += g^T D          D <- g X, or weight <- update(weight, g X) of a dense head
+    gather_kernel       weight[l] <- update(weight[l], D[l, index[l]])
+
+The weights of a dense head, or D, are the bulk of what is moved: `slopes_kernel` reads them once, and `gradients_kernel`
+reads and writes them once. Logits never leave the chip. Losses and slopes take a while in which nothing would be read,
+so that programs stay for many tiles of labels and the next ones are on their way meanwhile. A program of
+`gradients_kernel` keeps some features of X and of dX on chip for all of its labels, where a tile of texts is the batch;
+of larger batches dX is the library's product.
 
 Sums have one order: results are the same, bit for bit, from run to run.
 """
@@ -17,87 +23,179 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from xmc_trainer.kernels.tile_math import count_bits, loss_and_slope, operand, update_bias, update_weights
+from xmc_trainer.kernels.tile_math import (
+    count_bits,
+    load_columns,
+    load_operand,
+    loss_and_slope,
+    operand,
+    product,
+    update_bias,
+    update_weights,
+)
 
 
-@triton.jit(do_not_specialize=["first_label", "last_label", "end"])
+@triton.jit(do_not_specialize=["first_label", "last_label"])
 def spread_kernel(
     weight_ptr,  # [L, F]
     bits_ptr,  # int32 [R, words]: which features a row reads
     dense_ptr,  # out: [labels of the chunk, d]
-    first_label, last_label, end, d, words, F: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
+    first_label, last_label, d, words, F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One program: T labels. An index row is ascending: a feature's slot is the number of features before it.
+    """One program, of one warp: T labels, one after another, 32 WORDS features at a time.
 
-    Rows from last_label to `end` become zero.
+    An index row is ascending: a feature's slot is the number of features before it. The slots that a warp reads at a time
+    are one label's and lie together, however the compiler lays out its threads.
     """
-    local = tl.program_id(0) * T + tl.arange(0, T).to(tl.int64)
-    label = first_label + local
-    ok = label < last_label
     place = tl.arange(0, 32)
-    bit = (tl.full([32], 1, tl.uint32) << place.to(tl.uint32))[None, :]
-    row = weight_ptr + label * F
-    bits_row = bits_ptr + label // G * words
-    slot = tl.zeros([T], tl.int32)
-    for word in range(0, words):
-        mask = tl.load(bits_row + word, mask=ok, other=0).to(tl.uint32, bitcast=True)
-        present = (mask[:, None] & bit) != 0
-        before = count_bits(mask[:, None] & (bit - 1))
-        weight = tl.load(row[:, None] + (slot[:, None] + before), mask=present, other=0.0)
-        k = word * 32 + place
-        tl.store(
-            dense_ptr + local[:, None] * d + k[None, :],
-            operand(weight, dense_ptr.dtype.element_ty == tl.bfloat16),
-            mask=(label < end)[:, None] & (k < d)[None, :],
-        )
-        slot += count_bits(mask)
+    bit = (tl.full([32], 1, tl.uint32) << place.to(tl.uint32))[:, None]
+    first = first_label + tl.program_id(0) * T
+    for label in range(first, tl.minimum(first + T, last_label)):
+        row = tl.full([1], 0, tl.int64) + label
+        bits_row = bits_ptr + row // G * words
+        weights = (weight_ptr + row * F)[:, None]
+        dense = (dense_ptr + (row - first_label) * d)[:, None]
+        slot = tl.zeros([1], tl.int32)
+        for first_word in range(0, words, WORDS):
+            word = first_word + tl.arange(0, WORDS)
+            mask = tl.load(bits_row + word, mask=word < words, other=0).to(tl.uint32, bitcast=True)
+            count = count_bits(mask)
+            start = slot + tl.cumsum(count, 0) - count
+            present = (mask[None, :] & bit) != 0
+            before = count_bits(mask[None, :] & (bit - 1))
+            weight = tl.load(weights + (start[None, :] + before), mask=present, other=0.0)
+            k = place[:, None] + word[None, :] * 32
+            tl.store(dense + k, operand(weight, dense_ptr.dtype.element_ty == tl.bfloat16), mask=k < d)
+            slot += tl.sum(count, 0)
+
+
+@triton.jit
+def tile_slopes(
+    z, any_positive: tl.constexpr, words_ptr, text, texts, label_ok, sums_ptr, place_ptr,
+    ALL_TEXTS: tl.constexpr, LOSS: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """Store a tile's losses [B_TILE] at sums_ptr and its slopes at place_ptr [T, B_TILE]; sums of slopes over texts [T]."""
+    loss, slope = loss_and_slope(z, any_positive, words_ptr, label_ok[:, None], (text % 32)[None, :], LOSS)
+    if not ALL_TEXTS:
+        slope = tl.where((text < texts)[None, :], slope, 0.0)
+    tl.store(sums_ptr, tl.sum(loss, 0))
+    tl.store(place_ptr, operand(slope, BF16), mask=label_ok[:, None])
+    return tl.sum(slope, 1)
 
 
 @triton.jit(do_not_specialize=["first_label", "last_label"])
 def slopes_kernel(
-    logit_ptr,  # float32 [labels of the chunk, columns], without bias
+    dense_ptr,  # [labels of the chunk, D]
+    x_ptr,  # [columns, D]
     bias_ptr, bias_state0_ptr, bias_state1_ptr,  # float32 [L]
     positive_ptr,  # int32 [labels of the chunk, columns // 32]: one bit a (label, text)
     any_positive_ptr,  # int32 [tiles of the chunk]: not zero if the tile of labels has a positive
     slope_ptr,  # out: [labels of the chunk, columns]
-    loss_ptr,  # in and out: float32 [tiles of the chunk, columns]
-    finite_ptr,  # int32 scalar
+    loss_ptr,  # out: float32 [tiles of the head, columns]
+    update_ptr,  # int32 scalar: not zero if there is a bias to update
     first_label, last_label, texts, columns,
     text_weight, lr, beta0, beta1, eps, correct0, correct1,
-    T: tl.constexpr, B_TILE: tl.constexpr, B_TILES: tl.constexpr, ALL_TEXTS: tl.constexpr,
-    LOSS: tl.constexpr, RULE: tl.constexpr, HAS_BIAS: tl.constexpr, UPDATE: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B_TILE: tl.constexpr, B_TILES: tl.constexpr,
+    ALL_TEXTS: tl.constexpr, LOSS: tl.constexpr, RULE: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: T labels, all texts."""
-    local = tl.program_id(0) * T + tl.arange(0, T).to(tl.int64)
-    label = first_label + local
-    label_ok = label < last_label
-    # A logit of -1e30 stands for no label: its loss and slope are zero.
-    bias = tl.where(label_ok, 0.0, -1e30)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
-    dbias = tl.zeros([T], tl.float32)
-    any_positive = tl.load(any_positive_ptr + tl.program_id(0)) != 0
-    words_ptr = positive_ptr + local[:, None] * (columns // 32)
-    for tile in range(B_TILES):
-        text = tile * B_TILE + tl.arange(0, B_TILE)
-        place = local[:, None] * columns + text[None, :]
-        z = tl.load(logit_ptr + place, mask=label_ok[:, None], other=0.0) + bias[:, None]
-        loss, slope = loss_and_slope(
-            z, any_positive, words_ptr + (text // 32)[None, :], label_ok[:, None], (text % 32)[None, :], LOSS
-        )
-        if not ALL_TEXTS:
-            slope = tl.where((text < texts)[None, :], slope, 0.0)
-        sums = loss_ptr + tl.program_id(0) * columns + text
-        tl.store(sums, tl.load(sums) + tl.sum(loss, 0))
-        # Rows past the end get their zeros too: the products take the whole chunk.
-        tl.store(slope_ptr + place, operand(slope, slope_ptr.dtype.element_ty == tl.bfloat16))
-        dbias += tl.sum(slope, 1)
-    if UPDATE and HAS_BIAS:
-        finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
+    """One program: every n-th tile of T labels, all texts, B_TILE of them at a time."""
+    labels = last_label - first_label
+    # One loop over the tiles' features: the next tile's loads are under way while losses and slopes are taken.
+    for tile in tl.range(tl.program_id(0), (labels + T - 1) // T, tl.num_programs(0), flatten=B_TILES == 1):
+        local = tile * T + tl.arange(0, T)
+        label_ok = local < labels
+        # Past the end is the last label again: no mask in the loop.
+        row = tl.minimum(local, labels - 1).to(tl.int64)
+        label = first_label + row
+        dbias = tl.zeros([T], tl.float32)
+        for number in range(B_TILES):
+            text = number * B_TILE + tl.arange(0, B_TILE)
+            z = tl.zeros([T, B_TILE], tl.float32)
+            for first in range(0, D, D_TILE):
+                dense = load_columns(dense_ptr + row[:, None] * D, first, D, D_TILE, BF16)
+                x = load_columns(x_ptr + text[:, None] * D, first, D, D_TILE, BF16)
+                z = product(dense, tl.trans(x), z, BF16)
+            # A logit of -1e30 stands for no label: its loss and slope are zero.
+            bias = tl.where(label_ok, 0.0, -1e30)
+            if HAS_BIAS:
+                bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
+            z += bias[:, None]
+            words = positive_ptr + row[:, None] * (columns // 32) + (text // 32)[None, :]
+            sums = loss_ptr + (first_label // T + tile).to(tl.int64) * columns + text
+            place = slope_ptr + row[:, None] * columns + text[None, :]
+            # Not a branch inside `tile_slopes`: loading the bits wants another layout, which would be every tile's.
+            if tl.load(any_positive_ptr + tile) != 0:
+                dbias += tile_slopes(z, True, words, text, texts, label_ok, sums, place, ALL_TEXTS, LOSS, BF16)
+            else:
+                dbias += tile_slopes(z, False, words, text, texts, label_ok, sums, place, ALL_TEXTS, LOSS, BF16)
+        # No `if`: Triton 3.6 cannot flatten a loop with a sum that is not used.
+        update = tl.load(update_ptr + tl.zeros([1], tl.int32)) != 0
+        bias = tl.load(bias_ptr + label, mask=label_ok & update, other=0.0)
         update_bias(
-            bias_ptr, bias_state0_ptr, bias_state1_ptr, label, label_ok, finite, bias, dbias * text_weight,
+            bias_ptr, bias_state0_ptr, bias_state1_ptr, label, label_ok, update, bias, dbias * text_weight,
             lr, beta0, beta1, eps, correct0, correct1, RULE,
         )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1", "key2", "key3", "key4", "key5"]
+)
+def gradients_kernel(
+    dense_ptr,  # in and out: [labels of the chunk, D], in memory of their own if SPARSE; else [L, D], the weights
+    state0_ptr, state1_ptr,  # like the weights
+    x_ptr,  # [columns, D]
+    slope_ptr,  # [labels of the chunk, columns]
+    dx_ptr,  # in and out: float32 [lanes, columns, D], without text_weight
+    finite_ptr,  # int32 scalar
+    first_label, last_label, label_start, columns, lanes,
+    text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
+    key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
+    D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B_TILE: tl.constexpr, B_TILES: tl.constexpr,
+    SPARSE: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """One program: D_TILE features, every n-th tile of T labels. The feature gradient is made if B_TILES is 1.
+
+    Programs of the same labels are neighbours: slopes come from memory once.
+    """
+    D_TILES: tl.constexpr = (D + D_TILE - 1) // D_TILE
+    first_k = tl.program_id(0) % D_TILES * D_TILE
+    lane = tl.program_id(0) // D_TILES
+    k = first_k + tl.arange(0, D_TILE)
+    labels = last_label - first_label
+    finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
+    text = tl.arange(0, B_TILE)
+    x = load_columns(x_ptr + text[:, None] * D, first_k, D, D_TILE, BF16)
+    dx = tl.zeros([B_TILE, D_TILE], tl.float32)
+    for tile in range(lane, (labels + T - 1) // T, lanes):
+        local = tile * T + tl.arange(0, T).to(tl.int64)
+        label = first_label + local
+        ok = (local < labels)[:, None]
+        if D % D_TILE != 0:
+            ok = ok & (k < D)[None, :]
+        place = (local if SPARSE else label)[:, None] * D + k[None, :]
+        dw = tl.zeros([T, D_TILE], tl.float32)
+        if B_TILES == 1:
+            s = load_operand(slope_ptr + local[:, None] * columns + text[None, :], (local < labels)[:, None], BF16)
+            weight = tl.load(dense_ptr + place, mask=ok, other=0.0)
+            dx = product(tl.trans(s), operand(weight, BF16), dx, BF16)
+            dw = product(s, x, dw, BF16)
+        else:
+            for b in range(B_TILES):
+                at = b * B_TILE + text
+                s = load_operand(slope_ptr + local[:, None] * columns + at[None, :], (local < labels)[:, None], BF16)
+                dw = product(s, load_columns(x_ptr + at[:, None] * D, first_k, D, D_TILE, BF16), dw, BF16)
+            weight = tl.load(dense_ptr + place, mask=ok, other=0.0)
+        if SPARSE:
+            tl.store(dense_ptr + place, operand(dw, dense_ptr.dtype.element_ty == tl.bfloat16), mask=ok)
+        else:
+            update_weights(
+                weight, dense_ptr, state0_ptr, state1_ptr, place, ok, finite, dw * text_weight,
+                (label_start + label).to(tl.int32), k[None, :], lr, weight_decay, beta0, beta1, eps, correct0, correct1,
+                key0, key1, key2, key3, key4, key5, RULE,
+            )  # fmt: skip
+    if B_TILES == 1:
+        sums = dx_ptr + (lane * columns + text).to(tl.int64)[:, None] * D + k[None, :]
+        tl.store(sums, tl.load(sums, mask=(k < D)[None, :], other=0.0) + dx, mask=(k < D)[None, :])
 
 
 @triton.jit(
@@ -111,7 +209,7 @@ def gather_kernel(
     first_label, last_label, label_start, d,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
     key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
-    F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, F_TILE: tl.constexpr, SPARSE: tl.constexpr, RULE: tl.constexpr,
+    F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, F_TILE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """One program: T labels."""
     local = tl.program_id(0) * T + tl.arange(0, T).to(tl.int64)
@@ -119,13 +217,12 @@ def gather_kernel(
     for first in range(0, F, F_TILE):
         f = (first + tl.arange(0, F_TILE))[None, :]
         ok = (label < last_label)[:, None] & (f < F)
-        feature = f
-        if SPARSE:
-            feature = tl.load(index_ptr + (label // G)[:, None] * F + f, mask=ok, other=0).to(tl.int32)
+        feature = tl.load(index_ptr + (label // G)[:, None] * F + f, mask=ok, other=0).to(tl.int32)
         dw = tl.load(dense_ptr + local[:, None] * d + feature, mask=ok, other=0.0).to(tl.float32) * text_weight
         finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
+        place = label[:, None] * F + f
         update_weights(
-            weight_ptr, state0_ptr, state1_ptr, label[:, None] * F + f, ok, finite, dw,
+            tl.load(weight_ptr + place, mask=ok, other=0.0), weight_ptr, state0_ptr, state1_ptr, place, ok, finite, dw,
             (label_start + label).to(tl.int32), f, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
             key0, key1, key2, key3, key4, key5, RULE,
         )  # fmt: skip

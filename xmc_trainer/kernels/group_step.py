@@ -117,8 +117,10 @@ def update_kernel(
         s = load_operand(slope_ptr + local[:, None] * columns + text[None, :], label_ok[:, None], BF16)
         dw_FG = product(x, tl.trans(s), dw_FG, BF16)
         dbias += tl.sum(s.to(tl.float32), 1)
+    place = label[:, None] * F + f[None, :]
+    ok = label_ok[:, None] & f_ok[None, :]
     update_weights(
-        weight_ptr, state0_ptr, state1_ptr, label[:, None] * F + f[None, :], label_ok[:, None] & f_ok[None, :], finite,
+        tl.load(weight_ptr + place, mask=ok, other=0.0), weight_ptr, state0_ptr, state1_ptr, place, ok, finite,
         tl.trans(dw_FG) * text_weight, (label_start + label).to(tl.int32), f[None, :],
         lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, RULE,
     )  # fmt: skip

@@ -48,6 +48,15 @@ def load_operand(pointer, mask, BF16: tl.constexpr):
 
 
 @triton.jit
+def load_columns(row_ptr, first, D: tl.constexpr, D_TILE: tl.constexpr, BF16: tl.constexpr):
+    """Load an operand [T, D_TILE]: columns from `first` of the rows of D elements at row_ptr [T, 1]; zeros past D."""
+    k = first + tl.arange(0, D_TILE)
+    if D % D_TILE == 0:
+        return load_operand(row_ptr + k[None, :], None, BF16)
+    return load_operand(row_ptr + k[None, :], (k < D)[None, :], BF16)
+
+
+@triton.jit
 def operand(x, BF16: tl.constexpr):
     """Round to bfloat16, if BF16; to float32 otherwise."""
     if INTERPRET:
@@ -143,14 +152,15 @@ def store_rounded(pointer, value, mask, hashed, key1, column):
 
 @triton.jit
 def update_weights(
-    weight_ptr, state0_ptr, state1_ptr, place, ok, finite, grad, number, column,
+    weight, weight_ptr, state0_ptr, state1_ptr, place, ok, finite, grad, number, column,
     lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Read, update and write the weights and their state at `place` (int64 [T, N]), where `ok`; nothing unless finite.
+    """Update and write the weights and their state at `place` (int64 [T, N]), where `ok`; nothing unless finite.
 
-    grad: float32 [T, N]; number: int32 [T] global label ids; column: int32 slots that broadcast to [T, N].
+    weight: [T, N], as read; grad: float32 [T, N]; number: int32 [T] global label ids; column: int32 slots that broadcast
+    to [T, N].
     """
-    weight = tl.load(weight_ptr + place, mask=ok, other=0.0).to(tl.float32)
+    weight = weight.to(tl.float32)
     state0 = weight
     state1 = weight
     if RULE >= MOMENTUM:

@@ -1,44 +1,173 @@
 """The best k labels without a B x L matrix: the largest logit of every block of labels, then the best blocks again.
 
 A label among the best k lies in one of the k blocks with the largest maxima (ties to the earlier block): if it did not,
-each of those k blocks would hold a label that comes before it. So `block_max_kernel` keeps one number for BLOCK logits of
-a chunk, and `rescore_kernel` computes k x BLOCK logits for each text once more, always in the same order, so that a
-label's score does not depend on where it was computed.
+each of those k blocks would hold a label that comes before it. So one number is kept for a block, straight from the
+matrix product that makes its logits:
+
+    dense_best_kernel    z = X D^T + bias             for rows that were spread out (D_Cd; see `dense_step`), a tile of
+                                                      BLOCK labels after another, each with up to 256 texts
+    group_best_kernel    z = X^T[index]^T w + bias    for labels that share index rows (see `group_step`)
+
+Logits never leave the chip: from memory come weights (and index) once, X from the L2 cache. Texts are the first
+dimension of z, so that the maximum over a block's labels is taken within a few threads. The best of the maxima are found
+by the same argument, from the maxima of BLOCK blocks. Then `rescore_kernel` computes the logits of the chosen blocks
+once more, always in the same order: a score, and which of two labels comes first, depends neither on tiles, chunks,
+batch or shard nor on the way that chose the blocks.
+
+A maximum and a score are two roundings of the same sum. SPARE blocks more than k are therefore rescored, and what is
+certain is: a label that belongs among the best k by its score is missed only if in at least SPARE + 1 other blocks the
+largest logit lies within both roundings below it. Labels of equal weights and index, and all whose sums are exact in
+float32, have equal logits either way, and no such luck is needed.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from xmc_trainer.kernels.tile_math import operand
+from xmc_trainer.kernels.tile_math import load_columns, load_operand, operand, product
 
-BLOCK = 128
+BLOCK, SPARE = 128, 2
+
+
+class Blocks(NamedTuple):
+    """Which labels a block has: every `span` labels are cut into `tiles` blocks of BLOCK, the last one perhaps shorter."""
+
+    span: int
+    tiles: int
+    count: int
+
+    @classmethod
+    def of(cls, labels: int, group: int) -> Blocks:
+        """group: labels that share an index row; as many whole groups as fit a block, or a group cut into blocks."""
+        span = max(1, BLOCK // group) * group
+        tiles = triton.cdiv(span, BLOCK)
+        whole, rest = divmod(labels, span)
+        return cls(span, tiles, whole * tiles + triton.cdiv(rest, BLOCK))
+
+
+@triton.jit
+def tile_max(z, local, label_ok, text, columns, skip_ptr, SKIPS: tl.constexpr):
+    """Each text's largest logit [B_TILE] of z [B_TILE, labels], but for labels to skip, if SKIPS.
+
+    local: int64 [labels], their rows in skip_ptr.
+    """
+    keep = label_ok[None, :] & (text >= 0)[:, None]
+    if SKIPS:
+        place = local[None, :] * (columns // 32) + (text // 32)[:, None]
+        word = tl.load(skip_ptr + place, mask=keep, other=0)
+        keep = keep & (((word >> (text % 32)[:, None]) & 1) == 0)
+    return tl.max(tl.where(keep, z, float("-inf")), 1)
 
 
 @triton.jit(do_not_specialize=["first_label", "last_label", "first_block"])
-def block_max_kernel(
-    logit_ptr,  # float32 [labels of the chunk, columns], without bias
+def dense_best_kernel(
+    dense_ptr,  # [labels of the chunk, D]
     bias_ptr,  # float32 [L]
+    x_ptr,  # [columns, D]
     skip_ptr,  # int32 [labels of the chunk, columns // 32]: one bit a (label, text) to leave out
     any_skip_ptr,  # int32 [blocks of the chunk]
     best_ptr,  # out: float32 [blocks, columns]
     first_label, last_label, first_block, columns,
-    BLOCK: tl.constexpr, B_TILE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, BLOCK: tl.constexpr, B_TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block, B_TILE texts."""
-    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    label_ok = (first_label + local < last_label)[:, None]
-    text = tl.program_id(1) * B_TILE + tl.arange(0, B_TILE)
-    z = tl.load(logit_ptr + local[:, None] * columns + text[None, :], mask=label_ok, other=0.0)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + first_label + local, mask=first_label + local < last_label, other=0.0)[:, None]
-    keep = label_ok & (text >= 0)[None, :]
-    if tl.load(any_skip_ptr + tl.program_id(0)) != 0:
-        word = tl.load(skip_ptr + local[:, None] * (columns // 32) + (text // 32)[None, :], mask=label_ok, other=0)
-        keep = keep & (((word >> (text % 32)[None, :]) & 1) == 0)
-    best = tl.max(tl.where(keep, z, float("-inf")), 0)
-    tl.store(best_ptr + (first_block + tl.program_id(0)) * columns + text, best)
+    """One program: every n-th tile of a block and B_TILE texts. Tiles of the same block are neighbours."""
+    labels = last_label - first_label
+    text_tiles = columns // B_TILE
+    tiles = (labels + BLOCK - 1) // BLOCK * text_tiles
+    # One loop over the tiles' features: the next tile's loads are under way while a maximum is taken.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        block = tile // text_tiles
+        local = block * BLOCK + tl.arange(0, BLOCK)
+        text = tile % text_tiles * B_TILE + tl.arange(0, B_TILE)
+        # Past the end is the last label again: no mask in the loop.
+        row = tl.minimum(local, labels - 1).to(tl.int64)
+        z = tl.zeros([B_TILE, BLOCK], tl.float32)
+        for first in range(0, D, D_TILE):
+            x = load_columns(x_ptr + text[:, None] * D, first, D, D_TILE, BF16)
+            dense = load_columns(dense_ptr + row[:, None] * D, first, D, D_TILE, BF16)
+            z = product(x, tl.trans(dense), z, BF16)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + first_label + row)[None, :]
+        skips = False
+        if HAS_SKIP:
+            skips = tl.load(any_skip_ptr + block) != 0
+        # Two maxima, not a branch in one: loading the bits wants another layout, which would then be every block's.
+        if skips:
+            best = tile_max(z, row, local < labels, text, columns, skip_ptr, True)
+        else:
+            best = tile_max(z, row, local < labels, text, columns, skip_ptr, False)
+        tl.store(best_ptr + (first_block + block).to(tl.int64) * columns + text, best)
+
+
+@triton.jit
+def rows_max(
+    weight_ptr, index_ptr, bias_ptr, x_ptr, skip_ptr, block, text, first_label, labels, columns,
+    F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, HAS_BIAS: tl.constexpr, SKIPS: tl.constexpr, BF16: tl.constexpr,
+):  # fmt: skip
+    """The largest logits [B_TILE] of a block; see `group_best_kernel`."""
+    g = block % TILES * BLOCK + tl.arange(0, G_TILE)
+    best = tl.full([text.shape[0]], float("-inf"), tl.float32)
+    for number in range(ROWS):
+        # Past the end is the last row again.
+        row = tl.minimum(block // TILES * ROWS + number, (labels - 1) // G).to(tl.int64)
+        label = row * G + g
+        label_ok = (g < G) & (label < labels)
+        z = tl.zeros([text.shape[0], G_TILE], tl.float32)
+        for first in range(0, F, F_TILE):
+            f = first + tl.arange(0, F_TILE)
+            f_ok = f < F
+            index = tl.load(index_ptr + row * F + f, mask=f_ok, other=0).to(tl.int32)
+            x = load_operand(x_ptr + index[:, None] * columns + text[None, :], None, BF16)
+            w = load_operand(weight_ptr + label[:, None] * F + f[None, :], label_ok[:, None] & f_ok[None, :], BF16)
+            z = product(tl.trans(x), tl.trans(w), z, BF16)
+        if HAS_BIAS:
+            z += tl.load(bias_ptr + label, mask=label_ok, other=0.0)[None, :]
+        best = tl.maximum(best, tile_max(z, label - first_label, label_ok, text, columns, skip_ptr, SKIPS))
+    return best
+
+
+@triton.jit(do_not_specialize=["first_block", "first_label"])
+def group_best_kernel(
+    weight_ptr,  # [L, F]
+    index_ptr,  # [R, F]
+    bias_ptr,  # float32 [L]
+    x_ptr,  # [d, columns]
+    skip_ptr,  # int32 [labels from first_label, columns // 32]: one bit a (label, text) to leave out
+    any_skip_ptr,  # int32 [blocks from first_block]
+    best_ptr,  # out: float32 [blocks, columns]
+    first_block, first_label, labels, columns,
+    F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, B_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
+    BF16: tl.constexpr,
+):  # fmt: skip
+    """One program: a block, which is ROWS index rows or one of the TILES of a row's labels, and B_TILE texts.
+
+    Programs of the same block are neighbours.
+    """
+    text_tiles = columns // B_TILE
+    local_block = tl.program_id(0) // text_tiles
+    text = tl.program_id(0) % text_tiles * B_TILE + tl.arange(0, B_TILE)
+    block = first_block + local_block
+    # Two loops, not a branch in one: a loop without a branch has its next loads under way.
+    skips = False
+    if HAS_SKIP:
+        skips = tl.load(any_skip_ptr + local_block) != 0
+    if skips:
+        best = rows_max(
+            weight_ptr, index_ptr, bias_ptr, x_ptr, skip_ptr, block, text, first_label, labels, columns,
+            F, G, F_TILE, G_TILE, BLOCK, ROWS, TILES, HAS_BIAS, True, BF16,
+        )  # fmt: skip
+    else:
+        best = rows_max(
+            weight_ptr, index_ptr, bias_ptr, x_ptr, skip_ptr, block, text, first_label, labels, columns,
+            F, G, F_TILE, G_TILE, BLOCK, ROWS, TILES, HAS_BIAS, False, BF16,
+        )  # fmt: skip
+    tl.store(best_ptr + block.to(tl.int64) * columns + text, best)
 
 
 @triton.jit
@@ -50,14 +179,15 @@ def rescore_kernel(
     block_ptr,  # int64 [B, blocks]
     score_ptr,  # out: float32 [B, blocks, BLOCK]
     labels, d, blocks,
-    F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, BLOCK: tl.constexpr,
+    F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr,
     SPARSE: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """One program: one block of one text."""
     text = tl.program_id(0)
     block = tl.load(block_ptr + text * blocks + tl.program_id(1))
-    label = block * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    label_ok = label < labels
+    inside = block % TILES * BLOCK + tl.arange(0, BLOCK)
+    label = block // TILES * SPAN + inside
+    label_ok = (inside < SPAN) & (label < labels)
     score = tl.zeros([BLOCK], tl.float32)
     for first in range(0, F, F_TILE):
         f = (first + tl.arange(0, F_TILE))[None, :]

@@ -7,8 +7,9 @@ Weights are read and updated in their own precision. Two ways lead through a ste
     dense    spreads rows out: for every index, dense heads, and wherever results must be the same bit for bit
              (torch.use_deterministic_algorithms)
 
-The first is there twice: in CUDA (`group_pass`), where that can be compiled and takes the head, and in Triton (`group_step`).
-The first step of a large head tries what takes it, and the choice is kept on disk (`tuning`).
+and the same two to the best labels (`topk`). Of a step the first is there twice: in CUDA (`group_pass`), where that can be
+compiled and takes the head, and in Triton (`group_step`). The first step of a large head tries what takes it, and the
+choice is kept on disk (`tuning`).
 """
 
 from __future__ import annotations
@@ -35,8 +36,22 @@ _SHARED = 16
 # Heads of fewer labels do not wait for their step long enough to be tuned; larger ones are by so many of their labels.
 _TUNED_LABELS = 1 << 16
 # A chunk's workspaces take this many bytes; the dense way's, whose chunks take more launches, this share of the head's
-# weights and index if that is more.
-_WORKSPACE, _DENSE_SHARE = 48 << 20, 0.2
+# weights and index if that is more: the first where rows are spread out, the second where there are slopes alone.
+_WORKSPACE, _DENSE_SHARE, _SLOPES_SHARE = 48 << 20, 0.2, 0.05
+
+
+class Tiles(NamedTuple):
+    """How a kernel of the dense way cuts its work."""
+
+    labels: int
+    features: int
+    warps: int
+    stages: int  # of tiles on their way from memory
+
+
+# For bfloat16 features and for float32 ones.
+_SLOPES_TILES, _SLOPES_TILES_32 = Tiles(128, 64, 16, 5), Tiles(64, 32, 8, 3)
+_GRADIENTS_TILES, _GRADIENTS_TILES_32 = Tiles(64, 128, 16, 3), Tiles(64, 32, 8, 2)
 
 _LOSSES = {"bce": tile_math.BCE.value, "squared_hinge": tile_math.SQUARED_HINGE.value}
 _RULES = {"sgd": tile_math.SGD.value, "momentum": tile_math.MOMENTUM.value, "adamw": tile_math.ADAMW.value}
@@ -188,6 +203,10 @@ def _chunk_labels(labels: int, workspace: float, bytes_a_label: int, unit: int) 
     return min(max(1, int(workspace) // bytes_a_label // unit), triton.cdiv(labels, unit)) * unit
 
 
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def _group_pass(
     head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step, *, blocks: group_pass.Blocks
 ) -> tuple[Tensor, Tensor]:
@@ -214,7 +233,7 @@ def _group_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
     # Tiles of labels and texts: the fastest of those tried on an H200 at d = 768, F = 128, B = 128.
     whole = max(16, triton.next_power_of_2(group))
     tile, update_tile, texts_tile = min(32, whole), min(64, whole), min(64, batch.tile)
-    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if batch.rows.is_cuda else 4
+    programs = 4 * _multiprocessors(device)
     chunk = _chunk_labels(labels, _WORKSPACE, columns * (batch.rows.element_size() + 1), group) // group
     pairs = PairBits(chunk * group, columns, group, tile, device)
     slope = torch.empty(chunk * group, columns, dtype=batch.rows.dtype, device=device)
@@ -243,34 +262,45 @@ def _group_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
 
 
 class _DenseChunks:
-    """The head's rows as dense ones, a chunk of labels after another."""
+    """The head's rows as dense ones, a chunk of labels after another.
 
-    def __init__(self, head: HeadTensors, batch: Batch, unit: int) -> None:
-        self.head, self.d, self.dtype = head, batch.rows.shape[1], batch.rows.dtype
-        size = self.dtype.itemsize
-        # A row of weights, of logits and of slopes.
-        a_label = self.d * size + batch.columns * (4 + size)
+    Args:
+        bytes_a_label: of what the caller keeps for a chunk.
+        unit: labels a tile: a chunk is a multiple of it, of as many as there are multiprocessors if it is that large.
+    """
+
+    def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int) -> None:
+        self.head, self.d, dtype, device = head, batch.rows.shape[1], batch.rows.dtype, batch.rows.device
+        labels, share, self.workspace = head.weight_LF.shape[0], _DENSE_SHARE, None
+        as_they_are = head.index_RF is None and head.weight_LF.dtype == dtype
+        if as_they_are:
+            share = _SLOPES_SHARE
+        else:
+            bytes_a_label += self.d * dtype.itemsize
         head_bytes = head.weight_LF.nbytes + (0 if head.index_RF is None else head.index_RF.nbytes)
-        self.size = _chunk_labels(head.weight_LF.shape[0], max(_WORKSPACE, _DENSE_SHARE * head_bytes), a_label, unit)
-        self.workspace = torch.empty(self.size, self.d, dtype=self.dtype, device=batch.rows.device)
+        size = _chunk_labels(labels, max(_WORKSPACE, share * head_bytes), max(1, bytes_a_label), unit)
+        wave = unit * _multiprocessors(device)
+        self.size = size if size >= labels else size // wave * wave or size
+        if not as_they_are:
+            self.workspace = torch.empty(self.size, self.d, dtype=dtype, device=device)
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(first label, last label, rows [size, d]); the rows past the last label are zero."""
-        head, rows = self.head, self.workspace
+        """(first label, last label, rows [last - first, d])."""
+        head = self.head
         labels, fan_in = head.weight_LF.shape
         for first in range(0, labels, self.size):
             last = min(first + self.size, labels)
-            if head.index_RF is not None:
-                dense_step.spread_kernel[(triton.cdiv(self.size, 32),)](
-                    head.weight_LF, head.feature_bits(), rows, first, last, first + self.size, self.d,
-                    triton.cdiv(self.d, 32), F=fan_in, G=head.group_size, T=32,
-                )  # fmt: skip
-            elif head.weight_LF.dtype == self.dtype and last - first == self.size:
+            if self.workspace is None:
                 yield first, last, head.weight_LF[first:last]
                 continue
+            rows = self.workspace[: last - first]
+            if head.index_RF is None:
+                rows.copy_(head.weight_LF[first:last])
             else:
-                rows[: last - first] = head.weight_LF[first:last]
-                rows[last - first :] = 0
+                dense_step.spread_kernel[(triton.cdiv(last - first, 16),)](
+                    head.weight_LF, head.feature_bits(), rows, first, last, self.d, triton.cdiv(self.d, 32), F=fan_in,
+                    G=head.group_size, T=16, WORDS=8, num_warps=1,
+                )  # fmt: skip
             yield first, last, rows
 
 
@@ -283,37 +313,52 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def _dense_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """(loss float32 [columns], feature gradient float32 [columns, d])."""
-    fan_in, columns, d, device = head.weight_LF.shape[1], batch.columns, batch.rows.shape[1], batch.rows.device
-    tile = 32
-    chunks = _DenseChunks(head, batch, tile)
-    pairs = PairBits(chunks.size, columns, tile, tile, device)
-    slope = torch.empty(chunks.size, columns, dtype=batch.rows.dtype, device=device)
-    loss = torch.zeros(chunks.size // tile, columns, device=device)
-    dx = torch.zeros(columns, d, device=device)
+    (labels, fan_in), columns, device = head.weight_LF.shape, batch.columns, batch.rows.device
+    d, size, programs = batch.rows.shape[1], batch.rows.element_size(), _multiprocessors(device)
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
+    # Tiles of labels and features, warps and stages.
+    slopes, gradients = (_SLOPES_TILES, _GRADIENTS_TILES) if batch.bf16 else (_SLOPES_TILES_32, _GRADIENTS_TILES_32)
+    chunks = _DenseChunks(head, batch, columns * size + columns // 8, slopes.labels)
+    pairs = PairBits(chunks.size, columns, slopes.labels, slopes.labels, device)
+    slope_CB = torch.empty(chunks.size, columns, dtype=batch.rows.dtype, device=device)
+    loss = torch.empty(triton.cdiv(labels, slopes.labels), columns, device=device)
     bias = [head.bias_L, *_states(head.bias_state, loss)] if has_bias else [loss] * 3
+    update_bias = step.finite * int(step.update and has_bias)
+    # Weight and feature gradient are made together if each text is in one tile.
+    together = step.update and columns == batch.tile
+    feature_tiles = triton.cdiv(d, gradients.features)
+    lanes = max(1, min(programs // feature_tiles, triton.cdiv(labels, gradients.labels)))
+    dx = torch.zeros(lanes if together else 1, columns, d, device=device)
+    texts = dict(B_TILE=batch.tile, B_TILES=columns // batch.tile, BF16=batch.bf16)
     # Rows of 2048 elements in all for each program of the gather.
     f_tile = min(1024, triton.next_power_of_2(fan_in))
     rows_tile = max(1, 2048 // f_tile)
     for first, last, rows in chunks:
         pairs.mark(label_P, row_P, first)
-        dense_step.slopes_kernel[(chunks.size // tile,)](
-            _product(rows, batch.transposed), *bias, pairs.bits, pairs.any, slope, loss, step.finite,
+        dense_step.slopes_kernel[(min(programs, triton.cdiv(last - first, slopes.labels)),)](
+            rows, batch.rows, *bias, pairs.bits, pairs.any, slope_CB, loss, update_bias,
             first_label=first, last_label=last, texts=batch.texts, columns=columns, text_weight=step.text_weight,
-            T=tile, B_TILE=batch.tile, B_TILES=columns // batch.tile, ALL_TEXTS=batch.texts == columns, LOSS=step.loss,
-            HAS_BIAS=has_bias, UPDATE=step.update, **step.rule,
+            D=d, D_TILE=slopes.features, T=slopes.labels, ALL_TEXTS=batch.texts == columns, LOSS=step.loss,
+            HAS_BIAS=has_bias, num_warps=slopes.warps, num_stages=slopes.stages, **texts, **step.rule,
         )  # fmt: skip
-        dx += _product(slope.T, rows)
-        if step.update:
-            # The gradient takes the place of rows that were spread out.
-            grad = torch.mm(slope, batch.rows, out=chunks.workspace)
+        if not together:
+            dx[0] += _product(slope_CB[: last - first].T, rows)
+        if not step.update:
+            continue
+        # In a workspace, the gradient takes the place of rows that were spread out.
+        dense_step.gradients_kernel[(feature_tiles * lanes,)](
+            rows if sparse else head.weight_LF, *_states(head.weight_state, head.weight_LF), batch.rows, slope_CB, dx,
+            step.finite, first_label=first, last_label=last, label_start=head.label_start, columns=columns, lanes=lanes,
+            text_weight=step.text_weight, D=d, D_TILE=gradients.features, T=gradients.labels, SPARSE=sparse,
+            num_warps=gradients.warps, num_stages=gradients.stages, **texts, **step.rule, **step.decay,
+        )  # fmt: skip
+        if sparse:
             dense_step.gather_kernel[(triton.cdiv(last - first, rows_tile),)](
-                head.weight_LF, *_states(head.weight_state, head.weight_LF), head.index_RF if sparse else grad, grad,
-                step.finite, first_label=first, last_label=last, label_start=head.label_start, d=d,
-                text_weight=step.text_weight, F=fan_in, G=head.group_size, T=rows_tile, F_TILE=f_tile, SPARSE=sparse,
-                **step.rule, **step.decay,
+                head.weight_LF, *_states(head.weight_state, head.weight_LF), head.index_RF, rows, step.finite,
+                first_label=first, last_label=last, label_start=head.label_start, d=d, text_weight=step.text_weight,
+                F=fan_in, G=head.group_size, T=rows_tile, F_TILE=f_tile, **step.rule, **step.decay,
             )  # fmt: skip
-    return loss.sum(0), dx * step.text_weight
+    return loss.sum(0), dx.sum(0) * step.text_weight
 
 
 def head_topk(
@@ -325,34 +370,26 @@ def head_topk(
 
 
 def _topk(head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor) -> Tensor:
-    labels, fan_in = head.weight_LF.shape
-    texts, d = feat_Bd.shape
-    device = feat_Bd.device
+    (labels, fan_in), texts, device = head.weight_LF.shape, feat_Bd.shape[0], feat_Bd.device
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
     batch = Batch.of(feat_Bd)
-    chunks = _DenseChunks(head, batch, topk.BLOCK)
-    pairs = PairBits(chunks.size, batch.columns, topk.BLOCK, topk.BLOCK, device)
-    blocks = triton.cdiv(labels, topk.BLOCK)
-    best = torch.empty(blocks, batch.columns, device=device)
-    for first, last, rows in chunks:
-        pairs.mark(skip_label_P, skip_row_P, first)
-        topk.block_max_kernel[(triton.cdiv(last - first, topk.BLOCK), batch.columns // batch.tile)](
-            _product(rows, batch.transposed), head.bias_L if has_bias else best, pairs.bits, pairs.any, best,
-            first, last, first // topk.BLOCK, batch.columns, BLOCK=topk.BLOCK, B_TILE=batch.tile, HAS_BIAS=has_bias,
-        )  # fmt: skip
-    wanted = min(k, blocks)
-    # Equal maxima go to the earlier block, by the same packing as labels.
-    key = pack_candidates(best[:, :texts], torch.arange(blocks, device=device)[:, None])
-    chosen = candidate_ids(key.topk(wanted, dim=0).values).T.contiguous()
-    score = torch.empty(texts, wanted, topk.BLOCK, device=device)
+    gathers = sparse and head.group_size >= _SHARED
+    blocks = topk.Blocks.of(labels, head.group_size if gathers else 1)
+    best = torch.empty(triton.cdiv(blocks.count, topk.BLOCK) * topk.BLOCK, batch.columns, device=device)
+    best[blocks.count :] = -torch.inf
+    (_group_best if gathers else _dense_best)(head, batch, blocks, best, skip_label_P, skip_row_P)
+    chosen = _best_blocks(best, texts, min(k + topk.SPARE, blocks.count))
+    score = torch.empty(*chosen.shape, topk.BLOCK, device=device)
     if texts:
-        topk.rescore_kernel[(texts, wanted)](
+        topk.rescore_kernel[chosen.shape](
             head.weight_LF, head.index_RF if sparse else best, head.bias_L if has_bias else best, batch.rows, chosen,
-            score, labels, d, wanted, F=fan_in, G=head.group_size, F_TILE=min(64, triton.next_power_of_2(fan_in)),
-            BLOCK=topk.BLOCK, SPARSE=sparse, HAS_BIAS=has_bias, BF16=batch.bf16,
+            score, labels, batch.rows.shape[1], chosen.shape[1], F=fan_in, G=head.group_size,
+            F_TILE=min(64, triton.next_power_of_2(fan_in)), BLOCK=topk.BLOCK, SPAN=blocks.span, TILES=blocks.tiles,
+            SPARSE=sparse, HAS_BIAS=has_bias, BF16=batch.bf16,
         )  # fmt: skip
     score = score.flatten(1)
-    label = (chosen[:, :, None] * topk.BLOCK + torch.arange(topk.BLOCK, device=device)).flatten(1)
+    start = chosen // blocks.tiles * blocks.span + chosen % blocks.tiles * topk.BLOCK
+    label = (start[:, :, None] + torch.arange(topk.BLOCK, device=device)).flatten(1)
     if skip_label_P.numel():
         # Candidates meet the pairs to skip by binary search: (text, label) as one number.
         skip = (skip_row_P * (labels + 1) + skip_label_P.clamp(-1, labels)).sort().values
@@ -363,6 +400,80 @@ def _topk(head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip
     if key.shape[1] < k:
         key = torch.nn.functional.pad(key, (0, k - key.shape[1]), value=int(pack_candidates(*_NOTHING)))
     return key.topk(k, dim=1).values
+
+
+def _dense_best(
+    head: HeadTensors, batch: Batch, blocks: topk.Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+) -> None:
+    """Every block's largest logit, into `best` [blocks or more, columns]."""
+    columns, device = batch.columns, batch.rows.device
+    has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
+    # As many texts a tile as the chip holds, with the bits of those to skip: each tile of texts reads the rows once more.
+    texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
+    if batch.bf16 and columns % 256 == 0 and not has_skip:
+        texts_tile = 256
+    programs = (1 if texts_tile == 256 else 2) * _multiprocessors(device)
+    chunks = _DenseChunks(head, batch, columns // 8 if has_skip else 0, topk.BLOCK)
+    pairs = PairBits(chunks.size, columns, topk.BLOCK, topk.BLOCK, device) if has_skip else None
+    for first, last, rows in chunks:
+        if pairs:
+            pairs.mark(skip_label_P, skip_row_P, first)
+        tiles = triton.cdiv(last - first, topk.BLOCK) * (columns // texts_tile)
+        topk.dense_best_kernel[(min(programs, tiles),)](
+            rows, head.bias_L if has_bias else best, batch.rows, *_bits(pairs, best), best, first, last,
+            first // topk.BLOCK, columns, D=chunks.d, D_TILE=64 if batch.bf16 else 32, BLOCK=topk.BLOCK,
+            B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=8,
+            num_stages=4 if texts_tile == 256 else 3,
+        )  # fmt: skip
+
+
+def _group_best(
+    head: HeadTensors, batch: Batch, blocks: topk.Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+) -> None:
+    """The same for labels that share index rows."""
+    (labels, fan_in), group, columns, device = head.weight_LF.shape, head.group_size, batch.columns, batch.rows.device
+    has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
+    texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
+    span, tiles, chunk, pairs = blocks.span, blocks.tiles, blocks.count, None
+    if has_skip:
+        chunk = _chunk_labels(labels, _WORKSPACE, columns // 8, span) // span * tiles
+        pairs = PairBits(chunk // tiles * span, columns, span, topk.BLOCK, device)
+    for first in range(0, blocks.count, chunk):
+        first_label = first // tiles * span
+        if pairs:
+            pairs.mark(skip_label_P, skip_row_P, first_label)
+        topk.group_best_kernel[(min(chunk, blocks.count - first) * (columns // texts_tile),)](
+            head.weight_LF, head.index_RF, head.bias_L if has_bias else best, batch.transposed, *_bits(pairs, best), best,
+            first, first_label, labels, columns, F=fan_in, G=group,
+            F_TILE=min(128 if batch.bf16 else 32, max(16, triton.next_power_of_2(fan_in))),
+            G_TILE=max(16, triton.next_power_of_2(min(group, topk.BLOCK))), BLOCK=topk.BLOCK, ROWS=span // group,
+            TILES=tiles, B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def _bits(pairs: PairBits | None, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels' arguments for the pairs to skip; they do not read what is not there."""
+    return (missing.view(torch.int32),) * 2 if pairs is None else (pairs.bits, pairs.any)
+
+
+def _best_blocks(best: Tensor, texts: int, wanted: int) -> Tensor:
+    """The `wanted` blocks of the largest maxima for each text, equal ones by number: int64 [texts, wanted].
+
+    best: float32 [blocks, columns], blocks a multiple of BLOCK. Of many blocks, the best among those of the best BLOCKs.
+    """
+    device = best.device
+    best = best[:, :texts]
+    block = torch.arange(best.shape[0], device=device).expand(texts, -1)
+    if best.shape[0] > wanted * topk.BLOCK:
+        upper = best.unflatten(0, (-1, topk.BLOCK)).amax(1)
+        chosen = _best_columns(upper.T, torch.arange(upper.shape[0], device=device), wanted)
+        block = (chosen[:, :, None] * topk.BLOCK + torch.arange(topk.BLOCK, device=device)).flatten(1)
+    return _best_columns(best.T.gather(1, block), block, wanted)
+
+
+def _best_columns(score: Tensor, number: Tensor, wanted: int) -> Tensor:
+    """The numbers of the `wanted` largest scores of each row, equal ones by number: by the same packing as labels."""
+    return candidate_ids(pack_candidates(score, number).topk(wanted, dim=1).values)
 
 
 _NOTHING = torch.tensor(-torch.inf), torch.tensor(0)
