@@ -175,7 +175,7 @@ def test_propensities_are_of_the_constants(toy_settings, toy_data):
 def test_the_name_of_a_run_at_wandb(toy_settings, monkeypatch, name, expected):
     calls, logged = [], []
     run = SimpleNamespace(
-        log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
+        id="run1", log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
     )
     monkeypatch.setattr("wandb.init", lambda **arguments: calls.append(arguments) or run)
     train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,7 +94,9 @@ def test_goes_on_as_if_nothing_had_happened(toy_settings, case, cut):
     trainer, found = train([*settings, "training.resume=true"], hooks=[again := Counter()])
     assert found == metrics and again.steps == counted.steps
     for event in ("step", "evaluate", "rewire"):
-        logs = [[{k: v for k, v in record.items() if k != "seconds"} for record in log_of(each, event)] for each in (whole, trainer)]
+        # Skipped steps are counted whenever a second is over.
+        clock = ("seconds", "head_skipped")
+        logs = [[{k: v for k, v in record.items() if k not in clock} for record in log_of(each, event)] for each in (whole, trainer)]
         assert logs[0] == logs[1]
     assert [record["step"] for record in log_of(trainer, "resume")] == [cut // 7 * 7]
     assert {record["event"] for record in log_of(whole, "start")} == {record["event"] for record in log_of(trainer, "start")}
@@ -170,6 +173,18 @@ def test_a_checkpoint_that_was_being_replaced_is_found(interrupted):
     assert resume.find(folder).step == 7
     trainer, _ = train([*interrupted, "training.resume=true"])
     assert not list(folder.glob("checkpoint*")) and trainer.state.step == 60
+
+
+def test_a_run_at_wandb_goes_on_too(toy_settings, monkeypatch):
+    calls = []
+    run = SimpleNamespace(id="run1", log=lambda values, step: None, finish=lambda: None)
+    monkeypatch.setattr("wandb.init", lambda **arguments: calls.append((arguments["id"], arguments["resume"])) or run)
+    settings = settings_of(toy_settings, "cut", "training.verbose.use_wandb=true")
+    with pytest.raises(PowerCut):
+        train(settings, hooks=[CutAfter(9)])
+    new_process()
+    train([*settings, "training.resume=true", "training.verbose.logging=false"])
+    assert calls == [(None, "allow"), ("run1", "allow")]
 
 
 def test_without_a_checkpoint_it_begins(toy_settings):
