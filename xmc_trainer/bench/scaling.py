@@ -101,6 +101,7 @@ def main() -> None:
                 one = alone.get((launcher, stage))
                 row["efficiency"] = None if one is None else round(row["texts_s"] / count / one, 3)
                 rows.append(row)
+                write(rows, options.csv)  # of many starts one may be the last
                 share = "" if one is None else f"{100 * row['efficiency']:.0f} %"
                 nccl = "" if row["nccl_ms"] is None else f"{row['nccl_ms']:12.2f}"
                 step = f"{row['ms']:9.1f}{row['texts_s']:10.0f}{share:>12s}{row['peak_gib']:12.2f}"
@@ -122,13 +123,17 @@ def main() -> None:
                         if (row["launcher"], row["stage"], row["processes"]) == (launcher, stage, count):
                             row["loss_difference"] = far
             failed |= not found
-    with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
-        writer.writeheader()
-        writer.writerows(rows)
+    write(rows, options.csv)
     print(f"written to {options.csv}")
     if failed:
         sys.exit(1)
+
+
+def write(rows: list[dict[str, Any]], path: str) -> None:
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def start(
