@@ -339,7 +339,9 @@ def _dense_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
             rows, batch.rows, *bias, pairs.bits, pairs.any, slope_CB, loss, update_bias,
             first_label=first, last_label=last, texts=batch.texts, columns=columns, text_weight=step.text_weight,
             D=d, D_TILE=slopes.features, T=slopes.labels, ALL_TEXTS=batch.texts == columns, LOSS=step.loss,
-            HAS_BIAS=has_bias, num_warps=slopes.warps, num_stages=slopes.stages, **texts, **step.rule,
+            # A single tile of features leaves nothing to be on its way (and Triton 3.6 fails where it should be).
+            HAS_BIAS=has_bias, num_warps=slopes.warps, num_stages=slopes.stages if d > slopes.features else 1, **texts,
+            **step.rule,
         )  # fmt: skip
         if not together:
             dx[0] += _product(slope_CB[: last - first].T, rows)
