@@ -49,6 +49,11 @@ class Tiles(NamedTuple):
     stages: int  # of tiles on their way from memory
 
 
+def _stages(d: int, features: int, stages: int) -> int:
+    """Of a loop over tiles of features. A single tile leaves nothing to be on its way, and Triton 3.6 fails where it should be."""
+    return stages if d > features else 1
+
+
 # For bfloat16 features and for float32 ones.
 _SLOPES_TILES, _SLOPES_TILES_32 = Tiles(128, 64, 16, 5), Tiles(64, 32, 8, 3)
 _GRADIENTS_TILES, _GRADIENTS_TILES_32 = Tiles(64, 128, 16, 3), Tiles(64, 32, 8, 2)
@@ -339,8 +344,7 @@ def _dense_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
             rows, batch.rows, *bias, pairs.bits, pairs.any, slope_CB, loss, update_bias,
             first_label=first, last_label=last, texts=batch.texts, columns=columns, text_weight=step.text_weight,
             D=d, D_TILE=slopes.features, T=slopes.labels, ALL_TEXTS=batch.texts == columns, LOSS=step.loss,
-            # A single tile of features leaves nothing to be on its way (and Triton 3.6 fails where it should be).
-            HAS_BIAS=has_bias, num_warps=slopes.warps, num_stages=slopes.stages if d > slopes.features else 1, **texts,
+            HAS_BIAS=has_bias, num_warps=slopes.warps, num_stages=_stages(d, slopes.features, slopes.stages), **texts,
             **step.rule,
         )  # fmt: skip
         if not together:
@@ -414,6 +418,7 @@ def _dense_best(
     texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
     if batch.bf16 and columns % 256 == 0 and not has_skip:
         texts_tile = 256
+    features_tile = 64 if batch.bf16 else 32
     programs = (1 if texts_tile == 256 else 2) * _multiprocessors(device)
     chunks = _DenseChunks(head, batch, columns // 8 if has_skip else 0, topk.BLOCK)
     pairs = PairBits(chunks.size, columns, topk.BLOCK, topk.BLOCK, device) if has_skip else None
@@ -423,9 +428,9 @@ def _dense_best(
         tiles = triton.cdiv(last - first, topk.BLOCK) * (columns // texts_tile)
         topk.dense_best_kernel[(min(programs, tiles),)](
             rows, head.bias_L if has_bias else best, batch.rows, *_bits(pairs, best), best, first, last,
-            first // topk.BLOCK, columns, D=chunks.d, D_TILE=64 if batch.bf16 else 32, BLOCK=topk.BLOCK,
+            first // topk.BLOCK, columns, D=chunks.d, D_TILE=features_tile, BLOCK=topk.BLOCK,
             B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=8,
-            num_stages=4 if texts_tile == 256 else 3,
+            num_stages=_stages(chunks.d, features_tile, 4 if texts_tile == 256 else 3),
         )  # fmt: skip
 
 
