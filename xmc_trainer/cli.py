@@ -36,7 +36,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: what was written so far stays; a run cannot be resumed yet", file=sys.stderr, flush=True)
+        print("interrupted: what was written so far stays; training.resume=true goes on from a training's last checkpoint", file=sys.stderr, flush=True)
         sys.exit(130)
 
 
