@@ -22,6 +22,7 @@ from xmc_trainer.parallel import Ranks
 
 # Rows of features in memory at a time, in float32: at 768 features 0.4 GiB.
 ROWS_AT_ONCE = 1 << 17
+_ROUNDING = 2**-11  # of float16, half of the step between two numbers
 
 
 def encode_training_texts(
@@ -94,7 +95,10 @@ class LabelSums:
         return total, np.diff(part.indptr)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, standard deviation) of every feature over the texts that count, float32 [d]."""
+        """(mean, standard deviation) of every feature over the texts that count, float32 [d].
+
+        What float16 alone makes of a constant feature is no deviation: first weights would be divided by it.
+        """
         total, squares = (np.zeros(self._features.shape[1]) for _ in range(2))
         for first in range(0, len(self._rows), ROWS_AT_ONCE):
             part = self._features[self._rows[first : first + ROWS_AT_ONCE]].astype(np.float64)
@@ -102,6 +106,7 @@ class LabelSums:
             squares += np.square(part).sum(0)
         mean = total / len(self._rows)
         deviation = np.sqrt(np.maximum(squares / len(self._rows) - np.square(mean), 0))
+        deviation[deviation < np.abs(mean) * _ROUNDING] = 0
         return mean.astype(np.float32), deviation.astype(np.float32)
 
     def correlations(self) -> np.ndarray:

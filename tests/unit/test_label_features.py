@@ -50,6 +50,14 @@ def test_sums_and_moments(texts, rows):
             np.testing.assert_allclose(total[place], features[own].astype(np.float64).sum(0), rtol=1e-5, atol=1e-5)
 
 
+def test_a_constant_that_float16_rounds_up_and_down_is_constant(texts):
+    features, lists = texts
+    features[:, 5] = np.where(np.arange(TEXTS) % 2, np.float16(1.5), np.nextafter(np.float16(1.5), np.float16(2)))
+    features[:, 6] = np.where(np.arange(TEXTS) % 2, 1.5, 1.51)
+    deviation = sums_of(features, lists).moments()[1]
+    assert deviation[5] == 0 and deviation[6] == pytest.approx(0.005, rel=0.1)
+
+
 def standardised(features, lists):
     """(z sums [L, D], counts [L], mean, deviation) in float64, by hand."""
     x = features.astype(np.float64)
