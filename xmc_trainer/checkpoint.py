@@ -142,14 +142,14 @@ def read_manifest(folder: Path, known_format: int, what: str) -> dict[str, Any]:
     return manifest
 
 
-def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
+def verify_files(folder: Path, manifest: dict[str, Any], remedy: str = "copy or save the whole folder again") -> None:
     """UserError for a file that is missing or whose checksum is another."""
     for name, expected in manifest["sha256"].items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path}: missing; copy the whole folder")
+            raise UserError(f"{path}: missing; {remedy}")
         if _sha256(path) != expected:
-            raise UserError(f"{path}: damaged, its checksum differs from manifest.json; copy or save the folder again")
+            raise UserError(f"{path}: damaged, its checksum differs from manifest.json; {remedy}")
 
 
 def shard_names(ranks: Ranks) -> list[str]:

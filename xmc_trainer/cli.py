@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import NothingToDo, UserError
 
 USAGE = """\
 settings are key=value words: dataset=NAME (a shipped data set or a .yaml file), dataset_path=FOLDER, log_fname=NAME,
@@ -28,15 +28,18 @@ COMMANDS = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, Ctrl-C status 130; no traceback."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2, NothingToDo a line and 0, Ctrl-C status 130; no traceback."""
     try:
         main()
+    except NothingToDo as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, flush=True)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: what was written so far stays; training.resume=true goes on from a training's last checkpoint", file=sys.stderr, flush=True)
+        print("interrupted: what was written so far stays; the same command goes on, a training with training.resume=true", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class NothingToDo(UserError):
+    """What was asked for is there already: the launchers print it and exit with status 0."""
+
+
 def reason(error: Exception) -> str:
     """What a library's exception says, for a message of ours: its first line, without colours, or its type."""
     lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()

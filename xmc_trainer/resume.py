@@ -60,14 +60,14 @@ def remove(run_folder: Path) -> None:
 
 
 def differences(config: Config, file: Path) -> list[str]:
-    """In which settings that matter to what is learned a run's config.yaml differs from `config`: "name=there (here)"."""
+    """In which settings that matter to what is learned a run's config.yaml differs from `config`: "name=there, not here"."""
     there, here = (
         {name: str(value) for name, value in flatten(OmegaConf.to_container(tree)).items()}
         for tree in (OmegaConf.load(file), OmegaConf.create(to_yaml(config)))
     )
     names = [name for name in here | there if not any(f"{name}.".startswith(f"{free}.") for free in _FREE)]
     # A setting that one version does not know is at its default there.
-    return [f"{name}={there[name]} ({here[name]})" for name in names if name in here and name in there and here[name] != there[name]]
+    return [f"{name}={there[name]}, not {here[name]}" for name in names if name in here and name in there and here[name] != there[name]]
 
 
 def save(trainer: Trainer) -> None:
@@ -137,14 +137,14 @@ class Checkpoint:
         """UserError if `config` would train something else."""
         if differ := differences(config, self.folder / "config.yaml"):
             raise UserError(
-                f"{self.folder}: was made with {', '.join(differ)}; set that again, name another run by log_fname, or remove the folder"
+                f"{self.folder}: was made with {'; '.join(differ)}; set that again, name another run by log_fname, or remove {self.folder} to begin anew"
             )
 
     def restore(self, trainer: Trainer) -> None:
         """Bring a trainer that was just built to where the checkpoint was made; on every rank."""
         manifest, corpus, ranks = self.manifest, trainer.corpus, trainer.ranks
         if ranks.rank == 0:
-            verify_files(self.folder, manifest)
+            verify_files(self.folder, manifest, f"put it back, or remove {self.folder} to begin anew")
         ranks.barrier()
         if manifest["corpus"] != corpus.fingerprint:
             raise UserError(f"{self.folder}: was made with other texts, or another tokenizer; put them back, or name another run by log_fname")

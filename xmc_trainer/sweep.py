@@ -151,7 +151,9 @@ def main() -> None:
 def train(runs: list[list[str]], file: Path, jobs: int) -> None:
     """Train the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
     waiting = [words for words in runs if finished(load_config(words)) is None]
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before", flush=True)
+    going_on = sum(resume.find(load_config(words).run_folder) is not None for words in waiting)
+    also = f", {going_on} with a checkpoint" if going_on else ""
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
     live: dict[str, tuple[subprocess.Popen, Path, float]] = {}
     try:

@@ -26,7 +26,7 @@ from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder import load_tokenizer
 from xmc_trainer.engine import leave, step_was_applied
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead, joint_step
 from xmc_trainer.head.losses import best_constant
@@ -311,11 +311,13 @@ class Trainer:
         if found is not None:
             found.check_settings(self.config)
         elif (folder / "model" / "manifest.json").is_file() and not resume.differences(self.config, folder / "config.yaml"):
-            raise UserError(f"{folder}: this run is finished; train it anew with training.resume=false, or name another by log_fname")
+            raise NothingToDo(f"{folder}: this run is finished; training.resume=false would train it anew, in its place")
         return found
 
     def _open_run_folder(self) -> None:
         folder = self.run_folder
+        if self._checkpoint is None and self.config.training.resume:
+            print(f"{folder}: no checkpoint to go on from; the training begins", flush=True)
         if self._checkpoint is None and folder.exists():
             print(f"{folder}: replaces an earlier run; name another by log_fname", flush=True)
             for name in ("model", self.config.training.checkpoint_file):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.integration.test_launchers import launch, start_command
 from tests.integration.test_training import log_of, train
 from xmc_trainer import resume
 from xmc_trainer.config import load_config
@@ -128,16 +129,16 @@ def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
     new_process()
     train([*interrupted, "training.resume=true"])
     new_process()
-    assert "this run is finished" in message_of([*interrupted, "training.resume=true"])
-    new_process()
+    done = launch(*start_command("python"), *interrupted, "training.resume=true")  # by a script that is always started again
+    assert done.returncode == 0 and "this run is finished" in done.stdout and "step" not in done.stdout
     train([*interrupted, "training.optimization.epochs=1", "training.resume=true"])  # another run: begins
 
 
 def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     again = [*interrupted, "training.resume=true"]
     for more, message in {
-        "model.ffi.fan_in=9": "was made with model.ffi.fan_in=12 (9)",
-        "training.optimization.epochs=4": "was made with training.optimization.epochs=3 (4)",
+        "model.ffi.fan_in=9": "was made with model.ffi.fan_in=12, not 9; set that again",
+        "training.optimization.epochs=4": "was made with training.optimization.epochs=3, not 4",
     }.items():
         assert message in message_of([*again, more])
         new_process()
@@ -156,7 +157,8 @@ def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert "encoder.safetensors: damaged" in message_of(again)
+    message = message_of(again)
+    assert "encoder.safetensors: damaged" in message and f"remove {folder} to begin anew" in message
 
 
 def test_what_may_change_does(interrupted):
@@ -187,6 +189,7 @@ def test_a_run_at_wandb_goes_on_too(toy_settings, monkeypatch):
     assert calls == [(None, "allow"), ("run1", "allow")]
 
 
-def test_without_a_checkpoint_it_begins(toy_settings):
+def test_without_a_checkpoint_it_begins_and_says_so(toy_settings, capsys):
     trainer, _ = train(settings_of(toy_settings, "fresh", "training.resume=true", "training.optimization.max_steps=3"))
     assert len(log_of(trainer, "start")) == 1 and trainer.state.step == 3
+    assert "no checkpoint to go on from; the training begins" in capsys.readouterr().out
