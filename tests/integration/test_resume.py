@@ -82,8 +82,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("cut", [9, 33])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, cut", [("dropout, momentum", 9), *((case, 33) for case in CASES)])
 def test_goes_on_as_if_nothing_had_happened(toy_settings, case, cut):
     """Bit for bit, in the first epoch and in the second (of 20 steps each): losses, weights, metrics, rewirings, hooks."""
     whole, metrics = train(settings_of(toy_settings, "whole", *CASES[case]), hooks=[counted := Counter()])
