@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
+import os
 import shutil
+import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,19 +148,18 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
-        if self.accelerator.is_main_process:
-            self._open_run_folder()
-        self.ranks.barrier()
-        self.dispatch("on_train_start")
-        while not self.state.finished:
-            self._train_epoch()
-            self._flush_losses()
-            self.dispatch("on_epoch_end")
-            self.state.epoch += 1
-        self.save(self.run_folder / "model")
-        self.dispatch("on_train_end")
-        if self.accelerator.is_main_process:
-            resume.remove(self.run_folder)
+        with self._own_run_folder():
+            self.ranks.barrier()
+            self.dispatch("on_train_start")
+            while not self.state.finished:
+                self._train_epoch()
+                self._flush_losses()
+                self.dispatch("on_epoch_end")
+                self.state.epoch += 1
+            self.save(self.run_folder / "model")
+            self.dispatch("on_train_end")
+            if self.accelerator.is_main_process:
+                resume.remove(self.run_folder)
         return self.metrics["test"]
 
     def _train_epoch(self) -> None:
@@ -314,17 +318,42 @@ class Trainer:
             raise NothingToDo(f"{folder}: this run is finished; training.resume=false would train it anew, in its place")
         return found
 
-    def _open_run_folder(self) -> None:
-        folder = self.run_folder
-        if self._checkpoint is None and self.config.training.resume:
-            print(f"{folder}: no checkpoint to go on from; the training begins", flush=True)
-        if self._checkpoint is None and folder.exists():
-            print(f"{folder}: replaces an earlier run; name another by log_fname", flush=True)
-            for name in ("model", self.config.training.checkpoint_file):
-                if (folder / name / "manifest.json").is_file():
-                    shutil.rmtree(folder / name)  # or it would pass for this run's
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+    @contextmanager
+    def _own_run_folder(self) -> Iterator[None]:
+        """Make the run's folder ready. UserError where another training is at work in it."""
+        if not self.accelerator.is_main_process:
+            yield
+            return
+        folder, there = self.run_folder, self.run_folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
+        with lock:
+            try:
+                # It goes with the process, however that ends.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise UserError(
+                    f"{folder}: another training is at work in it ({lock.read().strip()}); end it first (a launcher that was "
+                    "killed leaves its processes behind), or name this run otherwise by log_fname"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+            if self._checkpoint is None and self.config.training.resume:
+                print(f"{folder}: no checkpoint to go on from; the training begins", flush=True)
+            if self._checkpoint is None and there:
+                print(f"{folder}: replaces an earlier run; name another by log_fname", flush=True)
+                for name in ("model", self.config.training.checkpoint_file):
+                    if (folder / name / "manifest.json").is_file():
+                        shutil.rmtree(folder / name)  # or it would pass for this run's
+            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            yield
 
     def save(self, folder: Any) -> None:
         """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -123,6 +124,12 @@ def message_of(settings):
     return str(caught.value)
 
 
+def run_message_of(settings):
+    with pytest.raises(UserError) as caught:
+        train(settings)
+    return str(caught.value)
+
+
 def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
     assert "interrupted after step 7; go on with training.resume=true" in message_of(interrupted)
     new_process()
@@ -158,6 +165,21 @@ def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     file.write_bytes(data)
     message = message_of(again)
     assert "encoder.safetensors: damaged" in message and f"remove {folder} to begin anew" in message
+
+
+def test_two_trainings_do_not_share_a_folder(interrupted):
+    class Second(Hook):
+        def on_step_end(self, trainer):
+            done = launch(*start_command("python"), *interrupted, "training.resume=true")
+            assert done.returncode == 2 and f"another training is at work in it (process {os.getpid()} on " in done.stderr
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        train([*interrupted, "training.resume=true"], hooks=[Second()])
+    assert resume.find(load_config(interrupted).run_folder).step == 7
+    new_process()
+    file = load_config(interrupted).run_folder / "log.jsonl"
+    assert "cannot be written (Not a directory); set output_dir" in run_message_of([*interrupted, f"output_dir={file}"])
 
 
 def test_what_may_change_does(interrupted):
