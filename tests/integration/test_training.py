@@ -273,7 +273,7 @@ def test_a_run_leaves_no_model_of_an_earlier_one(toy_settings):
     assert (first.run_folder / "best").is_dir()
     (first.run_folder / "notes").mkdir()
     train(short, "log_fname=again", "training.best_p1=1.0")
-    assert {path.name for path in first.run_folder.iterdir()} == {"config.yaml", "log.jsonl", "model", "notes"}
+    assert {path.name for path in first.run_folder.iterdir()} == {".lock", "config.yaml", "log.jsonl", "model", "notes"}
 
 
 def test_a_diverging_run_stops_and_says_what_to_change(toy_settings):
