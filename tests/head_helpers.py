@@ -69,6 +69,30 @@ def oracle_loss(logits: Tensor, target: Tensor, loss: str) -> Tensor:
     return torch.clamp(1 - (2 * target - 1) * logits, min=0).pow(2).sum(1)
 
 
+class OracleRowwise:
+    """torch.optim.Adam on one number a label, the root mean square of its row's gradient: the row moves as far as it would.
+
+    The bias is by itself, with an Adam of its own.
+    """
+
+    def __init__(self, groups: list[dict], fan_in: Tensor, lr: float) -> None:
+        (self.weight,), (self.bias,) = (group["params"] for group in groups)
+        self.decay, self.fan_in, self.lr = groups[0]["weight_decay"], fan_in, lr
+        self.length = torch.zeros(len(fan_in), dtype=torch.float64, requires_grad=True)
+        self.adam = torch.optim.Adam([self.length, self.bias], lr=lr, betas=(0.0, 0.999), eps=1e-4)
+
+    def zero_grad(self) -> None:
+        self.weight.grad = self.bias.grad = None
+
+    def step(self) -> None:
+        self.length.grad = (self.weight.grad.square().sum(1) / self.fan_in).sqrt()
+        before = self.length.detach().clone()
+        self.adam.step()
+        with torch.no_grad():
+            moved = (before - self.length) / self.length.grad.clamp_min(1e-300)
+            self.weight.mul_(1 - self.lr * self.decay).sub_(moved[:, None] * self.weight.grad)
+
+
 class OracleHead:
     """A dense float64 layer trained by torch.optim, its absent connections held at zero."""
 
@@ -81,6 +105,7 @@ class OracleHead:
             "sgd": lambda: torch.optim.SGD(groups, lr=lr),
             "momentum": lambda: torch.optim.SGD(groups, lr=lr, momentum=0.9),
             "adamw": lambda: torch.optim.AdamW(groups, lr=lr, eps=1e-4),
+            "rowwise_rmsprop": lambda: OracleRowwise(groups, self.mask.sum(1), lr),
         }[optimizer]()
         self.loss, self.reduction = head.loss_name, head.text_reduction
 

@@ -70,10 +70,10 @@ def save_model(
     shards = shard_names(ranks)
     parts = head_parts(head)
     tensors = {
-        prefix + name: getattr(part, name).contiguous()
+        prefix + name: tensor.contiguous()
         for prefix, part in parts
-        for name in _HEAD_TENSORS
-        if getattr(part, name) is not None
+        for name, tensor in zip(_HEAD_TENSORS, (part.weight, part.index, part.ranking_bias), strict=True)
+        if tensor is not None
     }
     save_file(tensors, partial / shards[ranks.rank])
     manifest: dict[str, Any] = {}

@@ -33,7 +33,7 @@ from xmc_trainer.encoder import load_tokenizer
 from xmc_trainer.engine import leave, step_was_applied
 from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, SplitHead, joint_step
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.label_features import LabelSums, encode_training_texts, whitener
@@ -414,6 +414,7 @@ class Trainer:
         if ffi.head_ratio and frequent < self.ranks.size:
             raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: gives {frequent} labels full fan-in, fewer than processes")
         counts = self.corpus.label_counts()
+        optimizers = {"sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "rowwise_rmsprop": RowwiseRMSprop()}
 
         def part(fan_in: int | None, group_size: int, counts: np.ndarray, **more: Any) -> FixedFanInHead:
             return FixedFanInHead(
@@ -422,7 +423,9 @@ class Trainer:
                 fan_in=fan_in,
                 group_size=group_size,
                 first_bias=self._first_bias(counts),
-                optimizer=AdamW() if optimization.xmc_optimizer == "adamw" else SGD(optimization.xmc_momentum),
+                zero_weights=ffi.weight_init == "zero",
+                logit_shift=self._logit_shift(counts),
+                optimizer=optimizers[optimization.xmc_optimizer],
                 lr=optimization.lr,
                 weight_dtype=getattr(torch, ffi.weight_dtype),
                 growth_batches=ffi.growth_batches if ffi.growth_mode == "gradient" else 0,
@@ -439,7 +442,7 @@ class Trainer:
     def _start_head_from_texts(self) -> None:
         """The first index and weights of the head, as far as the training texts decide them."""
         ffi = self.config.model.ffi
-        if ffi.index_init == "random" and ffi.weight_init == "random":
+        if ffi.index_init == "random" and ffi.weight_init != "centroid":
             return
         encoder = self.encoder_module.to(self.device).eval()
         with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
@@ -507,6 +510,15 @@ class Trainer:
             # One more text, with an average set of labels: no share is 0 or 1.
             share = (torch.from_numpy(counts) + share) / (self.corpus.texts + 1)
         return best_constant(self.config.training.optimization.loss_fn, share).float()
+
+    def _logit_shift(self, counts: np.ndarray) -> Tensor | None:
+        """float32, for each of some labels by how many texts it is a positive of (`counts`); see model.ffi.logit_adjustment."""
+        strength = self.config.model.ffi.logit_adjustment
+        if not strength:
+            return None
+        mean = self.corpus.label_counts().mean()
+        # A label without texts counts as half of one.
+        return strength * torch.from_numpy(np.maximum(counts, 0.5) / mean).log().float()
 
     def _head_arguments(self) -> dict[str, Any]:
         """What the labels' head and the meta branch's have in common."""

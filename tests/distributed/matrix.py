@@ -13,12 +13,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, SplitHead, joint_step
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop, SplitHead, joint_step
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
 LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 30
-OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}
+OPTIMIZERS = {
+    "sgd": SGD(),
+    "momentum": SGD(momentum=0.9),
+    "adamw": AdamW(eps=1e-4),
+    "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
+}
 FREQUENT = 23  # labels of a split head's dense part
 
 
@@ -35,7 +40,11 @@ class Case(NamedTuple):
         return self.variant != "dense"
 
 
-CASES = [Case(*words) for words in itertools.product(OPTIMIZERS, ("bce", "squared_hinge"), (1, 3), (1, 16), (False, True))]
+# Of the last three every two values meet, not every three.
+CASES = [
+    Case(optimizer, loss, accumulation, group_size, auxiliary=(accumulation == 3) != (group_size == 16))
+    for optimizer, loss, accumulation, group_size in itertools.product(OPTIMIZERS, ("bce", "squared_hinge"), (1, 3), (1, 16))
+]
 for variant in ("gradient", "sum", "dense", "split", "bfloat16"):
     CASES.append(Case("adamw", "bce", 3, 1, variant=variant))
     CASES.append(Case("momentum", "squared_hinge", 1, 1 if variant == "dense" else 4, variant=variant))

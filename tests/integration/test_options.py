@@ -90,6 +90,14 @@ def test_weight_decay_and_loss_reduction_of_the_head(toy_settings):
     assert (plain.after[0] - plain.before[0]).abs().max() > 1e-3
 
 
+def test_the_logit_adjustment_is_that_of_the_labels_frequencies(toy_settings):
+    trainer = train(toy_settings, "model.ffi.logit_adjustment=0.3", "model.ffi.head_ratio=0.2", "training.optimization.max_steps=1")
+    counts = trainer.corpus.label_counts()
+    expected = 0.3 * (np.log(counts) - np.log(counts.sum() / len(counts)))
+    found = torch.cat([trainer.head.frequent.logit_shift, trainer.head.tail.logit_shift]).numpy()
+    assert found == pytest.approx(expected, abs=1e-5) and expected.min() < 0 < expected.max()
+
+
 def test_the_meta_branchs_rate_and_file(toy_settings, toy_data):
     path = toy_data / "toy" / "label_group2.safetensors"
     LabelClusters(np.arange(41, dtype=np.int32), np.array([0, 10, 20, 41])).save(

@@ -79,7 +79,9 @@ CASES = {
         "model.ffi.index_init=informed", "model.ffi.weight_init=centroid", "training.optimization.lr_scheduler=ReduceLROnPlateau",
         "training.optimization.lr_patience=0", "training.optimization.encoder_optimizer=sgd",
     ],
-    "a dense epoch first": ["training.optimization.dense_epochs=1"],
+    "a dense epoch first, one state a label": [
+        "training.optimization.dense_epochs=1", "training.optimization.xmc_optimizer=rowwise_rmsprop",
+    ],
 }  # fmt: skip
 
 

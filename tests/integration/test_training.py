@@ -133,6 +133,12 @@ VARIANTS = {
     "cls": ["model.encoder.pool_mode=last_nhidden_conlast", "model.encoder.feature_layers=2"],
     "hinge": ["training.optimization.loss_fn=squared_hinge"],
     "sgd": ["training.optimization.xmc_optimizer=sgd", "training.optimization.lr=0.02"],
+    "rowwise, from zero, rare labels raised": [
+        "training.optimization.xmc_optimizer=rowwise_rmsprop",
+        "model.ffi.weight_init=zero",
+        "model.ffi.logit_adjustment=0.2",
+        "model.ffi.head_ratio=0.2",
+    ],
     "clipped": ["training.optimization.max_grad_norm=0.5", "data.length_grouped=false"],
 }
 

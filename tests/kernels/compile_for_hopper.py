@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
 
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 
 SHARED_MEMORY = 227 << 10  # bytes a block may have
 DENSE, SPREAD, GROUPS, LARGE_GROUPS = (None, 1), (12, 1), (12, 16), (128, 200)  # (fan_in, group_size)
@@ -22,9 +22,10 @@ CASES = [
     # A tile of features or less, and texts of a tile; many tiles; a last one that is short.
     *itertools.product([DENSE, SPREAD, GROUPS], [(48, 37)], [torch.float32, torch.bfloat16]),
     *itertools.product([DENSE, SPREAD, GROUPS, LARGE_GROUPS], [(768, 128)], [torch.bfloat16]),
-    *itertools.product([DENSE, LARGE_GROUPS], [(1021, 300)], [torch.bfloat16]),
+    *itertools.product([DENSE, SPREAD, LARGE_GROUPS], [(1021, 300)], [torch.bfloat16]),
     *itertools.product([DENSE], [(64, 256), (4096, 32)], [torch.bfloat16]),
 ]
+OPTIMIZERS = {37: SGD(), 128: SGD(momentum=0.9), 256: AdamW(), 300: RowwiseRMSprop(), 32: RowwiseRMSprop()}  # by texts
 
 
 class Hopper:
@@ -62,7 +63,7 @@ def main() -> None:
         (fan_in, group_size), (features, texts), dtype = case
         head = FixedFanInHead(
             features, 300, fan_in=fan_in, group_size=group_size, backend="triton", product_dtype=dtype, weight_dtype=dtype,
-            optimizer=AdamW() if texts == 256 else SGD(momentum=0.9 * (texts == 128)), loss="squared_hinge" if texts == 37 else "bce",
+            optimizer=OPTIMIZERS[texts], loss="squared_hinge" if texts == 37 else "bce",
         )  # fmt: skip
         feat = torch.zeros(texts, features)
         labels, counts = torch.zeros(texts, dtype=torch.int64), torch.ones(texts, dtype=torch.int64)

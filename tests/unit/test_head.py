@@ -9,13 +9,18 @@ import pytest
 import torch
 
 from tests.head_helpers import OneOf, OracleHead, dense_of, ragged_batch
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop
 from xmc_trainer.head.partition import label_range
 from xmc_trainer.kernels.reference import unpack_candidates
 from xmc_trainer.ops import select_backend
 
 LABELS, FEATURES, TEXTS = 211, 48, 37
-OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}  # larger than the noise of a gradient of zero
+OPTIMIZERS = {
+    "sgd": SGD(),
+    "momentum": SGD(momentum=0.9),
+    "adamw": AdamW(eps=1e-4),  # larger than the noise of a gradient of zero
+    "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
+}
 BACKEND = "reference"
 SHAPES = [(None, 1), (1, 1), (12, 1), (12, 4), (12, 64), (48, 1)]
 
@@ -83,6 +88,36 @@ def test_micro_batches_equal_one_batch(optimizer, reduction):
     assert parts.steps == whole.steps == 4
     torch.testing.assert_close(parts.weight, whole.weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(parts.bias, whole.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_are_ranked_by_shifted_logits_and_trained_by_their_own():
+    shift = torch.linspace(-3, 3, LABELS)
+    plain, shifted = make_head(), make_head(logit_shift=shift)
+    shards = [make_head(logit_shift=shift, ranks=OneOf(rank, 3)) for rank in range(3)]
+    for feat, ids, counts in batches(3):
+        for head in (plain, shifted, *shards):
+            head(feat, ids, counts)
+    assert torch.equal(plain.weight, shifted.weight) and torch.equal(plain.bias, shifted.bias)
+    feat = next(batches(1, seed=9))[0]
+    logits = feat.double() @ dense_of(plain)[0].T + plain.bias.double()
+    expected = (logits - shift.double()).topk(5)
+    for name, head in {"ranked": shifted, "saved": plain}.items():
+        if name == "saved":
+            plain.bias.copy_(shifted.ranking_bias)
+        score, label = head.topk(feat, 5)
+        assert torch.equal(label, expected.indices), name
+        torch.testing.assert_close(score.double(), expected.values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([shard.ranking_bias for shard in shards]), shifted.ranking_bias)
+    assert not torch.equal(logits.topk(5).indices, expected.indices)
+    with pytest.raises(ValueError, match="needs a bias"):
+        make_head(logit_shift=shift, bias=False)
+
+
+def test_zero_weights_start_at_zero_and_train():
+    head = make_head(zero_weights=True)
+    assert not head.weight.any() and torch.equal(head.index, make_head().index)
+    head(*next(batches(1)))
+    assert head.weight.any()
 
 
 def test_mean_over_micro_batches_needs_the_number_of_texts():

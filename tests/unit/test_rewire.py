@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.head_helpers import OneOf, dense_of, oracle_loss, ragged_batch, target_matrix
-from xmc_trainer.head import AdamW, FixedFanInHead, RewireRule
+from xmc_trainer.head import AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop
 from xmc_trainer.head.rewire import plan, scheduled_amount
 
 D, LABELS = 40, 101
@@ -154,6 +154,13 @@ def test_a_wide_row_moves_only_as_many_slots_as_features_are_absent():
     assert sorted(feature[moved].tolist()) == [5, 6] and feature[~moved].tolist() == [0, 2, 4]
     full = FixedFanInHead(8, 5, fan_in=8)
     assert full.rewire(RewireRule("threshold", 100.0)).moved == 0
+
+
+def test_a_state_of_whole_labels_stays():
+    head = FixedFanInHead(D, LABELS, fan_in=12, optimizer=RowwiseRMSprop(), seed=3)
+    state = torch.rand(LABELS, 1)
+    head.weight_mean_square.copy_(state)
+    assert head.rewire(RewireRule("fraction", 0.3)).moved and torch.equal(head.weight_mean_square, state)
 
 
 def test_a_dense_head_is_refused():

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 
-_OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW()}
+_OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "rowwise_rmsprop": RowwiseRMSprop(), "adamw": AdamW()}
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128 if gpu else 64, help="texts")
     parser.add_argument("--positives", type=int, default=36, help="labels a text")
     parser.add_argument("--group-sizes", default="1,4,8,16,32,64,128", help="comma-separated")
-    parser.add_argument("--optimizers", default="sgd,momentum,adamw", help=f"of {', '.join(_OPTIMIZERS)}")
+    parser.add_argument("--optimizers", default=",".join(_OPTIMIZERS), help=f"of {', '.join(_OPTIMIZERS)}")
     parser.add_argument("--backend", default="auto", help="auto, triton or reference")
     parser.add_argument("--weight-dtype", default="bfloat16" if gpu else "float32", help="bfloat16 or float32")
     parser.add_argument("--repeat", type=int, default=10)
@@ -158,7 +158,9 @@ def main() -> None:
         def build() -> tuple[Callable[[], Any], int]:
             head = head_of(fan_in, group, optimizer)
             x = feat.clone().requires_grad_()
-            moved = head.weight.nbytes * (2 + 2 * len(head.optimizer.state_names)) if end_of_step else head.weight.nbytes
+            moved = head.weight.nbytes
+            if end_of_step:
+                moved = 2 * (moved + sum(state.nbytes for state in head.tensors().weight_state))
 
             def step() -> Tensor:
                 loss = head(x, ids, counts, end_of_step=end_of_step)

@@ -1,8 +1,18 @@
 """The classifier: a fixed fan-in linear layer over labels that trains itself inside its forward pass."""
 
 from xmc_trainer.head.layer import FixedFanInHead, Part, joint_step
-from xmc_trainer.head.optimizers import SGD, AdamW
+from xmc_trainer.head.optimizers import SGD, AdamW, RowwiseRMSprop
 from xmc_trainer.head.rewire import RewireReport, RewireRule
 from xmc_trainer.head.split import SplitHead
 
-__all__ = ["SGD", "AdamW", "FixedFanInHead", "Part", "RewireReport", "RewireRule", "SplitHead", "joint_step"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "FixedFanInHead",
+    "Part",
+    "RewireReport",
+    "RewireRule",
+    "RowwiseRMSprop",
+    "SplitHead",
+    "joint_step",
+]

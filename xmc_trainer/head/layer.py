@@ -10,6 +10,7 @@ hands the stored feature gradient to the encoder. In a training script that stil
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 from functools import reduce
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from xmc_trainer.head.losses import LOSSES
-from xmc_trainer.head.optimizers import SGD, AdamW
+from xmc_trainer.head.optimizers import SGD, AdamW, RowwiseRMSprop
 from xmc_trainer.head.partition import label_range
 from xmc_trainer.head.rewire import (
     RewireReport,
@@ -142,9 +143,11 @@ class FixedFanInHead(nn.Module):
         fan_in: F <= d; None for a dense head (F = d, no index).
         group_size: consecutive labels that share one index row.
         first_bias: where the biases start, one number or float32 [L], of all labels; see `losses.best_constant`.
+        zero_weights: start from zero weights instead of random ones.
+        logit_shift: float32 [L], of all labels: taken off the logits where labels are ranked, and there alone; needs a bias.
         loss: "bce" or "squared_hinge", summed over labels.
         text_reduction: "sum" or "mean" over the texts of an optimizer step, all ranks and micro-batches together.
-        optimizer: SGD(...) or AdamW(...) of this package; default SGD(momentum=0.9).
+        optimizer: SGD(...), AdamW(...) or RowwiseRMSprop(...) of this package; default SGD(momentum=0.9).
         lr: an attribute too, to be set by a schedule.
         weight_dtype: float32, or bfloat16 with stochastic rounding, for weights and optimizer state.
         product_dtype: float32, or bfloat16: what features are rounded to before the products. The reference backend
@@ -170,9 +173,11 @@ class FixedFanInHead(nn.Module):
         group_size: int = 1,
         bias: bool = True,
         first_bias: float | Tensor = 0.0,
+        zero_weights: bool = False,
+        logit_shift: Tensor | None = None,
         loss: str = "bce",
         text_reduction: str = "sum",
-        optimizer: SGD | AdamW | None = None,
+        optimizer: SGD | AdamW | RowwiseRMSprop | None = None,
         lr: float = 0.05,
         weight_decay: float = 0.0,
         weight_dtype: torch.dtype = torch.float32,
@@ -203,6 +208,7 @@ class FixedFanInHead(nn.Module):
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
         self.product_dtype = product_dtype
         self.seed = seed
+        self._zero_weights = zero_weights
         self._tile_labels = tile_labels
         self.ranks = ranks or Ranks()
         self.labels = self.labels_of(self.ranks.rank)
@@ -222,12 +228,19 @@ class FixedFanInHead(nn.Module):
                 first_bias[self.labels.start : self.labels.stop] if isinstance(first_bias, Tensor) else torch.tensor(first_bias)
             )
         self.register_buffer("bias", own_bias)
+        if logit_shift is not None:
+            if not bias:
+                raise ValueError("logit_shift needs a bias")
+            logit_shift = logit_shift[self.labels.start : self.labels.stop].to(own_bias)
+        self.register_buffer("logit_shift", logit_shift, persistent=False)
         index = None
         if fan_in is not None:
             index = torch.empty(-(-shape[0] // group_size), fan_in, dtype=index_dtype(in_features), device=device)
         self.register_buffer("index", index)
         for name in optimizer.state_names:
-            self.register_buffer(f"weight_{name}", torch.zeros_like(self.weight))
+            a_label = name in optimizer.per_label_states
+            state = torch.zeros(shape[0], 1, device=device) if a_label else torch.zeros_like(self.weight)
+            self.register_buffer(f"weight_{name}", state)
             self.register_buffer(f"bias_{name}", torch.zeros_like(self.bias) if bias else None)
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         select_backend(backend, self.weight.device)  # refuses what cannot run here
@@ -240,6 +253,11 @@ class FixedFanInHead(nn.Module):
     @property
     def tile_labels(self) -> int:
         return self._tile_labels or (65536 if self.weight.is_cuda else 4096)
+
+    @property
+    def ranking_bias(self) -> Tensor | None:
+        """The bias by which labels are ranked; what a model is saved with."""
+        return self.bias if self.logit_shift is None else self.bias - self.logit_shift
 
     def labels_of(self, rank: int) -> range:
         """The global label ids that `rank` owns."""
@@ -272,9 +290,10 @@ class FixedFanInHead(nn.Module):
             self._recent.append((feat_Bd, label_P - self.labels.start, row_P))
 
     def reset_parameters(self) -> None:
-        """Random index, weights uniform in +-1/sqrt(fan_in); from the seed and global ids alone."""
+        """Random index, weights uniform in +-1/sqrt(fan_in) (or zero); from the seed and global ids alone."""
         fan_in, device = self.weight.shape[1], self.weight.device
-        for start in range(0, len(self.labels), self.tile_labels):
+        self.weight.zero_()
+        for start in range(0, 0 if self._zero_weights else len(self.labels), self.tile_labels):
             part = self.weight[start : start + self.tile_labels]
             label = torch.arange(part.shape[0], device=device) + self.labels.start + start
             part.copy_(random_weight(label, fan_in, self.seed, 0, Stream.INIT_WEIGHT))
@@ -448,7 +467,8 @@ class FixedFanInHead(nn.Module):
             pairs = self.ranks.sizes(skip_ids.shape[0], skip_ids.device)
             label_P, row_P = self._gather_pairs(skip_ids, skip_counts, sizes, pairs)
             label_P = label_P - self.labels.start
-        key_Bk = self._backend.head_topk(self.tensors(), feat_Bd, k, label_P, row_P, tile_labels=self.tile_labels)
+        tensors = dataclasses.replace(self.tensors(), bias_L=self.ranking_bias)
+        key_Bk = self._backend.head_topk(tensors, feat_Bd, k, label_P, row_P, tile_labels=self.tile_labels)
         if self.ranks.size > 1:
             every = self.ranks.gather_rows(key_Bk, [key_Bk.shape[0]] * self.ranks.size)
             merged = every.view(self.ranks.size, -1, k).transpose(0, 1).flatten(1)
@@ -467,8 +487,8 @@ class FixedFanInHead(nn.Module):
         if group_size != self._align:
             raise ValueError(f"group_size={group_size}: the ranks share the labels by groups of {self._align}")
         self.index = strongest_index(self.weight, fan_in, group_size, self.tile_labels)
-        names = ["weight", *(f"weight_{name}" for name in self.optimizer.state_names)]
-        for name in names:
+        every_weight = [name for name in self.optimizer.state_names if name not in self.optimizer.per_label_states]
+        for name in ["weight", *(f"weight_{name}" for name in every_weight)]:
             setattr(self, name, kept_slots(getattr(self, name), self.index, group_size, self.tile_labels))
         self.fan_in, self.group_size = fan_in, group_size
 

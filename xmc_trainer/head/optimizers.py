@@ -1,13 +1,13 @@
-"""The head's optimizers: element-wise rules that the head step applies tile by tile.
+"""The head's optimizers: rules that the head step applies tile by tile, whole rows of weights at a time.
 
-torch.optim cannot be used here: it wants a gradient for the whole weight, and the step never has one. The rules follow
-torch.optim.SGD and torch.optim.AdamW to the letter (tests compare them), weight decay included: added to the gradient
-for SGD, decoupled for AdamW.
+torch.optim cannot be used here: it wants a gradient for the whole weight, and the step never has one. SGD and AdamW follow
+torch.optim's to the letter (tests compare them), weight decay included: added to the gradient for SGD, decoupled for AdamW.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ class SGD:
     """SGD, with a momentum buffer if `momentum` > 0."""
 
     momentum: float = 0.0
+    per_label_states: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -25,6 +26,7 @@ class SGD:
     @property
     def state_names(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
+
 
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
@@ -46,6 +48,7 @@ class AdamW:
     beta2: float = 0.999
     eps: float = 1e-8
     name = "adamw"
+    per_label_states: ClassVar[tuple[str, ...]] = ()
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -60,3 +63,30 @@ class AdamW:
         deviation = (square / (1 - self.beta2**step)).sqrt() + self.eps
         weight = weight * (1 - lr * weight_decay) - lr / (1 - self.beta1**step) * average / deviation
         return weight, [average, square]
+
+
+@dataclass(frozen=True)
+class RowwiseRMSprop:
+    """AdamW without the first moment, and with one second moment a label: of the mean square of its weights' gradients.
+
+    A rare label's few gradients keep their direction, which is that of its texts' features; AdamW's divisor makes steps of
+    equal size along all of them. The state is one float a label. (FBGEMM's "partial rowwise Adam" trains embedding tables
+    so; Adam-mini, Zhang et al., ICLR 2025, all other weights, by blocks.)
+    """
+
+    beta2: float = 0.999
+    eps: float = 1e-8
+    name = "rowwise_rmsprop"
+    state_names: ClassVar[tuple[str, ...]] = ("mean_square",)
+    per_label_states: ClassVar[tuple[str, ...]] = ("mean_square",)
+
+    def update(
+        self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As above, of weights [T, F] with a state [T, 1], and of biases [T], each of which is by itself."""
+        square = grad.square()
+        if square.dim() > 1:
+            square = square.mean(1, keepdim=True)
+        square = self.beta2 * state[0] + (1 - self.beta2) * square
+        deviation = (square / (1 - self.beta2**step)).sqrt() + self.eps
+        return weight * (1 - lr * weight_decay) - lr * grad / deviation, [square]

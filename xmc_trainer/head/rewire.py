@@ -180,6 +180,8 @@ def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tenso
     order = order_RF.repeat_interleave(head.group_size, dim=0)[:labels]
     weight.copy_(weight.gather(1, order))
     for state in head.weight_state:
+        if state.shape != head.weight_LF.shape:
+            continue  # one a label: it has no slots
         part = state[start : start + labels].masked_fill_(moved, 0)
         part.copy_(part.gather(1, order))
 

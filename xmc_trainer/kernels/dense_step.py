@@ -9,6 +9,8 @@ dense head's is its weights, where they are), and the products are dense:
     gradients_kernel    dX_Bd += g^T D          D <- g X, or weight <- update(weight, g X) of a dense head
     gather_kernel       weight[l] <- update(weight[l], D[l, index[l]])
 
+(a dense head whose optimizer must see a label's whole gradient takes the way through D, too).
+
 The weights of a dense head, or D, are the bulk of what is moved: `slopes_kernel` reads them once, and `gradients_kernel`
 reads and writes them once. Logits never leave the chip. Losses and slopes take a while in which nothing would be read,
 so that programs stay for many tiles of labels and the next ones are on their way meanwhile. A program of
@@ -141,7 +143,7 @@ def slopes_kernel(
     do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1", "key2", "key3", "key4", "key5"]
 )
 def gradients_kernel(
-    dense_ptr,  # in and out: [labels of the chunk, D], in memory of their own if SPARSE; else [L, D], the weights
+    dense_ptr,  # in and out: [labels of the chunk, D], in memory of their own if IN_WORKSPACE; else [L, D], the weights
     state0_ptr, state1_ptr,  # like the weights
     x_ptr,  # [columns, D]
     slope_ptr,  # [labels of the chunk, columns]
@@ -151,7 +153,7 @@ def gradients_kernel(
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
     key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
     D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B_TILE: tl.constexpr, B_TILES: tl.constexpr,
-    SPARSE: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
+    IN_WORKSPACE: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """One program: D_TILE features, every n-th tile of T labels. The feature gradient is made if B_TILES is 1.
 
@@ -172,7 +174,7 @@ def gradients_kernel(
         ok = (local < labels)[:, None]
         if D % D_TILE != 0:
             ok = ok & (k < D)[None, :]
-        place = (local if SPARSE else label)[:, None] * D + k[None, :]
+        place = (local if IN_WORKSPACE else label)[:, None] * D + k[None, :]
         dw = tl.zeros([T, D_TILE], tl.float32)
         if B_TILES == 1:
             s = load_operand(slope_ptr + local[:, None] * columns + text[None, :], (local < labels)[:, None], BF16)
@@ -185,13 +187,13 @@ def gradients_kernel(
                 s = load_operand(slope_ptr + local[:, None] * columns + at[None, :], (local < labels)[:, None], BF16)
                 dw = product(s, load_columns(x_ptr + at[:, None] * D, first_k, D, D_TILE, BF16), dw, BF16)
             weight = tl.load(dense_ptr + place, mask=ok, other=0.0)
-        if SPARSE:
+        if IN_WORKSPACE:
             tl.store(dense_ptr + place, operand(dw, dense_ptr.dtype.element_ty == tl.bfloat16), mask=ok)
         else:
             update_weights(
                 weight, dense_ptr, state0_ptr, state1_ptr, place, ok, finite, dw * text_weight,
-                (label_start + label).to(tl.int32), k[None, :], lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-                key0, key1, key2, key3, key4, key5, RULE,
+                label, label_start, k[None, :], lr, weight_decay, beta0, beta1, eps, correct0, correct1,
+                key0, key1, key2, key3, key4, key5, D, RULE,
             )  # fmt: skip
     if B_TILES == 1:
         sums = dx_ptr + (lane * columns + text).to(tl.int64)[:, None] * D + k[None, :]
@@ -203,26 +205,28 @@ def gradients_kernel(
 )
 def gather_kernel(
     weight_ptr, state0_ptr, state1_ptr,  # [L, F]
-    index_ptr,  # [R, F]
+    index_ptr,  # [R, F], if SPARSE
     dense_ptr,  # [labels of the chunk, d]: the gradient, but for text_weight
     finite_ptr,  # int32 scalar
     first_label, last_label, label_start, d,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
     key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
-    F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, F_TILE: tl.constexpr, RULE: tl.constexpr,
+    F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, F_TILE: tl.constexpr, SPARSE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """One program: T labels."""
+    """One program: T labels. F_TILE: with ROWWISE F at least."""
     local = tl.program_id(0) * T + tl.arange(0, T).to(tl.int64)
     label = first_label + local
     for first in range(0, F, F_TILE):
         f = (first + tl.arange(0, F_TILE))[None, :]
         ok = (label < last_label)[:, None] & (f < F)
-        feature = tl.load(index_ptr + (label // G)[:, None] * F + f, mask=ok, other=0).to(tl.int32)
+        feature = f
+        if SPARSE:
+            feature = tl.load(index_ptr + (label // G)[:, None] * F + f, mask=ok, other=0).to(tl.int32)
         dw = tl.load(dense_ptr + local[:, None] * d + feature, mask=ok, other=0.0).to(tl.float32) * text_weight
         finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
         place = label[:, None] * F + f
         update_weights(
             tl.load(weight_ptr + place, mask=ok, other=0.0), weight_ptr, state0_ptr, state1_ptr, place, ok, finite, dw,
-            (label_start + label).to(tl.int32), f, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-            key0, key1, key2, key3, key4, key5, RULE,
+            label, label_start, f, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
+            key0, key1, key2, key3, key4, key5, F, RULE,
         )  # fmt: skip

@@ -121,8 +121,8 @@ def update_kernel(
     ok = label_ok[:, None] & f_ok[None, :]
     update_weights(
         tl.load(weight_ptr + place, mask=ok, other=0.0), weight_ptr, state0_ptr, state1_ptr, place, ok, finite,
-        tl.trans(dw_FG) * text_weight, (label_start + label).to(tl.int32), f[None, :],
-        lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, RULE,
+        tl.trans(dw_FG) * text_weight, label, label_start, f[None, :],
+        lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, F, RULE,
     )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + label, mask=label_ok, other=0.0)

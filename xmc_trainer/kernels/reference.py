@@ -28,7 +28,7 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class UpdateRule(Protocol):
-    """An element-wise optimizer: see `xmc_trainer.head.optimizers`."""
+    """An optimizer: see `xmc_trainer.head.optimizers`."""
 
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
@@ -44,7 +44,7 @@ class HeadTensors:
     bias_L: Tensor | None  # float32
     group_size: int
     label_start: int  # global id of local label 0
-    weight_state: list[Tensor] = field(default_factory=list)  # each like weight_LF
+    weight_state: list[Tensor] = field(default_factory=list)  # each like weight_LF, or float32 [L, 1], one a label
     bias_state: list[Tensor] = field(default_factory=list)  # each like bias_L
     feature_bits: Callable[[], Tensor] | None = None  # int32 [R, ceil(d / 32)], made on demand; see `pairs.feature_bits`
 

@@ -13,7 +13,7 @@ from triton.language.extra import libdevice
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 # Values of the kernels' LOSS and RULE.
 BCE, SQUARED_HINGE = tl.constexpr(0), tl.constexpr(1)
-SGD, MOMENTUM, ADAMW = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SGD, MOMENTUM, ADAMW, ROWWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -122,12 +122,18 @@ def loss_and_slope(z, any_positive, words_ptr, label_ok, places, LOSS: tl.conste
 
 
 @triton.jit
-def updated(weight, grad, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE: tl.constexpr):
+def updated(
+    weight, grad, square, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE: tl.constexpr
+):
     """New (weight, state0, state1) in float32; see `xmc_trainer.head.optimizers`.
 
-    beta0: SGD's momentum, or Adam's beta1. correct0 = 1 / (1 - beta1^step), correct1 = 1 / (1 - beta2^step).
+    square: of ROWWISE, what its state, state0, is a moving average of; both broadcast to the weight. beta0: SGD's momentum,
+    or Adam's beta1. correct0 = 1 / (1 - beta1^step), correct1 = 1 / (1 - beta2^step).
     """
-    if RULE == ADAMW:
+    if RULE == ROWWISE:
+        state0 = beta1 * state0 + (1.0 - beta1) * square
+        weight = weight * (1.0 - lr * weight_decay) - lr * grad / (tl.sqrt(state0 * correct1) + eps)
+    elif RULE == ADAMW:
         state0 = beta0 * state0 + (1.0 - beta0) * grad
         state1 = beta1 * state1 + (1.0 - beta1) * grad * grad
         deviation = tl.sqrt(state1 * correct1) + eps
@@ -152,27 +158,36 @@ def store_rounded(pointer, value, mask, hashed, key1, column):
 
 @triton.jit
 def update_weights(
-    weight, weight_ptr, state0_ptr, state1_ptr, place, ok, finite, grad, number, column,
-    lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, RULE: tl.constexpr,
+    weight, weight_ptr, state0_ptr, state1_ptr, place, ok, finite, grad, label, label_start, column,
+    lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5,
+    F: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Update and write the weights and their state at `place` (int64 [T, N]), where `ok`; nothing unless finite.
 
-    weight: [T, N], as read; grad: float32 [T, N]; number: int32 [T] global label ids; column: int32 slots that broadcast
-    to [T, N].
+    weight: [T, N], as read; grad: float32 [T, N]; label: int64 [T], this rank's; label_start: the global id of label 0;
+    column: int32 slots that broadcast to [T, N]. With ROWWISE all F weights of the labels must be among them.
     """
+    number = (label_start + label).to(tl.int32)
     weight = weight.to(tl.float32)
     state0 = weight
     state1 = weight
-    if RULE >= MOMENTUM:
+    square = grad
+    write = ok & finite[:, None]
+    if RULE == ROWWISE:
+        label_ok = tl.max(ok.to(tl.int32), 1) != 0
+        square = (tl.sum(tl.where(ok, grad * grad, 0.0), 1) * (1.0 / F))[:, None]
+        state0 = tl.load(state0_ptr + label, mask=label_ok, other=0.0)[:, None]
+    elif RULE >= MOMENTUM:
         state0 = tl.load(state0_ptr + place, mask=ok, other=0.0).to(tl.float32)
     if RULE == ADAMW:
         state1 = tl.load(state1_ptr + place, mask=ok, other=0.0).to(tl.float32)
     weight, state0, state1 = updated(
-        weight, grad, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE
+        weight, grad, square, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE
     )
-    write = ok & finite[:, None]
     store_rounded(weight_ptr + place, weight, write, row_hash(key0, number)[:, None], key1, column)
-    if RULE >= MOMENTUM:
+    if RULE == ROWWISE:
+        tl.store(state0_ptr + label[:, None], state0, mask=(label_ok & finite)[:, None])
+    elif RULE >= MOMENTUM:
         store_rounded(state0_ptr + place, state0, write, row_hash(key2, number)[:, None], key3, column)
     if RULE == ADAMW:
         store_rounded(state1_ptr + place, state1, write, row_hash(key4, number)[:, None], key5, column)
@@ -191,7 +206,9 @@ def update_bias(
         state0 = tl.load(state0_ptr + label, mask=write, other=0.0)
     if RULE == ADAMW:
         state1 = tl.load(state1_ptr + label, mask=write, other=0.0)
-    bias, state0, state1 = updated(bias, grad, state0, state1, lr, 0.0, beta0, beta1, eps, correct0, correct1, RULE)
+    bias, state0, state1 = updated(
+        bias, grad, grad * grad, state0, state1, lr, 0.0, beta0, beta1, eps, correct0, correct1, RULE
+    )
     tl.store(bias_ptr + label, bias, mask=write)
     if RULE >= MOMENTUM:
         tl.store(state0_ptr + label, state0, mask=write)

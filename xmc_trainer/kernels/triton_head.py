@@ -59,7 +59,12 @@ _SLOPES_TILES, _SLOPES_TILES_32 = Tiles(128, 64, 16, 5), Tiles(64, 32, 8, 3)
 _GRADIENTS_TILES, _GRADIENTS_TILES_32 = Tiles(64, 128, 16, 3), Tiles(64, 32, 8, 2)
 
 _LOSSES = {"bce": tile_math.BCE.value, "squared_hinge": tile_math.SQUARED_HINGE.value}
-_RULES = {"sgd": tile_math.SGD.value, "momentum": tile_math.MOMENTUM.value, "adamw": tile_math.ADAMW.value}
+_RULES = {
+    "sgd": tile_math.SGD.value,
+    "momentum": tile_math.MOMENTUM.value,
+    "adamw": tile_math.ADAMW.value,
+    "rowwise_rmsprop": tile_math.ROWWISE.value,
+}
 
 
 class Batch(NamedTuple):
@@ -109,6 +114,8 @@ class Step(NamedTuple):
             elif chosen.name == "adamw":
                 rule |= dict(beta0=chosen.beta1, beta1=chosen.beta2, eps=chosen.eps)
                 rule |= dict(correct0=1 / (1 - chosen.beta1**update.step), correct1=1 / (1 - chosen.beta2**update.step))
+            elif chosen.name == "rowwise_rmsprop":
+                rule |= dict(beta1=chosen.beta2, eps=chosen.eps, correct1=1 / (1 - chosen.beta2**update.step))
             keys = [
                 key - (1 << 32) if key >> 31 else key
                 for stream in (Stream.ROUND_WEIGHT, Stream.ROUND_STATE, Stream.ROUND_STATE + 1)
@@ -272,12 +279,13 @@ class _DenseChunks:
     Args:
         bytes_a_label: of what the caller keeps for a chunk.
         unit: labels a tile: a chunk is a multiple of it, of as many as there are multiprocessors if it is that large.
+        copy: the caller writes on the rows, which must not be the weights themselves then.
     """
 
-    def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int) -> None:
+    def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int, copy: bool = False) -> None:
         self.head, self.d, dtype, device = head, batch.rows.shape[1], batch.rows.dtype, batch.rows.device
         labels, share, self.workspace = head.weight_LF.shape[0], _DENSE_SHARE, None
-        as_they_are = head.index_RF is None and head.weight_LF.dtype == dtype
+        as_they_are = head.index_RF is None and head.weight_LF.dtype == dtype and not copy
         if as_they_are:
             share = _SLOPES_SHARE
         else:
@@ -323,7 +331,9 @@ def _dense_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
     # Tiles of labels and features, warps and stages.
     slopes, gradients = (_SLOPES_TILES, _GRADIENTS_TILES) if batch.bf16 else (_SLOPES_TILES_32, _GRADIENTS_TILES_32)
-    chunks = _DenseChunks(head, batch, columns * size + columns // 8, slopes.labels)
+    by_label = step.update and step.rule["RULE"] == tile_math.ROWWISE.value
+    gathered = sparse or by_label
+    chunks = _DenseChunks(head, batch, columns * size + columns // 8, slopes.labels, copy=by_label)
     pairs = PairBits(chunks.size, columns, slopes.labels, slopes.labels, device)
     slope_CB = torch.empty(chunks.size, columns, dtype=batch.rows.dtype, device=device)
     loss = torch.empty(triton.cdiv(labels, slopes.labels), columns, device=device)
@@ -336,7 +346,8 @@ def _dense_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
     dx = torch.zeros(lanes if together else 1, columns, d, device=device)
     texts = dict(B_TILE=batch.tile, B_TILES=columns // batch.tile, BF16=batch.bf16)
     # Rows of 2048 elements in all for each program of the gather.
-    f_tile = min(1024, triton.next_power_of_2(fan_in))
+    f_tile = triton.next_power_of_2(fan_in)
+    f_tile = f_tile if by_label else min(1024, f_tile)
     rows_tile = max(1, 2048 // f_tile)
     for first, last, rows in chunks:
         pairs.mark(label_P, row_P, first)
@@ -351,18 +362,18 @@ def _dense_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor,
             dx[0] += _product(slope_CB[: last - first].T, rows)
         if not step.update:
             continue
-        # In a workspace, the gradient takes the place of rows that were spread out.
+        # In the workspace, the gradient takes the place of the rows.
         dense_step.gradients_kernel[(feature_tiles * lanes,)](
-            rows if sparse else head.weight_LF, *_states(head.weight_state, head.weight_LF), batch.rows, slope_CB, dx,
+            rows if gathered else head.weight_LF, *_states(head.weight_state, head.weight_LF), batch.rows, slope_CB, dx,
             step.finite, first_label=first, last_label=last, label_start=head.label_start, columns=columns, lanes=lanes,
-            text_weight=step.text_weight, D=d, D_TILE=gradients.features, T=gradients.labels, SPARSE=sparse,
+            text_weight=step.text_weight, D=d, D_TILE=gradients.features, T=gradients.labels, IN_WORKSPACE=gathered,
             num_warps=gradients.warps, num_stages=gradients.stages, **texts, **step.rule, **step.decay,
         )  # fmt: skip
-        if sparse:
+        if gathered:
             dense_step.gather_kernel[(triton.cdiv(last - first, rows_tile),)](
-                head.weight_LF, *_states(head.weight_state, head.weight_LF), head.index_RF, rows, step.finite,
+                head.weight_LF, *_states(head.weight_state, head.weight_LF), head.index_RF if sparse else rows, rows, step.finite,
                 first_label=first, last_label=last, label_start=head.label_start, d=d, text_weight=step.text_weight,
-                F=fan_in, G=head.group_size, T=rows_tile, F_TILE=f_tile, **step.rule, **step.decay,
+                F=fan_in, G=head.group_size, T=rows_tile, F_TILE=f_tile, SPARSE=sparse, **step.rule, **step.decay,
             )  # fmt: skip
     return loss.sum(0), dx.sum(0) * step.text_weight
 
