@@ -24,7 +24,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from xmc_trainer.checkpoint import begin_folder, finish_folder, head_parts, load_shards, read_manifest, shard_names, shard_ranges, verify_files
+from xmc_trainer.checkpoint import (
+    begin_folder,
+    finish_folder,
+    head_parts,
+    load_shards,
+    read_manifest,
+    shard_names,
+    shard_ranges,
+    verify_files,
+)
 from xmc_trainer.config import Config, flatten, to_yaml
 from xmc_trainer.engine_state import EncoderState
 from xmc_trainer.errors import UserError

@@ -17,7 +17,6 @@ from torch import Tensor
 from xmc_trainer.kernels.counter_rng import Stream, make_key, random_order, uniform
 from xmc_trainer.kernels.reference import HeadTensors
 
-
 _RANKING_BYTES = 32 << 20
 
 
