@@ -84,8 +84,8 @@ def short(toy_settings):
 def test_every_way_of_starting_gives_the_same_curve(short):
     plain = curve(short, "python")
     assert len(plain) == 20 and plain[-1] < plain[0]
-    # The other stages: in bfloat16 below, in float32 on two processes.
-    for how in ("accelerate-2", "deepspeed-2", "deepspeed-3"):
+    # The other stages: in bfloat16 below, in float32 on more processes, there and in test_resume.
+    for how in ("accelerate-2", "deepspeed-3"):
         assert curve(short, how) == pytest.approx(plain, rel=1e-5), how
 
 
@@ -101,7 +101,7 @@ def test_every_stage_trains_in_bfloat16_as_stage_0_does(short):
 def test_float16_under_zero_trains_as_float32_does(short):
     plain = curve(short, "python")
     settings = [*short, "training.amp.enabled=true", "training.amp.dtype=float16"]
-    for how, processes in (("accelerate-1", 2), ("deepspeed-2", 1), ("deepspeed-3_offload", 2)):
+    for how, processes in (("accelerate-1", 2), ("deepspeed-3_offload", 2)):  # 2 in test_resume
         found = curve(settings, how, processes)
         assert found == pytest.approx(plain, rel=0.05) and found[-1] < 0.95 * found[0], how
 
@@ -136,9 +136,8 @@ def test_several_processes_train_as_one(short):
     settings = [*short, "data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
     one = outcome(settings, "python")
     assert [step for step, _ in one["moved"]] == [5, 10]
-    ways = [("accelerate-2", 2), ("accelerate-3", 3), ("deepspeed-0", 2), ("deepspeed-1", 2), ("deepspeed-2_offload", 2),
-            ("deepspeed-3_offload", 2)]  # fmt: skip
-    for how, processes in ways:
+    # ZeRO 1, and 2 with offload: in the chain of test_resume.
+    for how, processes in [("accelerate-2", 2), ("accelerate-3", 3), ("deepspeed-0", 2), ("deepspeed-3_offload", 2)]:
         assert_same(one, outcome(settings, how, processes))
     # The 256 texts of an evaluation's batch divide by 3 no more than these 10, of which the last batch has one text.
     assert_same(one, outcome([*settings, "data.test_batch_size=10"], "torchrun", 3))
