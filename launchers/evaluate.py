@@ -13,26 +13,19 @@ import os
 from pathlib import Path
 
 from xmc_trainer.cli import run
-from xmc_trainer.config import load_config
-from xmc_trainer.errors import UserError
-
-_ALLOWED = ("dataset_path", "data.", "environment.", "training.evaluation.")
+from xmc_trainer.config import MODEL_SETTINGS, config_of_model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(_ALLOWED)}: where it differs")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs")
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object, as fractions")
     arguments = parser.parse_intermixed_args()
-    for word in arguments.settings:
-        if not word.startswith(_ALLOWED):
-            raise UserError(f"{word}: a saved model can be given only {', '.join(_ALLOWED)} settings")
     folder = Path(arguments.model)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
-    config = load_config([f"dataset={folder / 'config.yaml'}", *arguments.settings])
+    config = config_of_model(folder, arguments.settings)
 
+    # Imported here, for torch and transformers take seconds: what stands above does not wait for them.
     import torch
 
     from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
@@ -40,10 +33,7 @@ def main() -> None:
     from xmc_trainer.model import XMCModel
     from xmc_trainer.parallel import joined_ranks
 
-    device = config.environment.device
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        device = f"cuda:{config.environment.cuda_device_id}"
-    with joined_ranks(torch.device("cpu" if device == "auto" else device)) as own_device:
+    with joined_ranks(torch.device(config.environment.device_name())) as own_device:
         model = XMCModel.load(folder, own_device)
         metrics, corpus = evaluate_saved(model.saved, config, model.device)
     if os.environ.get("RANK", "0") != "0":

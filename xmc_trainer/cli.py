@@ -18,6 +18,7 @@ COMMANDS = {
     "settings": ("xmc_trainer.config", "list every setting, its default and its meaning"),
     "clusters": ("xmc_trainer.clusters", "compute label clusters, for the meta branch and semantic groups"),
     "sweep": ("xmc_trainer.sweep", "many trainings with several seeds, and their table"),
+    "adjust": ("xmc_trainer.adjust", "rank a saved model's rare labels higher: what it would be worth, and do it"),
     "report": ("xmc_trainer.report", "runs side by side: a table and pictures"),
     "wordnet": ("xmc_trainer.data.wordnet", "write the quick start's data set"),
     "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),

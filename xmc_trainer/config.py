@@ -58,6 +58,13 @@ class EnvironmentConfig:
         _one_of("environment.device", self.device, ("auto", "cuda", "cpu"))
         _at_least("environment.cuda_device_id", self.cuda_device_id, 0)
 
+    def device_name(self) -> str:
+        """cpu or cuda:N, of a single process; whether there is such a GPU is torch's to say."""
+        import torch  # takes seconds to import: settings that are wrong do not wait for it
+
+        on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        return f"cuda:{self.cuda_device_id}" if on_gpu else "cpu"
+
 
 @dataclass
 class DataConfig:
@@ -152,7 +159,7 @@ class PenultimateConfig:
 @dataclass
 class FFIConfig:
     use_sparse_layer: bool = option(
-        True, "fixed fan-in head; false: dense head, for which fan_in, pruning, growth and rewiring mean nothing"
+        True, "fixed fan-in head; false: dense head, for which fan_in, index_init, pruning, growth and rewiring mean nothing"
     )
     fan_in: int = option(128, "features that a label reads")
     group_size: int = option(1, "consecutive labels that share one index row")
@@ -220,8 +227,6 @@ class FFIConfig:
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
         _one_of("model.ffi.bias_init", self.bias_init, ("prior", "frequency", "zero"))
         _one_of("model.ffi.index_init", self.index_init, ("random", "informed", "discriminant"))
-        if self.index_init != "random" and not self.use_sparse_layer:
-            raise UserError(f"model.ffi.index_init={self.index_init}: a dense head has no index; set it to random")
         if not 0 < self.discriminant_ridge <= 1:
             raise UserError(f"model.ffi.discriminant_ridge={self.discriminant_ridge}: must be above 0 and at most 1")
         _one_of("model.ffi.weight_init", self.weight_init, ("random", "zero", "centroid"))
@@ -233,6 +238,12 @@ class FFIConfig:
         _one_of("model.ffi.growth_mode", self.growth_mode, ("random", "gradient"))
         _at_least("model.ffi.growth_batches", self.growth_batches, 1)
         _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
+
+
+    @property
+    def index_from_texts(self) -> bool:
+        """Whether the training texts decide the first index; a dense head has none."""
+        return self.use_sparse_layer and self.index_init != "random"
 
 
 @dataclass
@@ -452,7 +463,7 @@ class Config:
                 f"training.optimization.dense_epochs={opt.dense_epochs}: must be below epochs={opt.epochs}, or the head "
                 "never becomes sparse; for a dense head set model.ffi.use_sparse_layer=false"
             )
-        if opt.dense_epochs and ffi.index_init != "random":
+        if opt.dense_epochs and ffi.index_from_texts:
             raise UserError(
                 f"model.ffi.index_init={ffi.index_init}: with training.optimization.dense_epochs the dense weights decide; "
                 "set one of them back"
@@ -493,6 +504,10 @@ class Config:
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir).expanduser() / self.training.verbose.log_fname
+
+
+# What may be another than in training, by how it begins.
+MODEL_SETTINGS = ("dataset_path", "data.", "environment.", "training.evaluation.")
 
 
 def shipped_configs() -> dict[str, Any]:
@@ -564,6 +579,16 @@ def load_config(overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise UserError(f"{where}{str(error).splitlines()[0]}") from None
+
+
+def config_of_model(folder: Path, overrides: list[str]) -> Config:
+    """The configuration that a saved model's folder holds, and of `MODEL_SETTINGS` what is said of them now. UserError for any other."""
+    for word in overrides:
+        if not word.startswith(MODEL_SETTINGS):
+            raise UserError(f"{word}: a saved model can be given only {', '.join(MODEL_SETTINGS)} settings")
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
+    return load_config([f"dataset={folder / 'config.yaml'}", *overrides])
 
 
 def to_yaml(config: Any) -> str:

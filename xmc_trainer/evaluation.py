@@ -111,11 +111,8 @@ def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
     return metrics.result()
 
 
-def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
-    """Metrics of a saved model on the test set that `config` names, and that data set; the same on every rank of its head.
-
-    Raises UserError if the data set's labels are not the model's.
-    """
+def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
+    """The data set that `config` names, its labels in the model's order. UserError if they are not the model's."""
     ranks = saved.head.ranks
     with ranks.one_a_machine_first():
         corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0)
@@ -125,16 +122,22 @@ def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> t
             "that it was trained on (dataset_path, data.folder)"
         )
     ids, model_ids = corpus.labels["id"], saved.label_ids.to_pylist()
-    if ids != model_ids:
-        place = {name: number for number, name in enumerate(ids)}
-        if len(place) != len(ids) or place.keys() != set(model_ids):
-            raise UserError(
-                f"{config.data_folder}: its labels are others than the model's; name the data set that it was trained on "
-                "(dataset_path, data.folder)"
-            )
-        corpus = corpus.reordered(np.array([place[name] for name in model_ids]))
+    if ids == model_ids:
+        return corpus
+    place = {name: number for number, name in enumerate(ids)}
+    if len(place) != len(ids) or place.keys() != set(model_ids):
+        raise UserError(
+            f"{config.data_folder}: its labels are others than the model's; name the data set that it was trained on "
+            "(dataset_path, data.folder)"
+        )
+    return corpus.reordered(np.array([place[name] for name in model_ids]))
+
+
+def loader_of_tests(saved: SavedModel, corpus: Corpus, config: Config, device: torch.device) -> DataLoader:
+    """This rank's batches of the test set."""
+    ranks = saved.head.ranks
     plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=ranks.size)
-    loader = loader_of(
+    return loader_of(
         corpus,
         "test",
         plan,
@@ -143,5 +146,13 @@ def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> t
         workers=config.data.num_workers,
         device=device,
     )
-    metrics = metrics_of(config.training.evaluation, corpus)
-    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=ranks.rank == 0), corpus
+
+
+def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
+    """Metrics of a saved model on the test set that `config` names, and that data set; the same on every rank of its head.
+
+    Raises UserError if the data set's labels are not the model's.
+    """
+    corpus = corpus_of_saved(saved, config)
+    loader, metrics = loader_of_tests(saved, corpus, config, device), metrics_of(config.training.evaluation, corpus)
+    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=saved.head.ranks.rank == 0), corpus

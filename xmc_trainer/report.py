@@ -5,8 +5,10 @@ xmc-trainer report outputs/sidgnd --curves curves.svg
 xmc-trainer report outputs/sidgnd --against model.ffi.fan_in --picture fan_in.svg
 
 Folders are runs, or hold runs (at any depth); those that differ in nothing but the seed are one line: their mean, between the
-lowest and the highest. A line is named by the settings in which it differs from the others. Pictures need matplotlib
-(pip install 'xmc_trainer[report]'); the ending of the file's name is their format.
+lowest and the highest. A line is named as the folders of its runs are, less an ending that is the seed ("dense-1", "dense-2"), or, where
+these do not agree, by the settings in which it differs from the others. Over a setting, a line with a single value of it is
+dashed, right across. Pictures need matplotlib (pip install 'xmc_trainer[report]'); the ending of the file's name is
+their format.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.sweep import result, table
 
 # In which two runs of one line may differ.
-_OWN = ("training.seed", "log_fname", "training.verbose.log_fname", "output_dir", "training.verbose.wandb_runname")
+_OWN = (
+    "training.seed", "log_fname", "training.verbose.log_fname", "output_dir", "training.verbose.wandb_runname",
+    "training.evaluation.test_evaluate_every",
+)  # fmt: skip
 _SHOWN = ("P@1", "PSP@1")
 
 
@@ -59,7 +64,7 @@ def find_runs(folders: list[Path]) -> list[Run]:
 
 
 def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run]]:
-    """Runs by what they have in common: name -> the runs that differ only in the seed, or in `apart`."""
+    """Runs by what they have in common: name -> the runs that differ only in the seed, or in `apart`; by folder where names agree."""
     own = {*_OWN, *apart}
     settings = [{name: str(value) for name, value in run.settings.items() if name not in own} for run in runs]
     differ = [name for name in settings[0] if len({str(each.get(name)) for each in settings}) > 1]
@@ -69,15 +74,18 @@ def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run
     for run, each in zip(runs, settings):
         name = ", ".join(f"{word}={each.get(full)}" for full, word in zip(differ, shown)) or runs[0].settings["data.dataset"]
         lines.setdefault(name, []).append(run)
+    folders = [{run.folder.name.removesuffix(f"-{run.settings['training.seed']}") for run in own} for own in lines.values()]
+    if len(set.union(*folders)) == len(lines) and all(len(names) == 1 for names in folders):
+        return {names.pop(): own for names, own in zip(folders, lines.values())}
     return lines
 
 
 def curve(runs: list[Run], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """(minutes [n], metric [runs, n] in per cent) at the evaluations that all runs of a line made."""
-    evaluations = [run.evaluations() for run in runs]
-    count = min(map(len, evaluations))
-    minutes = np.array([[record["seconds"] / 60 for record in each[:count]] for each in evaluations])
-    return minutes.mean(0), np.array([[100 * record[metric] for record in each[:count]] for each in evaluations])
+    evaluations = [{record["step"]: record for record in run.evaluations()} for run in runs]
+    steps = sorted(set.intersection(*map(set, evaluations)))
+    minutes = np.array([[each[step]["seconds"] / 60 for step in steps] for each in evaluations])
+    return minutes.mean(0), np.array([[100 * each[step][metric] for step in steps] for each in evaluations])
 
 
 def against(runs: list[Run], setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -147,6 +155,10 @@ def main() -> None:
 
         def draw(panel: Any, name: str, own: list[Run], metric: str) -> None:
             values, mean, (low, high) = against(own, options.against, metric)
+            if len(values) == 1:  # where the others can be compared with it: a dense head has no fan-in
+                (line,) = panel.plot([], [], label=name, linestyle="--")
+                panel.axhline(mean[0], linestyle="--", color=line.get_color())
+                return
             panel.errorbar(values, mean, yerr=[mean - low, high - mean], marker="o", capsize=3, label=name)
 
         picture(options.picture, lines_of(runs, (options.against,)), options.against, draw)

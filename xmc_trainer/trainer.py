@@ -414,17 +414,18 @@ class Trainer:
         if ffi.head_ratio and frequent < self.ranks.size:
             raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: gives {frequent} labels full fan-in, fewer than processes")
         counts = self.corpus.label_counts()
+        adjustment = torch.from_numpy(ffi.logit_adjustment * self.corpus.log_frequency()) if ffi.logit_adjustment else None
         optimizers = {"sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "rowwise_rmsprop": RowwiseRMSprop()}
 
-        def part(fan_in: int | None, group_size: int, counts: np.ndarray, **more: Any) -> FixedFanInHead:
+        def part(fan_in: int | None, group_size: int, labels: slice, **more: Any) -> FixedFanInHead:
             return FixedFanInHead(
                 features,
-                len(counts),
+                len(counts[labels]),
                 fan_in=fan_in,
                 group_size=group_size,
-                first_bias=self._first_bias(counts),
+                first_bias=self._first_bias(counts[labels]),
                 zero_weights=ffi.weight_init == "zero",
-                logit_shift=self._logit_shift(counts),
+                logit_shift=None if adjustment is None else adjustment[labels],
                 optimizer=optimizers[optimization.xmc_optimizer],
                 lr=optimization.lr,
                 weight_dtype=getattr(torch, ffi.weight_dtype),
@@ -434,15 +435,15 @@ class Trainer:
 
         fan_in = ffi.fan_in if ffi.use_sparse_layer and not optimization.dense_epochs else None
         if not ffi.head_ratio:
-            return part(fan_in, ffi.group_size, counts)
+            return part(fan_in, ffi.group_size, slice(None))
         # The two number their labels from 0 alike: with another seed they do not draw the same numbers.
-        dense = part(None, 1, counts[:frequent], seed=(self.config.training.seed + 1) % (1 << 32))
-        return SplitHead(dense, part(fan_in, ffi.group_size, counts[frequent:]))
+        dense = part(None, 1, slice(frequent), seed=(self.config.training.seed + 1) % (1 << 32))
+        return SplitHead(dense, part(fan_in, ffi.group_size, slice(frequent, None)))
 
     def _start_head_from_texts(self) -> None:
         """The first index and weights of the head, as far as the training texts decide them."""
         ffi = self.config.model.ffi
-        if ffi.index_init == "random" and ffi.weight_init != "centroid":
+        if not ffi.index_from_texts and ffi.weight_init != "centroid":
             return
         encoder = self.encoder_module.to(self.device).eval()
         with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
@@ -463,7 +464,7 @@ class Trainer:
             mean_d, deviation_d = (torch.from_numpy(x).to(self.device) for x in of_labels.moments())
 
             whitener_dd = None
-            if ffi.index_init == "discriminant":
+            if ffi.index_from_texts and ffi.index_init == "discriminant":
                 shrunk = whitener(of_labels.correlations(), ffi.discriminant_ridge)
                 whitener_dd = torch.from_numpy(shrunk).to(self.device)
 
@@ -474,7 +475,7 @@ class Trainer:
 
             self.head.start_from_texts(
                 texts_of,
-                index=ffi.index_init != "random",
+                index=ffi.index_from_texts,
                 whitener_dd=whitener_dd,
                 centroid_scale=ffi.centroid_scale if ffi.weight_init == "centroid" else 0.0,
                 mean_d=mean_d,
@@ -510,15 +511,6 @@ class Trainer:
             # One more text, with an average set of labels: no share is 0 or 1.
             share = (torch.from_numpy(counts) + share) / (self.corpus.texts + 1)
         return best_constant(self.config.training.optimization.loss_fn, share).float()
-
-    def _logit_shift(self, counts: np.ndarray) -> Tensor | None:
-        """float32, for each of some labels by how many texts it is a positive of (`counts`); see model.ffi.logit_adjustment."""
-        strength = self.config.model.ffi.logit_adjustment
-        if not strength:
-            return None
-        mean = self.corpus.label_counts().mean()
-        # A label without texts counts as half of one.
-        return strength * torch.from_numpy(np.maximum(counts, 0.5) / mean).log().float()
 
     def _head_arguments(self) -> dict[str, Any]:
         """What the labels' head and the meta branch's have in common."""

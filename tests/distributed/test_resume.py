@@ -36,6 +36,20 @@ def test_goes_on_with_any_engine_and_number_of_processes(toy_settings):
     assert_same(whole, outcome(moving, *last))
 
 
+@pytest.mark.gpu
+def test_half_of_the_gpus_go_on(toy_settings):
+    """What all GPUs began, at most four: half of them by another launcher and stage, then one without DeepSpeed."""
+    gpus = min(4, torch.cuda.device_count())
+    if gpus < 2:
+        pytest.skip("needs two GPUs")
+    settings = [*toy_settings, "training.optimization.max_steps=20", "training.checkpoint_interval=2", "training.resume=true"]
+    whole = outcome(settings, "accelerate-2", gpus)
+    moving = [*settings, f"output_dir={settings_value(settings, 'output_dir=')}/again", "log_fname=python-1"]
+    killed(moving, "deepspeed-3", gpus, after=7)
+    killed(moving, "accelerate-2", gpus // 2, after=13)
+    assert_same(whole, outcome(moving, "python"))
+
+
 # The engine's own precision: its copies, and fp16's loss scale.
 @pytest.mark.parametrize(("how", "processes", "dtype"), [("deepspeed-2", 2, "float16"), ("deepspeed-3", 2, "bfloat16")])
 def test_the_same_engine_goes_on_bit_for_bit(toy_settings, how, processes, dtype):

@@ -21,9 +21,9 @@ def make_run(tmp_path):
         (config.run_folder / "config.yaml").write_text(to_yaml(config))
         names = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
         log = [{"event": "start", "head_bytes": 3 << 20, "device": "x", "torch": "2", "version": "0", "commit": "c", "seconds": 0}]
-        for number, score in enumerate(scores):
-            log.append({"event": "step", "step": number, "loss": 1.0, "seconds": 0})
-            log.append({"event": "evaluate", "split": "test", "seconds": 60 * (number + 1)} | dict.fromkeys(names, score))
+        for step, score in enumerate(scores, 1):
+            log.append({"event": "step", "step": step, "loss": 1.0, "seconds": 0})
+            log.append({"event": "evaluate", "split": "test", "step": step, "seconds": 60 * step} | dict.fromkeys(names, score))
         log += [{"event": "end", "seconds": 200}] if end else []
         (config.run_folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
 
@@ -32,13 +32,16 @@ def make_run(tmp_path):
 
 def test_seeds_make_a_line_and_differences_name_it(make_run, tmp_path):
     make_run("a", "training.seed=1")
-    make_run("b", "training.seed=2", scores=(0.2, 0.5))
+    make_run("b", "training.seed=2", "training.evaluation.test_evaluate_every=7", scores=(0.2, 0.5, 0.6))
     make_run("c", "training.seed=1", "model.ffi.fan_in=32", "training.optimization.lr=0.5")
     make_run("unfinished", end=False)
     (tmp_path / "other").mkdir()
     lines = lines_of(find_runs([tmp_path]))
     assert [[run.folder.name for run in runs] for runs in lines.values()] == [["a", "b"], ["c"]]
     assert list(lines)[1] == "fan_in=32, lr=0.5"
+    for old, new in ("a", "narrow-1"), ("b", "narrow-2"), ("c", "wide"):
+        (tmp_path / old).rename(tmp_path / new)
+    assert list(lines_of(find_runs([tmp_path]))) == ["narrow", "wide"]
     minutes, values = curve(next(iter(lines.values())), "P@1")
     assert minutes.tolist() == [1, 2]
     np.testing.assert_allclose(values, [[10, 30], [20, 50]])

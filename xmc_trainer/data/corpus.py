@@ -84,6 +84,11 @@ class Corpus:
         placed[self.places] = counts
         return placed
 
+    def log_frequency(self) -> np.ndarray:
+        """log of how many more training texts a label has than the average one, float32 [num_labels]; without any it counts half."""
+        counts = self.label_counts()
+        return np.log(np.maximum(counts, 0.5) / counts.mean()).astype(np.float32)
+
     def train_labels(self) -> Ragged:
         """The labels of every training row."""
         return self._placed(flatten_lists(self.train.data.column("labels")))

@@ -1,0 +1,62 @@
+"""The command xmc-trainer adjust: a saved model's strengths are what trainings with them would have given."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from xmc_trainer import adjust
+from xmc_trainer.config import load_config
+from xmc_trainer.errors import UserError
+from xmc_trainer.evaluation import evaluate_saved
+from xmc_trainer.model import XMCModel
+from xmc_trainer.trainer import Trainer
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(*words):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["adjust", *map(str, words)])
+        adjust.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+# The labels of a split head stand in the order of their frequency.
+@pytest.mark.parametrize("head_ratio", [0.0, 0.2])
+def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio, fresh_accelerator):
+    words = ["environment.device=cpu", "training.optimization.epochs=3", f"model.ffi.head_ratio={head_ratio}"]
+    folders, found = {}, {}
+    for strength in (0.0, 2.0):
+        settings = [*toy_settings, *words, f"model.ffi.logit_adjustment={strength}", f"log_fname=at{strength:g}"]
+        trainer = Trainer(load_config(settings))
+        trainer.train()
+        folders[strength] = trainer.run_folder / "model"
+        found[strength], _ = evaluate_saved(XMCModel.load(folders[strength], "cpu").saved, trainer.config, torch.device("cpu"))
+    assert found[0.0]["P@1"] != found[2.0]["P@1"]
+    for strength, folder in folders.items():  # from either model the same
+        said = json.loads(command(folder, "--strengths", "0,2,0", "--json"))
+        for other, metrics in found.items():
+            assert said[str(other)] == pytest.approx(metrics), (strength, other)
+
+    assert "logit_adjustment 0 -> 2" in command(folders[0.0], "--keep", "2")
+    kept, trained = (XMCModel.load(folder, "cpu").saved.head for folder in folders.values())
+    for name, tensor in trained.state_dict().items():
+        np.testing.assert_allclose(kept.state_dict()[name], tensor, atol=1e-5, err_msg=name)
+    assert "the model's own strength is 2\n" in command(folders[0.0])
+
+
+def test_what_cannot_be_adjusted_is_refused(tmp_path, command):
+    with pytest.raises(UserError, match="config.yaml: missing; name the folder of a saved model"):
+        command(tmp_path)
+    with pytest.raises(UserError, match="model.ffi.logit_adjustment=2: a saved model can be given only"):
+        command(tmp_path, "model.ffi.logit_adjustment=2")
+    for wrong in (["--strengths", "0,x"], ["--strengths", "-1"], ["--keep", "inf"]):
+        with pytest.raises(SystemExit):
+            command(tmp_path, *wrong)
