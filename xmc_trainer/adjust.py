@@ -45,7 +45,7 @@ def figures(
         _add_to_biases(saved, added)
         loader = loader_of_tests(saved, corpus, config, device)
         metrics = metrics_of(config.training.evaluation, corpus)
-        found[strength] = evaluate(encode, saved.head, loader, metrics, device, progress=True)
+        found[strength] = evaluate(encode, saved.head, loader, metrics, device, progress=not found)
         _add_to_biases(saved, -added)
     return found
 
@@ -96,14 +96,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs")
-    parser.add_argument("--strengths", default="0,0.1,0.2,0.3,0.4", help="comma-separated")
-    parser.add_argument("--keep", type=float, metavar="STRENGTH", help="write this one into the model, and evaluate nothing")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--strengths", default="0,0.1,0.2,0.3,0.4", help="comma-separated")
+    what.add_argument(
+        "--keep", type=float, metavar="STRENGTH", help="write this one into the model's folder, and evaluate nothing; 0 takes it out"
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object by strength, as fractions")
     options = parser.parse_intermixed_args()
     try:
         strengths = [float(word) for word in options.strengths.split(",")]
     except ValueError:
-        parser.error(f"--strengths {options.strengths}: comma-separated numbers")
+        parser.error(f"--strengths {options.strengths!r}: comma-separated numbers")
     if not all(0 <= strength < float("inf") for strength in (*strengths, options.keep or 0.0)):
         parser.error("a strength is 0 or more")
     config = config_of_model(options.model, options.settings)

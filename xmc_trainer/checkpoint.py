@@ -134,7 +134,9 @@ def read_manifest(folder: Path, known_format: int, what: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name the folder of {what}") from None
+        inside = folder / "model"
+        found = f", such as {inside}" if (inside / "manifest.json").is_file() else ""
+        raise UserError(f"{path}: {error.strerror}; name the folder of {what}{found}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error.msg}); {what} has to be saved again") from None
     if manifest.get("format") != known_format:

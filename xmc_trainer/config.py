@@ -109,7 +109,8 @@ class DataConfig:
         if self.augment_label_data and not (self.is_lf_data or self.label_text_file):
             raise UserError("data.augment_label_data=true: needs the labels' texts: data.is_lf_data=true or data.label_text_file")
         if self.test_split != "test" and (self.is_lf_data or self.hf_source):
-            raise UserError("data.test_split: of the raw layout only; for Hugging Face data set data.hf_test_split")
+            instead = "set data.hf_test_split" if self.hf_source else "label-feature data have one test set, raw_text/tst.json in data.folder"
+            raise UserError(f"data.test_split: of the raw layout only; {instead}")
 
 
 @dataclass

@@ -152,6 +152,8 @@ def main() -> None:
     if options.against:
         if options.against not in runs[0].settings:
             raise UserError(f"--against {options.against}: no such setting; xmc-trainer settings lists them")
+        if len({run.settings[options.against] for run in runs}) == 1:
+            raise UserError(f"--against {options.against}: is {runs[0].settings[options.against]} in every run; name a setting that differs")
 
         def draw(panel: Any, name: str, own: list[Run], metric: str) -> None:
             values, mean, (low, high) = against(own, options.against, metric)

@@ -57,6 +57,6 @@ def test_what_cannot_be_adjusted_is_refused(tmp_path, command):
         command(tmp_path)
     with pytest.raises(UserError, match="model.ffi.logit_adjustment=2: a saved model can be given only"):
         command(tmp_path, "model.ffi.logit_adjustment=2")
-    for wrong in (["--strengths", "0,x"], ["--strengths", "-1"], ["--keep", "inf"]):
+    for wrong in (["--strengths", "0,x"], ["--strengths", "0", "--keep", "1"], ["--strengths", "-1"], ["--keep", "inf"]):
         with pytest.raises(SystemExit):
             command(tmp_path, *wrong)

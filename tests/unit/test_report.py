@@ -65,12 +65,13 @@ def test_the_command_prints_and_draws(make_run, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
     make_run("a", "training.seed=1")
     make_run("b", "training.seed=2", scores=(0.2, 0.5))
+    make_run("c", "training.seed=1", "model.ffi.fan_in=32")
     files = [tmp_path / "curves.svg", tmp_path / "against.png"]
     words = [str(tmp_path), "--curves", str(files[0]), "--against", "model.ffi.fan_in", "--picture", str(files[1])]
     monkeypatch.setattr(sys, "argv", ["report", *words])
     main()
     out = capsys.readouterr().out
-    assert "| wordnet | 2 | 40.00 ± 14.14 |" in out
+    assert "| fan_in=64 | 2 | 40.00 ± 14.14 |" in out
     assert "<svg" in files[0].read_text() and files[1].read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--curves", str(tmp_path / "curves.docx")])
     with pytest.raises(UserError, match="curves.docx: cannot be written"):
@@ -89,3 +90,12 @@ def test_what_cannot_be_reported_is_refused(make_run, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "b"), *words])
         with pytest.raises(UserError, match=message):
             main()
+
+
+def test_a_setting_that_all_runs_share_is_no_axis(make_run, tmp_path, monkeypatch):
+    make_run("a")
+    make_run("b", "model.ffi.fan_in=32")
+    words = ["report", str(tmp_path), "--against", "training.optimization.lr", "--picture", str(tmp_path / "x.svg")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(UserError, match="optimization.lr: is 0.002 in every run"):
+        main()
