@@ -29,7 +29,7 @@ def device(request, monkeypatch):
 
 @pytest.mark.parametrize("number, scale, texts, loss", [
     *((number, 0.1, 37, "bce") for number in range(len(HEADS))),
-    *((number, 60.0, 128, "squared_hinge") for number in (0, 1, 3)), (2, 60.0, 128, "bce"),
+    (1, 60.0, 128, "squared_hinge"), (2, 60.0, 128, "bce"),
 ])  # fmt: skip
 def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
     # Scale 60 saturates most logits, on both sides.
@@ -56,8 +56,7 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
 
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
-    *((1, optimizer, torch.float32) for optimizer in OPTIMIZERS), *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS),
-    (5, "rowwise", torch.bfloat16),
+    *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (5, "rowwise", torch.float32),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
@@ -77,7 +76,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["momentum", "rowwise"])
 def test_stochastic_rounding_is_the_reference_s(optimizer, device):
     # With weights of zero the hinge's slopes are +-2, and gradients by features of +-1 are bfloat16 numbers.
     options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}
@@ -91,7 +90,7 @@ def test_stochastic_rounding_is_the_reference_s(optimizer, device):
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [2])
 def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatch):
     features, fan_in, group_size = HEADS[number]
     found = []
@@ -118,10 +117,9 @@ def test_micro_batches_and_shards_equal_one_batch(number, device):
     assert_parts_train_as_one(make, [batch(device, HEADS[number][0], 90, seed) for seed in range(2)], grad_rtol=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "rowwise"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad, optimizer", [(float("nan"), "adamw"), (float("inf"), "rowwise")])
 def test_a_non_finite_feature_never_reaches_a_weight(bad, optimizer, device):
-    features, fan_in, group_size = HEADS[1]
+    features, fan_in, group_size = HEADS[2]
     head = make_head(device, features, fan_in, group_size, optimizer, weight_dtype=torch.bfloat16)
     good, (feat, ids, counts) = batch(device, features, 37), batch(device, features, 37, seed=1)
     head(*good)

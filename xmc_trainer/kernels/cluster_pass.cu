@@ -38,7 +38,8 @@ constexpr int OWN = LABELS / CLUSTER, PIECES = OWN / 8;  // labels that a block 
 constexpr int BUFFERS = 4;
 constexpr int CONSUMERS = 256, PRODUCER_WARPS = 8;
 constexpr int WORDS = FEATURES / 32;                   // of feature_bits, a block's part of a row
-constexpr int TOGETHER = 4;                            // slots that a producer reads before it needs any
+constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 176 : 144, PRODUCER_REGISTERS = 256 - CONSUMER_REGISTERS;
+constexpr int TOGETHER = 5;                            // slots that a producer reads before it needs any
 constexpr int ALL_FEATURES = CLUSTER * FEATURES;
 static_assert(LABELS == 64 && WARPS == 16 && FEATURES % 64 == 0 && FEATURES <= 192 && CLUSTER <= 8, "see above");
 
@@ -56,18 +57,17 @@ struct Shared {
 
 // The tiles of a cluster: every n-th.
 struct Tiles {
-    int64_t first_label, end_label;
-    int first, step, count;
+    int first_label, end_label, first, step, count;
 
     __device__ __forceinline__ explicit Tiles(const Arguments& a) {
-        first_label = static_cast<int64_t>(a.first_row) * a.group;
-        end_label = min(static_cast<int64_t>(a.last_row) * a.group, a.labels);
+        first_label = a.first_row * a.group;
+        end_label = static_cast<int>(min(static_cast<int64_t>(a.last_row) * a.group, a.labels));
         first = blockIdx.x / CLUSTER;
         step = gridDim.x / CLUSTER;
-        count = (static_cast<int>((end_label - first_label + LABELS - 1) / LABELS) - first + step - 1) / step;
+        count = ((end_label - first_label + LABELS - 1) / LABELS - first + step - 1) / step;
     }
 
-    __device__ __forceinline__ int64_t label0(int tile) const { return first_label + (first + static_cast<int64_t>(tile) * step) * LABELS; }
+    __device__ __forceinline__ int label0(int tile) const { return first_label + (first + tile * step) * LABELS; }
 };
 
 // The text of a consumer's rows (high: 8 rows on) of the logits.
@@ -75,39 +75,47 @@ __device__ __forceinline__ int text_of(int high) { return threadIdx.x / 32 * 16 
 
 // What eight lanes of a producer's warp do at a time: each of the warp's eight labels, its slots from first to before end.
 template <typename Take>
-__device__ __forceinline__ void each_label(const Shared& shared, int buffer, Take take) {
+__device__ __forceinline__ void each_label(const Shared& shared, int buffer, unsigned thread, Take take) {
 #pragma unroll 1
     for (int half = 0; half < 2; ++half) {
-        const int row = (threadIdx.x - CONSUMERS) / 32 * 8 + half * 4 + threadIdx.x % 32 / 8;
+        const int row = thread / 32 * 8 + half * 4 + thread % 32 / 8;
         const uint32_t run = shared.run[buffer][row];
         take(row, run & 0xFFFF, (run & 0xFFFF) + (run >> 16));
     }
 }
 
-// Where element (label, feature of the block) of W is.
-__device__ __forceinline__ uint16_t* element_at(Shared& shared, int buffer, int row, int feature) {
-    bfloat16* chunk = shared.w[buffer][feature / 64] + place<ROW>(row, feature % 64 / 8);
-    return reinterpret_cast<uint16_t*>(chunk) + feature % 8;
+// Where a feature of this block is in a row of W: as `place` has it, in few instructions.
+struct RowOfW {
+    uint16_t* elements;  // where the row's would be if the block's first feature were 0
+    uint32_t swizzle;
+
+    __device__ __forceinline__ RowOfW(Shared& shared, int buffer, int row, int rank) {
+        elements = reinterpret_cast<uint16_t*>(shared.w[buffer][0]) + row * ROW_SIZE - rank * (PARTS * LABELS * ROW_SIZE);
+        swizzle = (row & 7) * 8;
+    }
+
+    __device__ __forceinline__ uint16_t& operator[](uint32_t feature) const {
+        const uint32_t column = feature ^ swizzle;
+        return elements[column + column / ROW_SIZE * ((LABELS - 1) * ROW_SIZE)];
+    }
+};
+
+// An index row of a label of this rank.
+__device__ __forceinline__ int64_t index_row(const Arguments& a, int label) {
+    return static_cast<uint32_t>(label) / static_cast<uint32_t>(a.group);
 }
 
-// A tensor's rows of a tile on their way to the L2 cache: this block's share.
-__device__ __forceinline__ void fetch(const void* tensor, int64_t first_row, int64_t end_row, int64_t row_bytes) {
+// A tile's rows of the tensors on their way to the L2 cache, this block's share of them: thread 0, 1, ... has a tensor each.
+__device__ __forceinline__ void fetch_tile(const Arguments& a, const Tiles& tiles, int tile, int rank, bool update, unsigned thread) {
+    const int states = !update ? 0 : RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;
+    const int first = tiles.label0(tile) + rank * OWN, end = min(first + OWN, tiles.end_label);
+    if (tile >= tiles.count || first >= end || thread >= 3 + states) return;
+    const void* const tensor = thread == 0 ? a.feature_bits : thread == 1 ? a.index : thread == 2 ? a.weight : thread == 3 ? a.state0 : a.state1;
+    const int64_t bytes = thread == 0 ? 4 * a.words : (thread == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
+    const int64_t first_row = thread < 2 ? index_row(a, first) : first, end_row = thread < 2 ? index_row(a, end - 1) + 1 : end;
     const auto base = reinterpret_cast<uintptr_t>(tensor);
-    const uintptr_t start = (base + first_row * row_bytes) & ~uintptr_t(15), end = (base + end_row * row_bytes) & ~uintptr_t(15);
-    if (start < end) prefetch(reinterpret_cast<const void*>(start), static_cast<uint32_t>(end - start));
-}
-
-// The rows of a tile that a block of the cluster fetches for all.
-__device__ __forceinline__ void fetch_tile(const Arguments& a, const Tiles& tiles, int tile, int rank, bool update) {
-    if (tile >= tiles.count) return;
-    const int64_t first = tiles.label0(tile) + rank * OWN, end = min(first + OWN, tiles.end_label);
-    if (first >= end) return;
-    const int64_t first_row = first / a.group, end_row = (end - 1) / a.group + 1;
-    fetch(a.feature_bits, first_row, end_row, 4 * a.words);
-    fetch(a.index, first_row, end_row, sizeof(INDEX) * a.fan_in);
-    fetch(a.weight, first, end, sizeof(WEIGHT) * a.fan_in);
-    if (update && (RULE == MOMENTUM || RULE == ADAMW)) fetch(a.state0, first, end, sizeof(WEIGHT) * a.fan_in);
-    if (update && RULE == ADAMW) fetch(a.state1, first, end, sizeof(WEIGHT) * a.fan_in);
+    const uintptr_t from = (base + first_row * bytes) & ~uintptr_t(15), to = (base + end_row * bytes) & ~uintptr_t(15);
+    if (from < to) prefetch(reinterpret_cast<const void*>(from), static_cast<uint32_t>(to - from));
 }
 
 __device__ __forceinline__ float wide(float x) { return x; }
@@ -124,13 +132,14 @@ __device__ __forceinline__ void store(uint16_t* to, float value, uint32_t hashed
 }
 
 // Where a producer's warp has a tile's labels: their runs of slots, biases and positives, and W, zero but at the index.
-__device__ __forceinline__ void spread(Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank) {
-    const int thread = threadIdx.x - CONSUMERS, lane = thread % 32, warp = thread / 32;
-    const int64_t label0 = tiles.label0(tile);
+__device__ __forceinline__ void spread(
+    Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
+    const unsigned lane = thread % 32, warp = thread / 32;
+    const int label0 = tiles.label0(tile);
     {
         const int row = 8 * warp + lane / 4;
         const bool ok = label0 + row < tiles.end_label;
-        const uint32_t* bits = a.feature_bits + (ok ? (label0 + row) / a.group * a.words : 0);
+        const uint32_t* bits = a.feature_bits + (ok ? index_row(a, label0 + row) * a.words : 0);
         uint32_t run = 0;
 #pragma unroll
         for (int i = 0; i < (CLUSTER * WORDS + 3) / 4; ++i) {
@@ -142,15 +151,15 @@ __device__ __forceinline__ void spread(Shared& shared, const Arguments& a, const
         run += __shfl_xor_sync(~0u, run, 2);
         if (lane % 4 == 0) shared.run[buffer][row] = run;
     }
-    const int64_t own0 = label0 + rank * OWN;
+    const int own0 = label0 + rank * OWN;
     if (thread < OWN) {
-        const int64_t label = own0 + thread;
+        const int label = own0 + thread;
         // This one stands for no label: its loss and slope are zero.
         shared.bias[buffer][thread] = label >= tiles.end_label ? -1e30f : a.bias ? a.bias[label] : 0.0f;
     }
     for (int i = thread; i < OWN * (TEXTS / 32); i += 32 * PRODUCER_WARPS) {
-        const int64_t label = own0 + i / (TEXTS / 32);
-        const uint32_t* words = a.positive + (label - tiles.first_label) * (TEXTS / 32);
+        const int label = own0 + i / (TEXTS / 32);
+        const uint32_t* words = a.positive + static_cast<int64_t>(label - tiles.first_label) * (TEXTS / 32);
         shared.positive[buffer][i / (TEXTS / 32)][i % (TEXTS / 32)] = label < tiles.end_label ? words[i % (TEXTS / 32)] : 0;
     }
     // The warp's labels are eight rows, 1024 bytes a part.
@@ -158,43 +167,42 @@ __device__ __forceinline__ void spread(Shared& shared, const Arguments& a, const
     for (int i = 0; i < 2 * PARTS; ++i)
         reinterpret_cast<uint4*>(shared.w[buffer][i / 2] + 8 * warp * ROW_SIZE)[i % 2 * 32 + lane] = uint4{0, 0, 0, 0};
     __syncwarp();
-    each_label(shared, buffer, [&](int row, int first, int end) {
-        const int64_t label = label0 + row;
-        const INDEX* index = static_cast<const INDEX*>(a.index) + label / a.group * a.fan_in;
-        const Stored* weight = static_cast<const Stored*>(a.weight) + label * a.fan_in;
+    each_label(shared, buffer, thread, [&](int row, int first, int end) {
+        const int label = label0 + row;
+        const INDEX* index = static_cast<const INDEX*>(a.index) + index_row(a, label) * a.fan_in;
+        const Stored* weight = static_cast<const Stored*>(a.weight) + static_cast<int64_t>(label) * a.fan_in;
+        const RowOfW to(shared, buffer, row, rank);
 #pragma unroll 1
         for (int slot0 = first + lane % 8; slot0 < end; slot0 += 8 * TOGETHER) {
             int feature[TOGETHER];
             Stored value[TOGETHER];
 #pragma unroll
-            for (int k = 0; k < TOGETHER; ++k) {
-                const int slot = min(slot0 + 8 * k, end - 1);
-                feature[k] = index[slot] - rank * FEATURES;
-                value[k] = weight[slot];
-            }
-            // The last slot may be written more than once.
+            for (int k = 0; k < TOGETHER; ++k)
+                if (slot0 + 8 * k < end) feature[k] = (index + slot0)[8 * k], value[k] = (weight + slot0)[8 * k];
 #pragma unroll
             for (int k = 0; k < TOGETHER; ++k) {
-                uint16_t* const to = element_at(shared, buffer, row, feature[k]);
-                if constexpr (BF16_WEIGHT) *to = value[k];
-                else *to = static_cast<uint16_t>(packed(value[k], 0.0f));
+                if (slot0 + 8 * k >= end) continue;
+                if constexpr (BF16_WEIGHT) to[feature[k]] = value[k];
+                else to[feature[k]] = static_cast<uint16_t>(packed(value[k], 0.0f));
             }
         }
     });
 }
 
 // The terms of the new states of a producer's warp's labels (ROWWISE): of the gradients that each block has, to all blocks.
-__device__ __forceinline__ void exchange_squares(Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank) {
-    const int lane = threadIdx.x % 32, warp = (threadIdx.x - CONSUMERS) / 32, slot = tile % 2;
+__device__ __forceinline__ void exchange_squares(
+    Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
+    const int lane = thread % 32, warp = thread / 32, slot = tile % 2;
     Barrier& barrier = shared.squares[slot][warp];
     if (lane == 0) arrive_expecting(barrier, (CLUSTER - 1) * 8 * sizeof(float));
-    each_label(shared, buffer, [&](int row, int first, int end) {
-        const int64_t label = tiles.label0(tile) + row;
-        const INDEX* index = static_cast<const INDEX*>(a.index) + label / a.group * a.fan_in;
+    each_label(shared, buffer, thread, [&](int row, int first, int end) {
+        const int label = tiles.label0(tile) + row;
+        const INDEX* index = static_cast<const INDEX*>(a.index) + index_row(a, label) * a.fan_in;
+        const RowOfW gradient(shared, buffer, row, rank);
         float sum = 0.0f;
 #pragma unroll 4
         for (int i = first + lane % 8; i < end; i += 8) {
-            const float grad = wide(*element_at(shared, buffer, row, index[i] - rank * FEATURES)) * a.text_weight;
+            const float grad = wide(gradient[index[i]]) * a.text_weight;
             sum = fmaf(grad, grad, sum);
         }
 #pragma unroll
@@ -212,20 +220,23 @@ __device__ __forceinline__ void exchange_squares(Shared& shared, const Arguments
 }
 
 // The update of a producer's warp's labels, whose gradients are in W.
-__device__ __forceinline__ void update_slots(Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank) {
-    const int thread = threadIdx.x - CONSUMERS, lane = thread % 32;
-    const int64_t label0 = tiles.label0(tile);
+__device__ __forceinline__ void update_slots(
+    Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
+    const unsigned lane = thread % 32;
+    const int label0 = tiles.label0(tile);
     if (thread < OWN && label0 + rank * OWN + thread < tiles.end_label) {
         const float bias = shared.bias[buffer][thread], *grad = &shared.bias_grad[buffer][0][thread];
         update_bias<CONSUMERS / 32>(a, label0 + rank * OWN + thread, bias, grad, OWN);
     }
-    if constexpr (RULE == ROWWISE) exchange_squares(shared, a, tiles, tile, buffer, rank);
-    each_label(shared, buffer, [&](int row, int first, int end) {
-        const int64_t label = label0 + row, start = label * a.fan_in;
-        const INDEX* index = static_cast<const INDEX*>(a.index) + label / a.group * a.fan_in;
+    if constexpr (RULE == ROWWISE) exchange_squares(shared, a, tiles, tile, buffer, rank, thread);
+    each_label(shared, buffer, thread, [&](int row, int first, int end) {
+        const int label = label0 + row;
+        const int64_t start = static_cast<int64_t>(label) * a.fan_in;
+        const INDEX* index = static_cast<const INDEX*>(a.index) + index_row(a, label) * a.fan_in;
         Stored* const weight = static_cast<Stored*>(a.weight) + start;
         Stored* const state0 = static_cast<Stored*>(a.state0) + start;
         Stored* const state1 = static_cast<Stored*>(a.state1) + start;
+        const RowOfW gradient(shared, buffer, row, rank);
         const uint32_t number = static_cast<uint32_t>(a.label_start + label);
         const uint32_t hashed0 = mix(number ^ a.key[0]), hashed1 = mix(number ^ a.key[2]), hashed2 = mix(number ^ a.key[4]);
         float label_state = 0.0f;
@@ -240,42 +251,44 @@ __device__ __forceinline__ void update_slots(Shared& shared, const Arguments& a,
             int feature[TOGETHER];
 #pragma unroll
             for (int k = 0; k < TOGETHER; ++k) {
-                const int slot = min(slot0 + 8 * k, end - 1);
-                feature[k] = index[slot] - rank * FEATURES;
-                old[k] = weight[slot];
-                if (RULE == MOMENTUM || RULE == ADAMW) old0[k] = state0[slot];
-                if (RULE == ADAMW) old1[k] = state1[slot];
+                if (slot0 + 8 * k >= end) continue;
+                feature[k] = (index + slot0)[8 * k];
+                old[k] = (weight + slot0)[8 * k];
+                if (RULE == MOMENTUM || RULE == ADAMW) old0[k] = (state0 + slot0)[8 * k];
+                if (RULE == ADAMW) old1[k] = (state1 + slot0)[8 * k];
             }
 #pragma unroll
             for (int k = 0; k < TOGETHER; ++k) {
                 const int slot = slot0 + 8 * k;
-                if (slot >= end) break;
+                if (slot >= end) continue;
                 Values v{wide(old[k]), label_state, 0.0f};
                 if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(old0[k]);
                 if (RULE == ADAMW) v.state1 = wide(old1[k]);
-                v = updated(v, wide(*element_at(shared, buffer, row, feature[k])) * a.text_weight, a, a.weight_decay);
-                store(weight + slot, v.weight, hashed0, a.key[1], slot);
-                if (RULE == MOMENTUM || RULE == ADAMW) store(state0 + slot, v.state0, hashed1, a.key[3], slot);
-                if (RULE == ADAMW) store(state1 + slot, v.state1, hashed2, a.key[5], slot);
+                v = updated(v, wide(gradient[feature[k]]) * a.text_weight, a, a.weight_decay);
+                store(weight + slot0 + 8 * k, v.weight, hashed0, a.key[1], slot);
+                if (RULE == MOMENTUM || RULE == ADAMW) store(state0 + slot0 + 8 * k, v.state0, hashed1, a.key[3], slot);
+                if (RULE == ADAMW) store(state1 + slot0 + 8 * k, v.state1, hashed2, a.key[5], slot);
             }
         }
     });
 }
 
 __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, const Tiles& tiles, int rank, bool update) {
-    const int thread = threadIdx.x - CONSUMERS;
-    if (thread == 0) fetch_tile(a, tiles, 0, rank, update);
+    int thread = threadIdx.x - CONSUMERS;
+    fetch_tile(a, tiles, 0, rank, update, thread);
 #pragma unroll 1
     for (int tile = 0; tile < tiles.count + (update ? BUFFERS : 0); ++tile) {
         const int buffer = tile % BUFFERS, before = tile - BUFFERS;
-        if (thread == 0) fetch_tile(a, tiles, tile + 1, rank, update);
+        forget(thread);
+        fetch_tile(a, tiles, tile + 1, rank, update, thread);
         if (before >= 0 && before < tiles.count) {
             await(shared.graded[buffer], before / BUFFERS & 1);
-            if (update) update_slots(shared, a, tiles, before, buffer, rank);
+            if (update) update_slots(shared, a, tiles, before, buffer, rank, thread);
             __syncwarp();
+            forget(thread);
         }
         if (tile < tiles.count) {
-            spread(shared, a, tiles, tile, buffer, rank);
+            spread(shared, a, tiles, tile, buffer, rank, thread);
             publish_shared();
             __syncwarp();
             if (thread % 32 == 0) arrive(shared.full[buffer]);
@@ -320,35 +333,6 @@ __device__ __forceinline__ void send_slopes(
         await(shared.partials, tile & 1);
         if (threadIdx.x == 0) arrive_expecting(shared.partials, sizeof(shared.partial) / CLUSTER * (CLUSTER - 1));  // the next tile's
     }
-    uint32_t piece[2 * PIECES];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
-#pragma unroll
-    for (int i = 0; i < PIECES; ++i) {
-        float z[4], sum[2];
-#pragma unroll
-        for (int r = 0; r < CLUSTER; ++r) {
-            const uint4 value = shared.partial[r][i][threadIdx.x];
-            const float got[4] = {__uint_as_float(value.x), __uint_as_float(value.y), __uint_as_float(value.z), __uint_as_float(value.w)};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) z[j] = r == 0 ? got[j] : z[j] + got[j];
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int label = 8 * i + lane % 4 * 2 + j;
-            const float bias = shared.bias[buffer][label];
-            const uint32_t positive = shared.positive[buffer][label][warp / 2];
-#pragma unroll
-            for (int high = 0; high < 2; ++high) {
-                const int text = text_of(high);
-                z[2 * high + j] = slope_of_any(z[2 * high + j] + bias, positive >> text % 32 << 31, text < a.texts, loss[high]);
-            }
-            sum[j] = z[j] + z[2 + j];
-#pragma unroll
-            for (int other = 4; other < 32; other *= 2) sum[j] += __shfl_xor_sync(~0u, sum[j], other);
-        }
-        if (lane < 4) *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * i + lane * 2]) = make_float2(sum[0], sum[1]);
-        piece[2 * i] = packed(z[0], z[1]);
-        piece[2 * i + 1] = packed(z[2], z[3]);
-    }
     const auto to_all = [&](void* here, auto value) {
 #pragma unroll
         for (int block = 0; block < CLUSTER; ++block) {
@@ -356,18 +340,46 @@ __device__ __forceinline__ void send_slopes(
             else send(address_in(block, here), value, address_in(block, &shared.slopes[slot]));
         }
     };
-    if constexpr (PIECES >= 2) {
+    constexpr int PAIR = PIECES < 2 ? PIECES : 2;
 #pragma unroll
-        for (int first = 0; first < 2 * PIECES; first += 4) {
-            uint32_t v[4] = {piece[first], piece[first + 1], piece[first + 2], piece[first + 3]};
-            exchange_words(v);  // the whole of the one whose number is the lane's
-            const int i = first + lane % 4;
-            to_all(shared.s[slot] + place<ROW>(text_of(i % 2), rank * PIECES + i / 2), uint4{v[0], v[1], v[2], v[3]});
+    for (int first = 0; first < PIECES; first += PAIR) {
+        uint32_t piece[4];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
+#pragma unroll
+        for (int i = first; i < first + PAIR; ++i) {
+            float z[4], sum[2];
+#pragma unroll
+            for (int r = 0; r < CLUSTER; ++r) {
+                const uint4 value = shared.partial[r][i][threadIdx.x];
+                const uint32_t got[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+                for (int j = 0; j < 4; ++j) z[j] = r == 0 ? __uint_as_float(got[j]) : z[j] + __uint_as_float(got[j]);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int label = 8 * i + lane % 4 * 2 + j;
+                const float bias = shared.bias[buffer][label];
+                const uint32_t positive = shared.positive[buffer][label][warp / 2];
+#pragma unroll
+                for (int high = 0; high < 2; ++high) {
+                    const int text = text_of(high);
+                    float& x = z[2 * high + j];
+                    x = slope_of_any(x + bias, positive >> text % 32 << 31, text < a.texts, loss[high]);
+                }
+                sum[j] = over_labels(z[j] + z[2 + j]);
+            }
+            if (lane < 4) *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * i + lane * 2]) = make_float2(sum[0], sum[1]);
+            piece[2 * (i - first)] = packed(z[0], z[1]);
+            piece[2 * (i - first) + 1] = packed(z[2], z[3]);
         }
-    } else {
+        if constexpr (PAIR == 2) {
+            exchange_words(piece);  // the whole of the one whose number is the lane's
+            const int text = text_of(lane % 2), chunk = rank * PIECES + first + lane % 4 / 2;
+            to_all(shared.s[slot] + place<ROW>(text, chunk), uint4{piece[0], piece[1], piece[2], piece[3]});
+        } else {
 #pragma unroll
-        for (int high = 0; high < 2; ++high)
-            to_all(reinterpret_cast<uint32_t*>(shared.s[slot] + place<ROW>(text_of(high), rank)) + lane % 4, piece[high]);
+            for (int high = 0; high < 2; ++high)
+                to_all(reinterpret_cast<uint32_t*>(shared.s[slot] + place<ROW>(text_of(high), rank)) + lane % 4, piece[high]);
+        }
     }
     publish_shared();
     __syncwarp();
@@ -501,10 +513,10 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
     publish_shared();
     meet_cluster();
     if (threadIdx.x < CONSUMERS) {
-        take_registers<176>();
+        take_registers<CONSUMER_REGISTERS>();
         consume(shared, a, tiles, rank, update);
     } else {
-        give_registers<80>();
+        give_registers<PRODUCER_REGISTERS>();
         produce(shared, a, tiles, rank, update);
     }
     meet_cluster();  // nobody leaves while others may send

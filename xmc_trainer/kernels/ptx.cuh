@@ -77,6 +77,9 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N][4]) {
     for (int n = 0; n < N; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
 }
 
+// What follows from x is worked out anew after this, not kept in registers from before.
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 #define SUMS(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SUMS_OF_64 SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
 
@@ -171,7 +174,7 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
 __device__ __forceinline__ void await(Barrier& barrier, int parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
-        "AGAIN:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra AGAIN;\n}" ::"r"(address(&barrier)), "r"(parity) : "memory");
 }
 

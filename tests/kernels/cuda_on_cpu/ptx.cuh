@@ -66,6 +66,7 @@ inline void commit_products() {}
 template <int LEFT> void await_products() {}
 inline void end_products() {}
 template <typename T, int N> void pin(T (&)[N][4]) {}
+inline void forget(int&) {}
 
 // Descriptors, as the PTX manual has them: start address, offset of the next 64 elements of a row that is not along K
 // ("leading"), offset of the next eight rows ("stride"), each in sixteens, and kind of swizzle.
