@@ -106,11 +106,13 @@ __device__ __forceinline__ int64_t index_row(const Arguments& a, int label) {
 }
 
 // A tile's rows of the tensors on their way to the L2 cache, this block's share of them: thread 0, 1, ... has a tensor each.
-__device__ __forceinline__ void fetch_tile(const Arguments& a, const Tiles& tiles, int tile, int rank, bool update, unsigned thread) {
+__device__ __forceinline__ void fetch_tile(
+    const Arguments& a, const Tiles& tiles, int tile, int rank, bool update, unsigned thread) {
     const int states = !update ? 0 : RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;
     const int first = tiles.label0(tile) + rank * OWN, end = min(first + OWN, tiles.end_label);
     if (tile >= tiles.count || first >= end || thread >= 3 + states) return;
-    const void* const tensor = thread == 0 ? a.feature_bits : thread == 1 ? a.index : thread == 2 ? a.weight : thread == 3 ? a.state0 : a.state1;
+    const void* const state = thread == 3 ? a.state0 : a.state1;
+    const void* const tensor = thread == 0 ? a.feature_bits : thread == 1 ? a.index : thread == 2 ? a.weight : state;
     const int64_t bytes = thread == 0 ? 4 * a.words : (thread == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
     const int64_t first_row = thread < 2 ? index_row(a, first) : first, end_row = thread < 2 ? index_row(a, end - 1) + 1 : end;
     const auto base = reinterpret_cast<uintptr_t>(tensor);
@@ -310,6 +312,11 @@ __device__ __forceinline__ void begin_logits(Logits& z, const Shared& shared, in
     commit_products();
 }
 
+// Before the first tile, and again when a tile's have come.
+__device__ __forceinline__ void expect_partials(Shared& shared) {
+    arrive_expecting(shared.partials, sizeof(shared.partial) / CLUSTER * (CLUSTER - 1));
+}
+
 // Each label's to its owner.
 __device__ __forceinline__ void send_logits(Logits& z, Shared& shared, int rank) {
     pin(z);
@@ -331,7 +338,7 @@ __device__ __forceinline__ void send_slopes(
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = tile % 2;
     if (CLUSTER > 1) {
         await(shared.partials, tile & 1);
-        if (threadIdx.x == 0) arrive_expecting(shared.partials, sizeof(shared.partial) / CLUSTER * (CLUSTER - 1));  // the next tile's
+        if (threadIdx.x == 0) expect_partials(shared);
     }
     const auto to_all = [&](void* here, auto value) {
 #pragma unroll
@@ -367,7 +374,8 @@ __device__ __forceinline__ void send_slopes(
                 }
                 sum[j] = over_labels(z[j] + z[2 + j]);
             }
-            if (lane < 4) *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * i + lane * 2]) = make_float2(sum[0], sum[1]);
+            float2& sums = *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * i + lane % 4 * 2]);
+            if (lane < 4) sums = make_float2(sum[0], sum[1]);
             piece[2 * (i - first)] = packed(z[0], z[1]);
             piece[2 * (i - first) + 1] = packed(z[2], z[3]);
         }
@@ -503,7 +511,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
             for (Barrier& barrier : barriers) init(barrier, 1);
         init(shared.partials, 1);
         publish_barriers();
-        arrive_expecting(shared.partials, sizeof(shared.partial) / CLUSTER * (CLUSTER - 1));
+        expect_partials(shared);
     }
     share<TEXTS, ROW * PARTS>([&](int text, int chunk) {
         const bfloat16* from = a.x + static_cast<int64_t>(text) * ALL_FEATURES + rank * FEATURES + chunk * 8;

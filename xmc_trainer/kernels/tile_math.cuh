@@ -1,5 +1,5 @@
-// What group_pass.cu, warpgroup_pass.cu and cluster_pass.cu are made of: tiles of labels, matrix products in shared memory, losses, update
-// rules and stochastic rounding.
+// What group_pass.cu, warpgroup_pass.cu and cluster_pass.cu are made of: tiles of labels, matrix products in shared memory,
+// losses, update rules and stochastic rounding.
 //
 // A warp's products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Layout of a matrix in shared memory:
 // rows of 16-byte chunks, chunk c of row r at c ^ (r & 7), so that the eight rows that ldmatrix reads at once lie in different
