@@ -5,102 +5,28 @@ Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, 
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import re
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.head_helpers import assert_parts_train_as_one, oracle_loss, ragged_batch, target_matrix
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule
+from tests.head_helpers import assert_parts_train_as_one, oracle_loss, target_matrix
+from xmc_trainer.head import RewireRule
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
+from tests.kernels.cuda_helpers import DEVICES, LABELS, batch, dense_of, error, make_head, use  # noqa: E402
 from xmc_trainer.kernels import group_pass  # noqa: E402
 
-HERE = Path(__file__).parent
-OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4)}
+BY_ELEMENT = ["sgd", "momentum", "adamw"]
 # (features, fan_in, group_size): of one tile and several, short tiles and groups.
 GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300), (300, 40, 50)]
-LABELS = 331
-_memory = tempfile.TemporaryDirectory(prefix="group_pass.")  # as long as the compiled libraries
-
-
-@functools.cache
-def library_for_cpu(source, capability, defines):
-    """As `group_pass._library`, of the source without what only nvcc understands."""
-    folder = Path(tempfile.mkdtemp(dir=_memory.name))
-    replaced = 0
-    for name in (source, *group_pass._HEADERS):
-        text = (group_pass._FOLDER / name).read_text()
-        text, shared = re.subn(r"extern __shared__ (.*)uint8_t memory\[\];", "uint8_t* memory = cpu::aligned_memory();", text)
-        text, launches = re.subn(
-            r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);", r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });", text
-        )
-        (folder / name.replace(".cu", ".cpp") if name == source else folder / name).write_text(text)
-        replaced += shared + launches
-    assert replaced == 2
-    for file in (HERE / "cuda_on_cpu").iterdir():
-        shutil.copy(file, folder)
-    words = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *(f"-D{define}" for define in defines)]
-    subprocess.run([*words, "-o", folder / "group_pass.so", folder / source.replace(".cu", ".cpp")], check=True)
-    return ctypes.CDLL(str(folder / "group_pass.so"))
-
-
-DEVICES = [
-    pytest.param("cpu", marks=[
-        pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, which marks the positives, is off on a GPU"),
-        pytest.mark.skipif(shutil.which("g++") is None, reason="the CUDA source needs a C++ compiler to run on a CPU"),
-    ]),
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]  # fmt: skip
-
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernel runs; fails a test in which it was not launched."""
-    if request.param == "cpu":
-        monkeypatch.setattr(group_pass, "can_compile", lambda device: True)
-        monkeypatch.setattr(group_pass, "_library", library_for_cpu)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    elif not group_pass.can_compile(torch.device("cuda")):
-        pytest.skip("the CUDA kernel needs nvcc and ninja")
-    launched, launch = [], group_pass.launch
-    monkeypatch.setattr(group_pass, "launch", lambda *a, **k: launched.append(1) or launch(*a, **k))
+    launched = use(request.param, group_pass, "launch", monkeypatch)
     yield request.param
     assert launched
-
-
-def make_head(device, features, fan_in, group_size, optimizer="sgd", **options):
-    options = {"lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton", "product_dtype": torch.bfloat16} | options
-    return FixedFanInHead(
-        features, LABELS, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device=device, **options
-    )
-
-
-def batch(device, features, texts, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    feat = torch.randn(texts, features, generator=generator).bfloat16().float()
-    ids, counts = ragged_batch(texts, LABELS, generator)
-    return feat.to(device), ids.to(device), counts.to(device)
-
-
-def dense_of(head):
-    """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each number."""
-    row = torch.arange(LABELS, device=head.weight.device) // head.group_size
-    index = head.index.long()[row]
-    dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device=head.weight.device)
-    return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
-
-
-def error(got, exact):
-    return ((got.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -131,7 +57,7 @@ def test_errs_no_more_than_eager_bfloat16(features, fan_in, group_size, scale, t
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", BY_ELEMENT)
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[5]])
 def test_updates_are_the_reference_s(features, fan_in, group_size, optimizer, weight_dtype, device):
     options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean"}
@@ -150,7 +76,7 @@ def test_updates_are_the_reference_s(features, fan_in, group_size, optimizer, we
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", BY_ELEMENT)
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])
 def test_stochastic_rounding_is_the_reference_s(features, fan_in, group_size, optimizer, device):
     # With weights of zero the hinge's slopes are +-2: nothing but the order of sums differs between the backends.

@@ -55,10 +55,14 @@ __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.asy
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void end_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
+// The products since the last call are one group.
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all groups but the last LEFT are done.
+template <int LEFT>
+__device__ __forceinline__ void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+
+__device__ __forceinline__ void end_products() { commit_products(), await_products<0>(); }
 
 // Between products that use registers and whatever else does: the compiler knows nothing of what the first do later.
 template <int N>
@@ -72,6 +76,9 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
 }
+
+// What follows from x is worked out anew after this, not kept in registers from before.
+__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
 
 #define SUMS(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SUMS_OF_64 SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
@@ -114,6 +121,73 @@ __device__ __forceinline__ void multiply(float (&c)[8][4], const uint32_t (&a)[4
 
 #undef SUMS
 #undef SUMS_OF_64
+
+// Registers a thread of the calling warpgroup has from here on; others must have given up what one takes.
+template <int N>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
+template <int N>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
+
+// Some warps of a block, THREADS in all, meet.
+template <int NUMBER, int THREADS>
+__device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory"); }
+
+// Clusters of blocks, which write into each other's shared memory, on GPUs of capability 9.0.
+__device__ __forceinline__ int block_in_cluster() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of the cluster meet, and see what all have written before.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Where the same variable is in another block's shared memory.
+__device__ __forceinline__ uint32_t address_in(int block, const void* shared) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(shared)), "r"(block));
+    return there;
+}
+
+// A barrier in shared memory. A phase of it ends when `count` arrivals have been, and the bytes that they said to expect. What
+// threads have written before they arrive, and the bytes, are there for those that have awaited the phase.
+struct Barrier { uint64_t state; };
+
+__device__ __forceinline__ void init(Barrier& barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(count) : "memory");
+}
+
+// Between the inits and the first meeting of the cluster.
+__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void arrive(Barrier& barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&barrier)) : "memory");
+}
+
+__device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
+}
+
+// Phases have parities 0, 1, 0, ...; returns at once if the phase of the other parity is the one under way.
+__device__ __forceinline__ void await(Barrier& barrier, int parity) {
+    asm volatile(
+        "{\n.reg .pred done;\n"
+        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra AGAIN;\n}" ::"r"(address(&barrier)), "r"(parity) : "memory");
+}
+
+// To `to` in a block of the cluster, of whose barrier `barrier` a phase waits for these bytes. Both: of `address_in`.
+__device__ __forceinline__ void send(uint32_t to, uint4 value, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void send(uint32_t to, uint32_t value, uint32_t barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 ::"r"(to), "r"(value), "r"(barrier) : "memory");
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

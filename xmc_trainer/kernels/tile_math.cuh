@@ -1,5 +1,5 @@
-// What group_pass.cu and warpgroup_pass.cu are made of: tiles of labels, matrix products in shared memory, losses, update
-// rules and stochastic rounding.
+// What group_pass.cu, warpgroup_pass.cu and cluster_pass.cu are made of: tiles of labels, matrix products in shared memory,
+// losses, update rules and stochastic rounding.
 //
 // A warp's products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Layout of a matrix in shared memory:
 // rows of 16-byte chunks, chunk c of row r at c ^ (r & 7), so that the eight rows that ldmatrix reads at once lie in different
@@ -17,14 +17,15 @@ struct Arguments {
     void *weight, *state0, *state1;                  // [L, F]
     const void* index;                               // [R, F], rows ascending
     float *bias, *bias_state0, *bias_state1;         // [L], or null
-    const bfloat16* x;                               // [d, columns]
-    float* dx;                                       // [d, columns], without text_weight
+    const bfloat16* x;                               // [d, columns]; cluster_pass.cu: [columns, CLUSTER * FEATURES]
+    float* dx;                                       // like x, without text_weight; cluster_pass.cu: of each cluster
     const uint32_t* positive;                        // [labels of rows first_row.., columns / 32]: one bit a (label, text)
     const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one
     float* loss;                                     // [blocks, columns]
     const int32_t* finite;                           // scalar
+    const uint32_t* feature_bits;                    // [R, words]: which features a row reads; cluster_pass.cu only
     int64_t labels;
-    int32_t first_row, last_row, label_start, texts, columns, fan_in, group, update;
+    int32_t first_row, last_row, label_start, texts, columns, fan_in, group, update, words;
     float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
     uint32_t key[6];                                 // two for the rounding of weight, state0, state1
 };
@@ -32,7 +33,7 @@ struct Arguments {
 namespace {
 
 constexpr int TEXTS = 128, THREADS = 32 * WARPS;  // texts a tile
-constexpr int MOMENTUM = 1, ADAMW = 2, BCE = 0;   // values of RULE and LOSS, as in tile_math.py
+constexpr int MOMENTUM = 1, ADAMW = 2, ROWWISE = 3, BCE = 0;  // values of RULE and LOSS, as in tile_math.py
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2;
 constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks a row
 
@@ -306,8 +307,12 @@ __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32
 
 struct Values { float weight, state0, state1; };
 
+// With ROWWISE state0 is the new one already: it is of all of a label's gradients.
 __device__ __forceinline__ Values updated(Values v, float grad, const Arguments& a, float weight_decay) {
-    if (RULE == ADAMW) {
+    if (RULE == ROWWISE) {
+        const float deviation = square_root(v.state0 * a.correct1) + a.eps;
+        v.weight = v.weight * (1.0f - a.lr * weight_decay) - a.lr * __fdividef(grad, deviation);
+    } else if (RULE == ADAMW) {
         v.state0 = a.beta0 * v.state0 + (1.0f - a.beta0) * grad;
         v.state1 = a.beta1 * v.state1 + (1.0f - a.beta1) * grad * grad;
         const float deviation = square_root(v.state1 * a.correct1) + a.eps;
@@ -341,22 +346,24 @@ __device__ __forceinline__ void narrow(uint32_t& to, float2 v, uint32_t hashed, 
 // own four bytes at a time would be half of what memory moves.
 template <int PAIRS> constexpr bool IN_CHUNKS = BF16_WEIGHT && PAIRS == 4;
 
-// Lane p's q-th pair <-> lane q's p-th. All lanes of the warp must call.
-template <int PAIRS>
-__device__ __forceinline__ void exchange(Pair (&v)[PAIRS]) {
-    if constexpr (IN_CHUNKS<PAIRS>) {
+// Of each four lanes, lane p's q-th word <-> lane q's p-th. All lanes of the warp must call.
+__device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
 #pragma unroll
-        for (int bit = 1; bit < 4; bit *= 2) {
-            const bool upper = threadIdx.x & bit;
+    for (int bit = 1; bit < 4; bit *= 2) {
+        const bool upper = threadIdx.x & bit;
 #pragma unroll
-            for (int n = 0; n < 4; ++n) {
-                if (n & bit) continue;
-                const uint32_t got = __shfl_xor_sync(~0u, upper ? v[n] : v[n + bit], bit);
-                v[n] = upper ? got : v[n];
-                v[n + bit] = upper ? v[n + bit] : got;
-            }
+        for (int n = 0; n < 4; ++n) {
+            if (n & bit) continue;
+            const uint32_t got = __shfl_xor_sync(~0u, upper ? v[n] : v[n + bit], bit);
+            v[n] = upper ? got : v[n];
+            v[n + bit] = upper ? v[n + bit] : got;
         }
     }
+}
+
+template <int PAIRS>
+__device__ __forceinline__ void exchange(Pair (&v)[PAIRS]) {
+    if constexpr (IN_CHUNKS<PAIRS>) exchange_words(v);
 }
 
 // `columns`: how many there are from `from` on; `there`: whether any.
@@ -450,7 +457,9 @@ __device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, f
     Values v{bias, 0.0f, 0.0f};
     if (RULE >= MOMENTUM) v.state0 = a.bias_state0[label];
     if (RULE == ADAMW) v.state1 = a.bias_state1[label];
-    v = updated(v, grad * a.text_weight, a, 0.0f);
+    grad *= a.text_weight;
+    if (RULE == ROWWISE) v.state0 = a.beta1 * v.state0 + (1.0f - a.beta1) * grad * grad;
+    v = updated(v, grad, a, 0.0f);
     a.bias[label] = v.weight;
     if (RULE >= MOMENTUM) a.bias_state0[label] = v.state0;
     if (RULE == ADAMW) a.bias_state1[label] = v.state1;

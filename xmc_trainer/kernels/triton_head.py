@@ -7,9 +7,9 @@ Weights are read and updated in their own precision. Two ways lead through a ste
     dense    spreads rows out: for every index, dense heads, and wherever results must be the same bit for bit
              (torch.use_deterministic_algorithms)
 
-and the same two to the best labels (`topk`). Of a step the first is there twice: in CUDA (`group_pass`), where that can be
-compiled and takes the head, and in Triton (`group_step`). The first step of a large head tries what takes it, and the
-choice is kept on disk (`tuning`).
+and the same two to the best labels (`topk`). Of a step each is there twice: in CUDA (`group_pass`; `cluster_pass`, which spreads
+rows on the chip), where that can be compiled and takes the head, and in Triton (`group_step`, `dense_step`). The first step
+of a large head tries what takes it, and the choice is kept on disk (`tuning`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from xmc_trainer.kernels import dense_step, group_pass, group_step, tile_math, topk
+from xmc_trainer.kernels import cluster_pass, dense_step, group_pass, group_step, tile_math, topk
 from xmc_trainer.kernels.counter_rng import Stream, make_key
 from xmc_trainer.kernels.pairs import PairBits, feature_bits
 from xmc_trainer.kernels.reference import HeadTensors, LossFn, Update, candidate_ids, pack_candidates
@@ -157,9 +157,14 @@ class Way(NamedTuple):
 def _ways(head: HeadTensors, feat_Bd: Tensor) -> dict[str, Way]:
     """The ways that take a head, by name: the one that is likely to be the fastest first."""
     dense = {"dense": Way(_dense_step)}
+    if head.group_size < 2 * _SHARED and cluster_pass.takes(head, feat_Bd):
+        dense = {"cluster": Way(_cluster_pass, cluster_pass.TEXTS)} | dense
+    # Both give the same results from run to run, but not as each other.
+    if torch.are_deterministic_algorithms_enabled():
+        return dict([next(iter(dense.items()))])
     # A gathered tile of more features does not fit on the chip.
     fits = head.index_RF is not None and head.weight_LF.shape[1] <= (128 if feat_Bd.dtype == torch.float32 else 256)
-    if torch.are_deterministic_algorithms_enabled() or not fits or head.group_size < _SHARED // 2:
+    if not fits or head.group_size < _SHARED // 2:
         return dense
     group = {"group": Way(_group_step)}
     if group_pass.takes(head, feat_Bd):
@@ -236,6 +241,19 @@ def _group_pass(
             positive=pairs.bits, any_positive=pairs.any, **step._asdict(),
         )  # fmt: skip
     return loss, dx.T * step.text_weight
+
+
+def _cluster_pass(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """(loss float32 [columns], feature gradient float32 [columns, d])."""
+    group, rows = head.group_size, head.index_RF.shape[0]
+    chunk = _chunk_labels(rows * group, _WORKSPACE, batch.columns // 8, group) // group
+    pairs = PairBits(chunk * group, batch.columns, cluster_pass.LABELS, cluster_pass.LABELS, batch.rows.device)
+    whole = cluster_pass.ClusterPass(head, batch.rows, batch.texts, chunk * group, **step._asdict())
+    for first in range(0, rows, chunk):
+        pairs.mark(label_P, row_P, first * group)
+        whole.launch(first, min(first + chunk, rows), pairs.bits, pairs.any)
+    loss, dx = whole.results()
+    return loss, dx * step.text_weight
 
 
 def _group_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
-// As much of CUDA as xmc_trainer/kernels/*.cu use, on a CPU: the threads of a block are coroutines that take turns, and run
-// from one synchronisation to the next. It is slow, and it finds wrong indices, fragments and missing barriers of a block's own
-// data; not what only a GPU does (asynchronous copies, the order of atomic additions, approximate functions).
+// As much of CUDA as xmc_trainer/kernels/*.cu use, on a CPU: the threads of a cluster of blocks are coroutines that take turns,
+// and run from one synchronisation to the next. It is slow, and it finds wrong indices, fragments, missing barriers and deadlocks;
+// not what only a GPU does (asynchronous copies, the order of atomic additions, approximate functions).
 
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <ucontext.h>
 #include <vector>
@@ -22,7 +25,10 @@
 using std::max;
 using std::min;
 
-struct dim3 { int x = 0; };
+struct dim3 {
+    int x = 0;
+    dim3(int x = 0) : x(x) {}
+};
 struct int2 { int x, y; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -39,24 +45,39 @@ struct Meeting {
     int size, here = 0, round = 0;
 };
 
+// A block's own.
+struct Block {
+    std::vector<uint8_t> shared_memory;
+    Meeting all;
+    std::map<int, Meeting> some;  // by number
+};
+
 struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    dim3 index;
+    int number, block;        // in the cluster
+    const int* word = nullptr;  // what it waits for: that this is no longer `value`
+    int value = 0;
     bool done = false;
 };
 
 inline ucontext_t scheduler;
-inline std::vector<Thread> threads;
+inline std::vector<Thread> threads;  // of a cluster, block after block
 inline Thread* current;
 inline std::vector<Meeting> warps;
-inline Meeting block;
-inline std::vector<uint8_t> shared_memory;
+inline std::vector<Block> blocks;
+inline Meeting cluster;
 inline std::function<void()> kernel;
 struct Lane { const void* pointer; uint32_t word[6]; bool flag; };
 inline std::vector<Lane> lanes;  // what the lanes of each warp bring to a meeting
 
-void turn();
+// Lets others run until *word is no longer value.
+inline void wait(const int* word, int value) {
+    Thread* self = current;
+    self->word = word, self->value = value;
+    if (*word == value) swapcontext(&self->context, &scheduler);
+    self->word = nullptr;
+}
 
 inline void meet(Meeting& meeting) {
     const int round = meeting.round;
@@ -64,7 +85,7 @@ inline void meet(Meeting& meeting) {
         meeting.here = 0;
         ++meeting.round;
     }
-    while (meeting.round == round) turn();
+    wait(&meeting.round, round);
 }
 
 }  // namespace cpu
@@ -73,18 +94,14 @@ inline dim3 threadIdx, blockIdx, gridDim;
 
 namespace cpu {
 
-inline void turn() {
-    Thread* self = current;
-    swapcontext(&self->context, &scheduler);
-}
-
-inline Meeting& own_warp() { return warps[threadIdx.x / WARP]; }
-inline Lane* own_lanes() { return &lanes[threadIdx.x / WARP * WARP]; }
+inline Meeting& own_warp() { return warps[current->number / WARP]; }
+inline Lane* own_lanes() { return &lanes[current->number / WARP * WARP]; }
+inline Block& own_block() { return blocks[current->block]; }
 
 // Each lane brings something; `take` sees what all have brought. Nobody goes on to bring the next before all have taken.
 template <typename Bring, typename Take>
 inline void together(Bring bring, Take take) {
-    bring(lanes[threadIdx.x]);
+    bring(lanes[current->number]);
     meet(own_warp());
     take(own_lanes(), threadIdx.x % WARP);
     meet(own_warp());
@@ -96,19 +113,22 @@ inline void entry() {
     swapcontext(&current->context, &scheduler);
 }
 
-// kernel() for `blocks` blocks, one after another, of `size` threads.
-inline void run(int blocks, int size, int shared_bytes, std::function<void()> what) {
+// kernel() for `grid` blocks, cluster after cluster, of `size` threads.
+inline void run(int grid, int size, int shared_bytes, std::function<void()> what, int cluster_blocks = 1) {
     kernel = std::move(what);
-    gridDim.x = blocks;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-        shared_memory.assign(shared_bytes + 1024, 0xFF);  // not a number, wherever nobody has written
-        threads = std::vector<Thread>(size);
-        lanes.assign(size, {});
-        warps.assign(size / WARP, Meeting{WARP});
-        block = Meeting{size};
-        for (int i = 0; i < size; ++i) {
+    gridDim.x = grid;
+    for (int first_block = 0; first_block < grid; first_block += cluster_blocks) {
+        const int count = size * cluster_blocks;
+        threads = std::vector<Thread>(count);
+        lanes.assign(count, {});
+        warps.assign(count / WARP, Meeting{WARP});
+        cluster = Meeting{count};
+        blocks.clear();
+        for (int i = 0; i < cluster_blocks; ++i)  // 0xFF: not a number, wherever nobody has written
+            blocks.push_back({std::vector<uint8_t>(shared_bytes + 1024, 0xFF), Meeting{size}, {}});
+        for (int i = 0; i < count; ++i) {
             Thread& thread = threads[i];
-            thread.index.x = i;
+            thread.number = i, thread.block = i / size;
             thread.stack.reset(new char[1 << 17]);
             getcontext(&thread.context);
             thread.context.uc_stack.ss_sp = thread.stack.get();
@@ -116,32 +136,45 @@ inline void run(int blocks, int size, int shared_bytes, std::function<void()> wh
             thread.context.uc_link = nullptr;
             makecontext(&thread.context, entry, 0);
         }
-        for (bool left = true; left;) {
-            left = false;
+        for (int left = count; left;) {
+            bool any = false;
             for (Thread& thread : threads) {
-                if (thread.done) continue;
-                left = true;
+                if (thread.done || (thread.word && *thread.word == thread.value)) continue;
+                any = true;
                 current = &thread;
-                threadIdx = thread.index;
+                threadIdx.x = thread.number % size;
+                blockIdx.x = first_block + thread.block;
                 swapcontext(&scheduler, &thread.context);
+                left -= thread.done;
+            }
+            if (!any) {
+                std::fprintf(stderr, "deadlock: %d threads wait for each other\n", left);
+                std::abort();
             }
         }
     }
 }
 
-inline uint8_t* aligned_memory() {
-    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 1023) & ~uintptr_t(1023));
+inline uint8_t* aligned_memory(int block) {
+    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(blocks[block].shared_memory.data()) + 1023) & ~uintptr_t(1023));
 }
+inline uint8_t* aligned_memory() { return aligned_memory(current->block); }
 
 }  // namespace cpu
 
-inline void __syncthreads() { cpu::meet(cpu::block); }
+inline void __syncthreads() { cpu::meet(cpu::own_block().all); }
 inline void __syncwarp() { cpu::meet(cpu::own_warp()); }
 
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int other) {
     uint32_t got = 0;
     cpu::together([&](cpu::Lane& own) { own.word[0] = value; },
                   [&](cpu::Lane* all, int lane) { got = all[lane ^ other].word[0]; });
+    return got;
+}
+
+inline int __shfl_sync(unsigned, int value, int from) {
+    int got = 0;
+    cpu::together([&](cpu::Lane& own) { own.word[0] = value; }, [&](cpu::Lane* all, int) { got = all[from].word[0]; });
     return got;
 }
 
@@ -163,6 +196,7 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t order) {
     for (int i = 0; i < 4; ++i) out |= uint32_t(both >> (order >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
     return out;
 }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline void atomicAdd(float* to, float value) { *to += value; }
@@ -175,3 +209,26 @@ template <typename Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiproce
 inline cudaError_t cudaGetDevice(int* device) { *device = 0; return 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { *value = 3; return 0; }  // several blocks, each of several tiles
 inline cudaError_t cudaGetLastError() { return 0; }
+
+// Launches of clusters.
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct { struct { int x, y, z; } clusterDim; } val;
+};
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim;
+    size_t dynamicSmemBytes;
+    cudaStream_t stream;
+    cudaLaunchAttribute* attrs;
+    unsigned numAttrs;
+};
+template <typename Kernel, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, Arguments... arguments) {
+    const int blocks = config->attrs->val.clusterDim.x, bytes = static_cast<int>(config->dynamicSmemBytes);
+    if (bytes > 227 << 10 || config->gridDim.x % blocks) return 1;
+    cpu::run(config->gridDim.x, config->blockDim.x, bytes, [&] { kernel(arguments...); }, blocks);
+    return 0;
+}
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) { *clusters = 2; return 0; }

@@ -62,8 +62,11 @@ inline void prefetch(const void* from, uint32_t bytes) {
 // Products of a warpgroup. They are done at once here, so that what a real one might still be reading or adding goes unseen.
 inline void publish_shared() {}
 inline void begin_products() {}
+inline void commit_products() {}
+template <int LEFT> void await_products() {}
 inline void end_products() {}
 template <typename T, int N> void pin(T (&)[N][4]) {}
+inline void forget(int&) {}
 
 // Descriptors, as the PTX manual has them: start address, offset of the next 64 elements of a row that is not along K
 // ("leading"), offset of the next eight rows ("stride"), each in sixteens, and kind of swizzle.
@@ -113,6 +116,59 @@ inline void multiply(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, bool 
             return widened_bfloat16(static_cast<uint16_t>(pair >> 16 * (k % 2)));
         }, b, add);
     });
+}
+
+template <int N> void take_registers() {}
+template <int N> void give_registers() {}
+
+template <int NUMBER, int THREADS>
+inline void meet() {
+    cpu::Meeting& meeting = cpu::own_block().some[NUMBER];
+    meeting.size = THREADS;
+    cpu::meet(meeting);
+}
+
+inline int block_in_cluster() { return cpu::current->block; }
+inline void meet_cluster() { cpu::meet(cpu::cluster); }
+
+// Addresses in the cluster's memory: 20 bits in the block's own, and the block's number.
+inline uint32_t address_in(int block, const void* shared) {
+    const auto offset = static_cast<const uint8_t*>(shared) - cpu::aligned_memory();
+    if (offset < 0 || offset >= 227 << 10 || block >= static_cast<int>(cpu::blocks.size())) std::abort();
+    return static_cast<uint32_t>(block << 20 | offset);
+}
+inline uint8_t* at_address(uint32_t address) { return cpu::aligned_memory(address >> 20) + (address & 0xFFFFF); }
+
+// Arrivals that are still to come in a phase, bytes too, and the number of the phase.
+struct alignas(8) Barrier {
+    int16_t arrivals, left;
+    int phase;
+    int bytes;
+};
+
+inline void init(Barrier& barrier, int count) { barrier = {static_cast<int16_t>(count), static_cast<int16_t>(count), 0, 0}; }
+inline void publish_barriers() {}
+
+inline void change(Barrier& barrier, int arrivals, int bytes) {
+    if ((barrier.left -= arrivals) < 0) std::abort();
+    barrier.bytes += bytes;
+    if (barrier.left || barrier.bytes) return;
+    barrier.left = barrier.arrivals;
+    ++barrier.phase;
+}
+
+inline void arrive(Barrier& barrier) { change(barrier, 1, 0); }
+inline void arrive_expecting(Barrier& barrier, int bytes) { change(barrier, 1, bytes); }
+
+inline void await(Barrier& barrier, int parity) {
+    while (barrier.phase % 2 == parity) cpu::wait(&barrier.phase, barrier.phase);
+}
+
+template <typename T>
+inline void send(uint32_t to, T value, uint32_t barrier) {
+    if (to % sizeof(T)) std::abort();
+    std::memcpy(at_address(to), &value, sizeof(T));
+    change(*reinterpret_cast<Barrier*>(at_address(barrier)), 0, -static_cast<int>(sizeof(T)));
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }

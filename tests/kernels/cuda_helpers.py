@@ -1,0 +1,95 @@
+"""What the tests of the CUDA kernels share: the compiled sources, natively or on a CPU, and heads and batches for them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.head_helpers import ragged_batch
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.kernels import cuda_source
+
+HERE = Path(__file__).parent
+OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4), "rowwise": RowwiseRMSprop(eps=1e-4)}
+LABELS = 331
+_memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")  # as long as the compiled libraries
+
+
+@functools.cache
+def library_for_cpu(source, capability, defines):
+    """As `cuda_source.compiled`, of the source without what only nvcc understands."""
+    folder = Path(tempfile.mkdtemp(dir=_memory.name))
+    replaced = 0
+    for name in (source, *cuda_source.HEADERS):
+        text = (cuda_source.FOLDER / name).read_text()
+        text, shared = re.subn(r"extern __shared__ (.*)uint8_t memory\[\];", "uint8_t* memory = cpu::aligned_memory();", text)
+        text, launches = re.subn(
+            r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);", r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });", text
+        )
+        (folder / name.replace(".cu", ".cpp") if name == source else folder / name).write_text(text)
+        replaced += shared + launches
+    # cluster_pass.cu includes no launch.cuh, whose <<<>>> is replaced all the same.
+    assert replaced == 2
+    for file in (HERE / "cuda_on_cpu").iterdir():
+        shutil.copy(file, folder)
+    words = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *(f"-D{define}" for define in defines)]
+    subprocess.run([*words, "-o", folder / "kernel.so", folder / source.replace(".cu", ".cpp")], check=True)
+    return ctypes.CDLL(str(folder / "kernel.so"))
+
+
+DEVICES = [
+    pytest.param("cpu", marks=[
+        pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, which marks the positives, is off on a GPU"),
+        pytest.mark.skipif(shutil.which("g++") is None, reason="the CUDA source needs a C++ compiler to run on a CPU"),
+    ]),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]  # fmt: skip
+
+
+def use(device, module, name, monkeypatch):
+    """Compile for `device`; the calls of `module.name` are in the list returned."""
+    if device == "cpu":
+        monkeypatch.setattr(cuda_source, "can_compile", lambda device: True)
+        monkeypatch.setattr(cuda_source, "compiled", library_for_cpu)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    elif not cuda_source.can_compile(torch.device("cuda")):
+        pytest.skip("the CUDA kernels need nvcc and ninja")
+    launched, launch = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *a, **k: launched.append(1) or launch(*a, **k))
+    return launched
+
+
+def make_head(device, features, fan_in, group_size, optimizer="sgd", **options):
+    options = {"lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton", "product_dtype": torch.bfloat16} | options
+    return FixedFanInHead(
+        features, LABELS, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device=device, **options
+    )
+
+
+def batch(device, features, texts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    feat = torch.randn(texts, features, generator=generator).bfloat16().float()
+    ids, counts = ragged_batch(texts, LABELS, generator)
+    return feat.to(device), ids.to(device), counts.to(device)
+
+
+def dense_of(head):
+    """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each number."""
+    row = torch.arange(LABELS, device=head.weight.device) // head.group_size
+    index = head.index.long()[row]
+    dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device=head.weight.device)
+    return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
+
+
+def error(got, exact):
+    return ((got.double() - exact).norm() / exact.norm()).item()

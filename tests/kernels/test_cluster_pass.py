@@ -1,0 +1,149 @@
+"""The CUDA kernel for labels that share index rows with few others: against float64, the eager bfloat16 twin and the reference.
+
+Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.head_helpers import assert_parts_train_as_one, oracle_loss, target_matrix
+from xmc_trainer.head import RewireRule
+
+pytest.importorskip("triton", reason="the Triton backend needs triton")
+from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense_of, error, make_head, use  # noqa: E402
+from xmc_trainer.kernels import cluster_pass, triton_head  # noqa: E402
+
+# (features, fan_in, group_size): clusters of one block, two, four and eight, of 64, 128 and 192 features.
+HEADS = [(48, 16, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (768, 128, 4), (1000, 61, 1)]
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request, monkeypatch):
+    """Where the kernel runs; fails a test in which it was not launched."""
+    launched = use(request.param, cluster_pass, "ClusterPass", monkeypatch)
+    yield request.param
+    assert launched
+
+
+@pytest.mark.parametrize("number, scale, texts, loss", [
+    *((number, 0.1, 37, "bce") for number in range(len(HEADS))),
+    (1, 60.0, 128, "squared_hinge"), (2, 60.0, 128, "bce"),
+])  # fmt: skip
+def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
+    # Scale 60 saturates most logits, on both sides.
+    features, fan_in, group_size = HEADS[number]
+    head = make_head(device, features, fan_in, group_size, lr=1.0, weight_decay=0.0, loss=loss)
+    head.weight.copy_((head.weight * scale).bfloat16())
+    before, mask = dense_of(head)
+    feat, ids, counts = batch(device, features, texts)
+    feat.requires_grad_()
+    out = head(feat, ids, counts)
+    out.backward()
+    x, y = feat.detach().double(), target_matrix(ids.cpu(), counts.cpu(), LABELS).double().to(device)
+    z = (x @ before.T).requires_grad_()  # the bias was zero
+    exact = oracle_loss(z, y, loss).sum()
+    exact.backward()
+    twin_z = (x.bfloat16() @ before.bfloat16().T).requires_grad_()
+    oracle_loss(twin_z, y.bfloat16(), loss).sum().backward()
+    twin_dx, twin_dw = twin_z.grad @ before.bfloat16(), (twin_z.grad.T @ x.bfloat16()).double() * mask
+    assert out.item() == pytest.approx(exact.item(), rel=1e-4)
+    assert error(feat.grad, z.grad @ before) <= 1.05 * error(twin_dx, z.grad @ before)
+    dw = (z.grad.T @ x) * mask
+    assert error(before - dense_of(head)[0], dw) <= 1.05 * error(twin_dw, dw)
+    torch.testing.assert_close(-head.bias.double(), z.grad.sum(0), rtol=1e-2, atol=1e-2 * z.grad.sum(0).abs().max().item())
+
+
+@pytest.mark.parametrize("number, optimizer, weight_dtype", [
+    *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (5, "rowwise", torch.float32),
+])  # fmt: skip
+def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
+    features, fan_in, group_size = HEADS[number]
+    options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean", "bias": number != 1}
+    heads = [make_head(device, features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    start = {name: tensor.float().clone() for name, tensor in heads[0].named_buffers()}
+    for step in range(2):
+        for head in heads:
+            head(*batch(device, features, 100, seed=step))
+    for name, expected in heads[1].named_buffers():
+        got = dict(heads[0].named_buffers())[name]
+        if expected.is_floating_point():
+            # Slopes and gradients are rounded to bfloat16 here, which tips a rounding of what they are added to here and there.
+            allowed = 2e-2 if expected.dtype == torch.float32 else 5e-2
+            assert error(got.float() - start[name], (expected.float() - start[name]).double()) < allowed, name
+        else:
+            assert torch.equal(got, expected), name
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "rowwise"])
+def test_stochastic_rounding_is_the_reference_s(optimizer, device):
+    # With weights of zero the hinge's slopes are +-2, and gradients by features of +-1 are bfloat16 numbers.
+    options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}
+    heads = [make_head(device, 200, 33, 3, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    for head in heads:
+        head.weight.zero_()
+        feat, ids, counts = batch(device, 200, 100)
+        head(feat.sign(), ids, counts)
+    for name, expected in heads[1].named_buffers():
+        if expected.dtype == torch.bfloat16:
+            assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("number", [2])
+def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatch):
+    features, fan_in, group_size = HEADS[number]
+    found = []
+    for workspace in (1 << 20, 1 << 20, 100 * group_size * 16):
+        monkeypatch.setattr(triton_head, "_WORKSPACE", workspace)
+        head = make_head(device, features, fan_in, group_size, "adamw", weight_dtype=torch.bfloat16)
+        feat, ids, counts = batch(device, features, 128)
+        feat.requires_grad_()
+        loss = head(feat, ids, counts)
+        loss.backward()
+        found.append([loss.detach(), feat.grad, *head.buffers()])
+    first, second, chunked = found
+    assert all(map(torch.equal, first, second))
+    # The chunks' sums have an order of their own; no label's weights have.
+    torch.testing.assert_close(chunked[:2], first[:2], rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, chunked[2:], first[2:]))
+
+
+@pytest.mark.parametrize("number", [1])
+def test_micro_batches_and_shards_equal_one_batch(number, device):
+    def make(**more):
+        return make_head(device, *HEADS[number], "adamw", text_reduction="mean", **more)
+
+    assert_parts_train_as_one(make, [batch(device, HEADS[number][0], 90, seed) for seed in range(2)], grad_rtol=1e-3)
+
+
+@pytest.mark.parametrize("bad, optimizer", [(float("nan"), "adamw"), (float("inf"), "rowwise")])
+def test_a_non_finite_feature_never_reaches_a_weight(bad, optimizer, device):
+    features, fan_in, group_size = HEADS[2]
+    head = make_head(device, features, fan_in, group_size, optimizer, weight_dtype=torch.bfloat16)
+    good, (feat, ids, counts) = batch(device, features, 37), batch(device, features, 37, seed=1)
+    head(*good)
+    before = {name: tensor.clone() for name, tensor in head.named_buffers()}
+    feat[3, 5] = bad
+    feat.requires_grad_()
+    head(feat, ids, counts).backward()
+    assert not torch.isfinite(feat.grad).all() and head.skipped.item() == 1
+    for name, tensor in head.named_buffers():
+        assert name == "skipped" or torch.equal(tensor, before[name]), name
+    head(*good)
+    assert torch.isfinite(head.weight.float()).all() and not torch.equal(head.weight, before["weight"])
+
+
+def test_no_texts_no_positives_and_rewired_rows(device):
+    features, fan_in, group_size = HEADS[1]
+    head = make_head(device, features, fan_in, group_size)
+    none = torch.empty(0, dtype=torch.int64, device=device)
+    assert head(torch.empty(0, features, device=device), none, none).item() == 0
+    feat = torch.randn(2, features, device=device).bfloat16().float()
+    for _ in range(2):
+        expected = oracle_loss(feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS, device=device), "bce")
+        with torch.no_grad():
+            head.eval()
+            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(expected.sum().item(), rel=1e-3)
+            head.train()
+        head.rewire(RewireRule("fraction", 0.3, "random"))

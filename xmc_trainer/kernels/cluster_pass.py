@@ -1,0 +1,95 @@
+"""Launches cluster_pass.cu: the step of labels that share index rows with few others or none, one pass over the weights."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xmc_trainer.kernels import cuda_source
+from xmc_trainer.kernels.cuda_source import TEXTS
+from xmc_trainer.kernels.reference import HeadTensors
+
+LABELS = 64  # a tile
+_WARPS, _MOST_FEATURES = 16, 192  # of a block
+_CLUSTERS = (1, 2, 4, 8)
+
+
+class Shape(NamedTuple):
+    """How a cluster's blocks share out d features."""
+
+    blocks: int
+    features: int  # of a block: 64, 128 or 192
+
+    @classmethod
+    def of(cls, d: int) -> Shape:
+        blocks = next(blocks for blocks in _CLUSTERS if blocks * _MOST_FEATURES >= d)
+        return cls(blocks, -(-d // (64 * blocks)) * 64)
+
+
+def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
+    """Whether `launch` takes this head and these features."""
+    texts, d = feat_Bd.shape
+    shapes = head.index_RF is not None and texts <= TEXTS and d <= _CLUSTERS[-1] * _MOST_FEATURES
+    if not shapes or feat_Bd.dtype == torch.float32 or not cuda_source.can_compile(feat_Bd.device):
+        return False
+    return torch.cuda.get_device_capability(feat_Bd.device) == cuda_source.HOPPER
+
+
+class ClusterPass:
+    """A step's launches, over parts of the head.
+
+    Args:
+        rows: bfloat16 [TEXTS, d]; those from `texts` on are no texts.
+        labels: of a launch, at most.
+        finite: int32 scalar; nothing is updated where it is 0.
+        text_weight, update, rule, decay, loss: as in `triton_head.Step`.
+    """
+
+    def __init__(
+        self,
+        head: HeadTensors,
+        rows: Tensor,
+        texts: int,
+        labels: int,
+        *,
+        finite: Tensor,
+        text_weight: float,
+        update: bool,
+        rule: dict[str, Any],
+        decay: dict[str, Any],
+        loss: int,
+    ) -> None:
+        self.head, self.d, self.device = head, rows.shape[1], rows.device
+        shape = Shape.of(self.d)
+        self._library = cuda_source.library(
+            "cluster_pass.cu", head, self.device, rule, loss, CLUSTER=shape.blocks, FEATURES=shape.features, LABELS=LABELS,
+            WARPS=_WARPS,
+        )  # fmt: skip
+        width = shape.blocks * shape.features
+        self.clusters = min(cuda_source.checked(self._library.cluster_pass_clusters()), -(-labels // LABELS))
+        self._dx = torch.zeros(self.clusters, TEXTS, width, device=self.device)
+        self._losses = torch.zeros(self.clusters * shape.blocks, TEXTS, device=self.device)
+        self._arguments = dict(
+            x=torch.nn.functional.pad(rows, (0, width - self.d)), columns=TEXTS, texts=texts, dx=self._dx, losses=self._losses,
+            finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay, feature_bits=head.feature_bits(),
+        )  # fmt: skip
+
+    def launch(self, first_row: int, last_row: int, positive: Tensor, any_positive: Tensor) -> None:
+        """The step of index rows first_row..last_row, on the current stream.
+
+        positive, any_positive: `bits` and `any` of `PairBits` for their labels.
+        """
+        head = self.head
+        labels = min(last_row * head.group_size, head.weight_LF.shape[0]) - first_row * head.group_size
+        arguments = cuda_source.Arguments.of(
+            head, first_row, last_row, positive=positive, any_positive=any_positive, **self._arguments
+        )
+        clusters = min(self.clusters, -(-labels // LABELS))
+        cuda_source.checked(-self._library.cluster_pass(ctypes.byref(arguments), clusters, cuda_source.stream(self.device)))
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """(loss float32 [TEXTS], feature gradient float32 [TEXTS, d], without text_weight) of all launches."""
+        return self._losses.sum(0), self._dx.sum(0)[:, : self.d]

@@ -1,0 +1,133 @@
+"""Compiles the CUDA sources, and what they are called with.
+
+A source is compiled on first use for what a head needs of it, by torch's extension loader, and kept on disk. That takes
+nvcc (torch looks at CUDA_HOME, then at the PATH), ninja, and a GPU of compute capability 8.0 or more; `can_compile` says
+whether it is all there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmc_trainer.kernels.reference import HeadTensors
+from xmc_trainer.kernels.tuning import cache_folder
+
+FOLDER = Path(__file__).parent
+HEADERS = ("tile_math.cuh", "launch.cuh", "ptx.cuh")
+TEXTS = 128  # texts a tile, as in the sources
+HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups, and clusters
+_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "int16_t", torch.int32: "int32_t"}
+
+
+class Arguments(ctypes.Structure):
+    """`Arguments` of tile_math.cuh, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "weight", "state0", "state1", "index", "bias", "bias_state0", "bias_state1", "x", "dx", "positive", "any_positive",
+            "loss", "finite", "feature_bits")),
+        ("labels", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in (
+            "first_row", "last_row", "label_start", "texts", "columns", "fan_in", "group", "update", "words")),
+        *((name, ctypes.c_float) for name in (
+            "text_weight", "lr", "weight_decay", "beta0", "beta1", "eps", "correct0", "correct1")),
+        ("key", ctypes.c_uint32 * 6),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(
+        cls,
+        head: HeadTensors,
+        first_row: int,
+        last_row: int,
+        *,
+        x: Tensor,
+        columns: int,
+        texts: int,
+        dx: Tensor,
+        losses: Tensor,
+        positive: Tensor,
+        any_positive: Tensor,
+        finite: Tensor,
+        text_weight: float,
+        update: bool,
+        rule: dict[str, Any],
+        decay: dict[str, Any],
+        feature_bits: Tensor | None = None,
+    ) -> Arguments:
+        """The tensors must outlive the launch's call."""
+        (labels, fan_in), words = head.weight_LF.shape, 0 if feature_bits is None else feature_bits.shape[1]
+        weight_state, bias_state = ([*state, None, None][:2] for state in (head.weight_state, head.bias_state))
+        tensors = [
+            head.weight_LF, *weight_state, head.index_RF, head.bias_L, *bias_state, x, dx, positive, any_positive, losses,
+            finite, feature_bits,
+        ]  # fmt: skip
+        return cls(
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+            labels, first_row, last_row, head.label_start, texts, columns, fan_in, head.group_size, update, words,
+            text_weight, rule["lr"], decay.get("weight_decay", 0.0),
+            *(rule[k] for k in ("beta0", "beta1", "eps", "correct0", "correct1")),
+            (ctypes.c_uint32 * 6)(*(decay.get(f"key{i}", 0) & 0xFFFFFFFF for i in range(6))),
+        )  # fmt: skip
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether the sources can be compiled for a device."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or shutil.which("ninja") is None:
+        return False
+    from torch.utils.cpp_extension import CUDA_HOME  # takes a while to import
+
+    return CUDA_HOME is not None
+
+
+def library(source: str, head: HeadTensors, device: torch.device, rule: dict[str, Any], loss: int, **defines: int) -> ctypes.CDLL:
+    """A source compiled for a head's types, a device, and `defines`."""
+    types = {"WEIGHT": _TYPES[head.weight_LF.dtype], "INDEX": _TYPES[head.index_RF.dtype]}
+    words = types | {"RULE": rule["RULE"], "LOSS": loss} | defines
+    return compiled(source, torch.cuda.get_device_capability(device), tuple(f"{name}={word}" for name, word in words.items()))
+
+
+@functools.cache
+def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...]) -> ctypes.CDLL:
+    """Ranks that start together each compile their own; the last one's is kept."""
+    texts = [(FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS)]
+    made_of = (texts, defines, capability, torch.__version__)
+    name = f"{Path(source).stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
+    kept = cache_folder() / f"{name}.so"
+    if not kept.exists():
+        from torch.utils import cpp_extension
+
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own accord torch compiles for sm_90, which lacks the warpgroup's instructions.
+        target = ["-gencode=arch=compute_90a,code=sm_90a"] if capability == HOPPER else []
+        # A folder of its own: torch's lock file would outlive a process that is killed, and stop every later one.
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            cpp_extension.load(
+                name, [str(FOLDER / source)], build_directory=folder, is_python_module=False,
+                extra_cuda_cflags=["-O3", *target, *(f"-D{define}" for define in defines)],
+            )  # fmt: skip
+            os.replace(Path(folder) / f"{name}.so", kept)
+    return ctypes.CDLL(str(kept))
+
+
+def stream(device: torch.device) -> ctypes.c_void_p:
+    """The current one."""
+    return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+
+
+def checked(result: int) -> int:
+    """What a source's function returned, unless it is CUDA's error number, negative."""
+    if result < 0:
+        raise RuntimeError(f"CUDA error {-result}")
+    return result
