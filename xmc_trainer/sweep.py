@@ -135,7 +135,8 @@ def main() -> None:
     done = [(row, seed, words, finished(load_config(words))) for row, seed, words in runs]
     results = [(row, seed, words, result(log)) for row, seed, words, log in done if log is not None]
     if not results:
-        raise UserError(f"{options.file}: none of its {len(runs)} runs is finished")
+        where = load_config(runs[0][2]).run_folder.parent
+        raise UserError(f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)")
     target = options.csv or Path(options.file.with_suffix(".csv").name)
     with target.open("w", newline="", encoding="utf-8") as file:
         columns = dict.fromkeys(name for *_, found in results for name in found)

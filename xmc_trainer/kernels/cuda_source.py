@@ -2,7 +2,8 @@
 
 A source is compiled on first use for what a head needs of it, by torch's extension loader, and kept on disk. That takes
 nvcc (torch looks at CUDA_HOME, then at the PATH), ninja, and a GPU of compute capability 8.0 or more; `can_compile` says
-whether it is all there.
+whether it is all there. Where it is and fails (nvcc and the C++ compiler must fit each other), `CompilationFailed` says why,
+and from `give_up` on nothing is compiled.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,27 @@ class Arguments(ctypes.Structure):
         )  # fmt: skip
 
 
-@functools.cache
+class CompilationFailed(RuntimeError):
+    """The compiler's words."""
+
+
+_gave_up = False
+
+
+def give_up(error: CompilationFailed) -> None:
+    """Do without the CUDA sources from here on, with a warning."""
+    global _gave_up
+    _gave_up = True
+    warnings.warn(f"the head's CUDA kernels cannot be compiled, Triton's take their place, which are slower: {error}", stacklevel=2)
+
+
 def can_compile(device: torch.device) -> bool:
     """Whether the sources can be compiled for a device."""
+    return not _gave_up and _finds_compiler(device)
+
+
+@functools.cache
+def _finds_compiler(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or shutil.which("ninja") is None:
         return False
     from torch.utils.cpp_extension import CUDA_HOME  # takes a while to import
@@ -100,7 +120,7 @@ def library(source: str, head: HeadTensors, device: torch.device, rule: dict[str
 
 @functools.cache
 def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...]) -> ctypes.CDLL:
-    """Ranks that start together each compile their own; the last one's is kept."""
+    """Ranks that start together each compile their own; the last one's is kept. Raises CompilationFailed."""
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS)]
     made_of = (texts, defines, capability, torch.__version__)
     name = f"{Path(source).stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
@@ -113,10 +133,13 @@ def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...])
         target = ["-gencode=arch=compute_90a,code=sm_90a"] if capability == HOPPER else []
         # A folder of its own: torch's lock file would outlive a process that is killed, and stop every later one.
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-            cpp_extension.load(
-                name, [str(FOLDER / source)], build_directory=folder, is_python_module=False,
-                extra_cuda_cflags=["-O3", *target, *(f"-D{define}" for define in defines)],
-            )  # fmt: skip
+            try:
+                cpp_extension.load(
+                    name, [str(FOLDER / source)], build_directory=folder, is_python_module=False,
+                    extra_cuda_cflags=["-O3", *target, *(f"-D{define}" for define in defines)],
+                )  # fmt: skip
+            except (RuntimeError, OSError) as error:
+                raise CompilationFailed(str(error)) from error
             os.replace(Path(folder) / f"{name}.so", kept)
     return ctypes.CDLL(str(kept))
 

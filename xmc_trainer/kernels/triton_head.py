@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from xmc_trainer.kernels import cluster_pass, dense_step, group_pass, group_step, tile_math, topk
+from xmc_trainer.kernels import cluster_pass, cuda_source, dense_step, group_pass, group_step, tile_math, topk
 from xmc_trainer.kernels.counter_rng import Stream, make_key
 from xmc_trainer.kernels.pairs import PairBits, feature_bits
 from xmc_trainer.kernels.reference import HeadTensors, LossFn, Update, candidate_ids, pack_candidates
@@ -141,10 +141,18 @@ def head_step(
     finite = torch.isfinite(feat_Bd).all()
     step = Step.of(loss_fn, text_weight, finite, update)
     with _current(feat_Bd.device):
-        way = _choose(head, feat_Bd, label_P, row_P, step)
-        loss, grad = way.run(head, Batch.of(feat_Bd, way.texts), label_P, row_P, step)
+        try:
+            loss, grad = _step(head, feat_Bd, label_P, row_P, step)
+        except cuda_source.CompilationFailed as error:  # before anything was launched
+            cuda_source.give_up(error)
+            loss, grad = _step(head, feat_Bd, label_P, row_P, step)
     texts = feat_Bd.shape[0]
     return loss[grad_start:texts], grad[grad_start:texts], finite
+
+
+def _step(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    way = _choose(head, feat_Bd, label_P, row_P, step)
+    return way.run(head, Batch.of(feat_Bd, way.texts), label_P, row_P, step)
 
 
 class Way(NamedTuple):

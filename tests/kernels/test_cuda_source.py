@@ -1,0 +1,34 @@
+"""A compiler that fails: the head is trained by Triton's kernels all the same, and says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+pytest.importorskip("triton", reason="the Triton backend needs triton")
+from tests.kernels.cuda_helpers import batch, error, make_head  # noqa: E402
+from xmc_trainer.kernels import cuda_source  # noqa: E402
+
+
+def test_without_a_compiler_that_works_triton_takes_over(monkeypatch, tmp_path):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tried = []
+
+    def load(*arguments, **options):
+        tried.append(arguments[0])
+        raise RuntimeError("Error building extension: unsupported GNU version")
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    monkeypatch.setattr(cuda_source, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(cuda_source, "_finds_compiler", lambda device: True)
+    monkeypatch.setattr(cuda_source, "_gave_up", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    heads = [make_head(device, 48, 16, group_size=1, backend=backend) for backend in ("triton", "reference")]
+    start = heads[0].weight.clone()
+    with pytest.warns(UserWarning, match="unsupported GNU version"):
+        losses = [head(*batch(device, 48, 37)).item() for head in heads]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert error(heads[0].weight - start, (heads[1].weight - start).double()) < 2e-2
+    heads[0](*batch(device, 48, 37, seed=1))
+    assert len(tried) == 1
