@@ -300,23 +300,27 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see counter
     return x ^ (x >> 16);
 }
 
+constexpr uint32_t COLUMN_HASH = 0x9E3779B1u;
+
 __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32_t key, uint32_t column) {
-    const uint32_t x = (hashed + column * 0x9E3779B1u) ^ key;
-    return __float_as_uint(value) + (((x ^ (x >> 16)) * 0x7FEB352Du) >> 16);
+    const uint32_t x = hashed + column * COLUMN_HASH;
+    // With y = x ^ key: y ^ (y >> 16). The key's part of it is the same for all.
+    return __float_as_uint(value) + (((x ^ (x >> 16) ^ (key ^ (key >> 16))) * 0x7FEB352Du) >> 16);
 }
 
 struct Values { float weight, state0, state1; };
 
 // With ROWWISE state0 is the new one already: it is of all of a label's gradients.
 __device__ __forceinline__ Values updated(Values v, float grad, const Arguments& a, float weight_decay) {
+    const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // of a bias: a constant
     if (RULE == ROWWISE) {
         const float deviation = square_root(v.state0 * a.correct1) + a.eps;
-        v.weight = v.weight * (1.0f - a.lr * weight_decay) - a.lr * __fdividef(grad, deviation);
+        v.weight = v.weight * kept - a.lr * __fdividef(grad, deviation);
     } else if (RULE == ADAMW) {
         v.state0 = a.beta0 * v.state0 + (1.0f - a.beta0) * grad;
         v.state1 = a.beta1 * v.state1 + (1.0f - a.beta1) * grad * grad;
         const float deviation = square_root(v.state1 * a.correct1) + a.eps;
-        v.weight = v.weight * (1.0f - a.lr * weight_decay) - a.lr * a.correct0 * __fdividef(v.state0, deviation);
+        v.weight = v.weight * kept - a.lr * a.correct0 * __fdividef(v.state0, deviation);
     } else {
         grad += weight_decay * v.weight;
         if (RULE == MOMENTUM) grad = v.state0 = a.beta0 * v.state0 + grad;
@@ -447,16 +451,21 @@ __device__ __forceinline__ void update_weights(
     }
 }
 
-// The update of a label's bias, whose gradient is the sum of PARTS numbers, `stride` apart.
+// A label's bias and its states.
+__device__ __forceinline__ Values bias_values(const Arguments& a, int64_t label, float bias) {
+    Values v{bias, 0.0f, 0.0f};
+    if (RULE >= MOMENTUM && a.bias) v.state0 = a.bias_state0[label];
+    if (RULE == ADAMW && a.bias) v.state1 = a.bias_state1[label];
+    return v;
+}
+
+// Their update by a gradient that is the sum of PARTS numbers, `stride` apart.
 template <int PARTS>
-__device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, float bias, const float* part, int stride) {
+__device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, Values v, const float* part, int stride) {
     if (a.bias == nullptr) return;
     float grad = 0.0f;
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) grad += part[i * stride];
-    Values v{bias, 0.0f, 0.0f};
-    if (RULE >= MOMENTUM) v.state0 = a.bias_state0[label];
-    if (RULE == ADAMW) v.state1 = a.bias_state1[label];
     grad *= a.text_weight;
     if (RULE == ROWWISE) v.state0 = a.beta1 * v.state0 + (1.0f - a.beta1) * grad * grad;
     v = updated(v, grad, a, 0.0f);
