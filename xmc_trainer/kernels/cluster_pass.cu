@@ -515,34 +515,53 @@ __device__ __forceinline__ void send_slopes(
     constexpr int PAIR = PIECES < 2 ? PIECES : 2;
 #pragma unroll
     for (int first = 0; first < PIECES; first += PAIR) {
-        uint32_t piece[4];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
+        float z[PAIR][4], slope[PAIR][4], p[2] = {};
+        uint32_t positive[PAIR][2];
+        bool plain = text_of(1) < a.texts;  // no positives among them, nor columns that are no texts
 #pragma unroll
-        for (int i = first; i < first + PAIR; ++i) {
-            float z[4], sum[2];
+        for (int i = 0; i < PAIR; ++i) {
 #pragma unroll
             for (int r = 0; r < CLUSTER; ++r) {
-                const uint4 value = shared.partial[r][i][threadIdx.x];
+                const uint4 value = shared.partial[r][first + i][threadIdx.x];
                 const uint32_t got[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
-                for (int j = 0; j < 4; ++j) z[j] = r == 0 ? __uint_as_float(got[j]) : z[j] + __uint_as_float(got[j]);
+                for (int j = 0; j < 4; ++j) z[i][j] = r == 0 ? __uint_as_float(got[j]) : z[i][j] + __uint_as_float(got[j]);
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int label = 8 * i + lane % 4 * 2 + j;
+                const int label = 8 * (first + i) + lane % 4 * 2 + j;
                 const float bias = shared.bias[buffer][label];
-                const uint32_t positive = shared.positive[buffer][label][warp / 2];
+                positive[i][j] = shared.positive[buffer][label][warp / 2];
+                plain = plain && positive[i][j] == 0;
 #pragma unroll
                 for (int high = 0; high < 2; ++high) {
-                    const int text = text_of(high);
-                    float& x = z[2 * high + j];
-                    x = slope_of_any(x + bias, positive >> text % 32 << 31, text < a.texts, loss[high]);
+                    float& x = z[i][2 * high + j];
+                    x += bias;
+                    slope[i][2 * high + j] = slope_of_negative(x, p[high]);
                 }
-                sum[j] = over_labels(z[j] + z[2 + j]);
             }
-            float2& sums = *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * i + lane % 4 * 2]);
-            if (lane < 4) sums = make_float2(sum[0], sum[1]);
-            piece[2 * (i - first)] = packed(z[0], z[1]);
-            piece[2 * (i - first) + 1] = packed(z[2], z[3]);
+        }
+        if (__all_sync(~0u, plain && !overflowed(p[0]) && !overflowed(p[1]))) {
+#pragma unroll
+            for (int high = 0; high < 2; ++high) loss[high] += loss_of_negatives(p[high]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PAIR; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int text = text_of(j / 2);
+                    slope[i][j] = slope_of_any(z[i][j], positive[i][j % 2] >> text % 32 << 31, text < a.texts, loss[j / 2]);
+                }
+        }
+        uint32_t piece[4];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+            const float(&s)[4] = slope[i];
+            float2& sums = *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * (first + i) + lane % 4 * 2]);
+            const float2 sum = make_float2(over_labels(s[0] + s[2]), over_labels(s[1] + s[3]));
+            if (lane < 4) sums = sum;
+            piece[2 * i] = packed(s[0], s[1]);
+            piece[2 * i + 1] = packed(s[2], s[3]);
         }
         if constexpr (PAIR == 2) {
             exchange_words(piece);  // the whole of the one whose number is the lane's
@@ -600,13 +619,15 @@ __device__ __forceinline__ void end_gradients(
         }
         if (made) {
             pin(grad);
+            // place<ROW>(row, n) is place<ROW>(row, 0) ^ 8 n, and that of row + 8 is 8 ROW_SIZE on.
+            const int first = place<ROW>(row, 0) + lane % 4 * 2;
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
+            for (int n = 0; n < 8; ++n) {
+                bfloat16* const to = shared.w[buffer][part] + (first ^ 8 * n);
 #pragma unroll
-                for (int high = 0; high < 2; ++high) {
-                    bfloat16* const chunk = shared.w[buffer][part] + place<ROW>(row + 8 * high, n);
-                    reinterpret_cast<uint32_t*>(chunk)[lane % 4] = packed(grad[n][2 * high], grad[n][2 * high + 1]);
-                }
+                for (int high = 0; high < 2; ++high)
+                    *reinterpret_cast<uint32_t*>(to + high * 8 * ROW_SIZE) = packed(grad[n][2 * high], grad[n][2 * high + 1]);
+            }
         }
     }
     __syncwarp();

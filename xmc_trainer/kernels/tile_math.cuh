@@ -188,8 +188,23 @@ __device__ __forceinline__ void keep_slopes(bfloat16* s, const float (&slope)[2 
     }
 }
 
+// The slope of a negative's logit. The losses of several, `loss_of_negatives` of their p, share one logarithm:
+// 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z. It may overflow.
+__device__ __forceinline__ float slope_of_negative(float z, float& p) {
+    if (LOSS == BCE) {
+        const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
+        p = fmaf(p, e, p + e);
+        return e * reciprocal(1.0f + e);
+    }
+    const float margin = fmaxf(1.0f + z, 0.0f);
+    p = fmaf(margin, margin, p);
+    return 2.0f * margin;
+}
+
+__device__ __forceinline__ bool overflowed(float p) { return LOSS == BCE && !(p < 1e30f); }
+__device__ __forceinline__ float loss_of_negatives(float p) { return LOSS == BCE ? log1p_fast(p) : p; }
+
 // Logits c -> slopes, into s, losses of a thread's texts and bias gradients of its labels, where no text has a positive.
-// The losses of a text's labels share one logarithm: 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z.
 // False for the whole warp if that overflowed; then nothing may be taken from here.
 template <int M, int N>
 __device__ __forceinline__ bool slopes_of_negatives(
@@ -203,20 +218,11 @@ __device__ __forceinline__ bool slopes_of_negatives(
             float p = 0.0f;
 #pragma unroll
             for (int m = 0; m < 2 * M; ++m) {
-                const float z = c[m / 2][n][m % 2 * 2 + j];
-                if (LOSS == BCE) {
-                    const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
-                    slope[m][j] = e * reciprocal(1.0f + e);
-                    p = fmaf(p, e, p + e);
-                } else {
-                    const float margin = fmaxf(1.0f + z, 0.0f);
-                    slope[m][j] = 2.0f * margin;
-                    p = fmaf(margin, margin, p);
-                }
+                slope[m][j] = slope_of_negative(c[m / 2][n][m % 2 * 2 + j], p);
                 row_sum[m] += slope[m][j];
             }
-            fine = fine && (LOSS != BCE || p < 1e30f);
-            loss[2 * n + j] = LOSS == BCE ? log1p_fast(p) : p;
+            fine = fine && !overflowed(p);
+            loss[2 * n + j] = loss_of_negatives(p);
         }
         keep_slopes<M>(s, slope, m0, n0, n);
     }
