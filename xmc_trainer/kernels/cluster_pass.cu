@@ -45,13 +45,14 @@ constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 
 // Of a producer's warp LANES lanes have a label's slots, a chunk each and so on. Registers hold what they have of STRETCH slots
 // one after another: most parts of rows are no longer, at up to 32 slots a block and row.
 constexpr bool PAIRED = BF16_WEIGHT && sizeof(INDEX) == 2 && CHUNK > 1;  // two slots a register
-constexpr int LANES = 4, CHUNKS = (PAIRED || RULE < MOMENTUM ? 12 : RULE == ADAMW ? 4 : 8) / CHUNK, STRETCH = LANES * CHUNKS * CHUNK;
+constexpr int LANES = 4, CHUNKS = (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK, STRETCH = LANES * CHUNKS * CHUNK;
 constexpr int STATES = RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;  // like weights
 // Whether a producer reads what it will spread before it waits for the gradients of what it updates first. Where states or wider
 // weights are read for that too, there are no registers for both.
 constexpr bool SPREAD_AHEAD = PAIRED && RULE != ADAMW;
 constexpr int ALL_FEATURES = CLUSTER * FEATURES;
-static_assert(LABELS == 64 && WARPS == 16 && FEATURES % 64 == 0 && FEATURES <= 192 && CLUSTER <= 8 && 4 % CHUNK == 0, "see above");
+static_assert(LABELS == 64 && WARPS == 16 && FEATURES % 64 == 0 && FEATURES <= 192 && CLUSTER <= 8, "see above");
+static_assert(4 % CHUNK == 0, "see above");
 
 // The slots that a block has of a label.
 struct Run {
@@ -155,7 +156,7 @@ struct alignas(sizeof(T) * CHUNK) Chunk {
     }
 };
 
-// The part of a run that a lane has to do with: of the STRETCH slots from its aligned start on, those from first to before end.
+// The part of a run that a lane has in registers, of STRETCH slots; they start where a chunk does, with slots before the run's.
 struct Stretch {
     int slot0, from, number;  // the lane's first slot, in the row and from the run's first on; slots of the run
 
@@ -178,8 +179,10 @@ struct Stretch {
     template <typename T>
     __device__ __forceinline__ void load(Chunk<T> (&chunks)[CHUNKS], const T* row) const {
 #pragma unroll
-        for (int k = 0; k < CHUNKS; ++k)
-            chunks[k] = from + k * (LANES * CHUNK) < number ? reinterpret_cast<const Chunk<T>*>(row + slot0)[k * LANES] : Chunk<T>{};
+        for (int k = 0; k < CHUNKS; ++k) {
+            const bool any = from + k * (LANES * CHUNK) < number;
+            chunks[k] = any ? reinterpret_cast<const Chunk<T>*>(row + slot0)[k * LANES] : Chunk<T>{};
+        }
     }
 
     // Slots at the ends of the run share chunks with other blocks' slots.
@@ -187,7 +190,10 @@ struct Stretch {
     __device__ __forceinline__ void store(T* row, const Chunk<T>& chunk, int k) const {
         T* const to = row + slot0 + k * (LANES * CHUNK);
         if (has(k, 0) && has(k, CHUNK - 1)) {
-            *reinterpret_cast<Chunk<T>*>(to) = chunk;
+            // The compiler would store each word on its own.
+            if constexpr (Chunk<T>::PAIRS && CHUNK == 4)
+                *reinterpret_cast<uint64_t*>(to) = static_cast<uint64_t>(chunk.word[1]) << 32 | chunk.word[0];
+            else *reinterpret_cast<Chunk<T>*>(to) = chunk;
         } else {
 #pragma unroll
             for (int i = 0; CHUNK > 1 && i < CHUNK; ++i)
@@ -215,9 +221,8 @@ struct Start {
         index_row = ok ? ::index_row(a, label) : 0;
         const uint32_t* from = a.feature_bits + static_cast<uint64_t>(index_row) * static_cast<uint32_t>(a.words) + thread % 4;
 #pragma unroll
-        for (int i = 0; i < BITS; ++i) {
+        for (int i = 0; i < BITS; ++i)
             bits[i] = ok && 4 * i + static_cast<int>(thread % 4) < a.words ? from[4 * i] : 0;
-        }
         // This one stands for no label: its loss and slope are zero.
         bias = -1e30f, positive = 0;
         if (tile >= tiles.count) return;
@@ -332,7 +337,7 @@ struct Old {
     }
 };
 
-// The new state of the lane's label (ROWWISE): the sum of the blocks' terms, of which this block's is `sum` over the label's lanes.
+// The new state of the lane's label (ROWWISE): the sum of the blocks' terms; this block's is that of `sum` over the label's lanes.
 __device__ __forceinline__ float exchange_squares(
     Shared& shared, const Arguments& a, float sum, float old_state, int tile, int rank, unsigned thread) {
     const int lane = thread % 32, slot = tile % 2;
@@ -369,7 +374,8 @@ struct Update {
         label = tiles.label0(tile) + thread / LANES;
         run = shared.run[buffer][thread / LANES];
         old.load(a, run, Stretch(run, thread), label);
-        if (RULE == ROWWISE) label_state = rank == 0 && label < tiles.end_label ? static_cast<const float*>(a.state0)[label] : 0.0f;
+        const bool state_here = RULE == ROWWISE && rank == 0 && label < tiles.end_label;
+        label_state = state_here ? static_cast<const float*>(a.state0)[label] : 0.0f;
     }
 
     __device__ __forceinline__ void end(
