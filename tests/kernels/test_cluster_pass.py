@@ -29,7 +29,7 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.parametrize("number, scale, texts, loss", [
-    *((number, 0.1, 37, "bce") for number in (1, 3, 4)),
+    *((number, 0.1, 37, "bce") for number in (1, 3)),
     (0, 60.0, 128, "squared_hinge"), (3, 60.0, 128, "bce"),
 ])  # fmt: skip
 def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
