@@ -15,8 +15,9 @@ pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense_of, error, make_head, use  # noqa: E402
 from xmc_trainer.kernels import cluster_pass, triton_head  # noqa: E402
 
-# (features, fan_in, group_size): clusters of one block, two, four and eight, of 64, 128 and 192 features.
-HEADS = [(48, 16, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (768, 128, 4), (1000, 61, 1)]
+# (features, fan_in, group_size): clusters of one block, two, four and eight, of 64, 128 and 192 features. Slots are read two, one
+# and four together; the third head's blocks have more of a row than a producer's registers hold at once.
+HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
@@ -28,8 +29,8 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.parametrize("number, scale, texts, loss", [
-    *((number, 0.1, 37, "bce") for number in range(len(HEADS))),
-    (1, 60.0, 128, "squared_hinge"), (2, 60.0, 128, "bce"),
+    *((number, 0.1, 37, "bce") for number in (1, 3)),
+    (0, 60.0, 128, "squared_hinge"), (3, 60.0, 128, "bce"),
 ])  # fmt: skip
 def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
     # Scale 60 saturates most logits, on both sides.
@@ -56,7 +57,7 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
 
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
-    *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (5, "rowwise", torch.float32),
+    *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (4, "rowwise", torch.bfloat16),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
@@ -78,12 +79,12 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
 
 @pytest.mark.parametrize("optimizer", ["momentum", "rowwise"])
 def test_stochastic_rounding_is_the_reference_s(optimizer, device):
-    # With weights of zero the hinge's slopes are +-2, and gradients by features of +-1 are bfloat16 numbers.
-    options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}
-    heads = [make_head(device, 200, 33, 3, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    # With weights of zero the slopes are +-1/2, and gradients by features of +-1 are bfloat16 numbers.
+    options = {"weight_dtype": torch.bfloat16}
+    heads = [make_head(device, *HEADS[2], optimizer, backend=name, **options) for name in ("triton", "reference")]
     for head in heads:
         head.weight.zero_()
-        feat, ids, counts = batch(device, 200, 100)
+        feat, ids, counts = batch(device, HEADS[2][0], 100)
         head(feat.sign(), ids, counts)
     for name, expected in heads[1].named_buffers():
         if expected.dtype == torch.bfloat16:

@@ -14,6 +14,7 @@
 // BUFFERS of W are on their way between them:
 //
 //     producers:  await graded (tile - BUFFERS): update its weights; spread tile over the same buffer; arrive at full (tile)
+//                 (what they read from memory for both, and where the slots of tile + 1 are, is on its way before they wait)
 //     consumers:  await full (tile + 1): logits of tile + 1; await slopes (tile): gradients of tile; arrive at graded (tile);
 //                 slopes of tile + 1
 //
@@ -24,8 +25,10 @@
 //
 // Sums have one order: results are the same, bit for bit, from run to run on GPUs that hold as many clusters.
 //
-// Compiled for one configuration by -D, besides those of tile_math.cuh: FEATURES (64, 128, 192), CLUSTER (1, 2, 4, 8); LABELS
-// is 64, WARPS 16.
+// Compiled for one configuration by -D, besides those of tile_math.cuh: FEATURES (64, 128, 192), CLUSTER (1, 2, 4, 8), CHUNK
+// (1, 2, 4: slots that are read and written together, a divisor of the fan-in); LABELS is 64, WARPS 16.
+
+#include <type_traits>
 
 #include "tile_math.cuh"
 
@@ -38,10 +41,40 @@ constexpr int OWN = LABELS / CLUSTER, PIECES = OWN / 8;  // labels that a block 
 constexpr int BUFFERS = 4;
 constexpr int CONSUMERS = 256, PRODUCER_WARPS = 8;
 constexpr int WORDS = FEATURES / 32;                   // of feature_bits, a block's part of a row
-constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 176 : 144, PRODUCER_REGISTERS = 256 - CONSUMER_REGISTERS;
-constexpr int TOGETHER = 5;                            // slots that a producer reads before it needs any
+constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 256 - CONSUMER_REGISTERS;
+// Of a producer's warp LANES lanes have a label's slots, a chunk each and so on. Registers hold what they have of STRETCH slots
+// one after another: most parts of rows are no longer, at up to 32 slots a block and row.
+constexpr bool PAIRED = BF16_WEIGHT && sizeof(INDEX) == 2 && CHUNK > 1;  // two slots a register
+constexpr int LANES = 4, CHUNKS = (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK, STRETCH = LANES * CHUNKS * CHUNK;
+constexpr int STATES = RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;  // like weights
+// Whether a producer reads what it will spread before it waits for the gradients of what it updates first. Where states or wider
+// weights are read for that too, there are no registers for both.
+constexpr bool SPREAD_AHEAD = PAIRED && RULE != ADAMW;
 constexpr int ALL_FEATURES = CLUSTER * FEATURES;
 static_assert(LABELS == 64 && WARPS == 16 && FEATURES % 64 == 0 && FEATURES <= 192 && CLUSTER <= 8, "see above");
+static_assert(4 % CHUNK == 0, "see above");
+
+// The slots that a block has of a label.
+struct Run {
+    uint32_t index_row;
+    uint16_t first, number;
+};
+
+// The tiles of a cluster: every n-th.
+struct Tiles {
+    int first_label, end_label;  // of all
+    int start, step, count;      // the first tile's first label; labels to the next; tiles
+
+    __device__ __forceinline__ explicit Tiles(const Arguments& a) {
+        first_label = a.first_row * a.group;
+        end_label = static_cast<int>(min(static_cast<int64_t>(a.last_row) * a.group, a.labels));
+        start = first_label + blockIdx.x / CLUSTER * LABELS;
+        step = gridDim.x / CLUSTER * LABELS;
+        count = (end_label - start + step - 1) / step;
+    }
+
+    __device__ __forceinline__ int label0(int tile) const { return start + tile * step; }
+};
 
 struct Shared {
     alignas(1024) bfloat16 x[PARTS][TEXTS * ROW_SIZE];
@@ -50,71 +83,48 @@ struct Shared {
     uint4 partial[CLUSTER][PIECES][CONSUMERS];   // logits of own labels from each block, as its consumers have them
     uint32_t positive[BUFFERS][OWN][TEXTS / 32];
     float bias[BUFFERS][OWN], bias_grad[BUFFERS][CONSUMERS / 32][OWN];
-    uint32_t run[BUFFERS][LABELS];               // the block's slots: the first, and in the upper half the number
+    Run run[BUFFERS][LABELS];
+    Tiles tiles;                                 // here, where they take no registers
+    bool update;
     uint32_t square[2][CLUSTER][LABELS];         // from each block, its term of the labels' new state (ROWWISE)
     Barrier full[BUFFERS], graded[BUFFERS], partials, slopes[2], squares[2][PRODUCER_WARPS];
-};
-
-// The tiles of a cluster: every n-th.
-struct Tiles {
-    int first_label, end_label, first, step, count;
-
-    __device__ __forceinline__ explicit Tiles(const Arguments& a) {
-        first_label = a.first_row * a.group;
-        end_label = static_cast<int>(min(static_cast<int64_t>(a.last_row) * a.group, a.labels));
-        first = blockIdx.x / CLUSTER;
-        step = gridDim.x / CLUSTER;
-        count = ((end_label - first_label + LABELS - 1) / LABELS - first + step - 1) / step;
-    }
-
-    __device__ __forceinline__ int label0(int tile) const { return first_label + (first + tile * step) * LABELS; }
 };
 
 // The text of a consumer's rows (high: 8 rows on) of the logits.
 __device__ __forceinline__ int text_of(int high) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * high; }
 
-// What eight lanes of a producer's warp do at a time: each of the warp's eight labels, its slots from first to before end.
-template <typename Take>
-__device__ __forceinline__ void each_label(const Shared& shared, int buffer, unsigned thread, Take take) {
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-        const int row = thread / 32 * 8 + half * 4 + thread % 32 / 8;
-        const uint32_t run = shared.run[buffer][row];
-        take(row, run & 0xFFFF, (run & 0xFFFF) + (run >> 16));
-    }
-}
-
 // Where a feature of this block is in a row of W: as `place` has it, in few instructions.
 struct RowOfW {
-    uint16_t* elements;  // where the row's would be if the block's first feature were 0
+    uint8_t* elements;  // where the row's would be if the block's first feature were 0
     uint32_t swizzle;
 
     __device__ __forceinline__ RowOfW(Shared& shared, int buffer, int row, int rank) {
-        elements = reinterpret_cast<uint16_t*>(shared.w[buffer][0]) + row * ROW_SIZE - rank * (PARTS * LABELS * ROW_SIZE);
+        elements = reinterpret_cast<uint8_t*>(shared.w[buffer][0] + row * ROW_SIZE - rank * (PARTS * LABELS * ROW_SIZE));
         swizzle = (row & 7) * 8;
     }
 
     __device__ __forceinline__ uint16_t& operator[](uint32_t feature) const {
         const uint32_t column = feature ^ swizzle;
-        return elements[column + column / ROW_SIZE * ((LABELS - 1) * ROW_SIZE)];
+        return *reinterpret_cast<uint16_t*>(elements + 2 * column + column / ROW_SIZE * (2 * (LABELS - 1) * ROW_SIZE));
     }
 };
 
 // An index row of a label of this rank.
-__device__ __forceinline__ int64_t index_row(const Arguments& a, int label) {
+__device__ __forceinline__ uint32_t index_row(const Arguments& a, int label) {
     return static_cast<uint32_t>(label) / static_cast<uint32_t>(a.group);
 }
 
-// A tile's rows of the tensors on their way to the L2 cache, this block's share of them: thread 0, 1, ... has a tensor each.
+// A tile's rows of the tensors on their way to the L2 cache, this block's share of them: warp 0, 1, ... has a tensor each.
 __device__ __forceinline__ void fetch_tile(
     const Arguments& a, const Tiles& tiles, int tile, int rank, bool update, unsigned thread) {
-    const int states = !update ? 0 : RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;
+    const unsigned number = thread / 32;
     const int first = tiles.label0(tile) + rank * OWN, end = min(first + OWN, tiles.end_label);
-    if (tile >= tiles.count || first >= end || thread >= 3 + states) return;
-    const void* const state = thread == 3 ? a.state0 : a.state1;
-    const void* const tensor = thread == 0 ? a.feature_bits : thread == 1 ? a.index : thread == 2 ? a.weight : state;
-    const int64_t bytes = thread == 0 ? 4 * a.words : (thread == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
-    const int64_t first_row = thread < 2 ? index_row(a, first) : first, end_row = thread < 2 ? index_row(a, end - 1) + 1 : end;
+    if (tile >= tiles.count || first >= end || number >= (update ? 3 + STATES : 3) || thread % 32) return;
+    const void* const state = number == 3 ? a.state0 : a.state1;
+    const void* const tensor = number == 0 ? a.feature_bits : number == 1 ? a.index : number == 2 ? a.weight : state;
+    const uint32_t row_bytes = number == 0 ? 4 * a.words : (number == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
+    const uint64_t bytes = row_bytes;
+    const uint32_t first_row = number < 2 ? index_row(a, first) : first, end_row = number < 2 ? index_row(a, end - 1) + 1 : end;
     const auto base = reinterpret_cast<uintptr_t>(tensor);
     const uintptr_t from = (base + first_row * bytes) & ~uintptr_t(15), to = (base + end_row * bytes) & ~uintptr_t(15);
     if (from < to) prefetch(reinterpret_cast<const void*>(from), static_cast<uint32_t>(to - from));
@@ -128,169 +138,330 @@ template <typename T> struct StoredAs { using type = float; };
 template <> struct StoredAs<bfloat16> { using type = uint16_t; };
 using Stored = StoredAs<WEIGHT>::type;
 
-__device__ __forceinline__ void store(float* to, float value, uint32_t, uint32_t, uint32_t) { *to = value; }
-__device__ __forceinline__ void store(uint16_t* to, float value, uint32_t hashed, uint32_t key, uint32_t column) {
-    *to = static_cast<uint16_t>(rounded(value, hashed, key, column) >> 16);
+// What neighbouring slots of a row have. Two elements of 16 bits share a register.
+template <typename T>
+struct alignas(sizeof(T) * CHUNK) Chunk {
+    static constexpr bool PAIRS = sizeof(T) == 2 && CHUNK > 1;
+    typename std::conditional<PAIRS, uint32_t, T>::type word[PAIRS ? CHUNK / 2 : CHUNK];
+
+    __device__ __forceinline__ T operator[](int i) const {
+        if constexpr (PAIRS) return static_cast<T>(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xFFFF);
+        else return word[i];
+    }
+
+    // In ascending order of i.
+    __device__ __forceinline__ void set(int i, T value) {
+        if constexpr (!PAIRS) word[i] = value;
+        else word[i / 2] = i % 2 ? __byte_perm(word[i / 2], value, 0x5410) : value;
+    }
+};
+
+// The part of a run that a lane has in registers, of STRETCH slots; they start where a chunk does, with slots before the run's.
+struct Stretch {
+    int slot0, from, number;  // the lane's first slot, in the row and from the run's first on; slots of the run
+
+    __device__ __forceinline__ Stretch(const Run& run, unsigned lane) {
+        slot0 = run.first / CHUNK * CHUNK + lane % LANES * CHUNK;
+        from = slot0 - run.first, number = run.number;
+    }
+
+    __device__ __forceinline__ bool next() {
+        slot0 += STRETCH, from += STRETCH;
+        return from < number;
+    }
+
+    // Whether the run has the i-th slot of the lane's k-th chunk.
+    __device__ __forceinline__ bool has(int k, int i) const {
+        return static_cast<uint32_t>(from + k * (LANES * CHUNK) + i) < static_cast<uint32_t>(number);
+    }
+
+    // A row's chunks; zeros beyond the end of the run. (Left as they were, they would need registers all the time.)
+    template <typename T>
+    __device__ __forceinline__ void load(Chunk<T> (&chunks)[CHUNKS], const T* row) const {
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k) {
+            const bool any = from + k * (LANES * CHUNK) < number;
+            chunks[k] = any ? reinterpret_cast<const Chunk<T>*>(row + slot0)[k * LANES] : Chunk<T>{};
+        }
+    }
+
+    // Slots at the ends of the run share chunks with other blocks' slots.
+    template <typename T>
+    __device__ __forceinline__ void store(T* row, const Chunk<T>& chunk, int k) const {
+        T* const to = row + slot0 + k * (LANES * CHUNK);
+        if (has(k, 0) && has(k, CHUNK - 1)) {
+            // The compiler would store each word on its own.
+            if constexpr (Chunk<T>::PAIRS && CHUNK == 4)
+                *reinterpret_cast<uint64_t*>(to) = static_cast<uint64_t>(chunk.word[1]) << 32 | chunk.word[0];
+            else *reinterpret_cast<Chunk<T>*>(to) = chunk;
+        } else {
+#pragma unroll
+            for (int i = 0; CHUNK > 1 && i < CHUNK; ++i)
+                if (has(k, i)) to[i] = chunk[i];
+        }
+    }
+};
+
+// A row of a tensor of labels, or of index rows.
+template <typename T>
+__device__ __forceinline__ T* row_of(const void* tensor, const Arguments& a, uint32_t row) {
+    return static_cast<T*>(const_cast<void*>(tensor)) + static_cast<uint64_t>(row) * static_cast<uint32_t>(a.fan_in);
 }
 
-// Where a producer's warp has a tile's labels: their runs of slots, biases and positives, and W, zero but at the index.
-__device__ __forceinline__ void spread(
-    Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
-    const unsigned lane = thread % 32, warp = thread / 32;
-    const int label0 = tiles.label0(tile);
-    {
-        const int row = 8 * warp + lane / 4;
-        const bool ok = label0 + row < tiles.end_label;
-        const uint32_t* bits = a.feature_bits + (ok ? index_row(a, label0 + row) * a.words : 0);
-        uint32_t run = 0;
+// What a producer needs of a tile before it knows where the tile's slots are, read while the tile before is spread.
+struct Start {
+    static constexpr int BITS = (CLUSTER * WORDS + 3) / 4;
+    uint32_t bits[BITS], positive;
+    float bias;
+    uint32_t index_row;
+
+    __device__ __forceinline__ Start(const Arguments& a, const Tiles& tiles, int tile, int rank, unsigned thread) {
+        const int label = tiles.label0(tile) + thread / LANES, own0 = tiles.label0(tile) + rank * OWN;
+        const bool ok = tile < tiles.count && label < tiles.end_label;
+        index_row = ok ? ::index_row(a, label) : 0;
+        const uint32_t* from = a.feature_bits + static_cast<uint64_t>(index_row) * static_cast<uint32_t>(a.words) + thread % 4;
 #pragma unroll
-        for (int i = 0; i < (CLUSTER * WORDS + 3) / 4; ++i) {
-            const int word = 4 * i + lane % 4, mine = word - rank * WORDS;
-            const uint32_t count = ok && word < a.words && mine < WORDS ? __popc(bits[word]) : 0;
-            run += mine < 0 ? count : count << 16;
-        }
-        run += __shfl_xor_sync(~0u, run, 1);
-        run += __shfl_xor_sync(~0u, run, 2);
-        if (lane % 4 == 0) shared.run[buffer][row] = run;
-    }
-    const int own0 = label0 + rank * OWN;
-    if (thread < OWN) {
-        const int label = own0 + thread;
+        for (int i = 0; i < BITS; ++i)
+            bits[i] = ok && 4 * i + static_cast<int>(thread % 4) < a.words ? from[4 * i] : 0;
         // This one stands for no label: its loss and slope are zero.
-        shared.bias[buffer][thread] = label >= tiles.end_label ? -1e30f : a.bias ? a.bias[label] : 0.0f;
+        bias = -1e30f, positive = 0;
+        if (tile >= tiles.count) return;
+        if (thread < OWN && own0 + thread < tiles.end_label) bias = a.bias ? a.bias[own0 + thread] : 0.0f;
+        constexpr int WORDS_OF_LABEL = TEXTS / 32;
+        if (thread < OWN * WORDS_OF_LABEL && own0 + thread / WORDS_OF_LABEL < tiles.end_label)
+            positive = a.positive[static_cast<int64_t>(own0 - tiles.first_label) * WORDS_OF_LABEL + thread];
     }
-    for (int i = thread; i < OWN * (TEXTS / 32); i += 32 * PRODUCER_WARPS) {
-        const int label = own0 + i / (TEXTS / 32);
-        const uint32_t* words = a.positive + static_cast<int64_t>(label - tiles.first_label) * (TEXTS / 32);
-        shared.positive[buffer][i / (TEXTS / 32)][i % (TEXTS / 32)] = label < tiles.end_label ? words[i % (TEXTS / 32)] : 0;
-    }
-    // The warp's labels are eight rows, 1024 bytes a part.
-#pragma unroll
-    for (int i = 0; i < 2 * PARTS; ++i)
-        reinterpret_cast<uint4*>(shared.w[buffer][i / 2] + 8 * warp * ROW_SIZE)[i % 2 * 32 + lane] = uint4{0, 0, 0, 0};
-    __syncwarp();
-    each_label(shared, buffer, thread, [&](int row, int first, int end) {
-        const int label = label0 + row;
-        const INDEX* index = static_cast<const INDEX*>(a.index) + index_row(a, label) * a.fan_in;
-        const Stored* weight = static_cast<const Stored*>(a.weight) + static_cast<int64_t>(label) * a.fan_in;
-        const RowOfW to(shared, buffer, row, rank);
-#pragma unroll 1
-        for (int slot0 = first + lane % 8; slot0 < end; slot0 += 8 * TOGETHER) {
-            int feature[TOGETHER];
-            Stored value[TOGETHER];
-#pragma unroll
-            for (int k = 0; k < TOGETHER; ++k)
-                if (slot0 + 8 * k < end) feature[k] = (index + slot0)[8 * k], value[k] = (weight + slot0)[8 * k];
-#pragma unroll
-            for (int k = 0; k < TOGETHER; ++k) {
-                if (slot0 + 8 * k >= end) continue;
-                if constexpr (BF16_WEIGHT) to[feature[k]] = value[k];
-                else to[feature[k]] = static_cast<uint16_t>(packed(value[k], 0.0f));
-            }
-        }
-    });
-}
 
-// The terms of the new states of a producer's warp's labels (ROWWISE): of the gradients that each block has, to all blocks.
-__device__ __forceinline__ void exchange_squares(
-    Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
-    const int lane = thread % 32, warp = thread / 32, slot = tile % 2;
-    Barrier& barrier = shared.squares[slot][warp];
-    if (lane == 0) arrive_expecting(barrier, (CLUSTER - 1) * 8 * sizeof(float));
-    each_label(shared, buffer, thread, [&](int row, int first, int end) {
-        const int label = tiles.label0(tile) + row;
-        const INDEX* index = static_cast<const INDEX*>(a.index) + index_row(a, label) * a.fan_in;
-        const RowOfW gradient(shared, buffer, row, rank);
-        float sum = 0.0f;
-#pragma unroll 4
-        for (int i = first + lane % 8; i < end; i += 8) {
-            const float grad = wide(gradient[index[i]]) * a.text_weight;
-            sum = fmaf(grad, grad, sum);
-        }
+    // The run of the label of the lane. All lanes of the warp must call.
+    __device__ __forceinline__ Run run(int rank, unsigned thread) const {
+        uint32_t counts = 0;  // slots of the blocks before, and in the upper half of this one
 #pragma unroll
-        for (int other = 1; other < 8; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
-        sum *= (1.0f - a.beta1) / a.fan_in;
-        if (rank == 0 && label < tiles.end_label) sum = a.beta1 * static_cast<const float*>(a.state0)[label] + sum;
-        if (lane % 8 < CLUSTER) {
-            uint32_t& here = shared.square[slot][rank][row];
-            if (lane % 8 == rank) here = __float_as_uint(sum);
-            else send(address_in(lane % 8, &here), __float_as_uint(sum), address_in(lane % 8, &barrier));
+        for (int i = 0; i < BITS; ++i) {
+            const int mine = 4 * i + static_cast<int>(thread % 4) - rank * WORDS;
+            const uint32_t count = mine < WORDS ? __popc(bits[i]) : 0;
+            counts += mine < 0 ? count : count << 16;
         }
-    });
+        counts += __shfl_xor_sync(~0u, counts, 1);
+        counts += __shfl_xor_sync(~0u, counts, 2);
+        return {index_row, static_cast<uint16_t>(counts & 0xFFFF), static_cast<uint16_t>(counts >> 16)};
+    }
+};
+
+// A part of a label's row, as it is to be spread.
+struct Weights {
+    Chunk<INDEX> index[CHUNKS];
+    Chunk<Stored> value[CHUNKS];
+
+    __device__ __forceinline__ void load(const Arguments& a, const Run& run, const Stretch& stretch, int label) {
+        stretch.load(index, row_of<INDEX>(a.index, a, run.index_row));
+        stretch.load(value, row_of<Stored>(a.weight, a, label));
+    }
+
+    __device__ __forceinline__ void spread(const RowOfW& to, const Stretch& stretch) const {
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k)
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+                if (!stretch.has(k, i)) continue;
+                uint16_t& element = to[index[k][i]];
+                if constexpr (BF16_WEIGHT) element = value[k][i];
+                else element = static_cast<uint16_t>(packed(value[k][i], 0.0f));
+            }
+    }
+};
+
+// A part of a label's row, as it is to be updated.
+struct Old {
+    Chunk<INDEX> index[CHUNKS];
+    Chunk<Stored> weight[CHUNKS], state0[CHUNKS], state1[CHUNKS];
+    Chunk<uint16_t> gradient[CHUNKS];
+
+    __device__ __forceinline__ void load(const Arguments& a, const Run& run, const Stretch& stretch, int label) {
+        stretch.load(index, row_of<INDEX>(a.index, a, run.index_row));
+        stretch.load(weight, row_of<Stored>(a.weight, a, label));
+        if (RULE == MOMENTUM || RULE == ADAMW) stretch.load(state0, row_of<Stored>(a.state0, a, label));
+        if (RULE == ADAMW) stretch.load(state1, row_of<Stored>(a.state1, a, label));
+    }
+
+    // Zeros outside the run.
+    __device__ __forceinline__ void gather(const RowOfW& from, const Stretch& stretch) {
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k)
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) gradient[k].set(i, stretch.has(k, i) ? from[index[k][i]] : 0);
+    }
+
+    __device__ __forceinline__ float squares(const Arguments& a) const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k)
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+                const float grad = wide(gradient[k][i]) * a.text_weight;
+                sum = fmaf(grad, grad, sum);
+            }
+        return sum;
+    }
+
+    // label_state: the new one (ROWWISE).
+    __device__ __forceinline__ void update(const Arguments& a, const Stretch& stretch, int label, float label_state) {
+        const uint32_t number = static_cast<uint32_t>(a.label_start + label);
+        int hashed[1 + STATES];  // of each tensor: the row and the lane's first column
+#pragma unroll
+        for (int i = 0; BF16_WEIGHT && i < 1 + STATES; ++i)
+            hashed[i] = mix(number ^ a.key[2 * i]) + stretch.slot0 * COLUMN_HASH, forget(hashed[i]);
+        const auto set = [&](Chunk<Stored>& chunk, int i, float value, int which, int k) {
+            if constexpr (BF16_WEIGHT) {
+                chunk.set(i, rounded(value, hashed[which], a.key[2 * which + 1], k * (LANES * CHUNK) + i) >> 16);
+            } else {
+                chunk.set(i, value);
+            }
+        };
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k) {
+            Chunk<Stored> new_weight, new_state0, new_state1;
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+                Values v{wide(weight[k][i]), label_state, 0.0f};
+                if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(state0[k][i]);
+                if (RULE == ADAMW) v.state1 = wide(state1[k][i]);
+                v = updated(v, wide(gradient[k][i]) * a.text_weight, a, a.weight_decay);
+                set(new_weight, i, v.weight, 0, k);
+                if (RULE == MOMENTUM || RULE == ADAMW) set(new_state0, i, v.state0, 1, k);
+                if (RULE == ADAMW) set(new_state1, i, v.state1, 2, k);
+            }
+            stretch.store(row_of<Stored>(a.weight, a, label), new_weight, k);
+            if (RULE == MOMENTUM || RULE == ADAMW) stretch.store(row_of<Stored>(a.state0, a, label), new_state0, k);
+            if (RULE == ADAMW) stretch.store(row_of<Stored>(a.state1, a, label), new_state1, k);
+        }
+    }
+};
+
+// The new state of the lane's label (ROWWISE): the sum of the blocks' terms; this block's is that of `sum` over the label's lanes.
+__device__ __forceinline__ float exchange_squares(
+    Shared& shared, const Arguments& a, float sum, float old_state, int tile, int rank, unsigned thread) {
+    const int lane = thread % 32, slot = tile % 2;
+    Barrier& barrier = shared.squares[slot][thread / 32];
+    if (lane == 0) arrive_expecting(barrier, (CLUSTER - 1) * 8 * sizeof(float));
+#pragma unroll
+    for (int other = 1; other < LANES; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
+    sum *= (1.0f - a.beta1) / a.fan_in;
+    if (rank == 0) sum = a.beta1 * old_state + sum;
+    uint32_t(&squares)[CLUSTER][LABELS] = shared.square[slot];
+#pragma unroll
+    for (int block = lane % LANES; block < CLUSTER; block += LANES) {
+        uint32_t& here = squares[rank][thread / LANES];
+        if (block == rank) here = __float_as_uint(sum);
+        else send(address_in(block, &here), __float_as_uint(sum), address_in(block, &barrier));
+    }
     __syncwarp();
     await(barrier, tile / 2 & 1);
+    float label_state = 0.0f;
+#pragma unroll
+    for (int r = 0; r < CLUSTER; ++r) label_state += __uint_as_float(squares[r][thread / LANES]);
+    return label_state;
 }
 
-// The update of a producer's warp's labels, whose gradients are in W.
-__device__ __forceinline__ void update_slots(
-    Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
-    const unsigned lane = thread % 32;
-    const int label0 = tiles.label0(tile);
-    if (thread < OWN && label0 + rank * OWN + thread < tiles.end_label) {
-        const float bias = shared.bias[buffer][thread], *grad = &shared.bias_grad[buffer][0][thread];
-        update_bias<CONSUMERS / 32>(a, label0 + rank * OWN + thread, bias, grad, OWN);
+// A tile on its way back to memory: a producer's label of it, and what it reads before the gradients are there.
+struct Update {
+    int label;
+    Run run;
+    Old old;
+    float label_state;
+
+    __device__ __forceinline__ void load(
+        const Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
+        label = tiles.label0(tile) + thread / LANES;
+        run = shared.run[buffer][thread / LANES];
+        old.load(a, run, Stretch(run, thread), label);
+        const bool state_here = RULE == ROWWISE && rank == 0 && label < tiles.end_label;
+        label_state = state_here ? static_cast<const float*>(a.state0)[label] : 0.0f;
     }
-    if constexpr (RULE == ROWWISE) exchange_squares(shared, a, tiles, tile, buffer, rank, thread);
-    each_label(shared, buffer, thread, [&](int row, int first, int end) {
-        const int label = label0 + row;
-        const int64_t start = static_cast<int64_t>(label) * a.fan_in;
-        const INDEX* index = static_cast<const INDEX*>(a.index) + index_row(a, label) * a.fan_in;
-        Stored* const weight = static_cast<Stored*>(a.weight) + start;
-        Stored* const state0 = static_cast<Stored*>(a.state0) + start;
-        Stored* const state1 = static_cast<Stored*>(a.state1) + start;
-        const RowOfW gradient(shared, buffer, row, rank);
-        const uint32_t number = static_cast<uint32_t>(a.label_start + label);
-        const uint32_t hashed0 = mix(number ^ a.key[0]), hashed1 = mix(number ^ a.key[2]), hashed2 = mix(number ^ a.key[4]);
-        float label_state = 0.0f;
-        if constexpr (RULE == ROWWISE) {
-#pragma unroll
-            for (int r = 0; r < CLUSTER; ++r) label_state += __uint_as_float(shared.square[tile % 2][r][row]);
-            if (rank == 0 && lane % 8 == 0 && label < tiles.end_label) static_cast<float*>(a.state0)[label] = label_state;
-        }
-#pragma unroll 1
-        for (int slot0 = first + lane % 8; slot0 < end; slot0 += 8 * TOGETHER) {
-            Stored old[TOGETHER], old0[TOGETHER], old1[TOGETHER];
-            int feature[TOGETHER];
-#pragma unroll
-            for (int k = 0; k < TOGETHER; ++k) {
-                if (slot0 + 8 * k >= end) continue;
-                feature[k] = (index + slot0)[8 * k];
-                old[k] = (weight + slot0)[8 * k];
-                if (RULE == MOMENTUM || RULE == ADAMW) old0[k] = (state0 + slot0)[8 * k];
-                if (RULE == ADAMW) old1[k] = (state1 + slot0)[8 * k];
-            }
-#pragma unroll
-            for (int k = 0; k < TOGETHER; ++k) {
-                const int slot = slot0 + 8 * k;
-                if (slot >= end) continue;
-                Values v{wide(old[k]), label_state, 0.0f};
-                if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(old0[k]);
-                if (RULE == ADAMW) v.state1 = wide(old1[k]);
-                v = updated(v, wide(gradient[feature[k]]) * a.text_weight, a, a.weight_decay);
-                store(weight + slot0 + 8 * k, v.weight, hashed0, a.key[1], slot);
-                if (RULE == MOMENTUM || RULE == ADAMW) store(state0 + slot0 + 8 * k, v.state0, hashed1, a.key[3], slot);
-                if (RULE == ADAMW) store(state1 + slot0 + 8 * k, v.state1, hashed2, a.key[5], slot);
-            }
-        }
-    });
-}
 
-__device__ __forceinline__ void produce(Shared& shared, const Arguments& a, const Tiles& tiles, int rank, bool update) {
+    __device__ __forceinline__ void end(
+        Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
+        const RowOfW gradient(shared, buffer, thread / LANES, rank);
+        Stretch stretch(run, thread);
+        old.gather(gradient, stretch);
+        if constexpr (RULE == ROWWISE) {
+            float sum = old.squares(a);
+            for (Stretch rest = stretch; rest.next();) {
+                Old more;
+                rest.load(more.index, row_of<INDEX>(a.index, a, run.index_row));
+                more.gather(gradient, rest);
+                sum += more.squares(a);
+            }
+            __syncwarp();
+            label_state = exchange_squares(shared, a, sum, label_state, tile, rank, thread);
+            if (rank == 0 && thread % LANES == 0 && label < tiles.end_label) static_cast<float*>(a.state0)[label] = label_state;
+        }
+        for (;;) {
+            forget(label);
+            old.update(a, stretch, label, label_state);
+            if (!stretch.next()) break;
+            old.load(a, run, stretch, label);
+            old.gather(gradient, stretch);
+        }
+        const int own = tiles.label0(tile) + rank * OWN + thread;
+        if (thread < OWN && own < tiles.end_label) {
+            const Values bias = bias_values(a, own, shared.bias[buffer][thread]);
+            update_bias<CONSUMERS / 32>(a, own, bias, &shared.bias_grad[buffer][0][thread], OWN);
+        }
+    }
+};
+
+__device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int rank) {
+    const Tiles& tiles = shared.tiles;
+    const bool& update = shared.update;
     int thread = threadIdx.x - CONSUMERS;
-    fetch_tile(a, tiles, 0, rank, update, thread);
+#pragma unroll 1
+    for (int tile = 0; tile < 2; ++tile) fetch_tile(a, tiles, tile, rank, update, thread);
+    Start start(a, tiles, 0, rank, thread);
 #pragma unroll 1
     for (int tile = 0; tile < tiles.count + (update ? BUFFERS : 0); ++tile) {
         const int buffer = tile % BUFFERS, before = tile - BUFFERS;
+        const bool graded = before >= 0 && before < tiles.count, spreads = tile < tiles.count;
         forget(thread);
-        fetch_tile(a, tiles, tile + 1, rank, update, thread);
-        if (before >= 0 && before < tiles.count) {
+        fetch_tile(a, tiles, tile + 2, rank, update, thread);
+        const int label = tiles.label0(tile) + thread / LANES;
+        Weights weights;
+        Update updating;
+        if (graded && update) updating.load(shared, a, tiles, before, buffer, rank, thread);
+        __syncwarp();
+        {
+            const Run run = start.run(rank, thread);
+            if (thread % LANES == 0) shared.run[buffer][thread / LANES] = run;
+            if (SPREAD_AHEAD && spreads) weights.load(a, run, Stretch(run, thread), label);
+        }
+        __syncwarp();
+        if (graded) {
             await(shared.graded[buffer], before / BUFFERS & 1);
-            if (update) update_slots(shared, a, tiles, before, buffer, rank, thread);
+            if (update) updating.end(shared, a, tiles, before, buffer, rank, thread);
             __syncwarp();
             forget(thread);
         }
-        if (tile < tiles.count) {
-            spread(shared, a, tiles, tile, buffer, rank, thread);
+        const Run run = shared.run[buffer][thread / LANES];
+        if (spreads) {
+            if (!SPREAD_AHEAD) weights.load(a, run, Stretch(run, thread), label);
+            if (thread < OWN) shared.bias[buffer][thread] = start.bias;
+            if (thread < OWN * (TEXTS / 32)) (&shared.positive[buffer][0][0])[thread] = start.positive;
+        }
+        start = Start(a, tiles, tile + 1, rank, thread);
+        if (spreads) {
+            // The warp's labels are eight rows, 1024 bytes a part.
+#pragma unroll
+            for (int i = 0; i < 2 * PARTS; ++i) {
+                uint4* const rows = reinterpret_cast<uint4*>(shared.w[buffer][i / 2] + thread / 32 * (8 * ROW_SIZE));
+                rows[i % 2 * 32 + thread % 32] = uint4{0, 0, 0, 0};
+            }
+            __syncwarp();
+            const RowOfW to(shared, buffer, thread / LANES, rank);
+            Stretch stretch(run, thread);
+            for (;;) {
+                weights.spread(to, stretch);
+                if (!stretch.next()) break;
+                weights.load(a, run, stretch, label);
+            }
             publish_shared();
             __syncwarp();
             if (thread % 32 == 0) arrive(shared.full[buffer]);
@@ -350,34 +521,53 @@ __device__ __forceinline__ void send_slopes(
     constexpr int PAIR = PIECES < 2 ? PIECES : 2;
 #pragma unroll
     for (int first = 0; first < PIECES; first += PAIR) {
-        uint32_t piece[4];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
+        float z[PAIR][4], slope[PAIR][4], p[2] = {};
+        uint32_t positive[PAIR][2];
+        bool plain = text_of(1) < a.texts;  // no positives among them, nor columns that are no texts
 #pragma unroll
-        for (int i = first; i < first + PAIR; ++i) {
-            float z[4], sum[2];
+        for (int i = 0; i < PAIR; ++i) {
 #pragma unroll
             for (int r = 0; r < CLUSTER; ++r) {
-                const uint4 value = shared.partial[r][i][threadIdx.x];
+                const uint4 value = shared.partial[r][first + i][threadIdx.x];
                 const uint32_t got[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
-                for (int j = 0; j < 4; ++j) z[j] = r == 0 ? __uint_as_float(got[j]) : z[j] + __uint_as_float(got[j]);
+                for (int j = 0; j < 4; ++j) z[i][j] = r == 0 ? __uint_as_float(got[j]) : z[i][j] + __uint_as_float(got[j]);
             }
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int label = 8 * i + lane % 4 * 2 + j;
+                const int label = 8 * (first + i) + lane % 4 * 2 + j;
                 const float bias = shared.bias[buffer][label];
-                const uint32_t positive = shared.positive[buffer][label][warp / 2];
+                positive[i][j] = shared.positive[buffer][label][warp / 2];
+                plain = plain && positive[i][j] == 0;
 #pragma unroll
                 for (int high = 0; high < 2; ++high) {
-                    const int text = text_of(high);
-                    float& x = z[2 * high + j];
-                    x = slope_of_any(x + bias, positive >> text % 32 << 31, text < a.texts, loss[high]);
+                    float& x = z[i][2 * high + j];
+                    x += bias;
+                    slope[i][2 * high + j] = slope_of_negative(x, p[high]);
                 }
-                sum[j] = over_labels(z[j] + z[2 + j]);
             }
-            float2& sums = *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * i + lane % 4 * 2]);
-            if (lane < 4) sums = make_float2(sum[0], sum[1]);
-            piece[2 * (i - first)] = packed(z[0], z[1]);
-            piece[2 * (i - first) + 1] = packed(z[2], z[3]);
+        }
+        if (__all_sync(~0u, plain && !overflowed(p[0]) && !overflowed(p[1]))) {
+#pragma unroll
+            for (int high = 0; high < 2; ++high) loss[high] += loss_of_negatives(p[high]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PAIR; ++i)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int text = text_of(j / 2);
+                    slope[i][j] = slope_of_any(z[i][j], positive[i][j % 2] >> text % 32 << 31, text < a.texts, loss[j / 2]);
+                }
+        }
+        uint32_t piece[4];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
+#pragma unroll
+        for (int i = 0; i < PAIR; ++i) {
+            const float(&s)[4] = slope[i];
+            float2& sums = *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * (first + i) + lane % 4 * 2]);
+            const float2 sum = make_float2(over_labels(s[0] + s[2]), over_labels(s[1] + s[3]));
+            if (lane < 4) sums = sum;
+            piece[2 * i] = packed(s[0], s[1]);
+            piece[2 * i + 1] = packed(s[2], s[3]);
         }
         if constexpr (PAIR == 2) {
             exchange_words(piece);  // the whole of the one whose number is the lane's
@@ -435,20 +625,24 @@ __device__ __forceinline__ void end_gradients(
         }
         if (made) {
             pin(grad);
+            // place<ROW>(row, n) is place<ROW>(row, 0) ^ 8 n, and that of row + 8 is 8 ROW_SIZE on.
+            const int first = place<ROW>(row, 0) + lane % 4 * 2;
 #pragma unroll
-            for (int n = 0; n < 8; ++n)
+            for (int n = 0; n < 8; ++n) {
+                bfloat16* const to = shared.w[buffer][part] + (first ^ 8 * n);
 #pragma unroll
-                for (int high = 0; high < 2; ++high) {
-                    bfloat16* const chunk = shared.w[buffer][part] + place<ROW>(row + 8 * high, n);
-                    reinterpret_cast<uint32_t*>(chunk)[lane % 4] = packed(grad[n][2 * high], grad[n][2 * high + 1]);
-                }
+                for (int high = 0; high < 2; ++high)
+                    *reinterpret_cast<uint32_t*>(to + high * 8 * ROW_SIZE) = packed(grad[n][2 * high], grad[n][2 * high + 1]);
+            }
         }
     }
     __syncwarp();
     if (lane == 0) arrive(shared.graded[buffer]);
 }
 
-__device__ __forceinline__ void consume(Shared& shared, const Arguments& a, const Tiles& tiles, int rank, bool update) {
+__device__ __forceinline__ void consume(Shared& shared, const Arguments& a, int rank) {
+    const bool update = shared.update;
+    const int tiles = shared.tiles.count;
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler sees that a warp's lanes agree
     float dx[PARTS][8][4], loss[2] = {};
     clear(dx);
@@ -461,7 +655,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a, cons
         send_slopes(shared, a, loss, 0, 0, rank);
     }
 #pragma unroll 1
-    for (int tile = 0; tile < tiles.count - 1; ++tile) {
+    for (int tile = 0; tile < tiles - 1; ++tile) {
         const int buffer = tile % BUFFERS, next = (tile + 1) % BUFFERS;
         Logits z;
         await(shared.full[next], (tile + 1) / BUFFERS & 1);
@@ -474,7 +668,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a, cons
         end_gradients(dx, z, shared, tile % 2, buffer, warpgroup, update);
         send_slopes(shared, a, loss, tile + 1, next, rank);
     }
-    const int last = tiles.count - 1;
+    const int last = tiles - 1;
     await(shared.slopes[last % 2], last / 2 & 1);
     publish_shared();
     begin_feature_gradient(dx, shared, last % 2, last % BUFFERS, warpgroup);
@@ -501,9 +695,8 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
     extern __shared__ __align__(1024) uint8_t memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int rank = block_in_cluster();
-    const bool update = a.update && *a.finite;
-    const Tiles tiles(a);
     if (threadIdx.x == 0) {
+        shared.tiles = Tiles(a), shared.update = a.update && *a.finite;
         for (Barrier& barrier : shared.full) init(barrier, PRODUCER_WARPS);
         for (Barrier& barrier : shared.graded) init(barrier, CONSUMERS / 32);
         for (Barrier& barrier : shared.slopes) init(barrier, CONSUMERS / 32);
@@ -522,10 +715,10 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
     meet_cluster();
     if (threadIdx.x < CONSUMERS) {
         take_registers<CONSUMER_REGISTERS>();
-        consume(shared, a, tiles, rank, update);
+        consume(shared, a, rank);
     } else {
         give_registers<PRODUCER_REGISTERS>();
-        produce(shared, a, tiles, rank, update);
+        produce(shared, a, rank);
     }
     meet_cluster();  // nobody leaves while others may send
 }

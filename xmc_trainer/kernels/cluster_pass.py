@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class ClusterPass:
         shape = Shape.of(self.d)
         self._library = cuda_source.library(
             "cluster_pass.cu", head, self.device, rule, loss, CLUSTER=shape.blocks, FEATURES=shape.features, LABELS=LABELS,
-            WARPS=_WARPS,
+            WARPS=_WARPS, CHUNK=math.gcd(head.weight_LF.shape[1], 4),
         )  # fmt: skip
         width = shape.blocks * shape.features
         self.clusters = min(cuda_source.checked(self._library.cluster_pass_clusters()), -(-labels // LABELS))

@@ -138,7 +138,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         update_weights<(M < 2 ? 2 : 4)>(grad, a, tile, m0, f0, weights_at);
         // Signed: a tile past the last label has fewer than none.
         const int thread = threadIdx.x;
-        if (thread < tile.count) update_bias<COLUMNS>(a, tile.label0 + thread, shared.bias[thread], &shared.bias_grad[0][thread], LABELS);
+        if (thread < tile.count) {
+            const int64_t label = tile.label0 + thread;
+            update_bias<COLUMNS>(a, label, bias_values(a, label, shared.bias[thread]), &shared.bias_grad[0][thread], LABELS);
+        }
     }
     if (ONE_TILE) add_losses(loss, losses);
 }

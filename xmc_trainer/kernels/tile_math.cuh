@@ -188,8 +188,23 @@ __device__ __forceinline__ void keep_slopes(bfloat16* s, const float (&slope)[2 
     }
 }
 
+// The slope of a negative's logit. The losses of several, `loss_of_negatives` of their p, share one logarithm:
+// 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z. It may overflow.
+__device__ __forceinline__ float slope_of_negative(float z, float& p) {
+    if (LOSS == BCE) {
+        const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
+        p = fmaf(p, e, p + e);
+        return e * reciprocal(1.0f + e);
+    }
+    const float margin = fmaxf(1.0f + z, 0.0f);
+    p = fmaf(margin, margin, p);
+    return 2.0f * margin;
+}
+
+__device__ __forceinline__ bool overflowed(float p) { return LOSS == BCE && !(p < 1e30f); }
+__device__ __forceinline__ float loss_of_negatives(float p) { return LOSS == BCE ? log1p_fast(p) : p; }
+
 // Logits c -> slopes, into s, losses of a thread's texts and bias gradients of its labels, where no text has a positive.
-// The losses of a text's labels share one logarithm: 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z.
 // False for the whole warp if that overflowed; then nothing may be taken from here.
 template <int M, int N>
 __device__ __forceinline__ bool slopes_of_negatives(
@@ -203,20 +218,11 @@ __device__ __forceinline__ bool slopes_of_negatives(
             float p = 0.0f;
 #pragma unroll
             for (int m = 0; m < 2 * M; ++m) {
-                const float z = c[m / 2][n][m % 2 * 2 + j];
-                if (LOSS == BCE) {
-                    const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
-                    slope[m][j] = e * reciprocal(1.0f + e);
-                    p = fmaf(p, e, p + e);
-                } else {
-                    const float margin = fmaxf(1.0f + z, 0.0f);
-                    slope[m][j] = 2.0f * margin;
-                    p = fmaf(margin, margin, p);
-                }
+                slope[m][j] = slope_of_negative(c[m / 2][n][m % 2 * 2 + j], p);
                 row_sum[m] += slope[m][j];
             }
-            fine = fine && (LOSS != BCE || p < 1e30f);
-            loss[2 * n + j] = LOSS == BCE ? log1p_fast(p) : p;
+            fine = fine && !overflowed(p);
+            loss[2 * n + j] = loss_of_negatives(p);
         }
         keep_slopes<M>(s, slope, m0, n0, n);
     }
@@ -300,23 +306,27 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see counter
     return x ^ (x >> 16);
 }
 
+constexpr uint32_t COLUMN_HASH = 0x9E3779B1u;
+
 __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32_t key, uint32_t column) {
-    const uint32_t x = (hashed + column * 0x9E3779B1u) ^ key;
-    return __float_as_uint(value) + (((x ^ (x >> 16)) * 0x7FEB352Du) >> 16);
+    const uint32_t x = hashed + column * COLUMN_HASH;
+    // With y = x ^ key: y ^ (y >> 16). The key's part of it is the same for all.
+    return __float_as_uint(value) + (((x ^ (x >> 16) ^ (key ^ (key >> 16))) * 0x7FEB352Du) >> 16);
 }
 
 struct Values { float weight, state0, state1; };
 
 // With ROWWISE state0 is the new one already: it is of all of a label's gradients.
 __device__ __forceinline__ Values updated(Values v, float grad, const Arguments& a, float weight_decay) {
+    const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // of a bias: a constant
     if (RULE == ROWWISE) {
         const float deviation = square_root(v.state0 * a.correct1) + a.eps;
-        v.weight = v.weight * (1.0f - a.lr * weight_decay) - a.lr * __fdividef(grad, deviation);
+        v.weight = v.weight * kept - a.lr * __fdividef(grad, deviation);
     } else if (RULE == ADAMW) {
         v.state0 = a.beta0 * v.state0 + (1.0f - a.beta0) * grad;
         v.state1 = a.beta1 * v.state1 + (1.0f - a.beta1) * grad * grad;
         const float deviation = square_root(v.state1 * a.correct1) + a.eps;
-        v.weight = v.weight * (1.0f - a.lr * weight_decay) - a.lr * a.correct0 * __fdividef(v.state0, deviation);
+        v.weight = v.weight * kept - a.lr * a.correct0 * __fdividef(v.state0, deviation);
     } else {
         grad += weight_decay * v.weight;
         if (RULE == MOMENTUM) grad = v.state0 = a.beta0 * v.state0 + grad;
@@ -447,16 +457,21 @@ __device__ __forceinline__ void update_weights(
     }
 }
 
-// The update of a label's bias, whose gradient is the sum of PARTS numbers, `stride` apart.
+// A label's bias and its states.
+__device__ __forceinline__ Values bias_values(const Arguments& a, int64_t label, float bias) {
+    Values v{bias, 0.0f, 0.0f};
+    if (RULE >= MOMENTUM && a.bias) v.state0 = a.bias_state0[label];
+    if (RULE == ADAMW && a.bias) v.state1 = a.bias_state1[label];
+    return v;
+}
+
+// Their update by a gradient that is the sum of PARTS numbers, `stride` apart.
 template <int PARTS>
-__device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, float bias, const float* part, int stride) {
+__device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, Values v, const float* part, int stride) {
     if (a.bias == nullptr) return;
     float grad = 0.0f;
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) grad += part[i * stride];
-    Values v{bias, 0.0f, 0.0f};
-    if (RULE >= MOMENTUM) v.state0 = a.bias_state0[label];
-    if (RULE == ADAMW) v.state1 = a.bias_state1[label];
     grad *= a.text_weight;
     if (RULE == ROWWISE) v.state0 = a.beta1 * v.state0 + (1.0f - a.beta1) * grad * grad;
     v = updated(v, grad, a, 0.0f);

@@ -266,7 +266,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         update_weights<4 / WARPGROUPS>(grad, a, tile, 16 * warp, 0, weights_at);
         // Signed: a tile past the last label has fewer than none.
         const int g = threadIdx.x;
-        if (g < tile.count) update_bias<4>(a, tile.label0 + g, shared.bias[g], &shared.bias_grad[0][g], LABELS);
+        if (g < tile.count) {
+            const int64_t label = tile.label0 + g;
+            update_bias<4>(a, label, bias_values(a, label, shared.bias[g]), &shared.bias_grad[0][g], LABELS);
+        }
     }
     if (ONE_TILE) add_losses(loss, losses);
 }
