@@ -21,8 +21,8 @@ def test_a_dying_rank_ends_the_job(toy_settings, failure, how):
     ]
     begin = time.monotonic()
     done = launch(*command, failure, *toy_settings, "training.optimization.epochs=1000")
-    # Starting takes some ten seconds of it.
-    assert time.monotonic() - begin < 60
+    # Starting takes some ten seconds of it, on a busy machine more; the collectives' own patience is ten minutes.
+    assert time.monotonic() - begin < 240
     assert done.returncode != 0
     if failure == "raise":
         errors = [line for line in done.stderr.splitlines() if "Error: " in line]
