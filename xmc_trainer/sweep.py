@@ -24,6 +24,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -155,6 +156,7 @@ def train(runs: list[list[str]], file: Path, jobs: int) -> None:
     going_on = sum(resume.find(load_config(words).run_folder) is not None for words in waiting)
     also = f", {going_on} with a checkpoint" if going_on else ""
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs end too, as after Ctrl-C
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
     live: dict[str, tuple[subprocess.Popen, Path, float]] = {}
     try:

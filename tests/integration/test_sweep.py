@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,6 +57,35 @@ def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path):
     assert changed == {"dense-2"}
     done = launch(*words, "--table", "training.optimization.max_steps=7")
     assert done.returncode == 2 and "none of its 6 runs is finished" in done.stderr
+
+
+def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
+    sweep = subprocess.Popen([sys.executable, "-m", "xmc_trainer", "sweep", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def runs():
+        words = [command_of(pid) for pid in os.listdir("/proc") if pid.isdigit()]
+        return [each for each in words if b"--run" in each and str(file).encode() in each]
+
+    assert eventually(runs, seconds=120)
+    sweep.terminate()
+    assert sweep.wait(timeout=60) == 128 + signal.SIGTERM
+    assert eventually(lambda: not runs(), seconds=60)
+
+
+def command_of(pid):
+    """A process's words, one string; none of one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def eventually(happens, seconds):
+    """Whether it does."""
+    end = time.monotonic() + seconds
+    while not happens() and time.monotonic() < end:
+        time.sleep(0.1)
+    return happens()
 
 
 def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
