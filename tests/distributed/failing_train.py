@@ -1,4 +1,7 @@
-"""launchers/train.py with a hook that fails on the last rank after some steps: `how` is raise or kill."""
+"""launchers/train.py with a hook that fails on the last rank after some steps: `how` is raise or kill.
+
+Just before, it makes the file `fails` in the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ class Fail(Hook):
 
     def on_step_begin(self, trainer) -> None:
         if trainer.state.step == self.step and trainer.ranks.rank == trainer.ranks.size - 1:
+            (trainer.run_folder / "fails").touch()
             if self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("this rank's own error")

@@ -31,7 +31,8 @@ def test_any_number_of_ranks_trains_as_one(results, case, size):
     one, parts = results[1][0][case], [result[case] for result in results[size]]
     if not case.auxiliary:  # a fading meta branch changes what the loss is made of
         assert one["curve"][-1] < one["curve"][0]
-    # Sums in another order may, once in a long while, tip the rounding of a weight to its bfloat16 neighbour, or that one's.
+    # Sums in another order may, once in a long while, tip the rounding of a weight to its bfloat16 neighbour; of a single
+    # weight, twice.
     rounded = case.variant == "bfloat16"
     for part in parts:
         assert part["curve"] == pytest.approx(one["curve"], rel=1e-4 if rounded else 1e-5)
@@ -44,6 +45,7 @@ def test_any_number_of_ranks_trains_as_one(results, case, size):
             assert torch.equal(whole, one[name])
         else:
             torch.testing.assert_close(whole, one[name], rtol=2**-6 if rounded else 1e-3, atol=1e-4)
+            assert not rounded or (~torch.isclose(whole, one[name], rtol=2**-7, atol=1e-4)).sum() <= 1
     assert all(torch.equal(part["best"], one["best"]) for part in parts)
 
 

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.integration.test_launchers import ROOT, free_port, launch, start_command
+from tests.integration.test_launchers import ROOT, free_port, launch, settings_value, start_command
 
 
 @pytest.mark.parametrize("how", ["accelerate-2", "deepspeed-1", "torchrun"])
@@ -19,10 +20,9 @@ def test_a_dying_rank_ends_the_job(toy_settings, failure, how):
     command = [
         word.replace("launchers/train.py", "tests/distributed/failing_train.py") for word in start_command(how, 2)
     ]
-    begin = time.monotonic()
     done = launch(*command, failure, *toy_settings, "training.optimization.epochs=1000")
-    # Starting takes some ten seconds of it, on a busy machine more; the collectives' own patience is ten minutes.
-    assert time.monotonic() - begin < 240
+    (failed,) = Path(settings_value(toy_settings, "output_dir=")).rglob("fails")
+    assert time.time() - failed.stat().st_mtime < 60
     assert done.returncode != 0
     if failure == "raise":
         errors = [line for line in done.stderr.splitlines() if "Error: " in line]
