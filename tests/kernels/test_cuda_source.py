@@ -1,4 +1,4 @@
-"""A compiler that fails: the head is trained by Triton's kernels all the same, and says so."""
+"""What the CUDA sources are called with; and a compiler that fails: Triton's kernels train the head all the same, and say so."""
 
 from __future__ import annotations
 
@@ -32,3 +32,14 @@ def test_without_a_compiler_that_works_triton_takes_over(monkeypatch, tmp_path):
     assert error(heads[0].weight - start, (heads[1].weight - start).double()) < 2e-2
     heads[0](*batch(device, 48, 37, seed=1))
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 64, 1000, 2**30 + 1, 2**31 - 1])
+def test_quotients_of_labels_are_exact(divisor):
+    factor, shift = cuda_source.quotient(divisor)
+    assert factor < 2**32
+    last = (2**31 - 1) // divisor
+    for quotient in {0, 1, 2, last // 3, last - 1, last}:
+        for number in (quotient * divisor - 1, quotient * divisor, quotient * divisor + divisor - 1):
+            if 0 <= number < 2**31:
+                assert number * factor >> shift == number // divisor

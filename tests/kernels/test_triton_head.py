@@ -311,7 +311,7 @@ def test_offsets_beyond_2_to_the_31(group_size):
     before = weight[start:].double()
     last = HeadTensors(weight[start:].clone(), index[start // group_size :].clone(), None, group_size, start)
     triton_head = select_backend("triton", torch.device("cuda"))
-    head = HeadTensors(weight, index, None, group_size, 0, feature_bits=lambda: triton_head.feature_bits(index, d))
+    head = HeadTensors(weight, index, None, group_size, 0, of_index=lambda make, argument: make(index, argument))
     feat = torch.randn(32, d, device="cuda").bfloat16()
     label = torch.tensor([labels - 1, start + 3, 5], device="cuda")
     row = torch.tensor([0, 1, 2], device="cuda")

@@ -215,7 +215,7 @@ class FixedFanInHead(nn.Module):
         self.steps = 0
         self._loss_fn = LOSSES[loss]
         self._backend_name = backend
-        self._feature_bits: tuple[Any, Tensor] | None = None  # of the index as it was, see `tensors`
+        self._of_index: tuple[Any, dict[Any, Tensor]] = (None, {})  # the index as it was, and what was made of it
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # features and pairs of this step's earlier micro-batches
         self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=growth_batches)  # and of the last steps
 
@@ -305,12 +305,15 @@ class FixedFanInHead(nn.Module):
                 row = torch.arange(part.shape[0], device=device) + first_row + start
                 part.copy_(random_index(row, fan_in, self.in_features, self.seed, part.dtype))
 
-    def _bits_of_index(self) -> Tensor:
-        """`feature_bits` of the index; kept until the index changes."""
+    def _made_of_index(self, make: Callable[[Tensor, Any], Tensor], argument: Any) -> Tensor:
+        """make(index, argument); kept until the index changes."""
         state = (self.index.data_ptr(), self.index._version)
-        if self._feature_bits is None or self._feature_bits[0] != state:
-            self._feature_bits = (state, self._backend.feature_bits(self.index, self.in_features))
-        return self._feature_bits[1]
+        if self._of_index[0] != state:
+            self._of_index = (state, {})
+        made = self._of_index[1]
+        if (make, argument) not in made:
+            made[make, argument] = make(self.index, argument)
+        return made[make, argument]
 
     def tensors(self) -> HeadTensors:
         """The kernels' view of this rank's part: the same memory."""
@@ -323,7 +326,7 @@ class FixedFanInHead(nn.Module):
             label_start=self.labels.start,
             weight_state=[getattr(self, f"weight_{name}") for name in names],
             bias_state=[getattr(self, f"bias_{name}") for name in names] if self.bias is not None else [],
-            feature_bits=self._bits_of_index,
+            of_index=self._made_of_index,
         )
 
     def extra_repr(self) -> str:

@@ -8,7 +8,7 @@
 //     dX += s W         W <- s^T X              weight <- update(weight, W[index])
 //
 // so that weights, states and index rows are all that memory moves. Index rows are ascending: a block's part of a row is a run of
-// slots, of which `feature_bits` tell the first. No other block of the cluster touches it.
+// slots, of which `first_slots` tell the first. No other block of the cluster touches it.
 //
 // Half of a block's warps are producers, who spread and update, the others consumers, two warpgroups who multiply. The tiles
 // BUFFERS of W are on their way between them:
@@ -16,7 +16,7 @@
 //     producers:  await graded (tile - BUFFERS): update its weights; spread tile over the same buffer; arrive at full (tile)
 //                 (what they read from memory for both, and where the slots of tile + 1 are, is on its way before they wait)
 //     consumers:  await full (tile + 1): logits of tile + 1; await slopes (tile): gradients of tile; arrive at graded (tile);
-//                 slopes of tile + 1
+//                 await partials (tile + 1): slopes of tile + 1
 //
 // Logits are the sum of what the blocks have: of each label one block of the cluster is the owner, to whom the others send theirs,
 // and who sends slopes to all. Both are on their way while products of another tile are made. Whoever sends may overwrite what was
@@ -38,9 +38,8 @@ constexpr int ROW = 8, ROW_SIZE = 64;                  // of a matrix in shared 
 constexpr int PARTS = FEATURES / 64;                   // such rows a row of X and W has
 constexpr int NEXT = 32 / 16, NEXT_ROWS = 2048 / 16;   // to the next 16 columns, and rows, of an operand
 constexpr int OWN = LABELS / CLUSTER, PIECES = OWN / 8;  // labels that a block owns; eights of them
-constexpr int BUFFERS = 4;
+constexpr int BUFFERS = 3;
 constexpr int CONSUMERS = 256, PRODUCER_WARPS = 8;
-constexpr int WORDS = FEATURES / 32;                   // of feature_bits, a block's part of a row
 constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 256 - CONSUMER_REGISTERS;
 // Of a producer's warp LANES lanes have a label's slots, a chunk each and so on. Registers hold what they have of STRETCH slots
 // one after another: most parts of rows are no longer, at up to 32 slots a block and row.
@@ -76,22 +75,33 @@ struct Tiles {
     __device__ __forceinline__ int label0(int tile) const { return start + tile * step; }
 };
 
+// Which buffer a tile has, and the parity of the phase in which it has it.
+struct Turn {
+    int buffer = 0, parity = 0;
+
+    __device__ __forceinline__ void next() {
+        if (++buffer == BUFFERS) buffer = 0, parity ^= 1;
+    }
+};
+
+// Logits of OWN labels, as a block's consumers have them: by warp.
+using Pieces = uint4[CONSUMERS / 32][PIECES][32];
+
 struct Shared {
     alignas(1024) bfloat16 x[PARTS][TEXTS * ROW_SIZE];
     bfloat16 w[BUFFERS][PARTS][LABELS * ROW_SIZE];
-    bfloat16 s[2][TEXTS * ROW_SIZE];             // [texts, labels]
-    uint4 partial[CLUSTER][PIECES][CONSUMERS];   // logits of own labels from each block, as its consumers have them
-    uint32_t positive[BUFFERS][OWN][TEXTS / 32];
+    bfloat16 s[2][TEXTS * ROW_SIZE];               // [texts, labels]
+    Pieces partial[CLUSTER];                       // logits of own labels from each block
+    Pieces staged[CLUSTER];                        // of each block's labels, on their way there
+    alignas(8) uint32_t positive[BUFFERS][TEXTS / 32][OWN];
     float bias[BUFFERS][OWN], bias_grad[BUFFERS][CONSUMERS / 32][OWN];
     Run run[BUFFERS][LABELS];
-    Tiles tiles;                                 // here, where they take no registers
-    bool update;
-    uint32_t square[2][CLUSTER][LABELS];         // from each block, its term of the labels' new state (ROWWISE)
+    uint32_t square[2][CLUSTER][LABELS];           // from each block, its term of the labels' new state (ROWWISE)
     Barrier full[BUFFERS], graded[BUFFERS], partials, slopes[2], squares[2][PRODUCER_WARPS];
 };
 
 // The text of a consumer's rows (high: 8 rows on) of the logits.
-__device__ __forceinline__ int text_of(int high) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * high; }
+__device__ __forceinline__ int text_of(unsigned thread, int high) { return thread / 32 * 16 + thread % 32 / 4 + 8 * high; }
 
 // Where a feature of this block is in a row of W: as `place` has it, in few instructions.
 struct RowOfW {
@@ -109,9 +119,9 @@ struct RowOfW {
     }
 };
 
-// An index row of a label of this rank.
+// The index row of a label of this rank: label / group.
 __device__ __forceinline__ uint32_t index_row(const Arguments& a, int label) {
-    return static_cast<uint32_t>(label) / static_cast<uint32_t>(a.group);
+    return static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(label)) * a.group_factor >> a.group_shift);
 }
 
 // A tile's rows of the tensors on their way to the L2 cache, this block's share of them: warp 0, 1, ... has a tensor each.
@@ -121,8 +131,8 @@ __device__ __forceinline__ void fetch_tile(
     const int first = tiles.label0(tile) + rank * OWN, end = min(first + OWN, tiles.end_label);
     if (tile >= tiles.count || first >= end || number >= (update ? 3 + STATES : 3) || thread % 32) return;
     const void* const state = number == 3 ? a.state0 : a.state1;
-    const void* const tensor = number == 0 ? a.feature_bits : number == 1 ? a.index : number == 2 ? a.weight : state;
-    const uint32_t row_bytes = number == 0 ? 4 * a.words : (number == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
+    const void* const tensor = number == 0 ? a.first_slots : number == 1 ? a.index : number == 2 ? a.weight : state;
+    const uint32_t row_bytes = number == 0 ? 2 * CLUSTER : (number == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
     const uint64_t bytes = row_bytes;
     const uint32_t first_row = number < 2 ? index_row(a, first) : first, end_row = number < 2 ? index_row(a, end - 1) + 1 : end;
     const auto base = reinterpret_cast<uintptr_t>(tensor);
@@ -210,41 +220,27 @@ __device__ __forceinline__ T* row_of(const void* tensor, const Arguments& a, uin
 
 // What a producer needs of a tile before it knows where the tile's slots are, read while the tile before is spread.
 struct Start {
-    static constexpr int BITS = (CLUSTER * WORDS + 3) / 4;
-    uint32_t bits[BITS], positive;
+    uint32_t index_row, positive;
+    uint16_t first, end;  // slots that the block has of the lane's label
     float bias;
-    uint32_t index_row;
 
     __device__ __forceinline__ Start(const Arguments& a, const Tiles& tiles, int tile, int rank, unsigned thread) {
         const int label = tiles.label0(tile) + thread / LANES, own0 = tiles.label0(tile) + rank * OWN;
         const bool ok = tile < tiles.count && label < tiles.end_label;
         index_row = ok ? ::index_row(a, label) : 0;
-        const uint32_t* from = a.feature_bits + static_cast<uint64_t>(index_row) * static_cast<uint32_t>(a.words) + thread % 4;
-#pragma unroll
-        for (int i = 0; i < BITS; ++i)
-            bits[i] = ok && 4 * i + static_cast<int>(thread % 4) < a.words ? from[4 * i] : 0;
+        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row) * CLUSTER + rank;
+        first = ok ? slots[0] : 0;
+        end = !ok ? 0 : rank + 1 < CLUSTER ? slots[1] : a.fan_in;
         // This one stands for no label: its loss and slope are zero.
         bias = -1e30f, positive = 0;
         if (tile >= tiles.count) return;
         if (thread < OWN && own0 + thread < tiles.end_label) bias = a.bias ? a.bias[own0 + thread] : 0.0f;
-        constexpr int WORDS_OF_LABEL = TEXTS / 32;
-        if (thread < OWN * WORDS_OF_LABEL && own0 + thread / WORDS_OF_LABEL < tiles.end_label)
-            positive = a.positive[static_cast<int64_t>(own0 - tiles.first_label) * WORDS_OF_LABEL + thread];
+        constexpr int WORDS = TEXTS / 32;
+        if (thread < OWN * WORDS && own0 + thread / WORDS < tiles.end_label)
+            positive = a.positive[static_cast<int64_t>(own0 - tiles.first_label) * WORDS + thread];
     }
 
-    // The run of the label of the lane. All lanes of the warp must call.
-    __device__ __forceinline__ Run run(int rank, unsigned thread) const {
-        uint32_t counts = 0;  // slots of the blocks before, and in the upper half of this one
-#pragma unroll
-        for (int i = 0; i < BITS; ++i) {
-            const int mine = 4 * i + static_cast<int>(thread % 4) - rank * WORDS;
-            const uint32_t count = mine < WORDS ? __popc(bits[i]) : 0;
-            counts += mine < 0 ? count : count << 16;
-        }
-        counts += __shfl_xor_sync(~0u, counts, 1);
-        counts += __shfl_xor_sync(~0u, counts, 2);
-        return {index_row, static_cast<uint16_t>(counts & 0xFFFF), static_cast<uint16_t>(counts >> 16)};
-    }
+    __device__ __forceinline__ Run run() const { return {index_row, first, static_cast<uint16_t>(end - first)}; }
 };
 
 // A part of a label's row, as it is to be spread.
@@ -342,7 +338,7 @@ __device__ __forceinline__ float exchange_squares(
     Shared& shared, const Arguments& a, float sum, float old_state, int tile, int rank, unsigned thread) {
     const int lane = thread % 32, slot = tile % 2;
     Barrier& barrier = shared.squares[slot][thread / 32];
-    if (lane == 0) arrive_expecting(barrier, (CLUSTER - 1) * 8 * sizeof(float));
+    if (lane == 0) arrive_expecting(barrier, CLUSTER * 8 * sizeof(float));
 #pragma unroll
     for (int other = 1; other < LANES; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
     sum *= (1.0f - a.beta1) / a.fan_in;
@@ -350,9 +346,8 @@ __device__ __forceinline__ float exchange_squares(
     uint32_t(&squares)[CLUSTER][LABELS] = shared.square[slot];
 #pragma unroll
     for (int block = lane % LANES; block < CLUSTER; block += LANES) {
-        uint32_t& here = squares[rank][thread / LANES];
-        if (block == rank) here = __float_as_uint(sum);
-        else send(address_in(block, &here), __float_as_uint(sum), address_in(block, &barrier));
+        const uint32_t here = address(&squares[rank][thread / LANES]);
+        send(address_in(block, here), __float_as_uint(sum), address_in(block, address(&barrier)));
     }
     __syncwarp();
     await(barrier, tile / 2 & 1);
@@ -369,10 +364,9 @@ struct Update {
     Old old;
     float label_state;
 
-    __device__ __forceinline__ void load(
-        const Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
+    __device__ __forceinline__ void load(const Run& own, const Arguments& a, const Tiles& tiles, int tile, int rank, unsigned thread) {
         label = tiles.label0(tile) + thread / LANES;
-        run = shared.run[buffer][thread / LANES];
+        run = own;
         old.load(a, run, Stretch(run, thread), label);
         const bool state_here = RULE == ROWWISE && rank == 0 && label < tiles.end_label;
         label_state = state_here ? static_cast<const float*>(a.state0)[label] : 0.0f;
@@ -411,43 +405,40 @@ struct Update {
 };
 
 __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int rank) {
-    const Tiles& tiles = shared.tiles;
-    const bool& update = shared.update;
+    const Tiles tiles(a);
+    const bool update = a.update && *a.finite;
     int thread = threadIdx.x - CONSUMERS;
 #pragma unroll 1
     for (int tile = 0; tile < 2; ++tile) fetch_tile(a, tiles, tile, rank, update, thread);
     Start start(a, tiles, 0, rank, thread);
+    Run run_before{};
+    Turn turn;
 #pragma unroll 1
     for (int tile = 0; tile < tiles.count + (update ? BUFFERS : 0); ++tile) {
-        const int buffer = tile % BUFFERS, before = tile - BUFFERS;
+        const int buffer = turn.buffer, before = tile - BUFFERS;
         const bool graded = before >= 0 && before < tiles.count, spreads = tile < tiles.count;
         forget(thread);
         fetch_tile(a, tiles, tile + 2, rank, update, thread);
         const int label = tiles.label0(tile) + thread / LANES;
         Weights weights;
         Update updating;
-        if (graded && update) updating.load(shared, a, tiles, before, buffer, rank, thread);
+        if (graded && update) updating.load(run_before, a, tiles, before, rank, thread);
+        const Run run = start.run();
         __syncwarp();
-        {
-            const Run run = start.run(rank, thread);
-            if (thread % LANES == 0) shared.run[buffer][thread / LANES] = run;
-            if (SPREAD_AHEAD && spreads) weights.load(a, run, Stretch(run, thread), label);
-        }
-        __syncwarp();
+        if (thread % LANES == 0) shared.run[buffer][thread / LANES] = run;
+        if (SPREAD_AHEAD && spreads) weights.load(a, run, Stretch(run, thread), label);
+        const Start next(a, tiles, tile + 1, rank, thread);
+        run_before = shared.run[buffer + 1 == BUFFERS ? 0 : buffer + 1][thread / LANES];
         if (graded) {
-            await(shared.graded[buffer], before / BUFFERS & 1);
+            await(shared.graded[buffer], turn.parity ^ 1);
             if (update) updating.end(shared, a, tiles, before, buffer, rank, thread);
             __syncwarp();
             forget(thread);
         }
-        const Run run = shared.run[buffer][thread / LANES];
         if (spreads) {
             if (!SPREAD_AHEAD) weights.load(a, run, Stretch(run, thread), label);
             if (thread < OWN) shared.bias[buffer][thread] = start.bias;
-            if (thread < OWN * (TEXTS / 32)) (&shared.positive[buffer][0][0])[thread] = start.positive;
-        }
-        start = Start(a, tiles, tile + 1, rank, thread);
-        if (spreads) {
+            if (thread < OWN * (TEXTS / 32)) shared.positive[buffer][thread % (TEXTS / 32)][thread / (TEXTS / 32)] = start.positive;
             // The warp's labels are eight rows, 1024 bytes a part.
 #pragma unroll
             for (int i = 0; i < 2 * PARTS; ++i) {
@@ -466,6 +457,8 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
             __syncwarp();
             if (thread % 32 == 0) arrive(shared.full[buffer]);
         }
+        start = next;
+        turn.next();
     }
 }
 
@@ -485,37 +478,72 @@ __device__ __forceinline__ void begin_logits(Logits& z, const Shared& shared, in
 
 // Before the first tile, and again when a tile's have come.
 __device__ __forceinline__ void expect_partials(Shared& shared) {
-    arrive_expecting(shared.partials, sizeof(shared.partial) / CLUSTER * (CLUSTER - 1));
+    arrive_expecting(shared.partials, static_cast<int>(sizeof(Pieces)) * (CLUSTER - 1));
 }
 
-// Each label's to its owner.
-__device__ __forceinline__ void send_logits(Logits& z, Shared& shared, int rank) {
+// Each label's to where they are sent from, or read: own ones are never sent.
+__device__ __forceinline__ void stage_logits(Logits& z, Shared& shared, int rank, unsigned thread) {
     pin(z);
+    await_reads();
+    __syncwarp();
 #pragma unroll
-    for (int owner = 0; owner < CLUSTER; ++owner)
+    for (int owner = 0; owner < CLUSTER; ++owner) {
+        uint4* const to = &(owner == rank ? shared.partial : shared.staged)[owner][thread / 32][0][thread % 32];
 #pragma unroll
         for (int i = 0; i < PIECES; ++i) {
             const float(&c)[4] = z[owner * PIECES + i];
-            const uint4 value{__float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3])};
-            uint4& here = shared.partial[rank][i][threadIdx.x];
-            if (owner == rank) here = value;
-            else send(address_in(owner, &here), value, address_in(owner, &shared.partials));
+            to[32 * i] = uint4{__float_as_uint(c[0]), __float_as_uint(c[1]), __float_as_uint(c[2]), __float_as_uint(c[3])};
         }
+    }
+}
+
+// To their owners, after `publish_shared`. The warp's number and its block's are such that the compiler sees that lanes agree.
+__device__ __forceinline__ void send_logits(Shared& shared, int rank, int warp, unsigned thread) {
+    __syncwarp();
+    if (thread % 32) return;
+#pragma unroll
+    for (int owner = 0; owner < CLUSTER; ++owner)
+        if (owner != rank)
+            send_bulk(address_in(owner, address(shared.partial[rank][warp])), shared.staged[owner][warp],
+                      sizeof(Pieces) / (CONSUMERS / 32), address_in(owner, address(&shared.partials)));
+}
+
+// Sums over the eight lanes whose numbers are the same modulo 4: each lane has one of them in sums[0], and returns which. The
+// first 4 N lanes have all.
+template <int N>
+__device__ __forceinline__ int sum_of_lanes(float (&sums)[N], int lane) {
+    int which = 0;
+#pragma unroll
+    for (int left = N / 2, bit = 4; bit < 32; bit *= 2, left /= 2) {
+        const bool upper = left && lane & bit;
+#pragma unroll
+        for (int i = 0; i < (left ? left : 1); ++i) {
+            const float mine = upper ? sums[i + left] : sums[i], other = upper || !left ? sums[i] : sums[i + left];
+            sums[i] = mine + __shfl_xor_sync(~0u, other, bit);
+        }
+        which += upper ? left : 0;
+    }
+    return which;
 }
 
 // Slopes of the block's own labels, to all blocks; losses are added to a thread's two texts'.
 __device__ __forceinline__ void send_slopes(
-    Shared& shared, const Arguments& a, float (&loss)[2], int tile, int buffer, int rank) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, slot = tile % 2;
+    Shared& shared, const Arguments& a, float (&loss)[2], int tile, int buffer, int rank, unsigned thread) {
+    const int lane = thread % 32, warp = thread / 32, slot = tile % 2;
     if (CLUSTER > 1) {
         await(shared.partials, tile & 1);
-        if (threadIdx.x == 0) expect_partials(shared);
+        if (thread == 0) expect_partials(shared);
     }
+    const uint32_t barrier = address(&shared.slopes[slot]);
     const auto to_all = [&](void* here, auto value) {
+        uint32_t there[CLUSTER], barriers[CLUSTER];  // first all: what a send still reads cannot be overwritten
+#pragma unroll
+        for (int block = 0; block < CLUSTER; ++block)
+            there[block] = address_in(block, address(here)), barriers[block] = address_in(block, barrier);
 #pragma unroll
         for (int block = 0; block < CLUSTER; ++block) {
             if (block == rank) *static_cast<decltype(value)*>(here) = value;
-            else send(address_in(block, here), value, address_in(block, &shared.slopes[slot]));
+            else send(there[block], value, barriers[block]);
         }
     };
     constexpr int PAIR = PIECES < 2 ? PIECES : 2;
@@ -523,12 +551,12 @@ __device__ __forceinline__ void send_slopes(
     for (int first = 0; first < PIECES; first += PAIR) {
         float z[PAIR][4], slope[PAIR][4], p[2] = {};
         uint32_t positive[PAIR][2];
-        bool plain = text_of(1) < a.texts;  // no positives among them, nor columns that are no texts
+        bool plain = text_of(thread, 1) < a.texts;  // no positives among them, nor columns that are no texts
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
 #pragma unroll
             for (int r = 0; r < CLUSTER; ++r) {
-                const uint4 value = shared.partial[r][first + i][threadIdx.x];
+                const uint4 value = shared.partial[r][warp][first + i][lane];
                 const uint32_t got[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
                 for (int j = 0; j < 4; ++j) z[i][j] = r == 0 ? __uint_as_float(got[j]) : z[i][j] + __uint_as_float(got[j]);
@@ -537,7 +565,7 @@ __device__ __forceinline__ void send_slopes(
             for (int j = 0; j < 2; ++j) {
                 const int label = 8 * (first + i) + lane % 4 * 2 + j;
                 const float bias = shared.bias[buffer][label];
-                positive[i][j] = shared.positive[buffer][label][warp / 2];
+                positive[i][j] = shared.positive[buffer][warp / 2][label];
                 plain = plain && positive[i][j] == 0;
 #pragma unroll
                 for (int high = 0; high < 2; ++high) {
@@ -555,56 +583,53 @@ __device__ __forceinline__ void send_slopes(
             for (int i = 0; i < PAIR; ++i)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const int text = text_of(j / 2);
+                    const int text = text_of(thread, j / 2);
                     slope[i][j] = slope_of_any(z[i][j], positive[i][j % 2] >> text % 32 << 31, text < a.texts, loss[j / 2]);
                 }
         }
         uint32_t piece[4];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
+        float sums[2 * PAIR];
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
             const float(&s)[4] = slope[i];
-            float2& sums = *reinterpret_cast<float2*>(&shared.bias_grad[buffer][warp][8 * (first + i) + lane % 4 * 2]);
-            const float2 sum = make_float2(over_labels(s[0] + s[2]), over_labels(s[1] + s[3]));
-            if (lane < 4) sums = sum;
+            sums[2 * i] = s[0] + s[2], sums[2 * i + 1] = s[1] + s[3];
             piece[2 * i] = packed(s[0], s[1]);
             piece[2 * i + 1] = packed(s[2], s[3]);
         }
+        const int column = sum_of_lanes(sums, lane);
+        if (lane < 8 * PAIR) shared.bias_grad[buffer][warp][8 * (first + column / 2) + lane % 4 * 2 + column % 2] = sums[0];
         if constexpr (PAIR == 2) {
             exchange_words(piece);  // the whole of the one whose number is the lane's
-            const int text = text_of(lane % 2), chunk = rank * PIECES + first + lane % 4 / 2;
+            const int text = text_of(thread, lane % 2), chunk = rank * PIECES + first + lane % 4 / 2;
             to_all(shared.s[slot] + place<ROW>(text, chunk), uint4{piece[0], piece[1], piece[2], piece[3]});
         } else {
 #pragma unroll
             for (int high = 0; high < 2; ++high)
-                to_all(reinterpret_cast<uint32_t*>(shared.s[slot] + place<ROW>(text_of(high), rank)) + lane % 4, piece[high]);
+                to_all(reinterpret_cast<uint32_t*>(shared.s[slot] + place<ROW>(text_of(thread, high), rank)) + lane % 4, piece[high]);
         }
     }
-    publish_shared();
     __syncwarp();
-    if (threadIdx.x == 0) arrive_expecting(shared.slopes[slot], (CLUSTER - 1) * OWN * TEXTS * sizeof(bfloat16));
+    if (thread == 0) arrive_expecting(shared.slopes[slot], (CLUSTER - 1) * OWN * TEXTS * sizeof(bfloat16));
     else if (lane == 0) arrive(shared.slopes[slot]);
 }
 
 // dX += S W, the warpgroup's 64 texts.
 __device__ __forceinline__ void begin_feature_gradient(
-    float (&dx)[PARTS][8][4], const Shared& shared, int slot, int buffer, int warpgroup) {
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part) pin(dx[part]);
+    float (&dx)[PARTS * 8][4], const Shared& shared, int slot, int buffer, int warpgroup) {
+    pin(dx);
     begin_products();
 #pragma unroll
-    for (int k = 0; k < LABELS / 16; ++k)
-#pragma unroll
-        for (int part = 0; part < PARTS; ++part) {
-            const uint64_t s = matrix(shared.s[slot]) + warpgroup * (64 * 128 / 16) + k * NEXT;
-            multiply<false, true>(dx[part], s, matrix(shared.w[buffer][part]) + k * NEXT_ROWS, true);
-        }
+    for (int k = 0; k < LABELS / 16; ++k) {
+        const uint64_t s = matrix(shared.s[slot]) + warpgroup * (64 * 128 / 16) + k * NEXT;
+        multiply<false, true>(dx, s, matrix<sizeof(shared.w[0][0])>(shared.w[buffer]) + k * NEXT_ROWS, true);
+    }
     commit_products();
 }
 
 // S^T X in the place of W, every second part of the features, after the end of dX += S W of both warpgroups.
 __device__ __forceinline__ void end_gradients(
-    float (&dx)[PARTS][8][4], Logits& grad, Shared& shared, int slot, int buffer, int warpgroup, bool update) {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    float (&dx)[PARTS * 8][4], Logits& grad, Shared& shared, int slot, int buffer, int warpgroup, bool update, unsigned thread) {
+    const int lane = thread % 32, matrix_of_lane = lane / 8;
 #pragma unroll
     for (int i = 0; i < (PARTS + 1) / 2; ++i) {
         const int part = 2 * i + warpgroup;
@@ -619,20 +644,20 @@ __device__ __forceinline__ void end_gradients(
         }
         await_products<0>();
         if (i == 0) {
-#pragma unroll
-            for (int p = 0; p < PARTS; ++p) pin(dx[p]);
+            pin(dx);
             meet<1, CONSUMERS>();
         }
         if (made) {
             pin(grad);
-            // place<ROW>(row, n) is place<ROW>(row, 0) ^ 8 n, and that of row + 8 is 8 ROW_SIZE on.
-            const int first = place<ROW>(row, 0) + lane % 4 * 2;
+            // Of four matrices the first two are one chunk of 16 rows, the others the next; place<ROW>(row, n + 1) is
+            // place<ROW>(row, 1) ^ 8 n for an even n.
+            const int row = thread % 128 / 32 * 16 + matrix_of_lane % 2 * 8 + lane % 8, first = place<ROW>(row, matrix_of_lane / 2);
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                bfloat16* const to = shared.w[buffer][part] + (first ^ 8 * n);
+            for (int n = 0; n < 8; n += 2) {
+                uint32_t words[4];
 #pragma unroll
-                for (int high = 0; high < 2; ++high)
-                    *reinterpret_cast<uint32_t*>(to + high * 8 * ROW_SIZE) = packed(grad[n][2 * high], grad[n][2 * high + 1]);
+                for (int j = 0; j < 4; ++j) words[j] = packed(grad[n + j / 2][j % 2 * 2], grad[n + j / 2][j % 2 * 2 + 1]);
+                store4(shared.w[buffer][part] + (first ^ 8 * n), words);
             }
         }
     }
@@ -641,53 +666,56 @@ __device__ __forceinline__ void end_gradients(
 }
 
 __device__ __forceinline__ void consume(Shared& shared, const Arguments& a, int rank) {
-    const bool update = shared.update;
-    const int tiles = shared.tiles.count;
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler sees that a warp's lanes agree
-    float dx[PARTS][8][4], loss[2] = {};
-    clear(dx);
-    {
-        Logits z;
-        await(shared.full[0], 0);
-        begin_logits(z, shared, 0, warpgroup);
-        await_products<0>();
-        send_logits(z, shared, rank);
-        send_slopes(shared, a, loss, 0, 0, rank);
-    }
+    const Tiles tiles(a);
+    const bool update = a.update && *a.finite;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;  // the compiler sees that a warp's lanes agree
+    unsigned thread = threadIdx.x;
+    forget(thread);
+    float dx[PARTS * 8][4], loss[2] = {};
+#pragma unroll
+    for (int i = 0; i < PARTS * 8; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) dx[i][j] = 0.0f;
+    Turn turn, turn_before;
 #pragma unroll 1
-    for (int tile = 0; tile < tiles - 1; ++tile) {
-        const int buffer = tile % BUFFERS, next = (tile + 1) % BUFFERS;
+    for (int tile = 0; tile <= tiles.count; ++tile) {
+        const int slot_before = tile % 2 ^ 1;
+        const bool any = tile < tiles.count;
         Logits z;
-        await(shared.full[next], (tile + 1) / BUFFERS & 1);
-        begin_logits(z, shared, next, warpgroup);
-        await(shared.slopes[tile % 2], tile / 2 & 1);
-        publish_shared();
-        begin_feature_gradient(dx, shared, tile % 2, buffer, warpgroup);
-        await_products<1>();
-        send_logits(z, shared, rank);
-        end_gradients(dx, z, shared, tile % 2, buffer, warpgroup, update);
-        send_slopes(shared, a, loss, tile + 1, next, rank);
+        if (any) {
+            await(shared.full[turn.buffer], turn.parity);
+            begin_logits(z, shared, turn.buffer, warpgroup);
+            await_products<0>();
+            stage_logits(z, shared, rank, thread);
+        }
+        if (tile == 0) {
+            publish_shared();
+            send_logits(shared, rank, warp, thread);
+        } else {
+            await(shared.slopes[slot_before], (tile - 1) / 2 & 1);
+            publish_shared();
+            begin_feature_gradient(dx, shared, slot_before, turn_before.buffer, warpgroup);
+            if (any) send_logits(shared, rank, warp, thread);
+            end_gradients(dx, z, shared, slot_before, turn_before.buffer, warpgroup, update, thread);
+        }
+        if (any) send_slopes(shared, a, loss, tile, turn.buffer, rank, thread);
+        turn_before = turn;
+        turn.next();
     }
-    const int last = tiles - 1;
-    await(shared.slopes[last % 2], last / 2 & 1);
-    publish_shared();
-    begin_feature_gradient(dx, shared, last % 2, last % BUFFERS, warpgroup);
-    Logits grad;
-    end_gradients(dx, grad, shared, last % 2, last % BUFFERS, warpgroup, update);
 
-    const int column = rank * FEATURES + threadIdx.x % 4 * 2;
+    const int column = rank * FEATURES + thread % 4 * 2;
     float* const sums = a.dx + static_cast<int64_t>(blockIdx.x / CLUSTER) * (TEXTS * ALL_FEATURES) + column;
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
 #pragma unroll
         for (int i = 0; i < PARTS * 8; ++i) {
-            float2& sum = *reinterpret_cast<float2*>(sums + text_of(high) * ALL_FEATURES + 8 * i);
-            const float(&c)[4] = dx[i / 8][i % 8];
+            float2& sum = *reinterpret_cast<float2*>(sums + text_of(thread, high) * ALL_FEATURES + 8 * i);
+            const float(&c)[4] = dx[i];
             sum = make_float2(sum.x + c[2 * high], sum.y + c[2 * high + 1]);
         }
         loss[high] += __shfl_xor_sync(~0u, loss[high], 1);
         loss[high] += __shfl_xor_sync(~0u, loss[high], 2);
-        if (threadIdx.x % 4 == 0) a.loss[blockIdx.x * TEXTS + text_of(high)] += loss[high];
+        if (thread % 4 == 0) a.loss[blockIdx.x * TEXTS + text_of(thread, high)] += loss[high];
     }
 }
 
@@ -696,12 +724,11 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int rank = block_in_cluster();
     if (threadIdx.x == 0) {
-        shared.tiles = Tiles(a), shared.update = a.update && *a.finite;
         for (Barrier& barrier : shared.full) init(barrier, PRODUCER_WARPS);
         for (Barrier& barrier : shared.graded) init(barrier, CONSUMERS / 32);
-        for (Barrier& barrier : shared.slopes) init(barrier, CONSUMERS / 32);
         for (auto& barriers : shared.squares)
             for (Barrier& barrier : barriers) init(barrier, 1);
+        for (Barrier& barrier : shared.slopes) init(barrier, CONSUMERS / 32);
         init(shared.partials, 1);
         publish_barriers();
         expect_partials(shared);

@@ -14,6 +14,7 @@ from xmc_trainer.kernels.cuda_source import TEXTS
 from xmc_trainer.kernels.reference import HeadTensors
 
 LABELS = 64  # a tile
+_ROWS = 1 << 16  # of the index at a time
 _WARPS, _MOST_FEATURES = 16, 192  # of a block
 _CLUSTERS = (1, 2, 4, 8)
 
@@ -28,6 +29,17 @@ class Shape(NamedTuple):
     def of(cls, d: int) -> Shape:
         blocks = next(blocks for blocks in _CLUSTERS if blocks * _MOST_FEATURES >= d)
         return cls(blocks, -(-d // (64 * blocks)) * 64)
+
+
+def first_slots(index_RF: Tensor, shape: Shape) -> Tensor:
+    """int16 [R, blocks]: a row's first slot that a block, or one after it, has the feature of. `index_RF`: ascending rows."""
+    firsts = torch.arange(shape.blocks, device=index_RF.device) * shape.features
+    found = torch.empty(index_RF.shape[0], shape.blocks, dtype=torch.int16, device=index_RF.device)
+    for start in range(0, index_RF.shape[0], _ROWS):
+        rows = index_RF[start : start + _ROWS]
+        for block, first in enumerate(firsts.to(rows.dtype)):
+            found[start : start + _ROWS, block] = (rows < first).sum(1)
+    return found
 
 
 def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
@@ -75,7 +87,7 @@ class ClusterPass:
         self._losses = torch.zeros(self.clusters * shape.blocks, TEXTS, device=self.device)
         self._arguments = dict(
             x=torch.nn.functional.pad(rows, (0, width - self.d)), columns=TEXTS, texts=texts, dx=self._dx, losses=self._losses,
-            finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay, feature_bits=head.feature_bits(),
+            finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay, first_slots=head.of_index(first_slots, shape),
         )  # fmt: skip
 
     def launch(self, first_row: int, last_row: int, positive: Tensor, any_positive: Tensor) -> None:

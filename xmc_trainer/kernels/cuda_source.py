@@ -37,10 +37,12 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (
             "weight", "state0", "state1", "index", "bias", "bias_state0", "bias_state1", "x", "dx", "positive", "any_positive",
-            "loss", "finite", "feature_bits")),
+            "loss", "finite", "first_slots")),
         ("labels", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in (
-            "first_row", "last_row", "label_start", "texts", "columns", "fan_in", "group", "update", "words")),
+            "first_row", "last_row", "label_start", "texts", "columns", "fan_in", "group", "update")),
+        ("group_factor", ctypes.c_uint32),
+        ("group_shift", ctypes.c_uint32),
         *((name, ctypes.c_float) for name in (
             "text_weight", "lr", "weight_decay", "beta0", "beta1", "eps", "correct0", "correct1")),
         ("key", ctypes.c_uint32 * 6),
@@ -65,22 +67,28 @@ class Arguments(ctypes.Structure):
         update: bool,
         rule: dict[str, Any],
         decay: dict[str, Any],
-        feature_bits: Tensor | None = None,
+        first_slots: Tensor | None = None,
     ) -> Arguments:
         """The tensors must outlive the launch's call."""
-        (labels, fan_in), words = head.weight_LF.shape, 0 if feature_bits is None else feature_bits.shape[1]
+        labels, fan_in = head.weight_LF.shape
         weight_state, bias_state = ([*state, None, None][:2] for state in (head.weight_state, head.bias_state))
         tensors = [
             head.weight_LF, *weight_state, head.index_RF, head.bias_L, *bias_state, x, dx, positive, any_positive, losses,
-            finite, feature_bits,
+            finite, first_slots,
         ]  # fmt: skip
         return cls(
             *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-            labels, first_row, last_row, head.label_start, texts, columns, fan_in, head.group_size, update, words,
-            text_weight, rule["lr"], decay.get("weight_decay", 0.0),
+            labels, first_row, last_row, head.label_start, texts, columns, fan_in, head.group_size, update,
+            *quotient(head.group_size), text_weight, rule["lr"], decay.get("weight_decay", 0.0),
             *(rule[k] for k in ("beta0", "beta1", "eps", "correct0", "correct1")),
             (ctypes.c_uint32 * 6)(*(decay.get(f"key{i}", 0) & 0xFFFFFFFF for i in range(6))),
         )  # fmt: skip
+
+
+def quotient(divisor: int) -> tuple[int, int]:
+    """(factor, shift), such that n // divisor == n * factor >> shift for 0 <= n < 2^31; factor is below 2^32."""
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor), shift
 
 
 class CompilationFailed(RuntimeError):

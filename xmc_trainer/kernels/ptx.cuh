@@ -30,6 +30,12 @@ __device__ __forceinline__ void load4_transposed(uint32_t (&r)[4], const bfloat1
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)) : "memory");
 }
 
+// The other way: to the rows of four matrices of 8 x 8.
+__device__ __forceinline__ void store4(bfloat16* to, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 ::"r"(address(to)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -45,9 +51,11 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
 
 // Products of a warpgroup, four warps, on GPUs of capability 9.0 (compiled for sm_90a): c += A B of 64 rows, 16 deep. Operands
 // in shared memory are rows of 128 bytes, eight of them in 1024 bytes (aligned), chunk c of row r at c ^ (r & 7). These rows
-// may be the matrix's, whose next 64 columns are elsewhere, or its columns (TRANSPOSED).
+// may be the matrix's, whose next 64 columns are elsewhere, or its columns (TRANSPOSED), of which the next 64 are NEXT_64 bytes on.
+template <int NEXT_64 = 1024>
 __device__ __forceinline__ uint64_t matrix(const void* shared) {
-    return static_cast<uint64_t>(address(shared) >> 4) | 1ull << 62 | (1024ull / 16) << 32 | (1024ull / 16) << 16;
+    // In a cluster the bits above these are the block's.
+    return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | 1ull << 62 | (1024ull / 16) << 32 | (NEXT_64 / 16ull) << 16;
 }
 
 // Before: what threads have written to shared memory, asynchronously too, is there for products after the next barrier.
@@ -77,8 +85,9 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N][4]) {
     for (int n = 0; n < N; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
 }
 
-// What follows from x is worked out anew after this, not kept in registers from before.
-__device__ __forceinline__ void forget(int& x) { asm volatile("" : "+r"(x)); }
+// What follows from x is worked out anew after this, not kept in registers from before; x itself is kept, not worked out anew.
+template <typename T>
+__device__ __forceinline__ void forget(T& x) { asm volatile("" : "+r"(x)); }
 
 #define SUMS(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SUMS_OF_64 SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
@@ -104,6 +113,21 @@ __device__ __forceinline__ void multiply(float (&c)[16][4], uint64_t a, uint64_t
         "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
         "%62,%63}, %64, %65, p, 1, 1, %67, %68;\n}"
         : SUMS_OF_64, SUMS(8), SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
+        : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
+}
+
+// 192 columns:
+template <bool A_TRANSPOSED, bool B_TRANSPOSED>
+__device__ __forceinline__ void multiply(float (&c)[24][4], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
+        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
+        "%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,"
+        "%92,%93,%94,%95}, %96, %97, p, 1, 1, %99, %100;\n}"
+        : SUMS_OF_64, SUMS(8), SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15), SUMS(16), SUMS(17), SUMS(18),
+          SUMS(19), SUMS(20), SUMS(21), SUMS(22), SUMS(23)
         : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
 }
 
@@ -144,10 +168,10 @@ __device__ __forceinline__ void meet_cluster() {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-// Where the same variable is in another block's shared memory.
-__device__ __forceinline__ uint32_t address_in(int block, const void* shared) {
+// Where what is at `here`, an address in this block's shared memory, is in that of a block of the cluster, which may be this one.
+__device__ __forceinline__ uint32_t address_in(int block, uint32_t here) {
     uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address(shared)), "r"(block));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
     return there;
 }
 
@@ -188,6 +212,16 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t value, uint32_t barri
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                  ::"r"(to), "r"(value), "r"(barrier) : "memory");
 }
+
+// Of this block's memory (written before `publish_shared`), to `to`, as `send`; a multiple of 16 bytes. Nobody waits for it but
+// `await_reads`, of the thread that sent it: until what is sent has been read.
+__device__ __forceinline__ void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "r"(address(from)), "r"(bytes), "r"(barrier) : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+__device__ __forceinline__ void await_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

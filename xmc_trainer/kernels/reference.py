@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,7 +46,8 @@ class HeadTensors:
     label_start: int  # global id of local label 0
     weight_state: list[Tensor] = field(default_factory=list)  # each like weight_LF, or float32 [L, 1], one a label
     bias_state: list[Tensor] = field(default_factory=list)  # each like bias_L
-    feature_bits: Callable[[], Tensor] | None = None  # int32 [R, ceil(d / 32)], made on demand; see `pairs.feature_bits`
+    # of_index(make, x): make(index_RF, x), what a kernel needs of the index besides; made on demand and kept.
+    of_index: Callable[[Callable[[Tensor, Any], Tensor], Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)

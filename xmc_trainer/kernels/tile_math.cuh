@@ -23,9 +23,10 @@ struct Arguments {
     const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one
     float* loss;                                     // [blocks, columns]
     const int32_t* finite;                           // scalar
-    const uint32_t* feature_bits;                    // [R, words]: which features a row reads; cluster_pass.cu only
+    const uint16_t* first_slots;                     // [R, CLUSTER]: a row's first slot of each block; cluster_pass.cu only
     int64_t labels;
-    int32_t first_row, last_row, label_start, texts, columns, fan_in, group, update, words;
+    int32_t first_row, last_row, label_start, texts, columns, fan_in, group, update;
+    uint32_t group_factor, group_shift;              // n / group is n * group_factor >> group_shift, for n < 2^31
     float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
     uint32_t key[6];                                 // two for the rounding of weight, state0, state1
 };

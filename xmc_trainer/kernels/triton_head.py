@@ -29,7 +29,7 @@ from xmc_trainer.kernels.pairs import PairBits, feature_bits
 from xmc_trainer.kernels.reference import HeadTensors, LossFn, Update, candidate_ids, pack_candidates
 from xmc_trainer.kernels.tuning import fastest
 
-__all__ = ["feature_bits", "head_step", "head_topk"]
+__all__ = ["head_step", "head_topk"]
 
 # From this many labels a row on, gathering is likely to be the faster way (H100, d = 768, F = 128, B = 128).
 _SHARED = 16
@@ -196,20 +196,20 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
     )
 
     def trial(name: str) -> Callable[[], object]:
-        way, part = ways[name], _first_labels(head, _TUNED_LABELS // head.group_size * head.group_size, feat_Bd.shape[1])
+        way, part = ways[name], _first_labels(head, _TUNED_LABELS // head.group_size * head.group_size)
         return lambda: way.run(part, Batch.of(feat_Bd, way.texts), label_P, row_P, step)
 
     return ways[fastest(question, list(ways), trial, feat_Bd.device)]
 
 
-def _first_labels(head: HeadTensors, labels: int, d: int) -> HeadTensors:
-    """A copy of the first labels of a head that reads d features, whole groups of them."""
+def _first_labels(head: HeadTensors, labels: int) -> HeadTensors:
+    """A copy of the first labels of a head, whole groups of them."""
     part = HeadTensors(
         head.weight_LF[:labels].clone(), head.index_RF[: labels // head.group_size],
         None if head.bias_L is None else head.bias_L[:labels].clone(), head.group_size, head.label_start,
         [state[:labels].clone() for state in head.weight_state], [state[:labels].clone() for state in head.bias_state],
     )  # fmt: skip
-    part.feature_bits = functools.cache(lambda: feature_bits(part.index_RF, d))
+    part.of_index = functools.cache(lambda make, argument: make(part.index_RF, argument))
     return part
 
 
@@ -337,7 +337,7 @@ class _DenseChunks:
                 rows.copy_(head.weight_LF[first:last])
             else:
                 dense_step.spread_kernel[(triton.cdiv(last - first, 16),)](
-                    head.weight_LF, head.feature_bits(), rows, first, last, self.d, triton.cdiv(self.d, 32), F=fan_in,
+                    head.weight_LF, head.of_index(feature_bits, self.d), rows, first, last, self.d, triton.cdiv(self.d, 32), F=fan_in,
                     G=head.group_size, T=16, WORDS=8, num_warps=1,
                 )  # fmt: skip
             yield first, last, rows

@@ -10,6 +10,12 @@ using bfloat16 = __nv_bfloat16;
 
 namespace {
 
+inline uint32_t address(const void* shared) {
+    const auto offset = static_cast<const uint8_t*>(shared) - cpu::aligned_memory();
+    if (offset < 0 || offset >= 227 << 10) std::abort();
+    return static_cast<uint32_t>(offset);
+}
+
 inline void copy_async(void* to, const void* from, bool ok) {
     if (ok) std::memcpy(to, from, 16);
     else std::memset(to, 0, 16);
@@ -34,6 +40,12 @@ inline void load_matrices(uint32_t (&r)[4], const bfloat16* from) {
 
 inline void load4(uint32_t (&r)[4], const bfloat16* from) { load_matrices<false>(r, from); }
 inline void load4_transposed(uint32_t (&r)[4], const bfloat16* from) { load_matrices<true>(r, from); }
+
+inline void store4(bfloat16* to, const uint32_t (&r)[4]) {
+    cpu::together([&](cpu::Lane& own) { own.pointer = to; }, [&](cpu::Lane* all, int lane) {
+        for (int i = 0; i < 4; ++i) std::memcpy((bfloat16*)all[8 * i + lane / 4].pointer + lane % 4 * 2, &r[i], 4);
+    });
+}
 
 // m16n8k16: A row (lane / 4, + 8), columns (lane % 4 * 2, + 8); B rows (lane % 4 * 2, + 8), column lane / 4.
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -66,13 +78,13 @@ inline void commit_products() {}
 template <int LEFT> void await_products() {}
 inline void end_products() {}
 template <typename T, int N> void pin(T (&)[N][4]) {}
-inline void forget(int&) {}
+template <typename T> void forget(T&) {}
 
 // Descriptors, as the PTX manual has them: start address, offset of the next 64 elements of a row that is not along K
 // ("leading"), offset of the next eight rows ("stride"), each in sixteens, and kind of swizzle.
+template <int NEXT_64 = 1024>
 inline uint64_t matrix(const void* shared) {
-    const auto address = static_cast<uint64_t>(static_cast<const uint8_t*>(shared) - cpu::aligned_memory());
-    return (address & 0x3FFFF) >> 4 | uint64_t(1024 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+    return uint64_t(address(shared) & 0x3FFFF) >> 4 | uint64_t(NEXT_64 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
 // Element (mn, k) of an operand: rows of 128 bytes along K or (MN_MAJOR) along M or N. The swizzle of 128 bytes: bits 4-6 of an
@@ -132,10 +144,9 @@ inline int block_in_cluster() { return cpu::current->block; }
 inline void meet_cluster() { cpu::meet(cpu::cluster); }
 
 // Addresses in the cluster's memory: 20 bits in the block's own, and the block's number.
-inline uint32_t address_in(int block, const void* shared) {
-    const auto offset = static_cast<const uint8_t*>(shared) - cpu::aligned_memory();
-    if (offset < 0 || offset >= 227 << 10 || block >= static_cast<int>(cpu::blocks.size())) std::abort();
-    return static_cast<uint32_t>(block << 20 | offset);
+inline uint32_t address_in(int block, uint32_t here) {
+    if (here >= 227 << 10 || block >= static_cast<int>(cpu::blocks.size())) std::abort();
+    return static_cast<uint32_t>(block << 20 | here);
 }
 inline uint8_t* at_address(uint32_t address) { return cpu::aligned_memory(address >> 20) + (address & 0xFFFFF); }
 
@@ -170,6 +181,13 @@ inline void send(uint32_t to, T value, uint32_t barrier) {
     std::memcpy(at_address(to), &value, sizeof(T));
     change(*reinterpret_cast<Barrier*>(at_address(barrier)), 0, -static_cast<int>(sizeof(T)));
 }
+
+inline void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+    if (to % 16 || bytes % 16 || address(from) % 16) std::abort();
+    std::memcpy(at_address(to), from, bytes);
+    change(*reinterpret_cast<Barrier*>(at_address(barrier)), 0, -bytes);
+}
+inline void await_reads() {}
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
