@@ -40,7 +40,6 @@ def evaluate(
         rows, pairs = batch["rank_sizes"]
         batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         counts = batch["label_counts"]
-        torch.compiler.cudagraph_mark_step_begin()  # of a compiled encoder, see the trainer
         features = encode(batch["input_ids"], batch["attention_mask"])[: counts.shape[0]]
         _, predicted = head.topk(features, metrics.k, batch.get("filter_ids"), batch.get("filter_counts"))
         label_ids = ranks.gather_rows(batch["label_ids"], pairs)

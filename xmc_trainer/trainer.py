@@ -202,9 +202,8 @@ class Trainer:
         optimization = self.config.training.optimization
         tensors = self._to_device(batch)
         meta_weight = self.meta_branch.weight(self.state.step) if self.meta_branch is not None else 0.0
-        torch.compiler.cudagraph_mark_step_begin()  # what a recorded graph gave before may be overwritten
         with self.accelerator.accumulate(self.encoder):
-            features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
+            features = self._encode(tensors["input_ids"], tensors["attention_mask"])
             parts = self.head.parts(1.0 - meta_weight)
             if meta_weight > 0:
                 parts += self.meta_branch.parts(meta_weight)
@@ -225,6 +224,11 @@ class Trainer:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return loss.detach()
+
+    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.config.model.encoder.use_torch_compile:  # else this would import the compiler, which takes seconds
+            torch.compiler.cudagraph_mark_step_begin()  # what a recorded graph gave before may be overwritten
+        return self.encoder(input_ids, attention_mask)
 
     # Losses ---------------------------------------------------------------------------------------------------------
 
@@ -280,7 +284,7 @@ class Trainer:
         )
         plan = plan_eval(lengths, batch_size=self.config.data.test_batch_size, world_size=self.ranks.size, rows=rows)
         metrics = evaluate(
-            self.encoder,
+            self._encode,
             self.head,
             self._loader(split, plan),
             metrics_of(self.config.training.evaluation, self.corpus),
