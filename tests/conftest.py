@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,14 +71,16 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def toy_settings(
-    toy_data: Path, tiny_encoder: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[str]:
-    """Settings that train on it in seconds; a later setting of the same field wins."""
-    yaml = tmp_path / "toy.yaml"
-    yaml.write_text(
-        f"""
+@pytest.fixture(scope="session")
+def toy_settings_in(
+    toy_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], list[str]]:
+    """A function: settings that train on it in seconds, in runs below a folder; a later setting of the same field wins."""
+
+    def write(folder: Path) -> list[str]:
+        yaml = folder / "toy.yaml"
+        yaml.write_text(
+            f"""
 data: {{dataset: toy, num_labels: {LABELS}, max_len: 16, num_workers: 0, batch_size: 32, label_text_file: names.tsv}}
 model:
   encoder: {{encoder_model: {tiny_encoder}, embed_dropout: 0.0}}
@@ -86,15 +88,22 @@ model:
 training:
   optimization: {{xmc_optimizer: adamw, encoder_lr: 2.0e-3, lr: 2.0e-2, epochs: 8, warmup_steps: 5}}
 """
-    )
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    return [
-        f"dataset={yaml}",
-        f"dataset_path={toy_data}",
-        f"output_dir={tmp_path / 'out'}",
-        f"data.cache_dir={cache}",
-        "environment.device=auto",
-    ]
+        )
+        cache = tmp_path_factory.getbasetemp() / "cache"
+        return [
+            f"dataset={yaml}",
+            f"dataset_path={toy_data}",
+            f"output_dir={folder / 'out'}",
+            f"data.cache_dir={cache}",
+            "environment.device=auto",
+        ]
+
+    return write
+
+
+@pytest.fixture
+def toy_settings(toy_settings_in: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
+    return toy_settings_in(tmp_path)
 
 
 @pytest.fixture

@@ -13,13 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from tests.data_helpers import instance, write_lf, write_raw
+from xmc_trainer.config import load_config
+from xmc_trainer.hooks import Hook
+from xmc_trainer.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-STAGES = [f"deepspeed-{stage}" for stage in ("0", "1", "2", "3", "2_offload", "3_offload")]
+FLOAT16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+needs_float16 = pytest.mark.skipif(not FLOAT16, reason="this CPU does not multiply in float16")
 
 
 def launch(*command: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -47,29 +52,58 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start_command(how: str, processes: int = 1) -> list[str]:
+def start_command(how: str, processes: int = 1, script: str = "launchers/train.py") -> list[str]:
     """The words in front of the settings. `how` is python, torchrun, or a launcher and a ZeRO stage: accelerate-2."""
     launcher, _, stage = how.partition("-")
     if launcher == "python":
-        return [sys.executable, "launchers/train.py"]
+        return [sys.executable, script]
     if launcher == "torchrun":
-        return ["torchrun", "--nproc_per_node", str(processes), "--master_port", free_port(), "launchers/train.py"]
+        return ["torchrun", "--nproc_per_node", str(processes), "--master_port", free_port(), script]
     if launcher == "deepspeed":
-        words = ["deepspeed", "--master_port", free_port(), "--num_gpus", str(processes)]
-        return [*words, "launchers/train.py", "--deepspeed_config", f"ds_configs/zero{stage}.json"]
+        words = ["deepspeed", "--master_port", free_port(), "--num_gpus", str(processes), script]
+        return [*words, "--deepspeed_config", f"ds_configs/zero{stage}.json"] if stage else words
     return [
         "accelerate", "launch", "--config_file", f"launchers/accelerate_zero{stage}.yaml",
-        "--num_processes", str(processes), "--main_process_port", free_port(), "launchers/train.py",
+        "--num_processes", str(processes), "--main_process_port", free_port(), script,
     ]  # fmt: skip
 
 
-def curve(settings: list[str], how: str, processes: int = 1) -> list[float]:
-    run = settings_value(settings, "output_dir=")
-    name = f"{how}-{processes}"
-    done = launch(*start_command(how, processes), *settings, f"log_fname={name}")
+def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], folder: Path) -> None:
+    """Several trainings in the processes of one launch, see tests/distributed/trainings.py; `how` may be deepspeed without a stage."""
+    files = [folder / f"{how}-{number}.json" for number in range(len(trainings))]
+    for file, training in zip(files, trainings):
+        file.write_text(json.dumps(training))
+    done = launch(*start_command(how, processes, "tests/distributed/trainings.py"), *files)
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = map(json.loads, (Path(run) / name / "log.jsonl").read_text().splitlines())
-    return [record["loss"] for record in lines if record["event"] == "step"]
+
+
+def train_here(settings: list[str], hooks: list[Hook] | None = None) -> None:
+    """A training in this process, which has imported everything."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Trainer(load_config(settings), hooks=hooks).train()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def curve(settings: list[str], how: str, processes: int = 1) -> list[float]:
+    """The losses of a training; `how` as for `start_command`, or here: in this process."""
+    name = f"{how}-{processes}"
+    settings = [*settings, f"log_fname={name}"]
+    if how == "here":
+        train_here(settings)
+    else:
+        done = launch(*start_command(how, processes), *settings)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return losses_of(Path(settings_value(settings, "output_dir=")) / name)
+
+
+def records_of(run: Path) -> list[dict]:
+    return list(map(json.loads, (run / "log.jsonl").read_text().splitlines()))
+
+
+def losses_of(run: Path) -> list[float]:
+    return [record["loss"] for record in records_of(run) if record["event"] == "step"]
 
 
 def settings_value(settings: list[str], prefix: str) -> str:
@@ -84,38 +118,25 @@ def short(toy_settings):
 def test_every_way_of_starting_gives_the_same_curve(short):
     plain = curve(short, "python")
     assert len(plain) == 20 and plain[-1] < plain[0]
-    # The other stages: in bfloat16 below, in float32 on more processes, there and in test_resume.
+    # The other stages, and more processes: in distributed/test_engines.
     for how in ("accelerate-2", "deepspeed-3"):
         assert curve(short, how) == pytest.approx(plain, rel=1e-5), how
 
 
-def test_every_stage_trains_in_bfloat16_as_stage_0_does(short):
-    settings = [*short, "training.amp.enabled=true", "training.amp.dtype=bfloat16"]
-    plain = curve(settings, "python")
-    for how in STAGES:
-        found = curve(settings, how, processes=2 if how == "deepspeed-2" else 1)
-        assert found == pytest.approx(plain, rel=0.05) and found[-1] < 0.95 * found[0], how
-
-
-@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_fp16_supported(), reason="this CPU does not multiply in float16")
-def test_float16_under_zero_trains_as_float32_does(short):
-    plain = curve(short, "python")
-    settings = [*short, "training.amp.enabled=true", "training.amp.dtype=float16"]
-    for how, processes in (("accelerate-1", 2), ("deepspeed-3_offload", 2)):  # 2 in test_resume
-        found = curve(settings, how, processes)
-        assert found == pytest.approx(plain, rel=0.05) and found[-1] < 0.95 * found[0], how
-
-
 def outcome(settings: list[str], how: str, processes: int = 1) -> dict:
+    """Train; what it came to."""
+    curve(settings, how, processes)
+    return outcome_of(Path(settings_value(settings, "output_dir=")) / f"{how}-{processes}", processes)
+
+
+def outcome_of(run: Path, processes: int) -> dict:
     """What a training came to: losses, metrics, moved slots, and the head's tensors of all processes."""
-    losses = curve(settings, how, processes)
-    folder = Path(settings_value(settings, "output_dir=")) / f"{how}-{processes}"
-    records = list(map(json.loads, (folder / "log.jsonl").read_text().splitlines()))
-    shards = sorted((folder / "model").glob("head-*.safetensors"))
+    records = records_of(run)
+    shards = sorted((run / "model").glob("head-*.safetensors"))
     assert len(shards) == processes
     parts = [load_file(shard) for shard in shards]
     return {
-        "curve": losses,
+        "curve": losses_of(run),
         "metrics": [{k: r[k] for k in ("P@1", "P@5", "PSP@5", "R@3")} for r in records if r["event"] == "evaluate"],
         "moved": [(r["step"], r["moved"]) for r in records if r["event"] == "rewire"],
         "tensors": {key: torch.cat([part[key] for part in parts]) for key in parts[0]},
@@ -129,37 +150,6 @@ def assert_same(one: dict, other: dict) -> None:
     assert other["moved"] == one["moved"] and one["moved"][0][1] > 0
     assert torch.equal(one["tensors"]["index"], other["tensors"]["index"])
     torch.testing.assert_close(one["tensors"]["weight"], other["tensors"]["weight"], rtol=1e-3, atol=1e-4)
-
-
-def test_several_processes_train_as_one(short):
-    # 41 labels and 18 texts a step: the labels divide by none, an epoch's last step has 15 texts in three micro-batches.
-    settings = [*short, "data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
-    one = outcome(settings, "python")
-    assert [step for step, _ in one["moved"]] == [5, 10]
-    # ZeRO 1, and 2 with offload: in the chain of test_resume.
-    for how, processes in [("accelerate-2", 2), ("accelerate-3", 3), ("deepspeed-0", 2), ("deepspeed-3_offload", 2)]:
-        assert_same(one, outcome(settings, how, processes))
-    # The 256 texts of an evaluation's batch divide by 3 no more than these 10, of which the last batch has one text.
-    assert_same(one, outcome([*settings, "data.test_batch_size=10"], "torchrun", 3))
-
-
-def test_groups_meta_branch_and_split_head_on_two_processes(short, tmp_path):
-    """All of them together, by a cluster file that the command made; the same as on one process."""
-    settings = [*short, "model.ffi.group_size=4"]
-    shutil.copytree(Path(settings_value(short, "dataset_path=")) / "toy", tmp_path / "toy")
-    settings.append(f"dataset_path={tmp_path}")
-    done = launch("xmc-trainer", "clusters", *settings)
-    assert done.returncode == 0 and '"labels": 41' in done.stdout, done.stderr
-    settings += ["model.ffi.semantic_groups=true", "model.auxiliary.use_meta_branch=true", "model.ffi.head_ratio=0.2"]
-    settings += ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
-                 "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
-    assert_same(outcome(settings, "python"), outcome(settings, "accelerate-2", 2))
-    predicted = [
-        launch(sys.executable, "launchers/predict.py", Path(settings_value(settings, "output_dir=")) / name / "model", "-k", "3", stdin="w3 w50\nw7").stdout
-        for name in ("python-1", "accelerate-2-2")
-    ]
-    first, second = ([[label["id"] for label in json.loads(line)["labels"]] for line in text.splitlines()] for text in predicted)
-    assert first == second and len(first) == 2
 
 
 @pytest.fixture(scope="module")

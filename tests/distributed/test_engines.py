@@ -1,0 +1,131 @@
+"""Every engine and ZeRO stage on several processes, really launched: the training of one process, in low precision nearly."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import pytest
+
+from tests.integration.test_launchers import (
+    FLOAT16,
+    assert_same,
+    losses_of,
+    needs_float16,
+    outcome,
+    outcome_of,
+    settings_value,
+    train_here,
+    train_in_turn,
+)
+from xmc_trainer import clusters
+from xmc_trainer.config import load_config
+from xmc_trainer.model import XMCModel
+
+STAGES = ["0", "1", "2", "3", "2_offload", "3_offload"]
+# 41 labels and 18 texts a step: the labels divide by none, an epoch's last step has 15 texts in three micro-batches.
+UNEVEN = ["data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
+LOW = [("bfloat16", stage) for stage in STAGES] + [("float16", "1"), ("float16", "3_offload")]  # its 2 in test_resume
+
+
+def amp(dtype):
+    return ["training.amp.enabled=true", f"training.amp.dtype={dtype}"]
+
+
+@pytest.fixture(scope="module")
+def short(toy_settings_in, tmp_path_factory):
+    return [*toy_settings_in(tmp_path_factory.mktemp("engines")), "training.optimization.max_steps=20"]
+
+
+@pytest.fixture(scope="module")
+def one(short):
+    """What one process without DeepSpeed comes to."""
+    found = outcome([*short, *UNEVEN], "here")
+    assert [step for step, _ in found["moved"]] == [5, 10]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(short):
+    """Of the runs."""
+    return load_config(short).run_folder.parent
+
+
+@pytest.fixture(scope="module")
+def two_under_deepspeed(short, tmp_path_factory):
+    """Two processes have trained at each stage, in each precision: runs named after both."""
+    cases = [("float32", stage, UNEVEN) for stage in STAGES]
+    cases += [(dtype, stage, amp(dtype)) for dtype, stage in LOW if dtype == "bfloat16" or FLOAT16]
+    trainings = [
+        {"settings": [*short, *more, f"log_fname={dtype}-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
+        for dtype, stage, more in cases
+    ]
+    train_in_turn("deepspeed", 2, trainings, tmp_path_factory.mktemp("deepspeed"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_train_as_one_at_every_stage(two_under_deepspeed, one, folder, stage):
+    assert_same(one, outcome_of(folder / f"float32-{stage}", 2))
+
+
+@pytest.fixture(scope="module")
+def plain(short, folder):
+    """A function: the losses of one process without DeepSpeed in a precision."""
+    found = {}
+
+    def losses(dtype):
+        if dtype not in found:
+            # Without a GPU float16 is for DeepSpeed alone.
+            train_here([*short, *(amp(dtype) if dtype == "bfloat16" else []), f"log_fname=plain-{dtype}"])
+            found[dtype] = losses_of(folder / f"plain-{dtype}")
+        return found[dtype]
+
+    return losses
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [pytest.param(*case, marks=needs_float16 if case[0] == "float16" else ()) for case in LOW])
+def test_low_precision_trains_nearly_as_without_deepspeed(two_under_deepspeed, plain, folder, dtype, stage):
+    found = losses_of(folder / f"{dtype}-{stage}")
+    assert found == pytest.approx(plain(dtype), rel=0.05) and found[-1] < 0.95 * found[0]
+
+
+def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tmp_path):
+    stages = ["2", "3_offload"]
+    trainings = [
+        {"settings": [*short, *amp("bfloat16"), f"log_fname=one-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
+        for stage in stages
+    ]
+    train_in_turn("deepspeed", 1, trainings, tmp_path)
+    for stage in stages:
+        found = losses_of(folder / f"one-{stage}")
+        assert found == pytest.approx(plain("bfloat16"), rel=0.05) and found[-1] < 0.95 * found[0], stage
+
+
+def test_three_processes_train_as_one(short, one, folder, tmp_path):
+    # The 256 texts of an evaluation's batch divide by 3 no more than these 10, of which the last batch has one text.
+    without = {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]}
+    under = {"settings": [*short, *UNEVEN, "log_fname=three-3"], "deepspeed_config": "ds_configs/zero3.json"}
+    train_in_turn("torchrun", 3, [without, under], tmp_path)
+    for name in ("three", "three-3"):
+        assert_same(one, outcome_of(folder / name, 3))
+
+
+def test_groups_meta_branch_and_split_head_on_two_processes(short, one, folder, tmp_path, monkeypatch):
+    """All of them together, by a cluster file that the command made; the same as on one process."""
+    settings = [*short, "model.ffi.group_size=4", f"dataset_path={tmp_path}"]
+    shutil.copytree(f"{settings_value(short, 'dataset_path=')}/toy", tmp_path / "toy")
+    monkeypatch.setattr(sys, "argv", ["clusters", *settings])
+    clusters.main()
+    settings += ["model.ffi.semantic_groups=true", "model.auxiliary.use_meta_branch=true", "model.ffi.head_ratio=0.2"]
+    settings += ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
+                 "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
+    train_here([*settings, "log_fname=groups-here"])
+    trainings = [[*settings, "log_fname=groups-2"], [*short, *UNEVEN, "log_fname=accelerate-3"]]
+    train_in_turn("accelerate-3", 2, [{"settings": training} for training in trainings], tmp_path)
+    assert_same(one, outcome_of(folder / "accelerate-3", 2))
+    assert_same(outcome_of(folder / "groups-here", 1), outcome_of(folder / "groups-2", 2))
+    first, second = (
+        [[label.id for label in labels] for labels in XMCModel.load(folder / name / "model").predict(["w3 w50", "w7"], k=3)]
+        for name in ("groups-here", "groups-2")
+    )
+    assert first == second and len(first) == 2

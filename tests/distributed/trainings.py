@@ -1,0 +1,58 @@
+"""launchers/train.py for several trainings, one after another in the processes of one launch: most of a short one is its start.
+
+Its arguments are JSON files, each an object: `settings`; `deepspeed_config`, the file for the deepspeed launcher; and
+`cut`, the step before which the training is given up, as if its processes had been killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+from xmc_trainer.config import load_config
+from xmc_trainer.hooks import Hook
+from xmc_trainer.trainer import Trainer
+
+
+class Cut(Exception):
+    pass
+
+
+class CutBefore(Hook):
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        if trainer.state.step == self.step:
+            raise Cut
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--local_rank")  # of the deepspeed launcher
+    environment = dict(os.environ)
+    for file in parser.parse_intermixed_args().files:
+        training = json.loads(file.read_text())
+        trainer = Trainer(
+            load_config(training["settings"]),
+            deepspeed_config=training.get("deepspeed_config"),
+            hooks=[CutBefore(training.get("cut"))],
+        )
+        try:
+            trainer.train()
+        except Cut:
+            pass
+        # The next finds the process group, and nothing else.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        os.environ.clear()
+        os.environ.update(environment)
+    trainer.close()
+
+
+if __name__ == "__main__":
+    main()
