@@ -16,7 +16,7 @@ from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSp
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
-LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 30
+LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 15
 OPTIMIZERS = {
     "sgd": SGD(),
     "momentum": SGD(momentum=0.9),
@@ -72,7 +72,7 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
     branch = None
     if case.auxiliary:
         branch = MetaBranch.build(
-            FEATURES, np.arange(LABELS) % 11, scaling=0.4, last_step=20, loss=case.loss, text_reduction="mean", seed=4,
+            FEATURES, np.arange(LABELS) % 11, scaling=0.4, last_step=10, loss=case.loss, text_reduction="mean", seed=4,
             lr=0.02, tile_labels=13, ranks=ranks,
         )  # fmt: skip
     rng = np.random.default_rng(7)

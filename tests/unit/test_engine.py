@@ -84,6 +84,13 @@ def test_processes_that_would_train_alone(environment, started):
     assert started["kwargs_handlers"][0].timeout.total_seconds() == 600
 
 
+def test_a_batch_that_does_not_divide(environment, started):
+    environment(TWO)
+    with pytest.raises(UserError, match="data.batch_size=33: does not divide by the 2 processes; change either"):
+        build(micro_batch=33)
+    assert not started
+
+
 @pytest.mark.parametrize(
     "variables, argument, message",
     [
