@@ -17,21 +17,24 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet
 import torch
-from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 import xmc_trainer
-from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
 from xmc_trainer.parallel import Ranks
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from xmc_trainer.encoder import TextEncoder
 
 FORMAT = 3  # 2: every row of the index is ascending; 3: a list of heads
 _HEAD_TENSORS = ("weight", "index", "bias")
@@ -234,6 +237,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
 
     Raises UserError if the folder is not a model, is of another format, or a file does not match its checksum.
     """
+    # It imports transformers, which takes seconds: who only looks for checkpoints, as a sweep does, need not wait for it.
+    from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
+
     folder = Path(folder)
     manifest = read_manifest(folder, FORMAT, "a saved model")
     verify_files(folder, manifest)
