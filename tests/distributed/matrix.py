@@ -131,9 +131,13 @@ def ties(variant: str) -> torch.Tensor:
     return head.topk(torch.ones(len(texts), FEATURES), 60)[1]
 
 
+def results() -> dict[tuple | str, dict | torch.Tensor]:
+    return {tuple(case): train(case) for case in CASES} | {name: ties(name) for name in ("plain", "split")}
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    results = {tuple(case): train(case) for case in CASES} | {name: ties(name) for name in ("plain", "split")}
+    found = results()
     dist.barrier()  # nobody closes a connection that another rank still reads from
-    torch.save(results, f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt")
+    torch.save(found, f"{sys.argv[1]}/{dist.get_world_size()}-{dist.get_rank()}.pt")
     dist.destroy_process_group()

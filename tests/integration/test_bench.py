@@ -7,6 +7,7 @@ import csv
 import pytest
 
 from tests.integration.test_launchers import launch
+from xmc_trainer.bench import scaling
 
 
 def test_head_benchmark_writes_its_table(tmp_path):
@@ -46,5 +47,9 @@ def test_scaling_benchmark_compares_numbers_of_processes(tmp_path):
     assert float(two["gather_bytes"]) == 3 * 32 * 4 + 3 * 8 + 12 * 8 and float(two["scatter_bytes"]) == 3 * 32 * 4
     assert two["processes"] == "2" and float(two["loss_difference"]) < 1e-5, done.stdout
     assert float(two["efficiency"]) == pytest.approx(float(two["texts_s"]) / float(one["texts_s"]) / 2, abs=1e-3)
-    done = launch(*words[:3], "--launchers", "mpirun")
-    assert done.returncode == 2 and "--launchers: mpirun" in done.stderr
+
+
+def test_scaling_benchmark_refuses_other_launchers(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        scaling.parse(["--launchers", "mpirun"])
+    assert "--launchers: mpirun" in capsys.readouterr().err

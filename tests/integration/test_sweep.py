@@ -51,12 +51,16 @@ def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path):
 
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/log.jsonl")}
     (out / "dense-2" / "log.jsonl").write_text("".join((out / "dense-2/log.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    sweep = json.loads(file.read_text())
+    del sweep["rows"]["broken"]
+    file.write_text(json.dumps(sweep))
     done = launch(*words)
-    assert "6 runs, 3 finished before" in done.stdout and "4 of 6 runs" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 runs, 3 finished before" in done.stdout and "4 of 4 runs" in done.stdout
     changed = {path.parent.name for path in out.glob("*/log.jsonl") if path.stat().st_mtime_ns != before[path]}
     assert changed == {"dense-2"}
     done = launch(*words, "--table", "training.optimization.max_steps=7")
-    assert done.returncode == 2 and "none of its 6 runs is finished" in done.stderr
+    assert done.returncode == 2 and "none of its 4 runs is finished" in done.stderr
 
 
 def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
