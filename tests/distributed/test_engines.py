@@ -120,9 +120,9 @@ def test_groups_meta_branch_and_split_head_on_two_processes(short, one, folder, 
     settings += ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
                  "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
     train_here([*settings, "log_fname=groups-here"])
-    trainings = [[*settings, "log_fname=groups-2"], [*short, *UNEVEN, "log_fname=accelerate-3"]]
-    train_in_turn("accelerate-3", 2, [{"settings": training} for training in trainings], tmp_path)
-    assert_same(one, outcome_of(folder / "accelerate-3", 2))
+    trainings = [[*settings, "log_fname=groups-2"], [*short, *UNEVEN, "log_fname=accelerate-2"]]
+    train_in_turn("accelerate-2", 2, [{"settings": training} for training in trainings], tmp_path)
+    assert_same(one, outcome_of(folder / "accelerate-2", 2))
     assert_same(outcome_of(folder / "groups-here", 1), outcome_of(folder / "groups-2", 2))
     first, second = (
         [[label.id for label in labels] for labels in XMCModel.load(folder / name / "model").predict(["w3 w50", "w7"], k=3)]
