@@ -16,7 +16,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tuning, "_known", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
-    monkeypatch.setattr(tuning, "_milliseconds", lambda way: way())
+    monkeypatch.setattr(tuning, "_milliseconds", lambda way, device: way())
     return []
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import importlib.util
 import statistics
 import time
@@ -123,6 +124,7 @@ def main() -> None:
     def measure(what: str, build: Callable[[], tuple[Callable[[], Any], int]], **settings: Any) -> float:
         """One row. `build` returns what to time and the bytes that it must move at least."""
         if gpu:
+            gc.collect()  # a head that waits for it would count, and then be freed
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()

@@ -33,8 +33,8 @@ __all__ = ["head_step", "head_topk"]
 
 # From this many labels a row on, gathering is likely to be the faster way (H100, d = 768, F = 128, B = 128).
 _SHARED = 16
-# Heads of fewer labels do not wait for their step long enough to be tuned; larger ones are by so many of their labels.
-_TUNED_LABELS = 1 << 16
+# Heads of fewer labels do not wait for their step long enough to be tuned; larger ones are by so many of their labels at most.
+_TUNED_LABELS, _TRIAL_LABELS = 1 << 16, 1 << 18
 # A chunk's workspaces take this many bytes; the dense way's, whose chunks take more launches, this share of the head's
 # weights and index if that is more: the first where rows are spread out, the second where there are slopes alone.
 _WORKSPACE, _DENSE_SHARE, _SLOPES_SHARE = 48 << 20, 0.2, 0.05
@@ -192,11 +192,11 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
     texts = triton.cdiv(feat_Bd.shape[0], 128) * 128
     question = (
         f"texts {texts}, features {feat_Bd.shape[1]} {feat_Bd.dtype}, fan-in {head.weight_LF.shape[1]}, group {head.group_size}, "
-        f"{head.weight_LF.dtype}, rule {step.rule['RULE']}, update {step.update}"
+        f"{head.weight_LF.dtype}, rule {step.rule['RULE']}, update {step.update}, {_TRIAL_LABELS} labels at most"
     )
 
     def trial(name: str) -> Callable[[], object]:
-        way, part = ways[name], _first_labels(head, _TUNED_LABELS // head.group_size * head.group_size)
+        way, part = ways[name], _first_labels(head, min(labels, _TRIAL_LABELS) // head.group_size * head.group_size)
         return lambda: way.run(part, Batch.of(feat_Bd, way.texts), label_P, row_P, step)
 
     return ways[fastest(question, list(ways), trial, feat_Bd.device)]
@@ -209,7 +209,8 @@ def _first_labels(head: HeadTensors, labels: int) -> HeadTensors:
         None if head.bias_L is None else head.bias_L[:labels].clone(), head.group_size, head.label_start,
         [state[:labels].clone() for state in head.weight_state], [state[:labels].clone() for state in head.bias_state],
     )  # fmt: skip
-    part.of_index = functools.cache(lambda make, argument: make(part.index_RF, argument))
+    index = part.index_RF  # `part` itself would hold itself, and its memory
+    part.of_index = functools.cache(lambda make, argument: make(index, argument))
     return part
 
 
