@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
+from torch import nn
 
 from xmc_trainer.errors import UserError
 from xmc_trainer.parallel import TIMEOUT, launched_processes
@@ -224,6 +227,22 @@ def step_was_applied(accelerator: Accelerator, encoder: Any, optimizer: Any) -> 
     if hasattr(encoder, "was_step_applied"):
         return encoder.was_step_applied()
     return not optimizer.step_was_skipped
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Inside, the weights of a module that no engine has yet are whole, on every process, which all must come here.
+
+    Under ZeRO 3 transformers makes a model in parts, and only the engine's forward pass would put them together.
+    """
+    parameters = list(module.parameters())
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(parameters):
+        yield
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -30,7 +30,7 @@ from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder import load_tokenizer
-from xmc_trainer.engine import leave, step_was_applied
+from xmc_trainer.engine import leave, step_was_applied, whole_weights
 from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
@@ -451,19 +451,20 @@ class Trainer:
             return
         encoder = self.encoder_module.to(self.device).eval()
         with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
-            features = encode_training_texts(
-                in_precision_of(self.config, encoder, self.device),
-                self.corpus,
-                Path(folder) / "texts.npy",
-                width=encoder.out_features,
-                batch_size=self.config.data.test_batch_size,
-                pad_token_id=self.tokenizer.pad_token_id,
-                workers=self.config.data.num_workers,
-                device=self.device,
-                rows=self.train_rows,
-                ranks=self.ranks,
-                progress=self.accelerator.is_main_process,
-            )
+            with whole_weights(encoder):
+                features = encode_training_texts(
+                    in_precision_of(self.config, encoder, self.device),
+                    self.corpus,
+                    Path(folder) / "texts.npy",
+                    width=encoder.out_features,
+                    batch_size=self.config.data.test_batch_size,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    workers=self.config.data.num_workers,
+                    device=self.device,
+                    rows=self.train_rows,
+                    ranks=self.ranks,
+                    progress=self.accelerator.is_main_process,
+                )
             of_labels = LabelSums(features, self.corpus.train_labels(), self.corpus.num_labels, self.train_rows)
             mean_d, deviation_d = (torch.from_numpy(x).to(self.device) for x in of_labels.moments())
 

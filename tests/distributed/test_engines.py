@@ -101,6 +101,14 @@ def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tm
         assert found == pytest.approx(plain("bfloat16"), rel=0.05) and found[-1] < 0.95 * found[0], stage
 
 
+def test_a_head_starts_from_texts_under_zero_3(short, folder, tmp_path):
+    # Before the engine has the encoder, whose weights are made in parts all the same.
+    settings = [*short, "model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid"]
+    train_here([*settings, "log_fname=start-here"])
+    train_in_turn("accelerate-3", 2, [{"settings": [*settings, "log_fname=start-3"]}], tmp_path)
+    assert_same(outcome_of(folder / "start-here", 1), outcome_of(folder / "start-3", 2))
+
+
 def test_three_processes_train_as_one(short, one, folder, tmp_path):
     # The 256 texts of an evaluation's batch divide by 3 no more than these 10, of which the last batch has one text.
     without = {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]}
