@@ -218,7 +218,7 @@ __device__ __forceinline__ T* row_of(const void* tensor, const Arguments& a, uin
     return static_cast<T*>(const_cast<void*>(tensor)) + static_cast<uint64_t>(row) * static_cast<uint32_t>(a.fan_in);
 }
 
-// What a producer needs of a tile before it knows where the tile's slots are, read while the tile before is spread.
+// What a producer needs of a tile before it reads its slots, read before it waits for the gradients of another.
 struct Start {
     uint32_t index_row, positive;
     uint16_t first, end;  // slots that the block has of the lane's label
