@@ -196,7 +196,6 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t order) {
     for (int i = 0; i < 4; ++i) out |= uint32_t(both >> (order >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
     return out;
 }
-inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline void atomicAdd(float* to, float value) { *to += value; }
