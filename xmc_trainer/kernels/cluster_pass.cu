@@ -671,11 +671,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a, int 
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;  // the compiler sees that a warp's lanes agree
     unsigned thread = threadIdx.x;
     forget(thread);
-    float dx[PARTS * 8][4], loss[2] = {};
-#pragma unroll
-    for (int i = 0; i < PARTS * 8; ++i)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) dx[i][j] = 0.0f;
+    float dx[PARTS * 8][4] = {}, loss[2] = {};
     Turn turn, turn_before;
 #pragma unroll 1
     for (int tile = 0; tile <= tiles.count; ++tile) {

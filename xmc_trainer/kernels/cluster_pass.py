@@ -33,12 +33,11 @@ class Shape(NamedTuple):
 
 def first_slots(index_RF: Tensor, shape: Shape) -> Tensor:
     """int16 [R, blocks]: a row's first slot that a block, or one after it, has the feature of. `index_RF`: ascending rows."""
-    firsts = torch.arange(shape.blocks, device=index_RF.device) * shape.features
     found = torch.empty(index_RF.shape[0], shape.blocks, dtype=torch.int16, device=index_RF.device)
     for start in range(0, index_RF.shape[0], _ROWS):
         rows = index_RF[start : start + _ROWS]
-        for block, first in enumerate(firsts.to(rows.dtype)):
-            found[start : start + _ROWS, block] = (rows < first).sum(1)
+        for block in range(shape.blocks):
+            found[start : start + _ROWS, block] = (rows < block * shape.features).sum(1)
     return found
 
 
