@@ -61,8 +61,7 @@ def encoder_of(config: Config, device: torch.device) -> TextEncoder:
     )
     if ffi.input_features not in (None, encoder.out_features):
         raise UserError(f"model.ffi.input_features={ffi.input_features}: there are {encoder.out_features}")
-    if ffi.use_sparse_layer and ffi.fan_in > encoder.out_features:
-        raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {encoder.out_features} features to read")
+    config.check_fan_in(encoder.out_features)
     return encoder
 
 

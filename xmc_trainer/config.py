@@ -167,7 +167,8 @@ class FFIConfig:
     semantic_groups: bool = option(
         False, "put the labels in the order of the cluster file (auxiliary.group_y_group): a group's labels are neighbours"
     )
-    head_ratio: float = option(0.0, "share of the labels, the most frequent ones, that read all features; the others fan_in")
+    head_ratio: float = option(0.0, "share of the labels, the most frequent ones, that read head_fan_in features; the others fan_in")
+    head_fan_in: int | None = option(None, "features that each of these labels reads; default: all")
     weight_dtype: str = option(
         "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
@@ -219,6 +220,9 @@ class FFIConfig:
         _share("model.ffi.head_ratio", self.head_ratio, below_one=True)
         if self.head_ratio and not self.use_sparse_layer:
             raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
+        _at_least("model.ffi.head_fan_in", self.head_fan_in, 1)
+        if self.head_fan_in is not None and not self.head_ratio:
+            raise UserError(f"model.ffi.head_fan_in={self.head_fan_in}: of the labels of model.ffi.head_ratio, which is 0; set that too")
         if self.group_size > 1 and not self.use_sparse_layer:
             raise UserError(
                 f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or "
@@ -476,11 +480,18 @@ class Config:
         d, known = ffi.input_features, self._known_features()
         if d is not None and known is not None and d != known:
             raise UserError(f"model.ffi.input_features={d}: the layer below gives {known} features")
-        if ffi.use_sparse_layer and (d or known) and ffi.fan_in > (d or known):
-            raise UserError(f"model.ffi.fan_in={ffi.fan_in}: there are only {d or known} features to read")
+        if d or known:
+            self.check_fan_in(d or known)
         n, labels = ffi.output_features, self.data.num_labels
         if n is not None and labels is not None and n != labels:
             raise UserError(f"model.ffi.output_features={n} contradicts data.num_labels={labels}")
+
+    def check_fan_in(self, features: int) -> None:
+        """UserError where a label is to read more features than there are."""
+        ffi = self.model.ffi
+        for name in ("fan_in", "head_fan_in"):
+            if ffi.use_sparse_layer and (getattr(ffi, name) or 0) > features:
+                raise UserError(f"model.ffi.{name}={getattr(ffi, name)}: there are only {features} features to read")
 
     def _known_features(self) -> int | None:
         if self.model.penultimate.use_penultimate_layer:

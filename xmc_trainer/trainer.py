@@ -398,7 +398,7 @@ class Trainer:
         return None if cluster_of is None else cluster_of[order]
 
     def _frequent_labels(self) -> int:
-        """How many labels `head_ratio` gives full fan-in."""
+        """How many labels `head_ratio` means."""
         return round(self.config.model.ffi.head_ratio * self.corpus.num_labels)
 
     def _compile_backbone(self) -> None:
@@ -416,7 +416,7 @@ class Trainer:
         if -(-(labels - frequent) // ffi.group_size) < self.ranks.size:
             raise UserError(f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes")
         if ffi.head_ratio and frequent < self.ranks.size:
-            raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: gives {frequent} labels full fan-in, fewer than processes")
+            raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: means {frequent} labels, fewer than processes")
         counts = self.corpus.label_counts()
         adjustment = torch.from_numpy(ffi.logit_adjustment * self.corpus.log_frequency()) if ffi.logit_adjustment else None
         optimizers = {"sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "rowwise_rmsprop": RowwiseRMSprop()}
@@ -441,8 +441,8 @@ class Trainer:
         if not ffi.head_ratio:
             return part(fan_in, ffi.group_size, slice(None))
         # The two number their labels from 0 alike: with another seed they do not draw the same numbers.
-        dense = part(None, 1, slice(frequent), seed=(self.config.training.seed + 1) % (1 << 32))
-        return SplitHead(dense, part(fan_in, ffi.group_size, slice(frequent, None)))
+        first = part(ffi.head_fan_in, 1, slice(frequent), seed=(self.config.training.seed + 1) % (1 << 32))
+        return SplitHead(first, part(fan_in, ffi.group_size, slice(frequent, None)))
 
     def _start_head_from_texts(self) -> None:
         """The first index and weights of the head, as far as the training texts decide them."""

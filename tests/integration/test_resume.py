@@ -73,7 +73,7 @@ CASES = {
         "training.optimization.grad_accum_step=2", "data.batch_size=16", "model.ffi.weight_dtype=bfloat16", "model.ffi.group_size=4",
     ],
     "growth by gradient, split head": [
-        "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.growth_batches=3", "model.ffi.head_ratio=0.2",
+        "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.growth_batches=3", "model.ffi.head_ratio=0.2", "model.ffi.head_fan_in=20",
     ],
     "informed index, plateau, encoder by sgd": [
         "model.ffi.index_init=informed", "model.ffi.weight_init=centroid", "training.optimization.lr_scheduler=ReduceLROnPlateau",

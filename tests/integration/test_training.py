@@ -347,7 +347,7 @@ class FirstOfTen(Ranks):
     "more, message",
     [
         (["model.ffi.group_size=5"], "model.ffi.group_size=5: leaves fewer groups of labels than processes"),
-        (["model.ffi.head_ratio=0.2"], "model.ffi.head_ratio=0.2: gives 8 labels full fan-in, fewer than processes"),
+        (["model.ffi.head_ratio=0.2"], "model.ffi.head_ratio=0.2: means 8 labels, fewer than processes"),
         (["model.auxiliary.use_meta_branch=true"], r"label_group0.safetensors: has fewer clusters \(8\) than there are processes"),
     ],
 )
@@ -418,13 +418,16 @@ def test_semantic_groups_change_no_name(toy_settings, clusters):
     assert np.array_equal(corpus.label_counts(), by_hand)
 
 
-@pytest.mark.parametrize("more", [[], ["model.ffi.group_size=4", "model.ffi.semantic_groups=true"]])
-def test_frequent_labels_read_everything(toy_settings, clusters, more):
+@pytest.mark.parametrize(
+    "more", [[], ["model.ffi.group_size=4", "model.ffi.semantic_groups=true"], ["model.ffi.head_fan_in=20", "model.ffi.index_init=informed"]]
+)
+def test_frequent_labels_read_more(toy_settings, clusters, more):
     trainer, metrics = train(toy_settings, "model.ffi.head_ratio=0.2", *more)
-    assert trainer.head.frequent.weight.shape == (8, 32) and trainer.head.tail.weight.shape == (33, 12)
+    read = 20 if "model.ffi.head_fan_in=20" in more else 32
+    assert trainer.head.frequent.weight.shape == (8, read) and trainer.head.tail.weight.shape == (33, 12)
     counts = trainer.corpus.label_counts()
     assert counts[:8].min() >= counts[8:].max() and list(counts[:8]) == sorted(counts, reverse=True)[:8]
-    if more:
+    if "model.ffi.semantic_groups=true" in more:
         order, _ = _clusters_of(clusters)
         tail = [int(name.removeprefix("tag")) for name in trainer.corpus.labels["id"][8:]]
         assert tail == [label for label in order if label in set(tail)]

@@ -116,6 +116,8 @@ REFUSED = [
     ("model.auxiliary.meta_cutoff_epoch=0", "meta_cutoff_epoch"),
     ("model.ffi.semantic_groups=true", "group_size"),
     ("model.ffi.head_ratio=1.0", "head_ratio"),
+    ("model.ffi.head_fan_in=0", "head_fan_in=0: must be at least 1"),
+    ("model.ffi.head_fan_in=100", "of the labels of model.ffi.head_ratio"),
     ("training.optimization.loss_fn=focal", "training.optimization.loss_fn"),
     ("training.optimization.xmc_optimizer=momentum", "xmc_momentum"),
     ("training.optimization.dense_epochs=300", "dense_epochs"),
@@ -159,6 +161,11 @@ def test_what_a_dense_head_would_ignore_is_refused():
     # Spartex's own layout says these beside its dense head, and so do the shipped files when a head is made dense.
     ffi = load_config([*dense, "model.ffi.fan_in=64", "model.ffi.prune_mode=fraction", "model.ffi.index_init=informed"]).model.ffi
     assert ffi.fan_in == 64 and not ffi.index_from_texts
+
+
+def test_frequent_labels_cannot_read_more_features_than_there_are():
+    with pytest.raises(UserError, match=r"model\.ffi\.head_fan_in=500: there are only 384"):
+        load_config(["dataset=wordnet", "model.ffi.head_ratio=0.1", "model.ffi.head_fan_in=500"])
 
 
 def test_unknown_data_sets_are_refused_with_the_known_ones():

@@ -13,24 +13,24 @@ from xmc_trainer.parallel import Ranks
 FEATURES, FREQUENT, LABELS, TEXTS = 13, 7, 41, 9
 
 
-def made(loss="bce", group_size=4):
+def made(loss="bce", group_size=4, head_fan_in=None):
     common = dict(loss=loss, optimizer=SGD(), lr=0.1, text_reduction="mean", tile_labels=8)
-    frequent = FixedFanInHead(FEATURES, FREQUENT, fan_in=None, first_bias=-1.0, seed=1, **common)
+    frequent = FixedFanInHead(FEATURES, FREQUENT, fan_in=head_fan_in, first_bias=-1.0, seed=1, **common)
     tail = FixedFanInHead(FEATURES, LABELS - FREQUENT, fan_in=5, group_size=group_size, first_bias=-2.0, **common)
     return SplitHead(frequent, tail)
 
 
 def dense_of(head):
     """Weights [L, d] and biases [L] in float64, and which weights exist."""
-    tail = head.tail
-    index = tail.index.long().repeat_interleave(tail.group_size, 0)[: tail.num_labels]
-    weight = torch.zeros(tail.num_labels, FEATURES, dtype=torch.float64).scatter_(1, index, tail.weight.double())
-    exists = torch.zeros_like(weight).scatter_(1, index, torch.ones_like(tail.weight.double()))
-    return (
-        torch.cat([head.frequent.weight.double(), weight]),
-        torch.cat([head.frequent.bias.double(), tail.bias.double()]),
-        torch.cat([torch.ones(FREQUENT, FEATURES, dtype=torch.float64), exists]),
-    )
+    weights, exist = [], []
+    for part in (head.frequent, head.tail):
+        index = torch.arange(FEATURES).expand(part.num_labels, FEATURES)
+        if part.index is not None:
+            index = part.index.long().repeat_interleave(part.group_size, 0)[: part.num_labels]
+        zero = torch.zeros(part.num_labels, FEATURES, dtype=torch.float64)
+        weights.append(zero.scatter(1, index, part.weight.double()))
+        exist.append(zero.scatter(1, index, 1.0))
+    return torch.cat(weights), torch.cat([head.frequent.bias.double(), head.tail.bias.double()]), torch.cat(exist)
 
 
 def batch(seed=0):
@@ -40,10 +40,12 @@ def batch(seed=0):
     return torch.randn(TEXTS, FEATURES, generator=g), ids.to(torch.int32), counts
 
 
+@pytest.mark.parametrize("head_fan_in", [None, 9])
 @pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
-def test_a_step_is_that_of_all_labels_together(loss):
-    head = made(loss)
+def test_a_step_is_that_of_all_labels_together(loss, head_fan_in):
+    head = made(loss, head_fan_in=head_fan_in)
     weight, bias, exists = dense_of(head)
+    assert int(exists.sum()) == FREQUENT * (head_fan_in or FEATURES) + (LABELS - FREQUENT) * 5
     feat, ids, counts = batch()
     target = torch.zeros(TEXTS, LABELS, dtype=torch.float64)
     target[torch.repeat_interleave(torch.arange(TEXTS), counts), ids.long()] = 1
@@ -86,6 +88,8 @@ def test_rate_and_rewiring_reach_the_parts():
     head.lr = 0.5
     assert head.frequent.lr == head.tail.lr == 0.5
     assert head.rewire(RewireRule("fraction", 0.4)).moved == 2 * 9  # of 5 slots in 9 groups
+    report = made(head_fan_in=9).rewire(RewireRule("fraction", 0.4))
+    assert (report.moved, report.slots) == (2 * 9 + 3 * FREQUENT, 5 * 9 + 9 * FREQUENT)
     with pytest.raises(ValueError, match="one loss"):
         SplitHead(made("bce").frequent, made("squared_hinge").tail)
 

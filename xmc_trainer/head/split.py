@@ -1,4 +1,4 @@
-"""SplitHead: the most frequent labels with full fan-in, all others sparse; two heads that look like one."""
+"""SplitHead: the most frequent labels read more features than all others; two heads that look like one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from xmc_trainer.kernels.reference import ID_MAX, pack_candidates, unpack_candid
 
 
 class SplitHead(nn.Module):
-    """Labels 0..H-1 in a dense head, labels H.. in another head, with the methods of FixedFanInHead.
+    """Labels 0..H-1 in a head of their own, labels H.. in another, with the methods of FixedFanInHead.
 
-    Args: frequent: dense, over the first H labels. tail: over the other labels, numbered from 0. Both of one loss, on one
-        set of ranks, each of which owns a share of both.
+    Args: frequent: dense or sparse, over the first H labels. tail: sparse, over the other labels, numbered from 0. Both of one
+        loss, on one set of ranks, each of which owns a share of both.
     """
 
     def __init__(self, frequent: FixedFanInHead, tail: FixedFanInHead) -> None:
@@ -76,4 +76,5 @@ class SplitHead(nn.Module):
 
     def rewire(self, rule: RewireRule) -> RewireReport:
         """Of the sparse labels; see FixedFanInHead."""
-        return self.tail.rewire(rule)
+        reports = [head.rewire(rule) for head in (self.frequent, self.tail) if head.index is not None]
+        return RewireReport(sum(report.moved for report in reports), sum(report.slots for report in reports))
