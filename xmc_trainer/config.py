@@ -510,6 +510,10 @@ class Config:
         return Path(root).expanduser() / (self.data.folder or self.data.dataset)
 
     @property
+    def needs_clusters(self) -> bool:
+        return self.model.ffi.semantic_groups or self.model.auxiliary.use_meta_branch
+
+    @property
     def cluster_file(self) -> Path:
         return self.data_folder / f"label_group{self.model.auxiliary.group_y_group}.safetensors"
 

@@ -10,9 +10,12 @@ The YAML file:
     rows:
       dense: [model.ffi.use_sparse_layer=false]                 # a row's own
       seed's method: []
+    splits: [dev, test]         # data.test_split; if it stands here, every saved model is evaluated on each of these,
+    strengths: [0, 0.3]         # and with each of these model.ffi.logit_adjustment, which only ranking reads
 
 Every run is a process of its own on this machine, in <output_dir>/<row>-<seed>/, its output beside it in .txt. A finished run with the same settings is
-not repeated, an interrupted one goes on from its checkpoint. The table has mean and standard deviation over the seeds, in per cent; the CSV one line a run, with its
+not repeated, an interrupted one goes on from its checkpoint. Label clusters that a row needs and that are not there are made first, with that row's settings.
+The table has mean and standard deviation over the seeds, in per cent; the CSV one line a run (and split, and strength), with its
 settings, commit, device and versions.
 """
 
@@ -20,7 +23,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +34,9 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass, field
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +46,29 @@ from yaml import YAMLError
 
 from xmc_trainer import resume
 from xmc_trainer.cli import USAGE
-from xmc_trainer.config import Config, load_config, to_yaml
+from xmc_trainer.config import Config, config_of_model, load_config, to_yaml
 from xmc_trainer.errors import UserError
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
+_FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
 
 
-def plan(file: Path, more: list[str]) -> list[tuple[str, int, list[str]]]:
-    """(row, seed, `key=value` words) of every run, seed by seed. UserError names what is wrong in the file.
+@dataclass(frozen=True)
+class Views:
+    """How the saved model of every run is evaluated; by neither: as its training did last."""
+
+    splits: list[str] = field(default_factory=list)
+    strengths: list[float] = field(default_factory=list)
+
+    def of(self, config: Config) -> list[tuple[str, float]]:
+        """(split, strength) of each evaluation of that run."""
+        if not self.splits and not self.strengths:
+            return []
+        return list(product(self.splits or [config.data.test_split], self.strengths or [config.model.ffi.logit_adjustment]))
+
+
+def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]], Views]:
+    """(row, seed, `key=value` words) of every run, seed by seed, and how they are evaluated. UserError names what is wrong in the file.
 
     Args: more: settings of the command line, for every run.
     """
@@ -57,22 +80,29 @@ def plan(file: Path, more: list[str]) -> list[tuple[str, int, list[str]]]:
         raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or not tree["rows"]:
         raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
-    if unknown := tree.keys() - {"settings", "seeds", "rows"}:
-        raise UserError(f"{file}: {', '.join(map(str, unknown))}: write settings, seeds and rows only")
+    if unknown := tree.keys() - {"settings", "seeds", "rows", "splits", "strengths"}:
+        raise UserError(f"{file}: {', '.join(map(str, unknown))}: write settings, seeds, rows, splits and strengths only")
     names = [re.sub(r"\W+", "_", str(row)) for row in tree["rows"]]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: rows whose names differ in more than punctuation are needed; they name folders")
+    try:
+        views = Views([str(split) for split in tree.get("splits") or []], [float(strength) for strength in tree.get("strengths") or []])
+    except (TypeError, ValueError):
+        raise UserError(f"{file}: splits is a list of words such as dev, strengths one of numbers") from None
+    if not all(0 <= strength < math.inf for strength in views.strengths):
+        raise UserError(f"{file}: strengths: each is 0 or more")
     runs = []
     for seed in tree.get("seeds") or [42]:
         for (row, own), name in zip(tree["rows"].items(), names):
             words = ["training.resume=true", *(tree.get("settings") or []), *more, *(own or []), f"training.seed={seed}", f"log_fname={name}-{seed}"]
-            load_config(words)  # refuses what is wrong before anything runs
+            for split in views.splits or [None]:
+                load_config([*words, *([] if split is None else [f"data.test_split={split}"])])  # refuses what is wrong before anything runs
             runs.append((str(row), seed, words))
-    return runs
+    return runs, views
 
 
 def finished(config: Config) -> list[dict[str, Any]] | None:
-    """The log of a finished run with exactly this configuration; None if there is none."""
+    """The log of a finished training with exactly this configuration; None if there is none."""
     try:
         if (config.run_folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config):
             return None
@@ -80,6 +110,68 @@ def finished(config: Config) -> list[dict[str, Any]] | None:
     except (OSError, ValueError):
         return None
     return log if log and log[-1]["event"] == "end" else None
+
+
+def _known_figures(config: Config) -> dict[str, dict[str, dict[str, float]]]:
+    """split -> strength -> metrics, of the model that was trained last in the run's folder."""
+    try:
+        known = json.loads((config.run_folder / _FIGURES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known["figures"] if known["log_sha256"] == _digest(config) else {}
+
+
+def _digest(config: Config) -> str:
+    return hashlib.sha256((config.run_folder / "log.jsonl").read_bytes()).hexdigest()
+
+
+def results(config: Config, views: Views) -> list[dict[str, Any]] | None:
+    """What a run has to say, an entry for each of its evaluations; None if it has not got there."""
+    log = finished(config)
+    if log is None:
+        return None
+    wanted = views.of(config)
+    if not wanted:
+        return [result(log)]
+    known = _known_figures(config)
+    if any(f"{strength:g}" not in known.get(split, {}) for split, strength in wanted):
+        return None
+    of_training = {name: value for name, value in result(log).items() if name not in METRICS}
+    found = [(split, strength, known[split][f"{strength:g}"]) for split, strength in wanted]
+    return [
+        {"split": split, "strength": strength} | {name: metrics[name] for name in METRICS if name in metrics} | of_training
+        for split, strength, metrics in found
+    ]
+
+
+def run_one(words: list[str], views: Views) -> None:
+    """Train, unless that is done, and evaluate what was saved."""
+    config = load_config(words)
+    if finished(config) is None:
+        from xmc_trainer.trainer import Trainer
+
+        Trainer(config).train()
+    known = _known_figures(config)
+    missing = [(split, strength) for split, strength in views.of(config) if f"{strength:g}" not in known.get(split, {})]
+    if not missing:
+        return
+    import torch
+
+    from xmc_trainer.adjust import figures
+    from xmc_trainer.evaluation import corpus_of_saved
+    from xmc_trainer.model import XMCModel
+
+    device, folder = torch.device(config.environment.device_name()), config.run_folder / "model"
+    saved = XMCModel.load(folder, device).saved
+    for split, of_split in groupby(missing, key=itemgetter(0)):
+        of_model = config_of_model(folder, [f"data.test_split={split}"])
+        corpus = corpus_of_saved(saved, of_model)
+        found = figures(saved, of_model, corpus, [strength for _, strength in of_split], device)
+        known.setdefault(split, {}).update({f"{strength:g}": metrics for strength, metrics in found.items()})
+    file = config.run_folder / _FIGURES
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(json.dumps({"log_sha256": _digest(config), "figures": known}) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def result(log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,38 +213,60 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, all on the same device")
     parser.add_argument("--csv", type=Path, help="file to write; default: the YAML file's name in the current folder")
     parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)  # this process is a run; `settings` are all
+    parser.add_argument("--run", metavar="VIEWS", help=argparse.SUPPRESS)  # this process is a run; `settings` are all
     options = parser.parse_intermixed_args()
     if options.run:
-        from xmc_trainer.trainer import Trainer
-
-        Trainer(load_config(options.settings)).train()
+        run_one(options.settings, Views(**json.loads(options.run)))
         return
     if options.jobs < 1:
         parser.error("--jobs: at least 1")
-    runs = plan(options.file, options.settings)
+    runs, views = plan(options.file, options.settings)
     if not options.table:
-        train([words for _, _, words in runs], options.file, options.jobs)
-    done = [(row, seed, words, finished(load_config(words))) for row, seed, words in runs]
-    results = [(row, seed, words, result(log)) for row, seed, words, log in done if log is not None]
-    if not results:
+        make_clusters([words for _, _, words in runs])
+        train([words for _, _, words in runs], views, options.file, options.jobs)
+    found = [(row, seed, words, results(load_config(words), views)) for row, seed, words in runs]
+    done = [(row, seed, words, entries) for row, seed, words, entries in found if entries is not None]
+    if not done:
         where = load_config(runs[0][2]).run_folder.parent
         raise UserError(f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)")
     target = options.csv or Path(options.file.with_suffix(".csv").name)
+    lines = [{"row": row, "seed": seed, "settings": " ".join(words)} | entry for row, seed, words, entries in done for entry in entries]
     with target.open("w", newline="", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for *_, found in results for name in found)
+        columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
         writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
         writer.writeheader()
-        writer.writerows({"row": row, "seed": seed, "settings": " ".join(words)} | found for row, seed, words, found in results)
-    print(table([(row, seed, found) for row, seed, _, found in results]))
-    print(f"\n{len(results)} of {len(runs)} runs; written to {target}")
-    if len(results) < len(runs):
+        writer.writerows(lines)
+    for split in dict.fromkeys(line.get("split") for line in lines):
+        if split is not None:
+            print(f"{split}:\n")
+        own = [line for line in lines if line.get("split") == split]
+        print(table([(_row_name(line, views), line["seed"], line) for line in own]) + "\n")
+    print(f"{len(done)} of {len(runs)} runs; written to {target}")
+    if len(done) < len(runs):
         sys.exit(1)
 
 
-def train(runs: list[list[str]], file: Path, jobs: int) -> None:
-    """Train the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
-    waiting = [words for words in runs if finished(load_config(words)) is None]
+def _row_name(line: dict[str, Any], views: Views) -> str:
+    return f"{line['row']}, ranked with {line['strength']:g}" if len(views.strengths) > 1 else line["row"]
+
+
+def make_clusters(runs: list[list[str]]) -> None:
+    """The files of label clusters that are missing, each with the settings of the first run that needs it."""
+    missing: dict[Path, list[str]] = {}
+    for words in runs:
+        config = load_config(words)
+        if config.needs_clusters and not config.cluster_file.is_file():
+            missing.setdefault(config.cluster_file, words)
+    for file, words in missing.items():
+        print(f"{file}: ", end="", flush=True)
+        done = subprocess.run([sys.executable, "-m", "xmc_trainer", "clusters", *words], capture_output=True, text=True)
+        # Without them the runs say what they lack: the others can go on.
+        print("made" if done.returncode == 0 else f"failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}", flush=True)
+
+
+def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
+    """Train and evaluate the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
+    waiting = [words for words in runs if results(load_config(words), views) is None]
     going_on = sum(resume.find(load_config(words).run_folder) is not None for words in waiting)
     also = f", {going_on} with a checkpoint" if going_on else ""
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
@@ -166,7 +280,7 @@ def train(runs: list[list[str]], file: Path, jobs: int) -> None:
                 config = load_config(words)
                 folder = config.run_folder
                 found = resume.find(folder)
-                if found is None or resume.differences(config, found.folder / "config.yaml"):
+                if finished(config) is None and (found is None or resume.differences(config, found.folder / "config.yaml")):
                     # Of a row that has changed since, or of a run that was cut off at its very end.
                     resume.remove(folder)
                     shutil.rmtree(folder / "model", ignore_errors=True)
@@ -174,7 +288,7 @@ def train(runs: list[list[str]], file: Path, jobs: int) -> None:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 with log.open("w") as output:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "xmc_trainer", "sweep", str(file), *words, "--run"],
+                        [sys.executable, "-m", "xmc_trainer", "sweep", str(file), *words, "--run", json.dumps(asdict(views))],
                         stdout=output, stderr=subprocess.STDOUT, env=environment,
                     )  # fmt: skip
                 live[folder.name] = process, log, time.monotonic()

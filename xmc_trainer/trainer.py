@@ -96,7 +96,7 @@ class Trainer:
             )
         if data.hf_source is None and not config.data_folder.is_dir():
             raise UserError(f"{config.data_folder}: no such folder; set dataset_path or data.folder")
-        if config.model.ffi.semantic_groups or config.model.auxiliary.use_meta_branch:
+        if config.needs_clusters:
             LabelClusters.require(config.cluster_file)
         set_seed(config.training.seed)
         self.tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
@@ -384,7 +384,7 @@ class Trainer:
         """Put the corpus's labels in the head's order. Returns the cluster of each, if the run uses clusters."""
         ffi = self.config.model.ffi
         order, cluster_of = np.arange(self.corpus.num_labels), None
-        if ffi.semantic_groups or self.config.model.auxiliary.use_meta_branch:
+        if self.config.needs_clusters:
             clusters = LabelClusters.load(self.config.cluster_file, self.corpus.labels["id"])
             cluster_of = clusters.cluster_of
             if ffi.semantic_groups:

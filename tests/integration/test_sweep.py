@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.integration.test_launchers import ROOT, launch
+from xmc_trainer.clusters import LabelClusters
+from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
-from xmc_trainer.sweep import plan, table
+from xmc_trainer.model import XMCModel
+from xmc_trainer.sweep import Views, make_clusters, plan, results, run_one, table
 
 
 @pytest.fixture
@@ -63,6 +70,49 @@ def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path):
     assert done.returncode == 2 and "none of its 4 runs is finished" in done.stderr
 
 
+def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, toy_data, tmp_path, fresh_accelerator):
+    """With clusters that the sweep has made; the figures worked out from the saved model's scores."""
+    data = tmp_path / "data"
+    shutil.copytree(toy_data, data)
+    for kind in ("raw_texts", "labels"):
+        (data / f"toy/dev_{kind}.txt").write_text("".join((data / f"toy/train_{kind}.txt").open().readlines()[:150]))
+    row = ["model.ffi.group_size=4", "model.ffi.semantic_groups=true", "model.auxiliary.group_y_group=7"]
+    settings = [*toy_settings, f"dataset_path={data}", "environment.device=cpu", "training.optimization.max_steps=60", "model.ffi.weight_init=zero"]
+    file = tmp_path / "views.yaml"
+    file.write_text(json.dumps({"settings": settings, "rows": {"a": row}, "splits": ["dev", "test"], "strengths": [0, 2]}))
+    [(_, seed, words)], views = plan(file, [])
+    config = load_config(words)
+    make_clusters([words])
+    assert LabelClusters.load(config.cluster_file, [f"tag{n:02d}" for n in range(41)]).order.shape == (41,)
+    assert seed == 42 and results(config, views) is None
+    run_one(words, views)
+    entries = results(config, views)
+    assert [(entry["split"], entry["strength"]) for entry in entries] == [("dev", 0), ("dev", 2), ("test", 0), ("test", 2)]
+
+    model = XMCModel.load(config.run_folder / "model", "cpu")
+    counts = Counter(label for line in (data / "toy/train_labels.txt").open() for label in line.split())
+    ids = model.saved.label_ids.to_pylist()
+    shift = torch.tensor([math.log(counts[name] * len(ids) / counts.total()) for name in ids])
+    for entry in entries:
+        texts, true = ((data / f"toy/{entry['split']}_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels"))
+        every = model.predict(texts, k=len(ids))
+        score = torch.tensor([[{p.id: p.score for p in one}[name] for name in ids] for one in every], dtype=torch.float64).logit()
+        best = (score - entry["strength"] * shift).argmax(1)
+        right = [ids[label] in line.split() for label, line in zip(best.tolist(), true)]
+        assert entry["P@1"] == pytest.approx(sum(right) / len(right), abs=1.01 / len(right))  # a text may have two best labels
+    assert len({entry["P@1"] for entry in entries}) == 4 and len({entry["minutes"] for entry in entries}) == 1
+
+    log = config.run_folder / "log.jsonl"
+    before = log.stat().st_mtime_ns
+    more = Views(["test"], [0, 2, 1])
+    assert results(config, more) is None
+    run_one(words, more)
+    assert log.stat().st_mtime_ns == before and results(config, more)[0] == entries[2] and results(config, views) == entries
+    with log.open("a") as file:
+        file.write(log.read_text().splitlines()[-1] + "\n")  # of another training
+    assert results(config, views) is None
+
+
 def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
     sweep = subprocess.Popen([sys.executable, "-m", "xmc_trainer", "sweep", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
 
@@ -95,7 +145,10 @@ def eventually(happens, seconds):
 def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
     for content, message in [
         ("rows: 3", "must have `rows`"),
-        ("{rows: {a: []}, steps: 3}", "steps: write settings, seeds and rows only"),
+        ("{rows: {a: []}, steps: 3}", "steps: write settings, seeds, rows, splits and strengths only"),
+        ("{rows: {a: []}, strengths: [many]}", "strengths one of numbers"),
+        ("{rows: {a: []}, strengths: [-1]}", "strengths: each is 0 or more"),
+        ("{rows: {a: [dataset=lfyso]}, splits: [dev]}", "data.test_split: of the raw layout only"),
         ("{rows: {a b: [], a-b: []}}", "names differ in more than punctuation"),
         ("{rows: {a: [dataset=wordnet, model.ffi.fanin=3]}}", "fanin"),
         ("{rows", "not YAML"),
@@ -108,7 +161,8 @@ def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
 
 
 def test_a_row_s_own_settings_come_last(file):
-    runs = plan(file, ["model.ffi.use_sparse_layer=true", "model.ffi.fan_in=7"])
+    runs, views = plan(file, ["model.ffi.use_sparse_layer=true", "model.ffi.fan_in=7"])
+    assert views.of(load_config(runs[0][2])) == []
     assert [(row, seed) for row, seed, _ in runs[:3]] == [("dense", 1), ("F = 12", 1), ("broken", 1)]
     words = runs[0][2]
     assert words.index("model.ffi.use_sparse_layer=false") > words.index("model.ffi.use_sparse_layer=true")
@@ -116,8 +170,8 @@ def test_a_row_s_own_settings_come_last(file):
 
 
 def test_shipped_sweeps_are_valid():
-    runs = {file.stem: len(plan(file, [])) for file in (ROOT / "launchers/sweeps").glob("*.yaml")}
-    assert runs == {"sidgnd": 27, "sidgnd_starts": 8, "sidgnd_rewiring": 12, "sidgnd_options": 33}
+    runs = {file.stem: len(plan(file, [])[0]) for file in (ROOT / "launchers/sweeps").glob("*.yaml")}
+    assert runs == {"sidgnd": 21, "sidgnd_starts": 8, "sidgnd_rewiring": 12, "sidgnd_options": 33}
 
 
 def test_one_seed_has_no_spread():
