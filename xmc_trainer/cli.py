@@ -40,7 +40,8 @@ def run(main: Callable[[], None]) -> None:
         print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: what was written so far stays; the same command goes on, a training with training.resume=true", file=sys.stderr, flush=True)
+        said = "what was written so far stays; the same command goes on from there, a training with training.resume=true from its last checkpoint"
+        print(f"interrupted: {said}", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

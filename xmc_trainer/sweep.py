@@ -46,11 +46,13 @@ from yaml import YAMLError
 
 from xmc_trainer import resume
 from xmc_trainer.cli import USAGE
-from xmc_trainer.config import Config, config_of_model, load_config, to_yaml
+from xmc_trainer.config import Config, config_of_model, flatten, load_config, to_yaml
 from xmc_trainer.errors import UserError
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 _FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
+_FAILURES = 3  # after so many, and no success, nothing more is tried
+_OURS = ("training.seed=", "log_fname=", "training.verbose.log_fname=", "training.resume=")
 
 
 @dataclass(frozen=True)
@@ -82,34 +84,75 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
         raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
     if unknown := tree.keys() - {"settings", "seeds", "rows", "splits", "strengths"}:
         raise UserError(f"{file}: {', '.join(map(str, unknown))}: write settings, seeds, rows, splits and strengths only")
+    lists = {name: tree.get(name) or [] for name in ("settings", "seeds", "splits", "strengths")}
+    lists |= {f"rows: {row}": own or [] for row, own in tree["rows"].items()}
+    for name, value in lists.items():
+        if not isinstance(value, list):
+            raise UserError(f"{file}: {name}: must be a list, in brackets or with a dash a line, not {value!r}")
+    seeds = lists["seeds"] or [42]
+    if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError(f"{file}: seeds: must be different whole numbers, not {seeds}")
     names = [re.sub(r"\W+", "_", str(row)) for row in tree["rows"]]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: rows whose names differ in more than punctuation are needed; they name folders")
     try:
-        views = Views([str(split) for split in tree.get("splits") or []], [float(strength) for strength in tree.get("strengths") or []])
+        views = Views([str(split) for split in lists["splits"]], [float(strength) for strength in lists["strengths"]])
     except (TypeError, ValueError):
-        raise UserError(f"{file}: splits is a list of words such as dev, strengths one of numbers") from None
+        raise UserError(f"{file}: strengths: must be numbers, not {lists['strengths']}") from None
     if not all(0 <= strength < math.inf for strength in views.strengths):
         raise UserError(f"{file}: strengths: each is 0 or more")
     runs = []
-    for seed in tree.get("seeds") or [42]:
+    for seed in seeds:
         for (row, own), name in zip(tree["rows"].items(), names):
-            words = ["training.resume=true", *(tree.get("settings") or []), *more, *(own or []), f"training.seed={seed}", f"log_fname={name}-{seed}"]
-            for split in views.splits or [None]:
-                load_config([*words, *([] if split is None else [f"data.test_split={split}"])])  # refuses what is wrong before anything runs
+            words = [*lists["settings"], *more, *(own or [])]
+            try:
+                for word in words:
+                    if str(word).startswith(_OURS):
+                        raise UserError(f"{word}: a sweep seeds and names its runs itself, by `seeds` and `rows`")
+                words = ["training.resume=true", *words, f"training.seed={seed}", f"log_fname={name}-{seed}"]
+                for split in views.splits or [None]:  # refuses what is wrong before anything runs
+                    load_config([*words, *([] if split is None else [f"data.test_split={split}"])])
+            except UserError as error:
+                raise UserError(f"{file}: row {str(row)!r}: {error}") from None
             runs.append((str(row), seed, words))
     return runs, views
 
 
 def finished(config: Config) -> list[dict[str, Any]] | None:
     """The log of a finished training with exactly this configuration; None if there is none."""
+    return None if _differences(config) else _ended_log(config.run_folder)
+
+
+def _ended_log(folder: Path) -> list[dict[str, Any]] | None:
     try:
-        if (config.run_folder / "config.yaml").read_text(encoding="utf-8") != to_yaml(config):
-            return None
-        log = [json.loads(line) for line in (config.run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return None
     return log if log and log[-1]["event"] == "end" else None
+
+
+def _differences(config: Config) -> list[str]:
+    """In what the run that lies in the run's folder was set otherwise: "name=there, not here"; none where there is no run."""
+    file = config.run_folder / "config.yaml"
+    if not file.is_file():
+        return []
+    there, here = (flatten(OmegaConf.to_container(tree)) for tree in (OmegaConf.load(file), OmegaConf.create(to_yaml(config))))
+    return [f"{name}={there.get(name)}, not {here.get(name)}" for name in here | there if there.get(name) != here.get(name)]
+
+
+def refuse_to_replace(runs: list[list[str]]) -> None:
+    """UserError where the folder of a run holds another's result or checkpoint: hours of somebody's work."""
+    others = []
+    for words in runs:
+        config = load_config(words)
+        differences = _differences(config)
+        if differences and (_ended_log(config.run_folder) or resume.find(config.run_folder)):
+            others.append(f"{config.run_folder} ({'; '.join(differences[:3])})")
+    if others:
+        raise UserError(
+            f"{len(others)} of the {len(runs)} runs would replace one that was set otherwise, the first {others[0]}; set output_dir "
+            "to another folder, or remove what is not needed any more"
+        )
 
 
 def _known_figures(config: Config) -> dict[str, dict[str, dict[str, float]]]:
@@ -222,6 +265,8 @@ def main() -> None:
         parser.error("--jobs: at least 1")
     runs, views = plan(options.file, options.settings)
     if not options.table:
+        refuse_to_replace([words for _, _, words in runs])
+        find_splits([words for _, _, words in runs], views)
         make_clusters([words for _, _, words in runs])
         train([words for _, _, words in runs], views, options.file, options.jobs)
     found = [(row, seed, words, results(load_config(words), views)) for row, seed, words in runs]
@@ -250,6 +295,16 @@ def _row_name(line: dict[str, Any], views: Views) -> str:
     return f"{line['row']}, ranked with {line['strength']:g}" if len(views.strengths) > 1 else line["row"]
 
 
+def find_splits(runs: list[list[str]], views: Views) -> None:
+    """UserError where the files of a split are missing: after the trainings would be late."""
+    from xmc_trainer.data.sources import raw_source
+
+    configs = [load_config(words) for words in runs]
+    for folder, names in dict.fromkeys((config.data_folder, config.data.label_text_file) for config in configs):
+        for split in views.splits:
+            raw_source(folder, names, test_split=split)
+
+
 def make_clusters(runs: list[list[str]]) -> None:
     """The files of label clusters that are missing, each with the settings of the first run that needs it."""
     missing: dict[Path, list[str]] = {}
@@ -273,17 +328,18 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs end too, as after Ctrl-C
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
     live: dict[str, tuple[subprocess.Popen, Path, float]] = {}
+    succeeded = failed = 0
     try:
         while waiting or live:
+            if waiting and failed >= _FAILURES and not succeeded:
+                print(f"{len(waiting)} runs are not started: the first {failed} failed, most likely for one reason", flush=True)
+                waiting = []
             while waiting and len(live) < jobs:
                 words = waiting.pop(0)
                 config = load_config(words)
                 folder = config.run_folder
-                found = resume.find(folder)
-                if finished(config) is None and (found is None or resume.differences(config, found.folder / "config.yaml")):
-                    # Of a row that has changed since, or of a run that was cut off at its very end.
-                    resume.remove(folder)
-                    shutil.rmtree(folder / "model", ignore_errors=True)
+                if finished(config) is None and resume.find(folder) is None:
+                    shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was cut off at its very end
                 log = folder.with_name(f"{folder.name}.txt")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 with log.open("w") as output:
@@ -297,6 +353,7 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                 process, output, begin = live.pop(name)
                 lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
                 errors = [line for line in lines if line.startswith("error")] or lines[-1:]
+                succeeded, failed = succeeded + (process.returncode == 0), failed + (process.returncode != 0)
                 said = "done" if process.returncode == 0 else f"failed: {errors[0]} (see {output})"
                 print(f"{name}: {said}, {(time.monotonic() - begin) / 60:.1f} min, {len(waiting) + len(live)} to go", flush=True)
     finally:

@@ -23,7 +23,7 @@ from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.model import XMCModel
-from xmc_trainer.sweep import Views, make_clusters, plan, results, run_one, table
+from xmc_trainer.sweep import Views, find_splits, make_clusters, plan, refuse_to_replace, results, run_one, table, train
 
 
 @pytest.fixture
@@ -108,6 +108,12 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
     assert results(config, more) is None
     run_one(words, more)
     assert log.stat().st_mtime_ns == before and results(config, more)[0] == entries[2] and results(config, views) == entries
+    with pytest.raises(UserError, match=rf"1 of the 1 runs would replace .*{config.run_folder} \(data.batch_size=32, not 16\)"):
+        refuse_to_replace([[*words, "data.batch_size=16"]])
+    refuse_to_replace([words])
+    find_splits([words], views)
+    with pytest.raises(UserError, match=r"valid_raw_texts.txt or .* is missing, .*; the split is data.test_split=valid"):
+        find_splits([words], Views(["dev", "valid"]))
     with log.open("a") as file:
         file.write(log.read_text().splitlines()[-1] + "\n")  # of another training
     assert results(config, views) is None
@@ -142,15 +148,36 @@ def eventually(happens, seconds):
     return happens()
 
 
+def test_when_nothing_but_failures_comes_the_rest_is_not_tried(file, monkeypatch, capsys):
+    started = []
+
+    def fail(command, **arguments):
+        started.append(command)
+        return popen([sys.executable, "-c", "raise SystemExit('error: of all')"], **arguments)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    runs, views = plan(file, [])
+    train([words for _, _, words in runs], views, file, jobs=1)
+    said = capsys.readouterr().out
+    assert len(started) == 3 and said.count("failed: error: of all") == 3 and "3 runs are not started: the first 3 failed" in said
+
+
 def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
     for content, message in [
         ("rows: 3", "must have `rows`"),
         ("{rows: {a: []}, steps: 3}", "steps: write settings, seeds, rows, splits and strengths only"),
-        ("{rows: {a: []}, strengths: [many]}", "strengths one of numbers"),
+        ("{rows: {a: []}, strengths: [many]}", r"strengths: must be numbers, not \['many'\]"),
+        ("{rows: {a: []}, settings: dataset=sidgnd}", "settings: must be a list, .* not 'dataset=sidgnd'"),
+        ("{rows: {a: dataset=sidgnd}}", "rows: a: must be a list"),
+        ("{rows: {a: []}, seeds: 1}", "seeds: must be a list"),
+        ("{rows: {a: []}, seeds: [1, x]}", "seeds: must be different whole numbers"),
+        ("{rows: {a: []}, seeds: [1, 1]}", "seeds: must be different whole numbers"),
+        ("{rows: {a: [training.seed=3]}}", "row 'a': training.seed=3: a sweep seeds and names its runs itself"),
         ("{rows: {a: []}, strengths: [-1]}", "strengths: each is 0 or more"),
         ("{rows: {a: [dataset=lfyso]}, splits: [dev]}", "data.test_split: of the raw layout only"),
         ("{rows: {a b: [], a-b: []}}", "names differ in more than punctuation"),
-        ("{rows: {a: [dataset=wordnet, model.ffi.fanin=3]}}", "fanin"),
+        ("{rows: {a: [dataset=wordnet, model.ffi.fanin=3]}}", "wrong.yaml: row 'a': .*fanin"),
         ("{rows", "not YAML"),
     ]:
         (tmp_path / "wrong.yaml").write_text(content)

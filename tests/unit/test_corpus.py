@@ -160,7 +160,7 @@ def test_whatever_changes_the_content_changes_the_fingerprint(tmp_path):
 
 def test_number_of_labels_is_checked_with_and_without_cache(tmp_path):
     folder, cache = write_raw(tmp_path / "d"), tmp_path / "c"
-    with pytest.raises(UserError, match=r"data\.num_labels=4: the data have 3 labels; correct it or remove it"):
+    with pytest.raises(UserError, match=r"data\.num_labels=4: the data have 3 labels; correct it, or set it to null"):
         load(folder, cache, num_labels=4)
     assert entries(cache) == []
     assert load(folder, cache, num_labels=3).num_labels == 3

@@ -187,7 +187,7 @@ def load_corpus(
 
 def _check_num_labels(wanted: int | None, found: int) -> None:
     if wanted not in (None, found):
-        raise UserError(f"data.num_labels={wanted}: the data have {found} labels; correct it or remove it")
+        raise UserError(f"data.num_labels={wanted}: the data have {found} labels; correct it, or set it to null")
 
 
 def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> str:

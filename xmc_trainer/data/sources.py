@@ -171,8 +171,9 @@ def raw_source(folder: Path, label_text_file: str | None = None, augment: bool =
     """
     texts, labels = {}, {}
     for split in ("train", test_split):
-        texts[split] = _find([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, _WRONG_FOLDER)
-        labels[split] = _find([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, _WRONG_FOLDER)
+        remedy = _WRONG_FOLDER if split in ("train", "test") else f"the split is data.test_split={split}"
+        texts[split] = _find([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, remedy)
+        labels[split] = _find([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, remedy)
     files, table_file = [*texts.values(), *labels.values()], None
     if label_text_file is not None:
         table_file = _find(
