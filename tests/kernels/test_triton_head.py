@@ -23,7 +23,7 @@ OPTIMIZERS = {
     "adamw": AdamW(eps=1e-4),  # larger than the noise of a gradient of zero
     "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
 }
-FEATURES, LABELS = 48, 211
+FEATURES, LABELS = 48, 131  # tiles of 64 and of 128 labels: two whole ones or one, and a short one
 # (fan_in, group_size): dense, dense by index, gathered or spread, whole and short last groups and tiles.
 SHAPES = [(None, 1), (48, 1), (12, 1), (12, 4), (7, 16), (12, 40), (12, 64), (20, 500)]
 
