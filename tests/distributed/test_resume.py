@@ -24,7 +24,6 @@ from tests.integration.test_launchers import (
     train_in_turn,
 )
 
-
 # The engine's own precision: its copies, and fp16's loss scale.
 STAGES = {"bfloat16": "3"} | ({"float16": "2"} if FLOAT16 else {})
 
