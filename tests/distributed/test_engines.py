@@ -118,12 +118,12 @@ def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, t
     without = {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]}
     under = {"settings": [*short, *UNEVEN, "log_fname=three-3"], "deepspeed_config": "ds_configs/zero3.json"}
     moving = [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
-    begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 8}
+    begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 9}
     train_in_turn("torchrun", 3, [without, under, begun], tmp_path)
     for name in ("three", "three-3"):
         assert_same(one, outcome_of(folder / name, 3))
     train_here(moving)
-    assert [record["step"] for record in records_of(folder / "three-one") if record["event"] == "resume"] == [6]
+    assert [record["step"] for record in records_of(folder / "three-one") if record["event"] == "resume"] == [8]
     assert_same(one, outcome_of(folder / "three-one", 1))
 
 
