@@ -55,10 +55,9 @@ def dense_of(head: FixedFanInHead) -> tuple[Tensor, Tensor]:
     dense = torch.zeros(head.num_labels, head.in_features, dtype=torch.float64)
     mask = torch.zeros_like(dense, dtype=torch.bool)
     for label in range(head.num_labels):
-        index = range(head.in_features) if head.index is None else head.index[label // head.group_size].tolist()
-        for slot, feature in enumerate(index):
-            dense[label, feature] = head.weight[label, slot].double()
-            mask[label, feature] = True
+        index = slice(None) if head.index is None else head.index[label // head.group_size].long().cpu()
+        dense[label, index] = head.weight[label].double().cpu()
+        mask[label, index] = True
     return dense, mask
 
 

@@ -15,7 +15,7 @@ from xmc_trainer.trainer import Trainer
 
 
 class Fail(Hook):
-    def __init__(self, how: str, step: int) -> None:
+    def __init__(self, how: str, step: int | None) -> None:
         self.how, self.step = how, step
 
     def on_step_begin(self, trainer) -> None:

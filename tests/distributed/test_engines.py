@@ -14,6 +14,7 @@ from tests.integration.test_launchers import (
     needs_float16,
     outcome,
     outcome_of,
+    records_of,
     settings_value,
     train_here,
     train_in_turn,
@@ -25,6 +26,7 @@ from xmc_trainer.model import XMCModel
 STAGES = ["0", "1", "2", "3", "2_offload", "3_offload"]
 # 41 labels and 18 texts a step: the labels divide by none, an epoch's last step has 15 texts in three micro-batches.
 UNEVEN = ["data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
+FROM_TEXTS = ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid"]
 LOW = [("bfloat16", stage) for stage in STAGES] + [("float16", "1"), ("float16", "3_offload")]  # its 2 in test_resume
 
 
@@ -53,13 +55,17 @@ def folder(short):
 
 @pytest.fixture(scope="module")
 def two_under_deepspeed(short, tmp_path_factory):
-    """Two processes have trained at each stage, in each precision: runs named after both."""
+    """Two processes have trained at each stage, in each precision: runs named after both; and with a head that starts from texts."""
     cases = [("float32", stage, UNEVEN) for stage in STAGES]
     cases += [(dtype, stage, amp(dtype)) for dtype, stage in LOW if dtype == "bfloat16" or FLOAT16]
     trainings = [
         {"settings": [*short, *more, f"log_fname={dtype}-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
         for dtype, stage, more in cases
     ]
+    trainings.append({"settings": [*short, *FROM_TEXTS, "log_fname=start-3"], "deepspeed_config": "ds_configs/zero3.json"})
+    # Compiled code expects parameters in their place.
+    compiled = {"settings": [*short, "model.encoder.use_torch_compile=true"], "deepspeed_config": "ds_configs/zero3.json"}
+    trainings.append(compiled | {"refused": "model.encoder.use_torch_compile=true: not under ZeRO stage 3"})
     train_in_turn("deepspeed", 2, trainings, tmp_path_factory.mktemp("deepspeed"))
 
 
@@ -101,21 +107,24 @@ def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tm
         assert found == pytest.approx(plain("bfloat16"), rel=0.05) and found[-1] < 0.95 * found[0], stage
 
 
-def test_a_head_starts_from_texts_under_zero_3(short, folder, tmp_path):
+def test_a_head_starts_from_texts_under_zero_3(two_under_deepspeed, short, folder):
     # Before the engine has the encoder, whose weights are made in parts all the same.
-    settings = [*short, "model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid"]
-    train_here([*settings, "log_fname=start-here"])
-    train_in_turn("accelerate-3", 2, [{"settings": [*settings, "log_fname=start-3"]}], tmp_path)
+    train_here([*short, *FROM_TEXTS, "log_fname=start-here"])
     assert_same(outcome_of(folder / "start-here", 1), outcome_of(folder / "start-3", 2))
 
 
-def test_three_processes_train_as_one(short, one, folder, tmp_path):
+def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, tmp_path):
     # The 256 texts of an evaluation's batch divide by 3 no more than these 10, of which the last batch has one text.
     without = {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]}
     under = {"settings": [*short, *UNEVEN, "log_fname=three-3"], "deepspeed_config": "ds_configs/zero3.json"}
-    train_in_turn("torchrun", 3, [without, under], tmp_path)
+    moving = [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
+    begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 9}
+    train_in_turn("torchrun", 3, [without, under, begun], tmp_path)
     for name in ("three", "three-3"):
         assert_same(one, outcome_of(folder / name, 3))
+    train_here(moving)
+    assert [record["step"] for record in records_of(folder / "three-one") if record["event"] == "resume"] == [8]
+    assert_same(one, outcome_of(folder / "three-one", 1))
 
 
 def test_groups_meta_branch_and_split_head_on_two_processes(short, one, folder, tmp_path, monkeypatch):

@@ -38,11 +38,17 @@ def hosts():
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
+@pytest.fixture(scope="module")
+def settings_and_one(toy_settings_in, tmp_path_factory):
+    """Settings, and the losses of one process."""
+    settings = [*toy_settings_in(tmp_path_factory.mktemp("nodes")), "training.optimization.max_steps=20"]
+    return settings, curve(settings, "here")
+
+
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun", "deepspeed"])
-def test_two_machines_train_as_one_process(toy_settings, hosts, launcher, tmp_path):
+def test_two_machines_train_as_one_process(settings_and_one, hosts, launcher, tmp_path):
     (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    settings = [*toy_settings, "training.optimization.max_steps=20"]
-    one = curve(settings, "here")
+    settings, one = settings_and_one
     running = []
     for rank, host in enumerate(hosts):
         start = {
@@ -60,7 +66,7 @@ def test_two_machines_train_as_one_process(toy_settings, hosts, launcher, tmp_pa
             ],
         }[launcher]  # fmt: skip
         more = ["--deepspeed_config", "ds_configs/zero2.json"] if launcher == "deepspeed" else []
-        command = ["ip", "netns", "exec", host, *start, "launchers/train.py", *more, *settings, "log_fname=nodes"]
+        command = ["ip", "netns", "exec", host, *start, "launchers/train.py", *more, *settings, f"log_fname={launcher}"]
         running.append(
             subprocess.Popen(
                 command, cwd=ROOT, env=os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"v{rank}"},
@@ -70,7 +76,7 @@ def test_two_machines_train_as_one_process(toy_settings, hosts, launcher, tmp_pa
     for process in running:
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, output
-    assert losses_of(Path(settings_value(settings, "output_dir=")) / "nodes") == pytest.approx(one, rel=1e-5)
+    assert losses_of(Path(settings_value(settings, "output_dir=")) / launcher) == pytest.approx(one, rel=1e-5)
 
 
 def test_the_slurm_example_starts_a_node(toy_settings, tmp_path):

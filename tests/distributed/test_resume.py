@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,9 @@ from tests.integration.test_launchers import (
     train_in_turn,
 )
 
+# The engine's own precision: its copies, and fp16's loss scale.
+STAGES = {"bfloat16": "3"} | ({"float16": "2"} if FLOAT16 else {})
+
 
 def killed(settings: list[str], how: str, processes: int, after: int) -> None:
     done = launch(*start_command(how, processes, "tests/distributed/failing_train.py"), "kill", "--after", str(after), *settings)
@@ -31,22 +35,44 @@ def killed(settings: list[str], how: str, processes: int, after: int) -> None:
     assert json.loads(found.read_text())["step"] == (after - 1) // 2 * 2, done.stdout + done.stderr
 
 
-def test_goes_on_with_any_engine_and_number_of_processes(toy_settings, tmp_path):
-    """In float32: three processes, two, one, two, without DeepSpeed and at every stage, as one that was never interrupted."""
-    settings = [
-        *toy_settings, "training.optimization.max_steps=20", "data.batch_size=12", "training.optimization.grad_accum_step=2",
-        "training.checkpoint_interval=2", "training.resume=true",
-    ]  # fmt: skip
-    whole = outcome(settings, "here")
-    moving = [*settings, "log_fname=torchrun-2"]
-    killed(moving, "deepspeed-3", 3, after=3)
-    stages = {5: "2", 7: "1", 9: "3_offload", 11: "2_offload", 13: "0"}
-    trainings = [{"settings": moving, "deepspeed_config": f"ds_configs/zero{stage}.json", "cut": cut} for cut, stage in stages.items()]
-    train_in_turn("deepspeed", 2, trainings, tmp_path)
+@pytest.fixture(scope="module")
+def runs(toy_settings_in, tmp_path_factory):
+    """The folder of what two launches of two processes came to, the second after the first was killed.
+
+    `whole` and `moved`: in float32, one process that was never interrupted; and what the killed processes had begun, gone on with
+    by one process, by two at every stage and without DeepSpeed. `whole-` and `cut-`: of two processes in each precision, whole and
+    gone on with in other processes.
+    """
+    folder = tmp_path_factory.mktemp("resume")
+    always = [*toy_settings_in(folder), "training.checkpoint_interval=2", "training.resume=true"]
+    exact = [*always, "training.optimization.max_steps=20", "data.batch_size=12", "training.optimization.grad_accum_step=2"]
+    low = [*always, "training.optimization.max_steps=10", "training.amp.enabled=true", "model.encoder.embed_dropout=0.3"]
+    moved = [*exact, "log_fname=moved"]
+
+    def training(kind, dtype, cut=None):
+        own = [*low, f"training.amp.dtype={dtype}", f"log_fname={kind}-{dtype}"]
+        return {"settings": own, "deepspeed_config": f"ds_configs/zero{STAGES[dtype]}.json", "cut": cut}
+
+    trainings = [training("whole", each) for each in STAGES] + [training("cut", each, 7) for each in STAGES]
+    trainings.append({"settings": moved, "deepspeed_config": "ds_configs/zero3.json", "kill": 3})
+    train_in_turn("deepspeed", 2, trainings, folder, killed=True)
+    # The launcher has ended the other process too, soon.
+    assert time.time() - (folder / "out" / "moved" / "fails").stat().st_mtime < 60
+    assert json.loads((folder / "out" / "moved" / "checkpoint" / "manifest.json").read_text())["step"] == 2
     with pytest.raises(Cut):
-        train_here(moving, hooks=[CutBefore(15)])
-    assert_same(whole, outcome(moving, "torchrun", 2))
-    resumed = [record["step"] for record in records_of(tmp_path / "out" / "torchrun-2") if record["event"] == "resume"]
+        train_here(moved, hooks=[CutBefore(5)])
+    trainings = [training("cut", dtype) for dtype in STAGES]
+    for cut, stage in {7: "2", 9: "1", 11: "3_offload", 13: "2_offload", 15: "0"}.items():
+        trainings.append({"settings": moved, "deepspeed_config": f"ds_configs/zero{stage}.json", "cut": cut})
+    trainings.append({"settings": moved})
+    train_in_turn("deepspeed", 2, trainings, folder)
+    train_here([*exact, "log_fname=whole"])
+    return folder / "out"
+
+
+def test_goes_on_with_any_engine_and_number_of_processes(runs):
+    assert_same(outcome_of(runs / "whole", 1), outcome_of(runs / "moved", 2))
+    resumed = [record["step"] for record in records_of(runs / "moved") if record["event"] == "resume"]
     assert resumed == [2, 4, 6, 8, 10, 12, 14]
 
 
@@ -64,31 +90,9 @@ def test_half_of_the_gpus_go_on(toy_settings):
     assert_same(whole, outcome(moving, "python"))
 
 
-# The engine's own precision: its copies, and fp16's loss scale.
-STAGES = {"bfloat16": "3"} | ({"float16": "2"} if FLOAT16 else {})
-
-
-@pytest.fixture(scope="module")
-def cut_and_whole(toy_settings_in, tmp_path_factory):
-    """Runs of two processes in each precision: whole ones, and such as went on, in other processes, after a cut."""
-    folder = tmp_path_factory.mktemp("same")
-    settings = [
-        *toy_settings_in(folder), "training.optimization.max_steps=10", "training.checkpoint_interval=2",
-        "training.amp.enabled=true", "model.encoder.embed_dropout=0.3", "training.resume=true",
-    ]  # fmt: skip
-
-    def training(kind, dtype, cut=None):
-        own = [*settings, f"training.amp.dtype={dtype}", f"log_fname={kind}-{dtype}"]
-        return {"settings": own, "deepspeed_config": f"ds_configs/zero{STAGES[dtype]}.json", "cut": cut}
-
-    train_in_turn("deepspeed", 2, [training("whole", each) for each in STAGES] + [training("cut", each, 7) for each in STAGES], folder)
-    train_in_turn("deepspeed", 2, [training("cut", dtype) for dtype in STAGES], folder)
-    return folder / "out"
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=needs_float16)])
-def test_the_same_engine_goes_on_bit_for_bit(cut_and_whole, dtype):
-    assert [record["step"] for record in records_of(cut_and_whole / f"cut-{dtype}") if record["event"] == "resume"] == [6]
-    whole, again = (outcome_of(cut_and_whole / f"{kind}-{dtype}", 2) for kind in ("whole", "cut"))
+def test_the_same_engine_goes_on_bit_for_bit(runs, dtype):
+    assert [record["step"] for record in records_of(runs / f"cut-{dtype}") if record["event"] == "resume"] == [6]
+    whole, again = (outcome_of(runs / f"{kind}-{dtype}", 2) for kind in ("whole", "cut"))
     assert again["curve"] == whole["curve"] and again["moved"] == whole["moved"]
     assert all(torch.equal(value, again["tensors"][name]) for name, value in whole["tensors"].items())

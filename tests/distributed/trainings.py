@@ -1,7 +1,8 @@
 """launchers/train.py for several trainings, one after another in the processes of one launch: most of a short one is its start.
 
-Its arguments are JSON files, each an object: `settings`; `deepspeed_config`, the file for the deepspeed launcher; and
-`cut`, the step before which the training is given up, as if its processes had been killed.
+Its arguments are JSON files, each an object: `settings`; `deepspeed_config`, the file for the deepspeed launcher; `cut`, the
+step before which the training is given up, as if its processes had been killed; `kill`, the step before which the last of
+them really is, and the launch ends; and `refused`, what the error says that the training is refused with.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
+from tests.distributed.failing_train import Fail
 from xmc_trainer.config import load_config
+from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
 from xmc_trainer.trainer import Trainer
 
@@ -38,15 +41,20 @@ def main() -> None:
     environment = dict(os.environ)
     for file in parser.parse_intermixed_args().files:
         training = json.loads(file.read_text())
-        trainer = Trainer(
-            load_config(training["settings"]),
-            deepspeed_config=training.get("deepspeed_config"),
-            hooks=[CutBefore(training.get("cut"))],
-        )
+        refused = training.get("refused")
         try:
+            trainer = Trainer(
+                load_config(training["settings"]),
+                deepspeed_config=training.get("deepspeed_config"),
+                hooks=[CutBefore(training.get("cut")), Fail("kill", training.get("kill"))],
+            )
             trainer.train()
+            assert refused is None, f"not refused: {refused}"
         except Cut:
             pass
+        except UserError as error:
+            if refused is None or refused not in str(error):
+                raise
         # The next finds the process group, and nothing else.
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()

@@ -3,36 +3,50 @@
 from __future__ import annotations
 
 import csv
+import sys
 
 import pytest
 
-from tests.integration.test_launchers import launch
+from tests.integration.test_launchers import ROOT, launch
+from xmc_trainer import cli
 from xmc_trainer.bench import scaling
 
 
-def test_head_benchmark_writes_its_table(tmp_path):
-    words = ["xmc-trainer", "bench", "head", "--labels", "2000", "--features", "32", "--fan-in", "8"]
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """A function: what `xmc-trainer bench` writes, in this process; it may start others."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["xmc-trainer", "bench", *map(str, words)])
+        cli.main()
+        return capsys.readouterr().out
+
+    monkeypatch.chdir(ROOT)
+    return run
+
+
+def test_head_benchmark_writes_its_table(bench, tmp_path, capsys):
+    words = ["head", "--labels", "2000", "--features", "32", "--fan-in", "8"]
     more = ["--batch", "16", "--repeat", "1", "--group-sizes", "1,4", "--optimizers", "sgd,adamw"]
-    done = launch(*words, *more, "--csv", tmp_path / "head.csv")
-    assert done.returncode == 0, done.stderr
+    output = bench(*words, *more, "--csv", tmp_path / "head.csv")
     with (tmp_path / "head.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 10 and all(row["what"] in done.stdout for row in rows)
+    assert len(rows) == 10 and all(row["what"] in output for row in rows)
     assert all(float(row["ms"]) > 0 and row["device"] and row["torch"] for row in rows)
-    done = launch(*words, "--optimizers", "adam")
-    assert done.returncode == 2 and "--optimizers: adam" in done.stderr
+    with pytest.raises(SystemExit, match="2"):
+        bench(*words, "--optimizers", "adam")
+    assert "--optimizers: adam" in capsys.readouterr().err
 
 
-def test_zero_benchmark_writes_its_table_and_names_what_fails(tmp_path):
-    words = ["xmc-trainer", "bench", "zero", "--precision", "bf16", "--hidden", "32", "--layers", "1"]
-    more = ["--batch", "4", "--max-len", "8", "--repeat", "1", "--processes", "2", "--csv", tmp_path / "zero.csv"]
-    done = launch(*words, *more, "none", "ds_configs/zero2.json", "nowhere.json")
-    assert done.returncode == 0, done.stderr
-    assert "nowhere.json" in done.stdout and "error" in done.stdout
-    with (tmp_path / "zero.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["what"] for row in rows] == ["without DeepSpeed", "zero2"]
-    assert all(float(row["ms"]) > 0 and row["ranks"] == "2" and row["deepspeed"] for row in rows)
+def test_zero_benchmark_writes_its_table_and_names_what_fails(bench, tmp_path):
+    words = ["zero", "--precision", "bf16", "--hidden", "32", "--layers", "1", "--batch", "4", "--max-len", "8", "--repeat", "1"]
+    for processes, files, whats in [("2", ["ds_configs/zero2.json"], ["zero2"]), ("1", ["nowhere.json", "none"], ["without DeepSpeed"])]:
+        output = bench(*words, "--processes", processes, "--csv", tmp_path / "zero.csv", *files)
+        with (tmp_path / "zero.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["what"] for row in rows] == whats
+        assert all(float(row["ms"]) > 0 and row["ranks"] == processes and row["deepspeed"] for row in rows)
+    assert "nowhere.json" in output and "error" in output
 
 
 def test_scaling_benchmark_compares_numbers_of_processes(tmp_path):

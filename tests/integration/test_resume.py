@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.integration.test_launchers import launch, start_command
+from tests.integration.test_launchers import launch, run_here, start_command
 from tests.integration.test_training import log_of, train
 from xmc_trainer import resume
 from xmc_trainer.config import load_config
@@ -137,8 +137,8 @@ def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
     new_process()
     train([*interrupted, "training.resume=true"])
     new_process()
-    done = launch(*start_command("python"), *interrupted, "training.resume=true")  # by a script that is always started again
-    assert done.returncode == 0 and "this run is finished" in done.stdout and "step" not in done.stdout
+    done = run_here("launchers/train.py", *interrupted, "training.resume=true")  # by a script that is always started again
+    assert not done.returncode and "this run is finished" in done.stdout and "step" not in done.stdout
     train([*interrupted, "training.optimization.epochs=1", "training.resume=true"])  # another run: begins
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -21,12 +23,13 @@ from xmc_trainer.kernels import cuda_source
 HERE = Path(__file__).parent
 OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4), "rowwise": RowwiseRMSprop(eps=1e-4)}
 LABELS = 331
-_memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")  # as long as the compiled libraries
+COMPILED = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"
+_memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")  # as long as the sources
 
 
 @functools.cache
 def library_for_cpu(source, capability, defines):
-    """As `cuda_source.compiled`, of the source without what only nvcc understands."""
+    """As `cuda_source.compiled`, of the source without what only nvcc understands. Kept under a hash of all that it is made of."""
     folder = Path(tempfile.mkdtemp(dir=_memory.name))
     replaced = 0
     for name in (source, *cuda_source.HEADERS):
@@ -42,8 +45,16 @@ def library_for_cpu(source, capability, defines):
     for file in (HERE / "cuda_on_cpu").iterdir():
         shutil.copy(file, folder)
     words = ["g++", "-std=c++17", "-O2", "-w", "-shared", "-fPIC", *(f"-D{define}" for define in defines)]
-    subprocess.run([*words, "-o", folder / "kernel.so", folder / source.replace(".cu", ".cpp")], check=True)
-    return ctypes.CDLL(str(folder / "kernel.so"))
+    version = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
+    content = [(file.name, file.read_text()) for file in sorted(folder.iterdir())]
+    library = COMPILED / f"{hashlib.sha256(repr([source, words, version, content]).encode()).hexdigest()}.so"
+    if not library.exists():
+        COMPILED.mkdir(parents=True, exist_ok=True)
+        subprocess.run([*words, "-o", folder / "kernel.so", folder / source.replace(".cu", ".cpp")], check=True)
+        partial = COMPILED / f"{os.getpid()}.partial"  # other processes test, too
+        shutil.move(folder / "kernel.so", partial)
+        partial.replace(library)
+    return ctypes.CDLL(str(library))
 
 
 DEVICES = [
@@ -84,7 +95,7 @@ def batch(device, features, texts, seed=0):
 
 
 def dense_of(head):
-    """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each number."""
+    """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each label."""
     row = torch.arange(LABELS, device=head.weight.device) // head.group_size
     index = head.index.long()[row]
     dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device=head.weight.device)

@@ -12,11 +12,13 @@ import pytest
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 
 
-def test_every_launch_compiles_for_an_h100(tmp_path):
+def test_every_launch_compiles_for_an_h100(pytestconfig):
+    # Triton finds what it has compiled before by the source, the options and its own version.
+    compiled = pytestconfig.cache.mkdir("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("compile_for_hopper.py")],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment | {"TRITON_CACHE_DIR": str(compiled), "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ OPTIMIZERS = {
     "adamw": AdamW(eps=1e-4),  # larger than the noise of a gradient of zero
     "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
 }
-FEATURES, LABELS = 48, 211
+FEATURES, LABELS = 48, 131  # tiles of 64 and of 128 labels: two whole ones or one, and a short one
 # (fan_in, group_size): dense, dense by index, gathered or spread, whole and short last groups and tiles.
 SHAPES = [(None, 1), (48, 1), (12, 1), (12, 4), (7, 16), (12, 40), (12, 64), (20, 500)]
 
@@ -145,7 +145,7 @@ def test_deterministic_mode_repeats_bit_for_bit(texts, fan_in, group_size, devic
     try:
         for _ in range(2):
             head = make_head(device, "momentum", fan_in=fan_in, group_size=group_size, product_dtype=torch.bfloat16)
-            for feat, ids, counts in batches(3, device, texts=texts):
+            for feat, ids, counts in batches(2, device, texts=texts):
                 feat.requires_grad_()
                 loss = head(feat, ids, counts)
                 loss.backward()
@@ -167,7 +167,7 @@ def test_no_texts_and_no_positives(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("labels, fan_in, group_size", [(700, None, 1), (700, 12, 1), (1009, 12, 40), (129, 48, 1), (5, 12, 1)])
+@pytest.mark.parametrize("labels, fan_in, group_size", [(400, None, 1), (400, 12, 1), (509, 12, 40), (129, 48, 1), (5, 12, 1)])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, device):
     whole = make_head(device, labels=labels, fan_in=fan_in, group_size=group_size)
@@ -206,11 +206,11 @@ def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, devi
     "texts, k, features, labels, fan_in, group_size",
     [
         (1, 3, 200, 700, None, 1),
-        (300, 5, 48, 389, 12, 16),  # blocks of 8 groups, the last one of 25 groups cut short
+        (130, 5, 48, 389, 12, 16),  # blocks of 8 groups, the last one of 25 groups cut short
         (5, 300, 48, 1009, 12, 200),  # a group is two blocks; more labels than a block has
-        (3, 10, 768, 260, 100, 1),
+        (3, 10, 320, 131, 100, 1),
         (2, 150, 4096, 150, 130, 16),  # every label; more features a label than a tile has
-        (256, 4, 33, 129, None, 1),
+        (131, 4, 33, 129, None, 1),  # padded to 256 texts, which are one tile in bfloat16
     ],
 )
 def test_topk_of_odd_shapes_and_of_blocks_that_are_skipped(texts, k, features, labels, fan_in, group_size, dtype, device):
@@ -252,7 +252,7 @@ def test_the_best_of_many_blocks():
 @pytest.mark.parametrize("device", DEVICES)
 def test_rewiring_shows_in_the_next_step_and_ranking(device):
     head, twin = make_head(device), make_head("cpu", backend="reference")
-    for feat, ids, counts in batches(3, "cpu"):
+    for feat, ids, counts in batches(2, "cpu"):
         losses = [h(feat.to(h.weight.device), ids.to(h.weight.device), counts.to(h.weight.device)) for h in (head, twin)]
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
         rankings = [h.topk(feat.to(h.weight.device), 5)[1].cpu() for h in (head, twin)]
@@ -262,10 +262,16 @@ def test_rewiring_shows_in_the_next_step_and_ranking(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("texts, features, bias", [(1, 200, True), (130, 33, False), (3, 1100, True)])
-@pytest.mark.parametrize("fan_in, group_size", [(None, 1), (20, 1), (20, 4)])
+@pytest.mark.parametrize(
+    "fan_in, group_size, texts, features, bias",
+    [
+        *((*shape, *batch) for shape in [(None, 1), (20, 1), (20, 4)] for batch in [(1, 200, True), (130, 33, False)]),
+        # More features than a program takes at a time: of a label's weights 1024, of an index row 256.
+        (None, 1, 3, 1100, True), (20, 1, 3, 300, True), (20, 4, 3, 300, True),
+    ],
+)  # fmt: skip
 def test_the_dense_way_takes_any_shape(fan_in, group_size, texts, features, bias, device):
-    labels = 149
+    labels = 131
     results = []
     for where, name in [(device, "triton"), ("cpu", "reference")]:
         whole = make_head(where, "momentum", features=features, labels=labels, fan_in=fan_in, group_size=group_size, backend=name)

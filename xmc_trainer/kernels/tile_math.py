@@ -220,10 +220,8 @@ def update_bias(
 def count_bits(x):
     """Bits set in each uint32, as int32."""
     if INTERPRET:
-        x = x - ((x >> 1) & 0x55555555)
-        x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-        x = (x + (x >> 4)) & 0x0F0F0F0F
-        x = ((x * 0x01010101) >> 24).to(tl.int32)
+        # The interpreter takes its time for each operation, however many numbers it has: so few of them.
+        x = tl.sum(((tl.expand_dims(x, -1) >> tl.arange(0, 32).to(tl.uint32)) & 1).to(tl.int32), -1)
     else:
         x = libdevice.popc(x.to(tl.int32, bitcast=True))
     return x
