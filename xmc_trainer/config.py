@@ -243,6 +243,14 @@ class FFIConfig:
         _one_of("model.ffi.growth_mode", self.growth_mode, ("random", "gradient"))
         _at_least("model.ffi.growth_batches", self.growth_batches, 1)
         _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
+        # What the shipped files and Spartex's never say together: whoever says it means something by it.
+        if self.use_sparse_layer and self.growth_mode == "gradient" and self.rewire_interval == 0:
+            raise UserError("model.ffi.growth_mode=gradient: nothing grows with model.ffi.rewire_interval=0; set that too")
+        for name, default, choice, needed in (
+            ("discriminant_ridge", 0.5, "index_init", "discriminant"), ("centroid_scale", 0.5, "weight_init", "centroid"),
+        ):  # fmt: skip
+            if getattr(self, name) != default and getattr(self, choice) != needed:
+                raise UserError(f"model.ffi.{name}={getattr(self, name)}: of model.ffi.{choice}={needed}; set that too")
 
 
     @property

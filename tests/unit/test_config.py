@@ -116,6 +116,8 @@ REFUSED = [
     ("model.auxiliary.meta_cutoff_epoch=0", "meta_cutoff_epoch"),
     ("model.ffi.semantic_groups=true", "group_size"),
     ("model.ffi.head_ratio=1.0", "head_ratio"),
+    ("model.ffi.growth_mode=gradient", "nothing grows with model.ffi.rewire_interval=0"),  # wordnet's
+    ("model.ffi.centroid_scale=0.25", "centroid_scale=0.25: of model.ffi.weight_init=centroid"),
     ("model.ffi.head_fan_in=0", "head_fan_in=0: must be at least 1"),
     ("model.ffi.head_fan_in=100", "of the labels of model.ffi.head_ratio"),
     ("training.optimization.loss_fn=focal", "training.optimization.loss_fn"),
