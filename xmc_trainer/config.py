@@ -187,8 +187,8 @@ class FFIConfig:
     centroid_scale: float = option(0.5, "length of the weights of weight_init=centroid, for features of deviation 1")
     logit_adjustment: float = option(
         0.0,
-        "taken off a label's score: this times log(its training texts / an average label's); at 0.1 to 0.3 rare labels are "
-        "found more often, and P@1 hardly changes",
+        "taken off a label's score: this times log(its training texts / an average label's): rare labels are found more often; "
+        "what it does to P@1 xmc-trainer adjust says, on a dev split",
     )
     backend: str = option(
         "auto", "auto, triton (GPU), reference (plain torch, CPU and GPU) or torch_sparse (PyG's); auto: triton where it runs"

@@ -74,9 +74,15 @@ def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run
     for run, each in zip(runs, settings):
         name = ", ".join(f"{word}={each.get(full)}" for full, word in zip(differ, shown)) or runs[0].settings["data.dataset"]
         lines.setdefault(name, []).append(run)
-    folders = [{run.folder.name.removesuffix(f"-{run.settings['training.seed']}") for run in own} for own in lines.values()]
-    if len(set.union(*folders)) == len(lines) and all(len(names) == 1 for names in folders):
-        return {names.pop(): own for names, own in zip(folders, lines.values())}
+    # By the folders' names, if there is one for all seeds of the same settings, and for no others.
+    stems: dict[tuple[str, ...], set[str]] = {}
+    for line, runs in lines.items():
+        for run in runs:
+            values = [str(run.settings.get(name)) for name in apart]
+            stems.setdefault((line, *values), set()).add(run.folder.name.removesuffix(f"-{run.settings['training.seed']}"))
+    if all(len(names) == 1 for names in stems.values()) and len(set.union(*stems.values())) == len(stems):
+        of_line = {line: [name for (of, *_), (name,) in stems.items() if of == line] for line in lines}
+        return {", ".join(of_line[line]): runs for line, runs in lines.items()}
     return lines
 
 

@@ -52,7 +52,7 @@ def test_a_metric_against_a_setting(make_run, tmp_path):
         make_run(f"r{fan_in}-{seed}", f"model.ffi.fan_in={fan_in}", f"training.seed={seed}", scores=(score,))
     runs = find_runs([tmp_path])
     lines = lines_of(runs, ("model.ffi.fan_in",))
-    assert list(lines) == ["wordnet"]
+    assert list(lines) == ["r16, r64"]  # one line, named by all its folders
     values, mean, bounds = against(runs, "model.ffi.fan_in", "PSP@1")
     assert values.tolist() == [16, 64]
     np.testing.assert_allclose(mean, [20, 40])
