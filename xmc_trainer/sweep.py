@@ -13,8 +13,8 @@ The YAML file:
     splits: [dev, test]         # data.test_split; if it stands here, every saved model is evaluated on each of these,
     strengths: [0, 0.3]         # and with each of these model.ffi.logit_adjustment, which only ranking reads
 
-Every run is a process of its own on this machine, in <output_dir>/<row>-<seed>/, its output beside it in .txt. A finished run with the same settings is
-not repeated, an interrupted one goes on from its checkpoint. Label clusters that a row needs and that are not there are made first, with that row's settings.
+Every run is a process of its own on this machine, in <output_dir>/<row>-<seed>/, its output beside it in .txt; several GPUs are shared out among them. A
+finished run with the same settings is not repeated, an interrupted one goes on from its checkpoint, and what has other settings is not replaced. Label clusters that a row needs and that are not there are made first, with that row's settings.
 The table has mean and standard deviation over the seeds, in per cent; the CSV one line a run (and split, and strength), with its
 settings, commit, device and versions.
 """
@@ -89,6 +89,8 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
     for name, value in lists.items():
         if not isinstance(value, list):
             raise UserError(f"{file}: {name}: must be a list, in brackets or with a dash a line, not {value!r}")
+        if name.startswith(("settings", "rows")) and not all(isinstance(word, str) for word in value):
+            raise UserError(f"{file}: {name}: must hold key=value words only, not {value!r}")
     seeds = lists["seeds"] or [42]
     if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
         raise UserError(f"{file}: seeds: must be different whole numbers, not {seeds}")
@@ -107,7 +109,7 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
             words = [*lists["settings"], *more, *(own or [])]
             try:
                 for word in words:
-                    if str(word).startswith(_OURS):
+                    if word.startswith(_OURS):
                         raise UserError(f"{word}: a sweep seeds and names its runs itself, by `seeds` and `rows`")
                 words = ["training.resume=true", *words, f"training.seed={seed}", f"log_fname={name}-{seed}"]
                 for split in views.splits or [None]:  # refuses what is wrong before anything runs
@@ -253,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the sweep's YAML file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of every run; a row's own come after them")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, all on the same device")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on several GPUs they are shared out")
     parser.add_argument("--csv", type=Path, help="file to write; default: the YAML file's name in the current folder")
     parser.add_argument("--table", action="store_true", help="train nothing")
     parser.add_argument("--run", metavar="VIEWS", help=argparse.SUPPRESS)  # this process is a run; `settings` are all
@@ -265,10 +267,11 @@ def main() -> None:
         parser.error("--jobs: at least 1")
     runs, views = plan(options.file, options.settings)
     if not options.table:
-        refuse_to_replace([words for _, _, words in runs])
-        find_splits([words for _, _, words in runs], views)
-        make_clusters([words for _, _, words in runs])
-        train([words for _, _, words in runs], views, options.file, options.jobs)
+        every = [words for _, _, words in runs]
+        refuse_to_replace(every)
+        find_splits(every, views)
+        make_clusters([words for words in every if finished(load_config(words)) is None])
+        train(every, views, options.file, options.jobs)
     found = [(row, seed, words, results(load_config(words), views)) for row, seed, words in runs]
     done = [(row, seed, words, entries) for row, seed, words, entries in found if entries is not None]
     if not done:
@@ -319,6 +322,16 @@ def make_clusters(runs: list[list[str]]) -> None:
         print("made" if done.returncode == 0 else f"failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}", flush=True)
 
 
+def visible_gpus() -> list[str]:
+    """As CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [gpu for gpu in named.split(",") if gpu]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
 def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     """Train and evaluate the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
     waiting = [words for words in runs if results(load_config(words), views) is None]
@@ -327,7 +340,8 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs end too, as after Ctrl-C
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
-    live: dict[str, tuple[subprocess.Popen, Path, float]] = {}
+    gpus = visible_gpus()
+    live: dict[str, tuple[subprocess.Popen, Path, float, str | None]] = {}
     succeeded = failed = 0
     try:
         while waiting or live:
@@ -342,20 +356,23 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                     shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was cut off at its very end
                 log = folder.with_name(f"{folder.name}.txt")
                 log.parent.mkdir(parents=True, exist_ok=True)
+                gpu = None
+                if len(gpus) > 1 and config.environment.cuda_device_id == 0:  # another number was chosen
+                    gpu = min(gpus, key=[own for *_, own in live.values()].count)
                 with log.open("w") as output:
                     process = subprocess.Popen(
                         [sys.executable, "-m", "xmc_trainer", "sweep", str(file), *words, "--run", json.dumps(asdict(views))],
-                        stdout=output, stderr=subprocess.STDOUT, env=environment,
+                        stdout=output, stderr=subprocess.STDOUT, env=environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
                     )  # fmt: skip
-                live[folder.name] = process, log, time.monotonic()
+                live[folder.name] = process, log, time.monotonic(), gpu
             time.sleep(0.2)
-            for name in [name for name, (process, _, _) in live.items() if process.poll() is not None]:
-                process, output, begin = live.pop(name)
+            for name in [name for name, (process, *_) in live.items() if process.poll() is not None]:
+                process, output, begin, _ = live.pop(name)
                 lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
                 errors = [line for line in lines if line.startswith("error")] or lines[-1:]
                 succeeded, failed = succeeded + (process.returncode == 0), failed + (process.returncode != 0)
                 said = "done" if process.returncode == 0 else f"failed: {errors[0]} (see {output})"
                 print(f"{name}: {said}, {(time.monotonic() - begin) / 60:.1f} min, {len(waiting) + len(live)} to go", flush=True)
     finally:
-        for process, _, _ in live.values():
+        for process, *_ in live.values():
             process.terminate()

@@ -148,6 +148,29 @@ def eventually(happens, seconds):
     return happens()
 
 
+def test_runs_are_shared_out_over_the_gpus(file, monkeypatch):
+    """Of a machine that has some, as far as CUDA_VISIBLE_DEVICES tells."""
+    at_work = []  # (GPU, process), in the order of their starts
+
+    def start(command, *, env, **arguments):
+        process = popen([sys.executable, "-c", "import time; time.sleep(1)"], env=env, **arguments)
+        live = [gpu for gpu, other in at_work if other.poll() is None]
+        at_work.append((env["CUDA_VISIBLE_DEVICES"], process))
+        counts.append(Counter([*live, env["CUDA_VISIBLE_DEVICES"]]))
+        return process
+
+    popen, counts = subprocess.Popen, []
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    words = [words for _, _, words in plan(file, [])[0]]
+    train(words, Views(), file, jobs=4)
+    assert [gpu for gpu, _ in at_work[:4]] == ["2", "5", "2", "5"] and len(at_work) == 6
+    assert all(max(count.values()) <= 2 for count in counts)
+    at_work.clear()
+    train([[*one, "environment.cuda_device_id=1"] for one in words], Views(), file, jobs=1)
+    assert {gpu for gpu, _ in at_work} == {"2,5"}  # whoever chooses one has chosen
+
+
 def test_when_nothing_but_failures_comes_the_rest_is_not_tried(file, monkeypatch, capsys):
     started = []
 
@@ -170,6 +193,7 @@ def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
         ("{rows: {a: []}, strengths: [many]}", r"strengths: must be numbers, not \['many'\]"),
         ("{rows: {a: []}, settings: dataset=sidgnd}", "settings: must be a list, .* not 'dataset=sidgnd'"),
         ("{rows: {a: dataset=sidgnd}}", "rows: a: must be a list"),
+        ("{rows: {a: [{model: 3}]}}", "rows: a: must hold key=value words only"),
         ("{rows: {a: []}, seeds: 1}", "seeds: must be a list"),
         ("{rows: {a: []}, seeds: [1, x]}", "seeds: must be different whole numbers"),
         ("{rows: {a: []}, seeds: [1, 1]}", "seeds: must be different whole numbers"),
