@@ -23,7 +23,7 @@ from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.model import XMCModel
-from xmc_trainer.sweep import Views, find_splits, make_clusters, plan, refuse_to_replace, results, run_one, table, train
+from xmc_trainer.sweep import Views, find_splits, main, make_clusters, plan, refuse_to_replace, results, run_one, table, train
 
 
 @pytest.fixture
@@ -35,39 +35,44 @@ def file(toy_settings, tmp_path):
     return path
 
 
-def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path):
-    out = tmp_path / "out"
-    words = ["xmc-trainer", "sweep", file, "--jobs", "2", "--csv", tmp_path / "toy.csv"]
+def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys):
+    words = ["xmc-trainer", "sweep", str(file), "--jobs", "2", "--csv", str(tmp_path / "toy.csv")]
+    sweep = json.loads(file.read_text())
+    sweep["seeds"], sweep["rows"] = [1], {"F = 12": [], "broken": ["data.folder=nowhere"]}
+    file.write_text(json.dumps(sweep))
     done = launch(*words)
     assert done.returncode == 1, done.stderr
     assert "broken-1: failed: error: " in done.stdout and "nowhere: no such folder" in done.stdout
-    assert "4 of 6 runs" in done.stdout
-    with (tmp_path / "toy.csv").open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
-    assert [(row["row"], row["seed"]) for row in rows] == [(name, seed) for seed in "12" for name in ("dense", "F = 12")]
-    for row in rows:
-        log = [json.loads(line) for line in (out / f"{row['row'].replace(' = ', '_')}-{row['seed']}/log.jsonl").read_text().splitlines()]
-        last = [record for record in log if record["event"] == "evaluate"][-1]
-        assert float(row["P@1"]) == last["P@1"] and row["device"].startswith(("CPU", "NVIDIA")) and row["commit"]
-    heads = {row["row"]: float(row["head_mib"]) * 2**20 for row in rows}
-    # AdamW: weights and two states, biases too; a counter of skipped steps; the index is int16.
-    assert heads == pytest.approx({"dense": 12 * 41 * 33 + 8, "F = 12": 12 * 41 * 13 + 2 * 41 * 12 + 8})
-    for name in heads:
-        values = [100 * float(row["PSP@3"]) for row in rows if row["row"] == name]
-        assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in done.stdout
+    assert "1 of 2 runs" in done.stdout
 
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*/log.jsonl")}
-    (out / "dense-2" / "log.jsonl").write_text("".join((out / "dense-2/log.jsonl").read_text().splitlines(keepends=True)[:-1]))
-    sweep = json.loads(file.read_text())
-    del sweep["rows"]["broken"]
+    log = tmp_path / "out/F_12-1/log.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # cut off at its very end: it is trained again
+    sweep["seeds"], sweep["rows"] = [1, 2], {"F = 12": []}
     file.write_text(json.dumps(sweep))
     done = launch(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 runs, 3 finished before" in done.stdout and "4 of 4 runs" in done.stdout
-    changed = {path.parent.name for path in out.glob("*/log.jsonl") if path.stat().st_mtime_ns != before[path]}
-    assert changed == {"dense-2"}
-    done = launch(*words, "--table", "training.optimization.max_steps=7")
-    assert done.returncode == 2 and "none of its 4 runs is finished" in done.stderr
+    assert "2 runs, 0 finished before" in done.stdout and "2 of 2 runs" in done.stdout
+    with (tmp_path / "toy.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["row"], row["seed"]) for row in rows] == [("F = 12", "1"), ("F = 12", "2")]
+    for row in rows:
+        log = [json.loads(line) for line in (tmp_path / f"out/F_12-{row['seed']}/log.jsonl").read_text().splitlines()]
+        last = [record for record in log if record["event"] == "evaluate"][-1]
+        assert float(row["P@1"]) == last["P@1"] and row["device"].startswith(("CPU", "NVIDIA")) and row["commit"]
+        # AdamW: weights and two states, biases too; a counter of skipped steps; the index is int16.
+        assert float(row["head_mib"]) * 2**20 == pytest.approx(12 * 41 * 13 + 2 * 41 * 12 + 8)
+    values = [100 * float(row["PSP@3"]) for row in rows]
+    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in done.stdout
+
+    # What is finished is not repeated, and anybody may ask for the table.
+    monkeypatch.setattr(subprocess, "Popen", None)
+    for more, said in [([], "2 runs, 2 finished before"), (["--table"], "2 of 2 runs")]:
+        monkeypatch.setattr(sys, "argv", [*words[1:], *more])
+        main()
+        assert said in (out := capsys.readouterr().out) and done.stdout.strip().splitlines()[-3] in out
+    monkeypatch.setattr(sys, "argv", [*words[1:], "--table", "training.optimization.max_steps=7"])
+    with pytest.raises(UserError, match="none of its 2 runs is finished"):
+        main()
 
 
 def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, toy_data, tmp_path, fresh_accelerator):
@@ -167,7 +172,7 @@ def test_runs_are_shared_out_over_the_gpus(file, monkeypatch):
     assert [gpu for gpu, _ in at_work[:4]] == ["2", "5", "2", "5"] and len(at_work) == 6
     assert all(max(count.values()) <= 2 for count in counts)
     at_work.clear()
-    train([[*one, "environment.cuda_device_id=1"] for one in words], Views(), file, jobs=1)
+    train([[*words[0], "environment.cuda_device_id=1"]], Views(), file, jobs=1)
     assert {gpu for gpu, _ in at_work} == {"2,5"}  # whoever chooses one has chosen
 
 

@@ -150,6 +150,8 @@ def test_every_variant_learns_and_survives_saving(toy_settings, name):
     folder = trainer.run_folder / "model"
     model = XMCModel.load(folder)
     found, _ = evaluate_saved(model.saved, load_config([f"dataset={folder / 'config.yaml'}"]), model.device)
+    if name == "dense":  # AdamW: weights and two states, biases too; a counter of skipped steps
+        assert log_of(trainer, "start")[0]["head_bytes"] == 12 * 41 * 33 + 8
     # Mixed precision trains and evaluates in bfloat16, a loaded model computes in float32.
     assert found == pytest.approx(metrics, abs=0.03 if name == "bfloat16" else 1e-6)
 
