@@ -23,7 +23,18 @@ from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.model import XMCModel
-from xmc_trainer.sweep import Views, find_splits, main, make_clusters, plan, refuse_to_replace, results, run_one, table, train
+from xmc_trainer.sweep import (
+    Views,
+    find_splits,
+    main,
+    make_clusters,
+    plan,
+    refuse_to_replace,
+    results,
+    run_one,
+    table,
+    train,
+)
 
 
 @pytest.fixture
