@@ -95,13 +95,12 @@ def curve(runs: list[Run], metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def against(runs: list[Run], setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values [n] of a numeric setting, ascending; mean, and lowest and highest [2, n], of the last metric in per cent)."""
-    found: dict[float, list[float]] = {}
-    for run in runs:
-        value = run.settings[setting]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"--against {setting}: is {value!r} in {run.folder}, not a number")
-        found.setdefault(float(value), []).append(100 * run.evaluations()[-1][metric])
+    """(values [n] of a setting, ascending: numbers, or else words; mean, and lowest and highest [2, n], of the last metric in per cent)."""
+    every = [run.settings[setting] for run in runs]
+    as_axis = float if all(type(value) in (int, float) for value in every) else str
+    found: dict[float | str, list[float]] = {}
+    for run, value in zip(runs, every):
+        found.setdefault(as_axis(value), []).append(100 * run.evaluations()[-1][metric])
     values = sorted(found)
     return (
         np.array(values),

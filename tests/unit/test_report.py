@@ -57,8 +57,10 @@ def test_a_metric_against_a_setting(make_run, tmp_path):
     assert values.tolist() == [16, 64]
     np.testing.assert_allclose(mean, [20, 40])
     np.testing.assert_allclose(bounds, [[10, 40], [30, 40]])
-    with pytest.raises(UserError, match="loss_fn: is 'bce' in .*, not a number"):
-        against(runs, "training.optimization.loss_fn", "P@1")
+    make_run("dense-1", "model.ffi.use_sparse_layer=false", "model.ffi.fan_in=16", "training.seed=1", scores=(0.6,))
+    values, mean, _ = against(find_runs([tmp_path]), "model.ffi.use_sparse_layer", "P@1")
+    assert values.tolist() == ["False", "True"]
+    np.testing.assert_allclose(mean, [60, 80 / 3])
 
 
 def test_the_command_prints_and_draws(make_run, tmp_path, monkeypatch, capsys):
@@ -76,6 +78,11 @@ def test_the_command_prints_and_draws(make_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--curves", str(tmp_path / "curves.docx")])
     with pytest.raises(UserError, match="curves.docx: cannot be written"):
         main()
+    make_run("d", "training.seed=1", "model.ffi.index_init=informed")
+    words = [str(tmp_path), "--against", "model.ffi.index_init", "--picture", str(tmp_path / "words.svg")]
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    main()
+    assert "discriminant" in (tmp_path / "words.svg").read_text()  # a comment beside the outlines of its letters
 
 
 def test_what_cannot_be_reported_is_refused(make_run, tmp_path, monkeypatch):
