@@ -519,6 +519,7 @@ class Config:
 
     @property
     def needs_clusters(self) -> bool:
+        """Whether the training reads `cluster_file`."""
         return self.model.ffi.semantic_groups or self.model.auxiliary.use_meta_branch
 
     @property

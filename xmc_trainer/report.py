@@ -76,13 +76,13 @@ def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run
         lines.setdefault(name, []).append(run)
     # By the folders' names, if there is one for all seeds of the same settings, and for no others.
     stems: dict[tuple[str, ...], set[str]] = {}
-    for line, runs in lines.items():
-        for run in runs:
+    for line, members in lines.items():
+        for run in members:
             values = [str(run.settings.get(name)) for name in apart]
             stems.setdefault((line, *values), set()).add(run.folder.name.removesuffix(f"-{run.settings['training.seed']}"))
     if all(len(names) == 1 for names in stems.values()) and len(set.union(*stems.values())) == len(stems):
         of_line = {line: [name for (of, *_), (name,) in stems.items() if of == line] for line in lines}
-        return {", ".join(of_line[line]): runs for line, runs in lines.items()}
+        return {", ".join(of_line[line]): members for line, members in lines.items()}
     return lines
 
 
