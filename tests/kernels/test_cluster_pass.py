@@ -1,4 +1,4 @@
-"""The CUDA kernel for labels that share index rows with few others: against float64, the eager bfloat16 twin and the reference.
+"""The CUDA kernel for labels that share index rows with few others, and dense heads: against float64, the eager bfloat16 twin and the reference.
 
 Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
 """
@@ -29,7 +29,7 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.parametrize("number, scale, texts, loss", [
-    *((number, 0.1, 37, "bce") for number in (1, 3)),
+    *((number, 0.1, 37, "bce") for number in (1, 3, 5)),
     (0, 60.0, 128, "squared_hinge"), (3, 60.0, 128, "bce"),
 ])  # fmt: skip
 def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
@@ -58,6 +58,7 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
     *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (4, "rowwise", torch.bfloat16),
+    (6, "sgd", torch.bfloat16), *((5, optimizer, torch.bfloat16) for optimizer in ("momentum", "adamw", "rowwise")),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
@@ -77,21 +78,21 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "rowwise"])
-def test_stochastic_rounding_is_the_reference_s(optimizer, device):
+@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (5, "adamw")])
+def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     # With weights of zero the slopes are +-1/2, and gradients by features of +-1 are bfloat16 numbers.
     options = {"weight_dtype": torch.bfloat16}
-    heads = [make_head(device, *HEADS[2], optimizer, backend=name, **options) for name in ("triton", "reference")]
+    heads = [make_head(device, *HEADS[number], optimizer, backend=name, **options) for name in ("triton", "reference")]
     for head in heads:
         head.weight.zero_()
-        feat, ids, counts = batch(device, HEADS[2][0], 100)
+        feat, ids, counts = batch(device, HEADS[number][0], 100)
         head(feat.sign(), ids, counts)
     for name, expected in heads[1].named_buffers():
         if expected.dtype == torch.bfloat16:
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
-@pytest.mark.parametrize("number", [2])
+@pytest.mark.parametrize("number", [2, 5])
 def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatch):
     features, fan_in, group_size = HEADS[number]
     found = []
@@ -110,7 +111,7 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatc
     assert all(map(torch.equal, chunked[2:], first[2:]))
 
 
-@pytest.mark.parametrize("number", [1])
+@pytest.mark.parametrize("number", [1, 5])
 def test_micro_batches_and_shards_equal_one_batch(number, device):
     def make(**more):
         return make_head(device, *HEADS[number], "adamw", text_reduction="mean", **more)
