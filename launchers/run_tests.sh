@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # The tests' models are tiny: one thread each is faster than two that wait for each other.
 export OMP_NUM_THREADS=1
-# Two files at a time: most of the time goes to starting processes. A file's tests share what it costs to set them up. In order
-# of their folders: the long ones come first, and the short ones even out the end.
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Three files at a time, for two cores: launched processes wait for each other. A file's tests share what it costs to set them up.
+# In order of their folders: the long ones come first, and the short ones even out the end.
+exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
