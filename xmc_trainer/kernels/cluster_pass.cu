@@ -46,7 +46,7 @@ constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 
 // one after another: most parts of rows are no longer, at up to 32 slots a block and row.
 constexpr bool PAIRED = BF16_WEIGHT && sizeof(INDEX) == 2 && CHUNK > 1;  // two slots a register
 constexpr int STATES = RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;  // like weights
-constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES == 2 ? 2 : STATES == 1 || PARTS == 2 ? 4 : 2 * PARTS;
+constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES ? 2 : PARTS == 1 ? 2 : 4;
 constexpr int LANES = 4, CHUNKS = DENSE ? DENSE_CHUNKS : (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK;
 constexpr int STRETCH = LANES * CHUNKS * CHUNK;
 // Whether a producer reads what it will spread before it waits for the gradients of what it updates first. Where states or wider
@@ -320,31 +320,35 @@ struct Old {
     // Zeros outside the run.
     __device__ __forceinline__ void gather(const RowOfW& from, const Stretch& stretch) {
 #pragma unroll
-        for (int k = 0; k < CHUNKS; ++k) {
-            if constexpr (DENSE) {
-                gradient[k] = Chunk<uint16_t>{};
-                if (stretch.has(k, 0)) gradient[k] = reinterpret_cast<const Chunk<uint16_t>&>(from[stretch.slot0 + stretch.to(k)]);
-            } else {
+        for (int k = 0; k < CHUNKS && !DENSE; ++k)
 #pragma unroll
-                for (int i = 0; i < CHUNK; ++i) gradient[k].set(i, stretch.has(k, i) ? from[index[k][i]] : 0);
-            }
-        }
+            for (int i = 0; i < CHUNK; ++i) gradient[k].set(i, stretch.has(k, i) ? from[index[k][i]] : 0);
     }
 
-    __device__ __forceinline__ float squares(const Arguments& a) const {
+    // Of a chunk, gathered before; a dense head's are read when they are needed: they take no registers before.
+    __device__ __forceinline__ Chunk<uint16_t> gradients(int k, const RowOfW& from, const Stretch& stretch) const {
+        if constexpr (!DENSE) return gradient[k];
+        else if (stretch.has(k, 0)) return reinterpret_cast<const Chunk<uint16_t>&>(from[stretch.slot0 + stretch.to(k)]);
+        else return Chunk<uint16_t>{};
+    }
+
+    __device__ __forceinline__ float squares(const Arguments& a, const RowOfW& from, const Stretch& stretch) const {
         float sum = 0.0f;
 #pragma unroll
-        for (int k = 0; k < CHUNKS; ++k)
+        for (int k = 0; k < CHUNKS; ++k) {
+            const Chunk<uint16_t> gradient = gradients(k, from, stretch);
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
-                const float grad = wide(gradient[k][i]) * a.text_weight;
+                const float grad = wide(gradient[i]) * a.text_weight;
                 sum = fmaf(grad, grad, sum);
             }
+        }
         return sum;
     }
 
     // label_state: the new one (ROWWISE).
-    __device__ __forceinline__ void update(const Arguments& a, const Stretch& stretch, int label, float label_state) {
+    __device__ __forceinline__ void update(
+        const Arguments& a, const RowOfW& from, const Stretch& stretch, int label, float label_state) {
         const uint32_t number = static_cast<uint32_t>(a.label_start + label);
         int hashed[1 + STATES];  // of each tensor: the row and the lane's first column
 #pragma unroll
@@ -359,13 +363,14 @@ struct Old {
         };
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
+            const Chunk<uint16_t> gradient = gradients(k, from, stretch);
             Chunk<Stored> new_weight, new_state0, new_state1;
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
                 Values v{wide(weight[k][i]), label_state, 0.0f};
                 if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(state0[k][i]);
                 if (RULE == ADAMW) v.state1 = wide(state1[k][i]);
-                v = updated(v, wide(gradient[k][i]) * a.text_weight, a, a.weight_decay);
+                v = updated(v, wide(gradient[i]) * a.text_weight, a, a.weight_decay);
                 set(new_weight, i, v.weight, 0, k);
                 if (RULE == MOMENTUM || RULE == ADAMW) set(new_state0, i, v.state0, 1, k);
                 if (RULE == ADAMW) set(new_state1, i, v.state1, 2, k);
@@ -422,12 +427,12 @@ struct Update {
         Stretch stretch(run, thread);
         old.gather(gradient, stretch);
         if constexpr (RULE == ROWWISE) {
-            float sum = old.squares(a);
+            float sum = old.squares(a, gradient, stretch);
             for (Stretch rest = stretch; rest.next();) {
                 Old more;
                 if (!DENSE) rest.load(more.index, row_of<INDEX>(a.index, a, run.index_row));
                 more.gather(gradient, rest);
-                sum += more.squares(a);
+                sum += more.squares(a, gradient, rest);
             }
             __syncwarp();
             label_state = exchange_squares(shared, a, sum, label_state, tile, rank, thread);
@@ -435,7 +440,7 @@ struct Update {
         }
         for (;;) {
             forget(label);
-            old.update(a, stretch, label, label_state);
+            old.update(a, gradient, stretch, label, label_state);
             if (!stretch.next()) break;
             old.load(a, run, stretch, label);
             old.gather(gradient, stretch);
