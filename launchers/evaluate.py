@@ -42,8 +42,7 @@ def main() -> None:
         print(json.dumps(metrics))
         return
     floor = most_popular(corpus, metrics_of(config.training.evaluation, corpus))
-    split = config.data.hf_test_split if config.data.hf_source else config.data.test_split
-    print(f"{split}: {len(corpus.test)} texts, {corpus.num_labels} labels, per cent")
+    print(f"{config.data.evaluated_split}: {len(corpus.test)} texts, {corpus.num_labels} labels, per cent")
     for names in (("P", "PSP"), ("nDCG", "PSnDCG"), ("R",)):
         columns = tuple(f"{name}@{k}" for name in names for k in (1, 3, 5) if f"{name}@{k}" in metrics)
         print(table({"this model": metrics, "most popular labels": floor}, columns))

@@ -123,5 +123,5 @@ def main() -> None:
     if options.json:
         print(json.dumps(found))
         return
-    print(f"{config.data.test_split}: {len(corpus.test)} texts, per cent; the model's own strength is {config.model.ffi.logit_adjustment:g}")
+    print(f"{config.data.evaluated_split}: {len(corpus.test)} texts, per cent; the model's own strength is {config.model.ffi.logit_adjustment:g}")
     print(table({f"{strength:g}": metrics for strength, metrics in found.items()}))

@@ -85,15 +85,20 @@ class DataConfig:
     augment_label_data: bool = option(
         False, "add each label's text as a training instance of that label (LF data, or raw with label_text_file)"
     )
-    use_filter_eval: bool = option(False, "drop the pairs of filter_labels_test.txt before the top-k (LF data)")
+    use_filter_eval: bool = option(False, "leave the pairs of raw_text/filter_labels_test.txt out of the ranking (LF data)")
     num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused")
     max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off")
     num_workers: int = option(2, "data loader processes a rank")
     batch_size: int = option(64, "texts a micro-batch over all ranks together")
     test_batch_size: int = option(256, "texts an evaluation batch over all ranks together")
-    train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed`; every label stays")
+    train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays")
     length_grouped: bool = option(True, "batches of texts of similar length, in random order: less padding")
     cache_dir: str = option("~/.cache/xmc_trainer", "where tokenised data sets are kept, by content")
+
+    @property
+    def evaluated_split(self) -> str:
+        """What the test set is called in the data."""
+        return self.test_split if self.hf_source is None else self.hf_test_split
 
     def __post_init__(self) -> None:
         for name in ("num_labels", "batch_size", "test_batch_size", "train_sample"):

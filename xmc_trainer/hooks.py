@@ -294,13 +294,15 @@ class ProgressHook(Hook):
 
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
         if self._bar is not None:
-            self._bar.write(table({f"epoch {trainer.state.epoch + 1} {split}": metrics}))
+            called = trainer.config.data.evaluated_split if split == "test" else split
+            self._bar.write(table({f"epoch {trainer.state.epoch + 1} {called}": metrics}))
 
     def on_train_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.close()
             floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
-            print(f"\ntest set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}")
+            called = trainer.config.data.evaluated_split
+            print(f"\n{called} set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}")
             print(table({"this model": trainer.metrics["test"], "most popular labels": floor}), flush=True)
 
 

@@ -15,7 +15,7 @@ The YAML file:
 
 Every run is a process of its own on this machine, in <output_dir>/<row>-<seed>/, its output beside it in .txt; several GPUs are shared out among them. A
 finished run with the same settings is not repeated, an interrupted one goes on from its checkpoint, and what has other settings is not replaced. Label clusters that a row needs and that are not there are made first, with that row's settings.
-The table has mean and standard deviation over the seeds, in per cent; the CSV one line a run (and split, and strength), with its
+The table has mean and standard deviation over the seeds, in per cent; the CSV, in fractions, one line a run (and split, and strength), with its
 settings, commit, device and versions.
 """
 
@@ -338,6 +338,9 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     going_on = sum(resume.find(load_config(words).run_folder) is not None for words in waiting)
     also = f", {going_on} with a checkpoint" if going_on else ""
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
+    if waiting:
+        first = load_config(waiting[0]).run_folder
+        print(f"{min(jobs, len(waiting))} at a time; what the first one says is in {first}.txt, and so on", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs end too, as after Ctrl-C
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
     gpus = visible_gpus()

@@ -298,8 +298,8 @@ def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
         ["launchers/predict.py", str(tied), str(tmp_path / "some.txt"), "-k", "41", "--batch_size", "4"],
     ]
     here = [run_here(*words) for words in scripts]
-    words = ["--nproc_per_node", "2", "--master_port", free_port(), "tests/distributed/scripts.py", json.dumps(scripts)]
-    there = launch("torchrun", *words)
+    in_turn = json.dumps([[free_port(), *words] for words in scripts])
+    there = launch("torchrun", "--nproc_per_node", "2", "--master_port", free_port(), "tests/distributed/scripts.py", in_turn)
     assert all(done.returncode == 0 for done in (*here, there)), there.stderr
     (found, *one), (found_by_two, *two) = (
         list(map(json.loads, output.splitlines())) for output in ("".join(done.stdout for done in here), there.stdout)

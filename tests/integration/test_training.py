@@ -225,6 +225,16 @@ def test_wandb_offline(toy_settings, monkeypatch):
     assert list((trainer.run_folder / "wandb").glob("offline-run-*/*.wandb"))
 
 
+def test_what_is_printed_names_the_split(toy_settings, toy_data, tmp_path, capsys):
+    shutil.copytree(toy_data / "toy", tmp_path / "toy")
+    for name in ("raw_texts", "labels"):
+        (tmp_path / "toy" / f"test_{name}.txt").rename(tmp_path / "toy" / f"dev_{name}.txt")
+    train(toy_settings, f"dataset_path={tmp_path}", "data.test_split=dev", "training.optimization.epochs=1")
+    printed = capsys.readouterr()
+    assert "\ndev set, per cent" in printed.out and "epoch 1 dev" in printed.out + printed.err
+    assert "test set" not in printed.out
+
+
 def test_iterations_are_printed_on_request(toy_settings, capsys):
     train(
         toy_settings, "training.verbose.show_iter=true", "training.verbose.print_iter=4",

@@ -109,8 +109,10 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatc
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     for name, tensor in first.items():
         # The chunks' sums have an order of their own, and beside other labels a bias's last digit can be another.
-        if name in ("loss", "dx") or name.startswith("bias"):
+        if name in ("loss", "dx"):
             torch.testing.assert_close(chunked[name], tensor, rtol=1e-4, atol=1e-4)
+        elif name.startswith("bias"):
+            torch.testing.assert_close(chunked[name], tensor, rtol=1e-5, atol=1e-7)
         else:
             assert torch.equal(chunked[name], tensor), name
 

@@ -183,7 +183,8 @@ def test_settings_of_one_layout_are_refused_for_the_others():
                   ["dataset=lfyso", "data.test_split=dev"]):  # fmt: skip
         with pytest.raises(UserError, match=words[1].split("=")[0]):
             load_config(words)
-    assert load_config(["dataset=sidgnd", "data.augment_label_data=true", "data.test_split=dev"]).data.test_split == "dev"
+    data = load_config(["dataset=sidgnd", "data.augment_label_data=true", "data.test_split=dev"]).data
+    assert data.test_split == data.evaluated_split == "dev"
 
 
 def test_every_option_is_described():
