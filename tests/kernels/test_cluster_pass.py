@@ -59,7 +59,7 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
     *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (4, "rowwise", torch.bfloat16),
-    (6, "sgd", torch.bfloat16), *((5, optimizer, torch.bfloat16) for optimizer in ("momentum", "adamw", "rowwise")),
+    (5, "sgd", torch.float32), (6, "sgd", torch.bfloat16), *((5, optimizer, torch.bfloat16) for optimizer in ("momentum", "rowwise")),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
@@ -79,7 +79,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (5, "adamw")])
+@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (5, "momentum")])
 def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     # With weights of zero the slopes are +-1/2, and gradients by features of +-1 are bfloat16 numbers.
     options = {"weight_dtype": torch.bfloat16}
@@ -93,14 +93,15 @@ def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
-@pytest.mark.parametrize("number", [2, 5])
-def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatch):
+@pytest.mark.parametrize("number, optimizer", [(2, "adamw"), (5, "momentum"), (6, "sgd")])
+def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device, monkeypatch):
     features, fan_in, group_size = HEADS[number]
+    labels = LABELS if device == "cpu" else 64 * 500 + 11  # some tiles for each cluster; of a chunk one at most
     found = []
     for workspace in (1 << 20, 1 << 20, 100 * 16):  # 16 bytes a label
         monkeypatch.setattr(triton_head, "_WORKSPACE", workspace)
-        head = make_head(device, features, fan_in, group_size, "adamw", weight_dtype=torch.bfloat16)
-        feat, ids, counts = batch(device, features, 128)
+        head = make_head(device, features, fan_in, group_size, optimizer, labels, weight_dtype=torch.bfloat16)
+        feat, ids, counts = batch(device, features, 128, labels=labels)
         feat.requires_grad_()
         loss = head(feat, ids, counts)
         loss.backward()
@@ -117,17 +118,17 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatc
             assert torch.equal(chunked[name], tensor), name
 
 
-@pytest.mark.parametrize("number", [1, 5])
-def test_micro_batches_and_shards_equal_one_batch(number, device):
+@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (5, "momentum")])
+def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
     def make(**more):
-        return make_head(device, *HEADS[number], "adamw", text_reduction="mean", **more)
+        return make_head(device, *HEADS[number], optimizer, text_reduction="mean", **more)
 
     assert_parts_train_as_one(make, [batch(device, HEADS[number][0], 90, seed) for seed in range(2)], grad_rtol=1e-3)
 
 
-@pytest.mark.parametrize("bad, optimizer", [(float("nan"), "adamw"), (float("inf"), "rowwise")])
-def test_a_non_finite_feature_never_reaches_a_weight(bad, optimizer, device):
-    features, fan_in, group_size = HEADS[2]
+@pytest.mark.parametrize("number, bad, optimizer", [(2, float("nan"), "adamw"), (2, float("inf"), "rowwise"), (5, float("nan"), "sgd")])
+def test_a_non_finite_feature_never_reaches_a_weight(number, bad, optimizer, device):
+    features, fan_in, group_size = HEADS[number]
     head = make_head(device, features, fan_in, group_size, optimizer, weight_dtype=torch.bfloat16)
     good, (feat, ids, counts) = batch(device, features, 37), batch(device, features, 37, seed=1)
     head(*good)

@@ -14,7 +14,8 @@
 // BUFFERS of W are on their way between them:
 //
 //     producers:  await graded (tile - BUFFERS): update its weights; spread tile over the same buffer; arrive at full (tile)
-//                 (what they read from memory for both, and where the slots of tile + 1 are, is on its way before they wait)
+//                 (what they read from memory for both, and where the slots of tile + 1 are, is on its way before they wait;
+//                 a dense head's rows are copied instead, while the weights to update next are read: they arrive a tile later)
 //     consumers:  await full (tile + 1): logits of tile + 1; await slopes (tile): gradients of tile; arrive at graded (tile);
 //                 await partials (tile + 1): slopes of tile + 1
 //
@@ -46,7 +47,7 @@ constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 
 // one after another: most parts of rows are no longer, at up to 32 slots a block and row.
 constexpr bool PAIRED = BF16_WEIGHT && sizeof(INDEX) == 2 && CHUNK > 1;  // two slots a register
 constexpr int STATES = RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;  // like weights
-constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES ? 2 : PARTS == 1 ? 2 : 4;
+constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES ? 2 : RULE == ROWWISE && PARTS == 3 ? 4 : 2 * PARTS;
 constexpr int LANES = 4, CHUNKS = DENSE ? DENSE_CHUNKS : (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK;
 constexpr int STRETCH = LANES * CHUNKS * CHUNK;
 // Whether a producer reads what it will spread before it waits for the gradients of what it updates first. Where states or wider
@@ -210,9 +211,8 @@ struct Stretch {
     __device__ __forceinline__ void store(T* row, const Chunk<T>& chunk, int k) const {
         T* const there = row + slot0 + to(k);
         if (has(k, 0) && has(k, CHUNK - 1)) {
+            if constexpr (Chunk<T>::PAIRS && CHUNK == 8) store_words(there, chunk.word);
             // The compiler would store each word on its own.
-            if constexpr (Chunk<T>::PAIRS && CHUNK == 8)
-                *reinterpret_cast<uint4*>(there) = uint4{chunk.word[0], chunk.word[1], chunk.word[2], chunk.word[3]};
             else if constexpr (Chunk<T>::PAIRS && CHUNK == 4)
                 *reinterpret_cast<uint64_t*>(there) = static_cast<uint64_t>(chunk.word[1]) << 32 | chunk.word[0];
             else *reinterpret_cast<Chunk<T>*>(there) = chunk;
@@ -283,8 +283,8 @@ struct Weights {
     }
 };
 
-// A dense head's rows, a producer's part of its label's, to where consumers read them; zeros where there is nothing.
-__device__ __forceinline__ void copy_row(const RowOfW& to, const Arguments& a, const Run& run, int label, int rank, unsigned thread) {
+// A dense head's rows, a producer's part of its label's, on their way to where consumers read them; zeros where there is nothing.
+__device__ __forceinline__ void begin_copy(const RowOfW& to, const Arguments& a, const Run& run, int label, int rank, unsigned thread) {
     const Stretch stretch(run, thread);
     const Stored* const row = row_of<Stored>(a.weight, a, run.number ? label : 0);
 #pragma unroll
@@ -301,7 +301,6 @@ __device__ __forceinline__ void copy_row(const RowOfW& to, const Arguments& a, c
                                                 packed(value[6], value[7])};
         }
     }
-    await_copies();
 }
 
 // A part of a label's row, as it is to be updated.
@@ -462,8 +461,13 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
     Start start(a, tiles, 0, rank, thread);
     Run run_before{};
     Turn turn;
+    const auto publish_tile = [&](int buffer) {
+        publish_shared();
+        __syncwarp();
+        if (thread % 32 == 0) arrive(shared.full[buffer]);
+    };
 #pragma unroll 1
-    for (int tile = 0; tile < tiles.count + (update ? BUFFERS : 0); ++tile) {
+    for (int tile = 0; tile < tiles.count + (update ? BUFFERS : DENSE); ++tile) {
         const int buffer = turn.buffer, before = tile - BUFFERS;
         const bool graded = before >= 0 && before < tiles.count, spreads = tile < tiles.count;
         forget(thread);
@@ -478,6 +482,8 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
         if (SPREAD_AHEAD && spreads) weights.load(a, run, Stretch(run, thread), label);
         const Start next(a, tiles, tile + 1, rank, thread);
         run_before = shared.run[buffer + 1 == BUFFERS ? 0 : buffer + 1][thread / LANES];
+        // Copies take as long as what was read above for the update.
+        if (DENSE && tile > 0 && tile <= tiles.count) await_copies(), publish_tile(buffer > 0 ? buffer - 1 : BUFFERS - 1);
         if (graded) {
             await(shared.graded[buffer], turn.parity ^ 1);
             if (update) updating.end(shared, a, tiles, before, buffer, rank, thread);
@@ -490,7 +496,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
             if (thread < OWN * (TEXTS / 32)) shared.positive[buffer][thread % (TEXTS / 32)][thread / (TEXTS / 32)] = start.positive;
             const RowOfW to(shared, buffer, thread / LANES, rank);
             if constexpr (DENSE) {
-                copy_row(to, a, run, label, rank, thread);
+                begin_copy(to, a, run, label, rank, thread);
             } else {
                 // The warp's labels are eight rows, 1024 bytes a part.
 #pragma unroll
@@ -506,9 +512,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
                     weights.load(a, run, stretch, label);
                 }
             }
-            publish_shared();
-            __syncwarp();
-            if (thread % 32 == 0) arrive(shared.full[buffer]);
+            if (!DENSE) publish_tile(buffer);
         }
         start = next;
         turn.next();

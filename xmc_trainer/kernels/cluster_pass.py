@@ -44,8 +44,10 @@ def first_slots(index_RF: Tensor, shape: Shape) -> Tensor:
 def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
     """Whether `launch` takes this head and these features."""
     texts, d = feat_Bd.shape
-    # A dense head's rows are read 16 bytes at a time.
-    shapes = texts <= TEXTS and d <= _CLUSTERS[-1] * _MOST_FEATURES and (head.index_RF is not None or d % 8 == 0)
+    shapes = texts <= TEXTS and d <= _CLUSTERS[-1] * _MOST_FEATURES
+    if head.index_RF is None:
+        # Rows are read 16 bytes at a time. Two states a weight are too many for the registers: Triton's kernels are faster.
+        shapes = shapes and d % 8 == 0 and len(head.weight_state) < 2
     if not shapes or feat_Bd.dtype == torch.float32 or not cuda_source.can_compile(feat_Bd.device):
         return False
     return torch.cuda.get_device_capability(feat_Bd.device) == cuda_source.HOPPER
