@@ -80,22 +80,24 @@ def use(device, module, name, monkeypatch):
     return launched
 
 
-def make_head(device, features, fan_in, group_size, optimizer="sgd", **options):
+def make_head(device, features, fan_in, group_size, optimizer="sgd", labels=LABELS, **options):
     options = {"lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton", "product_dtype": torch.bfloat16} | options
     return FixedFanInHead(
-        features, LABELS, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device=device, **options
+        features, labels, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device=device, **options
     )
 
 
-def batch(device, features, texts, seed=0):
+def batch(device, features, texts, seed=0, labels=LABELS):
     generator = torch.Generator().manual_seed(seed)
     feat = torch.randn(texts, features, generator=generator).bfloat16().float()
-    ids, counts = ragged_batch(texts, LABELS, generator)
+    ids, counts = ragged_batch(texts, labels, generator)
     return feat.to(device), ids.to(device), counts.to(device)
 
 
 def dense_of(head):
     """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each label."""
+    if head.index is None:
+        return head.weight.double(), torch.ones_like(head.weight, dtype=torch.bool)
     row = torch.arange(LABELS, device=head.weight.device) // head.group_size
     index = head.index.long()[row]
     dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device=head.weight.device)

@@ -1,4 +1,4 @@
-"""The CUDA kernel for labels that share index rows with few others: against float64, the eager bfloat16 twin and the reference.
+"""The CUDA kernel for labels that share index rows with few others, and dense heads: against float64, the eager bfloat16 twin and the reference.
 
 Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
 """
@@ -16,8 +16,9 @@ from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense
 from xmc_trainer.kernels import cluster_pass, triton_head  # noqa: E402
 
 # (features, fan_in, group_size): clusters of one block, two, four and eight, of 64, 128 and 192 features. Slots are read two, one
-# and four together; the third head's blocks have more of a row than a producer's registers hold at once.
-HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1)]
+# and four together; the third head's blocks have more of a row than a producer's registers hold at once. The last two are dense: the
+# second block of the first of them has a short part of a row.
+HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1), (200, None, 1), (768, None, 1)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
@@ -29,7 +30,7 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.parametrize("number, scale, texts, loss", [
-    *((number, 0.1, 37, "bce") for number in (1, 3)),
+    *((number, 0.1, 37, "bce") for number in (1, 3, 5)),
     (0, 60.0, 128, "squared_hinge"), (3, 60.0, 128, "bce"),
 ])  # fmt: skip
 def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
@@ -58,6 +59,7 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
     *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (4, "rowwise", torch.bfloat16),
+    (5, "sgd", torch.float32), (6, "sgd", torch.bfloat16), *((5, optimizer, torch.bfloat16) for optimizer in ("momentum", "rowwise")),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
@@ -77,28 +79,29 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "rowwise"])
-def test_stochastic_rounding_is_the_reference_s(optimizer, device):
+@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (5, "momentum")])
+def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     # With weights of zero the slopes are +-1/2, and gradients by features of +-1 are bfloat16 numbers.
     options = {"weight_dtype": torch.bfloat16}
-    heads = [make_head(device, *HEADS[2], optimizer, backend=name, **options) for name in ("triton", "reference")]
+    heads = [make_head(device, *HEADS[number], optimizer, backend=name, **options) for name in ("triton", "reference")]
     for head in heads:
         head.weight.zero_()
-        feat, ids, counts = batch(device, HEADS[2][0], 100)
+        feat, ids, counts = batch(device, HEADS[number][0], 100)
         head(feat.sign(), ids, counts)
     for name, expected in heads[1].named_buffers():
         if expected.dtype == torch.bfloat16:
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
-@pytest.mark.parametrize("number", [2])
-def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatch):
+@pytest.mark.parametrize("number, optimizer", [(2, "adamw"), (5, "momentum"), (6, "sgd")])
+def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device, monkeypatch):
     features, fan_in, group_size = HEADS[number]
+    labels = LABELS if device == "cpu" else 64 * 500 + 11  # some tiles for each cluster; of a chunk one at most
     found = []
     for workspace in (1 << 20, 1 << 20, 100 * 16):  # 16 bytes a label
         monkeypatch.setattr(triton_head, "_WORKSPACE", workspace)
-        head = make_head(device, features, fan_in, group_size, "adamw", weight_dtype=torch.bfloat16)
-        feat, ids, counts = batch(device, features, 128)
+        head = make_head(device, features, fan_in, group_size, optimizer, labels, weight_dtype=torch.bfloat16)
+        feat, ids, counts = batch(device, features, 128, labels=labels)
         feat.requires_grad_()
         loss = head(feat, ids, counts)
         loss.backward()
@@ -115,17 +118,17 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, device, monkeypatc
             assert torch.equal(chunked[name], tensor), name
 
 
-@pytest.mark.parametrize("number", [1])
-def test_micro_batches_and_shards_equal_one_batch(number, device):
+@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (5, "momentum")])
+def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
     def make(**more):
-        return make_head(device, *HEADS[number], "adamw", text_reduction="mean", **more)
+        return make_head(device, *HEADS[number], optimizer, text_reduction="mean", **more)
 
     assert_parts_train_as_one(make, [batch(device, HEADS[number][0], 90, seed) for seed in range(2)], grad_rtol=1e-3)
 
 
-@pytest.mark.parametrize("bad, optimizer", [(float("nan"), "adamw"), (float("inf"), "rowwise")])
-def test_a_non_finite_feature_never_reaches_a_weight(bad, optimizer, device):
-    features, fan_in, group_size = HEADS[2]
+@pytest.mark.parametrize("number, bad, optimizer", [(2, float("nan"), "adamw"), (2, float("inf"), "rowwise"), (5, float("nan"), "sgd")])
+def test_a_non_finite_feature_never_reaches_a_weight(number, bad, optimizer, device):
+    features, fan_in, group_size = HEADS[number]
     head = make_head(device, features, fan_in, group_size, optimizer, weight_dtype=torch.bfloat16)
     good, (feat, ids, counts) = batch(device, features, 37), batch(device, features, 37, seed=1)
     head(*good)

@@ -1,5 +1,5 @@
 // The step of labels that share index rows with few others or none: sparse in memory, dense on the chip. For GPUs of
-// capability 9.0, and up to 128 texts.
+// capability 9.0, and up to 128 texts. And of dense heads, whose rows need no spreading.
 //
 // A cluster of CLUSTER blocks shares out the features: each block has FEATURES of them. It keeps its part of X on the chip for as
 // long as the kernel runs, and its part of dX in registers. Tiles of 64 labels pass through:
@@ -8,13 +8,14 @@
 //     dX += s W         W <- s^T X              weight <- update(weight, W[index])
 //
 // so that weights, states and index rows are all that memory moves. Index rows are ascending: a block's part of a row is a run of
-// slots, of which `first_slots` tell the first. No other block of the cluster touches it.
+// slots, of which `first_slots` tell the first. No other block of the cluster touches it. Of a dense head's rows slots are features.
 //
 // Half of a block's warps are producers, who spread and update, the others consumers, two warpgroups who multiply. The tiles
 // BUFFERS of W are on their way between them:
 //
 //     producers:  await graded (tile - BUFFERS): update its weights; spread tile over the same buffer; arrive at full (tile)
-//                 (what they read from memory for both, and where the slots of tile + 1 are, is on its way before they wait)
+//                 (what they read from memory for both, and where the slots of tile + 1 are, is on its way before they wait;
+//                 a dense head's rows are copied instead, while the weights to update next are read: they arrive a tile later)
 //     consumers:  await full (tile + 1): logits of tile + 1; await slopes (tile): gradients of tile; arrive at graded (tile);
 //                 await partials (tile + 1): slopes of tile + 1
 //
@@ -25,8 +26,9 @@
 //
 // Sums have one order: results are the same, bit for bit, from run to run on GPUs that hold as many clusters.
 //
-// Compiled for one configuration by -D, besides those of tile_math.cuh: FEATURES (64, 128, 192), CLUSTER (1, 2, 4, 8), CHUNK
-// (1, 2, 4: slots that are read and written together, a divisor of the fan-in); LABELS is 64, WARPS 16.
+// Compiled for one configuration by -D, besides those of tile_math.cuh: FEATURES (64, 128, 192), CLUSTER (1, 2, 4, 8), DENSE (a
+// dense head), CHUNK (1, 2, 4, or 8 if DENSE: slots that are read and written together, a divisor of the fan-in); LABELS is 64,
+// WARPS 16.
 
 #include <type_traits>
 
@@ -44,14 +46,16 @@ constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 
 // Of a producer's warp LANES lanes have a label's slots, a chunk each and so on. Registers hold what they have of STRETCH slots
 // one after another: most parts of rows are no longer, at up to 32 slots a block and row.
 constexpr bool PAIRED = BF16_WEIGHT && sizeof(INDEX) == 2 && CHUNK > 1;  // two slots a register
-constexpr int LANES = 4, CHUNKS = (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK, STRETCH = LANES * CHUNKS * CHUNK;
 constexpr int STATES = RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;  // like weights
+constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES ? 2 : RULE == ROWWISE && PARTS == 3 ? 4 : 2 * PARTS;
+constexpr int LANES = 4, CHUNKS = DENSE ? DENSE_CHUNKS : (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK;
+constexpr int STRETCH = LANES * CHUNKS * CHUNK;
 // Whether a producer reads what it will spread before it waits for the gradients of what it updates first. Where states or wider
 // weights are read for that too, there are no registers for both.
-constexpr bool SPREAD_AHEAD = PAIRED && RULE != ADAMW;
+constexpr bool SPREAD_AHEAD = PAIRED && RULE != ADAMW && !DENSE;
 constexpr int ALL_FEATURES = CLUSTER * FEATURES;
 static_assert(LABELS == 64 && WARPS == 16 && FEATURES % 64 == 0 && FEATURES <= 192 && CLUSTER <= 8, "see above");
-static_assert(4 % CHUNK == 0, "see above");
+static_assert(DENSE ? CHUNK == 8 && CHUNKS % 2 == 0 : 4 % CHUNK == 0, "see above");
 
 // The slots that a block has of a label.
 struct Run {
@@ -124,10 +128,11 @@ __device__ __forceinline__ uint32_t index_row(const Arguments& a, int label) {
     return static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(label)) * a.group_factor >> a.group_shift);
 }
 
-// A tile's rows of the tensors on their way to the L2 cache, this block's share of them: warp 0, 1, ... has a tensor each.
+// A tile's rows of the tensors on their way to the L2 cache, this block's share of them: warp 0, 1, ... has a tensor each; the
+// first two those that dense heads have not.
 __device__ __forceinline__ void fetch_tile(
     const Arguments& a, const Tiles& tiles, int tile, int rank, bool update, unsigned thread) {
-    const unsigned number = thread / 32;
+    const unsigned number = thread / 32 + (DENSE ? 2 : 0);
     const int first = tiles.label0(tile) + rank * OWN, end = min(first + OWN, tiles.end_label);
     if (tile >= tiles.count || first >= end || number >= (update ? 3 + STATES : 3) || thread % 32) return;
     const void* const state = number == 3 ? a.state0 : a.state1;
@@ -169,11 +174,17 @@ struct alignas(sizeof(T) * CHUNK) Chunk {
 // The part of a run that a lane has in registers, of STRETCH slots; they start where a chunk does, with slots before the run's.
 struct Stretch {
     int slot0, from, number;  // the lane's first slot, in the row and from the run's first on; slots of the run
+    int swapped;              // 1: of its chunks each second one comes first
 
-    __device__ __forceinline__ Stretch(const Run& run, unsigned lane) {
-        slot0 = run.first / CHUNK * CHUNK + lane % LANES * CHUNK;
+    __device__ __forceinline__ Stretch(const Run& run, unsigned thread) {
+        slot0 = run.first / CHUNK * CHUNK + thread % LANES * CHUNK;
         from = slot0 - run.first, number = run.number;
+        // Chunks of 16 bytes: four of an even label and four of the next are eight in different banks.
+        swapped = DENSE ? thread / LANES & 1 : 0;
     }
+
+    // Slots from the lane's first to those of its k-th chunk.
+    __device__ __forceinline__ int to(int k) const { return (DENSE ? k ^ swapped : k) * (LANES * CHUNK); }
 
     __device__ __forceinline__ bool next() {
         slot0 += STRETCH, from += STRETCH;
@@ -182,7 +193,7 @@ struct Stretch {
 
     // Whether the run has the i-th slot of the lane's k-th chunk.
     __device__ __forceinline__ bool has(int k, int i) const {
-        return static_cast<uint32_t>(from + k * (LANES * CHUNK) + i) < static_cast<uint32_t>(number);
+        return static_cast<uint32_t>(from + to(k) + i) < static_cast<uint32_t>(number);
     }
 
     // A row's chunks; zeros beyond the end of the run. (Left as they were, they would need registers all the time.)
@@ -190,24 +201,25 @@ struct Stretch {
     __device__ __forceinline__ void load(Chunk<T> (&chunks)[CHUNKS], const T* row) const {
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
-            const bool any = from + k * (LANES * CHUNK) < number;
-            chunks[k] = any ? reinterpret_cast<const Chunk<T>*>(row + slot0)[k * LANES] : Chunk<T>{};
+            const bool any = from + to(k) < number;
+            chunks[k] = any ? *reinterpret_cast<const Chunk<T>*>(row + slot0 + to(k)) : Chunk<T>{};
         }
     }
 
     // Slots at the ends of the run share chunks with other blocks' slots.
     template <typename T>
     __device__ __forceinline__ void store(T* row, const Chunk<T>& chunk, int k) const {
-        T* const to = row + slot0 + k * (LANES * CHUNK);
+        T* const there = row + slot0 + to(k);
         if (has(k, 0) && has(k, CHUNK - 1)) {
+            if constexpr (Chunk<T>::PAIRS && CHUNK == 8) store_words(there, chunk.word);
             // The compiler would store each word on its own.
-            if constexpr (Chunk<T>::PAIRS && CHUNK == 4)
-                *reinterpret_cast<uint64_t*>(to) = static_cast<uint64_t>(chunk.word[1]) << 32 | chunk.word[0];
-            else *reinterpret_cast<Chunk<T>*>(to) = chunk;
+            else if constexpr (Chunk<T>::PAIRS && CHUNK == 4)
+                *reinterpret_cast<uint64_t*>(there) = static_cast<uint64_t>(chunk.word[1]) << 32 | chunk.word[0];
+            else *reinterpret_cast<Chunk<T>*>(there) = chunk;
         } else {
 #pragma unroll
-            for (int i = 0; CHUNK > 1 && i < CHUNK; ++i)
-                if (has(k, i)) to[i] = chunk[i];
+            for (int i = 0; CHUNK > 1 && !DENSE && i < CHUNK; ++i)
+                if (has(k, i)) there[i] = chunk[i];
         }
     }
 };
@@ -227,10 +239,15 @@ struct Start {
     __device__ __forceinline__ Start(const Arguments& a, const Tiles& tiles, int tile, int rank, unsigned thread) {
         const int label = tiles.label0(tile) + thread / LANES, own0 = tiles.label0(tile) + rank * OWN;
         const bool ok = tile < tiles.count && label < tiles.end_label;
-        index_row = ok ? ::index_row(a, label) : 0;
-        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row) * CLUSTER + rank;
-        first = ok ? slots[0] : 0;
-        end = !ok ? 0 : rank + 1 < CLUSTER ? slots[1] : a.fan_in;
+        if constexpr (DENSE) {
+            index_row = 0, first = min(rank * FEATURES, a.fan_in);
+            end = ok ? min((rank + 1) * FEATURES, a.fan_in) : first;
+        } else {
+            index_row = ok ? ::index_row(a, label) : 0;
+            const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row) * CLUSTER + rank;
+            first = ok ? slots[0] : 0;
+            end = !ok ? 0 : rank + 1 < CLUSTER ? slots[1] : a.fan_in;
+        }
         // This one stands for no label: its loss and slope are zero.
         bias = -1e30f, positive = 0;
         if (tile >= tiles.count) return;
@@ -266,6 +283,26 @@ struct Weights {
     }
 };
 
+// A dense head's rows, a producer's part of its label's, on their way to where consumers read them; zeros where there is nothing.
+__device__ __forceinline__ void begin_copy(const RowOfW& to, const Arguments& a, const Run& run, int label, int rank, unsigned thread) {
+    const Stretch stretch(run, thread);
+    const Stored* const row = row_of<Stored>(a.weight, a, run.number ? label : 0);
+#pragma unroll
+    for (int k = 0; k < 2 * PARTS; ++k) {
+        const bool ok = stretch.has(k, 0);
+        void* const there = &to[rank * FEATURES + thread % LANES * CHUNK + stretch.to(k)];
+        const Stored* const from = row + (ok ? stretch.slot0 + stretch.to(k) : 0);
+        if constexpr (BF16_WEIGHT) {
+            copy_async(there, from, ok);
+        } else {
+            Chunk<Stored> value{};
+            if (ok) value = *reinterpret_cast<const Chunk<Stored>*>(from);
+            *static_cast<uint4*>(there) = uint4{packed(value[0], value[1]), packed(value[2], value[3]), packed(value[4], value[5]),
+                                                packed(value[6], value[7])};
+        }
+    }
+}
+
 // A part of a label's row, as it is to be updated.
 struct Old {
     Chunk<INDEX> index[CHUNKS];
@@ -273,7 +310,7 @@ struct Old {
     Chunk<uint16_t> gradient[CHUNKS];
 
     __device__ __forceinline__ void load(const Arguments& a, const Run& run, const Stretch& stretch, int label) {
-        stretch.load(index, row_of<INDEX>(a.index, a, run.index_row));
+        if (!DENSE) stretch.load(index, row_of<INDEX>(a.index, a, run.index_row));
         stretch.load(weight, row_of<Stored>(a.weight, a, label));
         if (RULE == MOMENTUM || RULE == ADAMW) stretch.load(state0, row_of<Stored>(a.state0, a, label));
         if (RULE == ADAMW) stretch.load(state1, row_of<Stored>(a.state1, a, label));
@@ -282,25 +319,35 @@ struct Old {
     // Zeros outside the run.
     __device__ __forceinline__ void gather(const RowOfW& from, const Stretch& stretch) {
 #pragma unroll
-        for (int k = 0; k < CHUNKS; ++k)
+        for (int k = 0; k < CHUNKS && !DENSE; ++k)
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) gradient[k].set(i, stretch.has(k, i) ? from[index[k][i]] : 0);
     }
 
-    __device__ __forceinline__ float squares(const Arguments& a) const {
+    // Of a chunk, gathered before; a dense head's are read when they are needed: they take no registers before.
+    __device__ __forceinline__ Chunk<uint16_t> gradients(int k, const RowOfW& from, const Stretch& stretch) const {
+        if constexpr (!DENSE) return gradient[k];
+        else if (stretch.has(k, 0)) return reinterpret_cast<const Chunk<uint16_t>&>(from[stretch.slot0 + stretch.to(k)]);
+        else return Chunk<uint16_t>{};
+    }
+
+    __device__ __forceinline__ float squares(const Arguments& a, const RowOfW& from, const Stretch& stretch) const {
         float sum = 0.0f;
 #pragma unroll
-        for (int k = 0; k < CHUNKS; ++k)
+        for (int k = 0; k < CHUNKS; ++k) {
+            const Chunk<uint16_t> gradient = gradients(k, from, stretch);
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
-                const float grad = wide(gradient[k][i]) * a.text_weight;
+                const float grad = wide(gradient[i]) * a.text_weight;
                 sum = fmaf(grad, grad, sum);
             }
+        }
         return sum;
     }
 
     // label_state: the new one (ROWWISE).
-    __device__ __forceinline__ void update(const Arguments& a, const Stretch& stretch, int label, float label_state) {
+    __device__ __forceinline__ void update(
+        const Arguments& a, const RowOfW& from, const Stretch& stretch, int label, float label_state) {
         const uint32_t number = static_cast<uint32_t>(a.label_start + label);
         int hashed[1 + STATES];  // of each tensor: the row and the lane's first column
 #pragma unroll
@@ -308,20 +355,21 @@ struct Old {
             hashed[i] = mix(number ^ a.key[2 * i]) + stretch.slot0 * COLUMN_HASH, forget(hashed[i]);
         const auto set = [&](Chunk<Stored>& chunk, int i, float value, int which, int k) {
             if constexpr (BF16_WEIGHT) {
-                chunk.set(i, rounded(value, hashed[which], a.key[2 * which + 1], k * (LANES * CHUNK) + i) >> 16);
+                chunk.set(i, rounded(value, hashed[which], a.key[2 * which + 1], stretch.to(k) + i) >> 16);
             } else {
                 chunk.set(i, value);
             }
         };
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
+            const Chunk<uint16_t> gradient = gradients(k, from, stretch);
             Chunk<Stored> new_weight, new_state0, new_state1;
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
                 Values v{wide(weight[k][i]), label_state, 0.0f};
                 if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(state0[k][i]);
                 if (RULE == ADAMW) v.state1 = wide(state1[k][i]);
-                v = updated(v, wide(gradient[k][i]) * a.text_weight, a, a.weight_decay);
+                v = updated(v, wide(gradient[i]) * a.text_weight, a, a.weight_decay);
                 set(new_weight, i, v.weight, 0, k);
                 if (RULE == MOMENTUM || RULE == ADAMW) set(new_state0, i, v.state0, 1, k);
                 if (RULE == ADAMW) set(new_state1, i, v.state1, 2, k);
@@ -378,12 +426,12 @@ struct Update {
         Stretch stretch(run, thread);
         old.gather(gradient, stretch);
         if constexpr (RULE == ROWWISE) {
-            float sum = old.squares(a);
+            float sum = old.squares(a, gradient, stretch);
             for (Stretch rest = stretch; rest.next();) {
                 Old more;
-                rest.load(more.index, row_of<INDEX>(a.index, a, run.index_row));
+                if (!DENSE) rest.load(more.index, row_of<INDEX>(a.index, a, run.index_row));
                 more.gather(gradient, rest);
-                sum += more.squares(a);
+                sum += more.squares(a, gradient, rest);
             }
             __syncwarp();
             label_state = exchange_squares(shared, a, sum, label_state, tile, rank, thread);
@@ -391,7 +439,7 @@ struct Update {
         }
         for (;;) {
             forget(label);
-            old.update(a, stretch, label, label_state);
+            old.update(a, gradient, stretch, label, label_state);
             if (!stretch.next()) break;
             old.load(a, run, stretch, label);
             old.gather(gradient, stretch);
@@ -413,8 +461,13 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
     Start start(a, tiles, 0, rank, thread);
     Run run_before{};
     Turn turn;
+    const auto publish_tile = [&](int buffer) {
+        publish_shared();
+        __syncwarp();
+        if (thread % 32 == 0) arrive(shared.full[buffer]);
+    };
 #pragma unroll 1
-    for (int tile = 0; tile < tiles.count + (update ? BUFFERS : 0); ++tile) {
+    for (int tile = 0; tile < tiles.count + (update ? BUFFERS : DENSE); ++tile) {
         const int buffer = turn.buffer, before = tile - BUFFERS;
         const bool graded = before >= 0 && before < tiles.count, spreads = tile < tiles.count;
         forget(thread);
@@ -429,6 +482,8 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
         if (SPREAD_AHEAD && spreads) weights.load(a, run, Stretch(run, thread), label);
         const Start next(a, tiles, tile + 1, rank, thread);
         run_before = shared.run[buffer + 1 == BUFFERS ? 0 : buffer + 1][thread / LANES];
+        // Copies take as long as what was read above for the update.
+        if (DENSE && tile > 0 && tile <= tiles.count) await_copies(), publish_tile(buffer > 0 ? buffer - 1 : BUFFERS - 1);
         if (graded) {
             await(shared.graded[buffer], turn.parity ^ 1);
             if (update) updating.end(shared, a, tiles, before, buffer, rank, thread);
@@ -436,26 +491,28 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
             forget(thread);
         }
         if (spreads) {
-            if (!SPREAD_AHEAD) weights.load(a, run, Stretch(run, thread), label);
+            if (!SPREAD_AHEAD && !DENSE) weights.load(a, run, Stretch(run, thread), label);
             if (thread < OWN) shared.bias[buffer][thread] = start.bias;
             if (thread < OWN * (TEXTS / 32)) shared.positive[buffer][thread % (TEXTS / 32)][thread / (TEXTS / 32)] = start.positive;
-            // The warp's labels are eight rows, 1024 bytes a part.
-#pragma unroll
-            for (int i = 0; i < 2 * PARTS; ++i) {
-                uint4* const rows = reinterpret_cast<uint4*>(shared.w[buffer][i / 2] + thread / 32 * (8 * ROW_SIZE));
-                rows[i % 2 * 32 + thread % 32] = uint4{0, 0, 0, 0};
-            }
-            __syncwarp();
             const RowOfW to(shared, buffer, thread / LANES, rank);
-            Stretch stretch(run, thread);
-            for (;;) {
-                weights.spread(to, stretch);
-                if (!stretch.next()) break;
-                weights.load(a, run, stretch, label);
+            if constexpr (DENSE) {
+                begin_copy(to, a, run, label, rank, thread);
+            } else {
+                // The warp's labels are eight rows, 1024 bytes a part.
+#pragma unroll
+                for (int i = 0; i < 2 * PARTS; ++i) {
+                    uint4* const rows = reinterpret_cast<uint4*>(shared.w[buffer][i / 2] + thread / 32 * (8 * ROW_SIZE));
+                    rows[i % 2 * 32 + thread % 32] = uint4{0, 0, 0, 0};
+                }
+                __syncwarp();
+                Stretch stretch(run, thread);
+                for (;;) {
+                    weights.spread(to, stretch);
+                    if (!stretch.next()) break;
+                    weights.load(a, run, stretch, label);
+                }
             }
-            publish_shared();
-            __syncwarp();
-            if (thread % 32 == 0) arrive(shared.full[buffer]);
+            if (!DENSE) publish_tile(buffer);
         }
         start = next;
         turn.next();

@@ -1,4 +1,4 @@
-"""Launches cluster_pass.cu: the step of labels that share index rows with few others or none, one pass over the weights."""
+"""Launches cluster_pass.cu: the step of labels that share index rows with few others or none, and of dense heads, one pass over the weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def first_slots(index_RF: Tensor, shape: Shape) -> Tensor:
 def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
     """Whether `launch` takes this head and these features."""
     texts, d = feat_Bd.shape
-    shapes = head.index_RF is not None and texts <= TEXTS and d <= _CLUSTERS[-1] * _MOST_FEATURES
+    shapes = texts <= TEXTS and d <= _CLUSTERS[-1] * _MOST_FEATURES
+    if head.index_RF is None:
+        # Rows are read 16 bytes at a time. Two states a weight are too many for the registers: Triton's kernels are faster.
+        shapes = shapes and d % 8 == 0 and len(head.weight_state) < 2
     if not shapes or feat_Bd.dtype == torch.float32 or not cuda_source.can_compile(feat_Bd.device):
         return False
     return torch.cuda.get_device_capability(feat_Bd.device) == cuda_source.HOPPER
@@ -75,10 +78,10 @@ class ClusterPass:
         loss: int,
     ) -> None:
         self.head, self.d, self.device = head, rows.shape[1], rows.device
-        shape = Shape.of(self.d)
+        shape, dense = Shape.of(self.d), head.index_RF is None
         self._library = cuda_source.library(
             "cluster_pass.cu", head, self.device, rule, loss, CLUSTER=shape.blocks, FEATURES=shape.features, LABELS=LABELS,
-            WARPS=_WARPS, CHUNK=math.gcd(head.weight_LF.shape[1], 4),
+            WARPS=_WARPS, DENSE=int(dense), CHUNK=8 if dense else math.gcd(head.weight_LF.shape[1], 4),
         )  # fmt: skip
         width = shape.blocks * shape.features
         self.clusters = min(cuda_source.checked(self._library.cluster_pass_clusters()), -(-labels // LABELS))
@@ -86,11 +89,12 @@ class ClusterPass:
         self._losses = torch.zeros(self.clusters * shape.blocks, TEXTS, device=self.device)
         self._arguments = dict(
             x=torch.nn.functional.pad(rows, (0, width - self.d)), columns=TEXTS, texts=texts, dx=self._dx, losses=self._losses,
-            finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay, first_slots=head.of_index(first_slots, shape),
+            finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay,
+            first_slots=None if dense else head.of_index(first_slots, shape),
         )  # fmt: skip
 
     def launch(self, first_row: int, last_row: int, positive: Tensor, any_positive: Tensor) -> None:
-        """The step of index rows first_row..last_row, on the current stream.
+        """The step of index rows first_row..last_row, of a dense head labels, on the current stream.
 
         positive, any_positive: `bits` and `any` of `PairBits` for their labels.
         """

@@ -121,7 +121,7 @@ def _finds_compiler(device: torch.device) -> bool:
 
 def library(source: str, head: HeadTensors, device: torch.device, rule: dict[str, Any], loss: int, **defines: int) -> ctypes.CDLL:
     """A source compiled for a head's types, a device, and `defines`."""
-    types = {"WEIGHT": _TYPES[head.weight_LF.dtype], "INDEX": _TYPES[head.index_RF.dtype]}
+    types = {"WEIGHT": _TYPES[head.weight_LF.dtype], "INDEX": _TYPES[torch.int16 if head.index_RF is None else head.index_RF.dtype]}
     words = types | {"RULE": rule["RULE"], "LOSS": loss} | defines
     return compiled(source, torch.cuda.get_device_capability(device), tuple(f"{name}={word}" for name, word in words.items()))
 

@@ -192,6 +192,7 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
     texts = triton.cdiv(feat_Bd.shape[0], 128) * 128
     question = (
         f"texts {texts}, features {feat_Bd.shape[1]} {feat_Bd.dtype}, fan-in {head.weight_LF.shape[1]}, group {head.group_size}, "
+        f"{'no index' if head.index_RF is None else 'index'}, "
         f"{head.weight_LF.dtype}, rule {step.rule['RULE']}, update {step.update}, {_TRIAL_LABELS} labels at most"
     )
 
@@ -205,7 +206,7 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
 def _first_labels(head: HeadTensors, labels: int) -> HeadTensors:
     """A copy of the first labels of a head, whole groups of them."""
     part = HeadTensors(
-        head.weight_LF[:labels].clone(), head.index_RF[: labels // head.group_size],
+        head.weight_LF[:labels].clone(), None if head.index_RF is None else head.index_RF[: labels // head.group_size],
         None if head.bias_L is None else head.bias_L[:labels].clone(), head.group_size, head.label_start,
         [state[:labels].clone() for state in head.weight_state], [state[:labels].clone() for state in head.bias_state],
     )  # fmt: skip
@@ -254,7 +255,7 @@ def _group_pass(
 
 def _cluster_pass(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """(loss float32 [columns], feature gradient float32 [columns, d])."""
-    group, rows = head.group_size, head.index_RF.shape[0]
+    group, rows = head.group_size, (head.weight_LF if head.index_RF is None else head.index_RF).shape[0]
     chunk = _chunk_labels(rows * group, _WORKSPACE, batch.columns // 8, group) // group
     pairs = PairBits(chunk * group, batch.columns, cluster_pass.LABELS, cluster_pass.LABELS, batch.rows.device)
     whole = cluster_pass.ClusterPass(head, batch.rows, batch.texts, chunk * group, **step._asdict())

@@ -67,6 +67,11 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
         });
 }
 
+inline void store_words(void* to, const uint32_t (&r)[4]) {
+    if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
+    std::memcpy(to, r, sizeof r);
+}
+
 inline void prefetch(const void* from, uint32_t bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) std::abort();
 }
