@@ -98,9 +98,9 @@ def dense_of(head):
     """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each label."""
     if head.index is None:
         return head.weight.double(), torch.ones_like(head.weight, dtype=torch.bool)
-    row = torch.arange(LABELS, device=head.weight.device) // head.group_size
+    row = torch.arange(head.weight.shape[0], device=head.weight.device) // head.group_size
     index = head.index.long()[row]
-    dense = torch.zeros(LABELS, head.in_features, dtype=torch.float64, device=head.weight.device)
+    dense = torch.zeros(head.weight.shape[0], head.in_features, dtype=torch.float64, device=head.weight.device)
     return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
 
 

@@ -30,13 +30,10 @@
 // dense head), CHUNK (1, 2, 4, or 8 if DENSE: slots that are read and written together, a divisor of the fan-in); LABELS is 64,
 // WARPS 16.
 
-#include <type_traits>
-
-#include "tile_math.cuh"
+#include "rows.cuh"
 
 namespace {
 
-constexpr int ROW = 8, ROW_SIZE = 64;                  // of a matrix in shared memory: chunks, elements
 constexpr int PARTS = FEATURES / 64;                   // such rows a row of X and W has
 constexpr int NEXT = 32 / 16, NEXT_ROWS = 2048 / 16;   // to the next 16 columns, and rows, of an operand
 constexpr int OWN = LABELS / CLUSTER, PIECES = OWN / 8;  // labels that a block owns; eights of them
@@ -107,25 +104,9 @@ struct Shared {
 // The text of a consumer's rows (high: 8 rows on) of the logits.
 __device__ __forceinline__ int text_of(unsigned thread, int high) { return thread / 32 * 16 + thread % 32 / 4 + 8 * high; }
 
-// Where a feature of this block is in a row of W: as `place` has it, in few instructions.
-struct RowOfW {
-    uint8_t* elements;  // where the row's would be if the block's first feature were 0
-    uint32_t swizzle;
-
-    __device__ __forceinline__ RowOfW(Shared& shared, int buffer, int row, int rank) {
-        elements = reinterpret_cast<uint8_t*>(shared.w[buffer][0] + row * ROW_SIZE - rank * (PARTS * LABELS * ROW_SIZE));
-        swizzle = (row & 7) * 8;
-    }
-
-    __device__ __forceinline__ uint16_t& operator[](uint32_t feature) const {
-        const uint32_t column = feature ^ swizzle;
-        return *reinterpret_cast<uint16_t*>(elements + 2 * column + column / ROW_SIZE * (2 * (LABELS - 1) * ROW_SIZE));
-    }
-};
-
-// The index row of a label of this rank: label / group.
-__device__ __forceinline__ uint32_t index_row(const Arguments& a, int label) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(label)) * a.group_factor >> a.group_shift);
+// As if the features of all blocks were here.
+__device__ __forceinline__ RowOfW row_of_w(Shared& shared, int buffer, int row, int rank) {
+    return RowOfW(shared.w[buffer][0] - rank * (PARTS * LABELS * ROW_SIZE), row);
 }
 
 // A tile's rows of the tensors on their way to the L2 cache, this block's share of them: warp 0, 1, ... has a tensor each; the
@@ -138,38 +119,9 @@ __device__ __forceinline__ void fetch_tile(
     const void* const state = number == 3 ? a.state0 : a.state1;
     const void* const tensor = number == 0 ? a.first_slots : number == 1 ? a.index : number == 2 ? a.weight : state;
     const uint32_t row_bytes = number == 0 ? 2 * CLUSTER : (number == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
-    const uint64_t bytes = row_bytes;
     const uint32_t first_row = number < 2 ? index_row(a, first) : first, end_row = number < 2 ? index_row(a, end - 1) + 1 : end;
-    const auto base = reinterpret_cast<uintptr_t>(tensor);
-    const uintptr_t from = (base + first_row * bytes) & ~uintptr_t(15), to = (base + end_row * bytes) & ~uintptr_t(15);
-    if (from < to) prefetch(reinterpret_cast<const void*>(from), static_cast<uint32_t>(to - from));
+    prefetch_rows(tensor, first_row, end_row, row_bytes);
 }
-
-__device__ __forceinline__ float wide(float x) { return x; }
-__device__ __forceinline__ float wide(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
-
-// Elements as they are stored.
-template <typename T> struct StoredAs { using type = float; };
-template <> struct StoredAs<bfloat16> { using type = uint16_t; };
-using Stored = StoredAs<WEIGHT>::type;
-
-// What neighbouring slots of a row have. Two elements of 16 bits share a register.
-template <typename T>
-struct alignas(sizeof(T) * CHUNK) Chunk {
-    static constexpr bool PAIRS = sizeof(T) == 2 && CHUNK > 1;
-    typename std::conditional<PAIRS, uint32_t, T>::type word[PAIRS ? CHUNK / 2 : CHUNK];
-
-    __device__ __forceinline__ T operator[](int i) const {
-        if constexpr (PAIRS) return static_cast<T>(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xFFFF);
-        else return word[i];
-    }
-
-    // In ascending order of i.
-    __device__ __forceinline__ void set(int i, T value) {
-        if constexpr (!PAIRS) word[i] = value;
-        else word[i / 2] = i % 2 ? __byte_perm(word[i / 2], value, 0x5410) : value;
-    }
-};
 
 // The part of a run that a lane has in registers, of STRETCH slots; they start where a chunk does, with slots before the run's.
 struct Stretch {
@@ -224,12 +176,6 @@ struct Stretch {
     }
 };
 
-// A row of a tensor of labels, or of index rows.
-template <typename T>
-__device__ __forceinline__ T* row_of(const void* tensor, const Arguments& a, uint32_t row) {
-    return static_cast<T*>(const_cast<void*>(tensor)) + static_cast<uint64_t>(row) * static_cast<uint32_t>(a.fan_in);
-}
-
 // What a producer needs of a tile before it reads its slots, read before it waits for the gradients of another.
 struct Start {
     uint32_t index_row, positive;
@@ -276,9 +222,7 @@ struct Weights {
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
                 if (!stretch.has(k, i)) continue;
-                uint16_t& element = to[index[k][i]];
-                if constexpr (BF16_WEIGHT) element = value[k][i];
-                else element = static_cast<uint16_t>(packed(value[k][i], 0.0f));
+                to[index[k][i]] = narrowed(value[k][i]);
             }
     }
 };
@@ -422,7 +366,7 @@ struct Update {
 
     __device__ __forceinline__ void end(
         Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
-        const RowOfW gradient(shared, buffer, thread / LANES, rank);
+        const RowOfW gradient = row_of_w(shared, buffer, thread / LANES, rank);
         Stretch stretch(run, thread);
         old.gather(gradient, stretch);
         if constexpr (RULE == ROWWISE) {
@@ -494,7 +438,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
             if (!SPREAD_AHEAD && !DENSE) weights.load(a, run, Stretch(run, thread), label);
             if (thread < OWN) shared.bias[buffer][thread] = start.bias;
             if (thread < OWN * (TEXTS / 32)) shared.positive[buffer][thread % (TEXTS / 32)][thread / (TEXTS / 32)] = start.positive;
-            const RowOfW to(shared, buffer, thread / LANES, rank);
+            const RowOfW to = row_of_w(shared, buffer, thread / LANES, rank);
             if constexpr (DENSE) {
                 begin_copy(to, a, run, label, rank, thread);
             } else {

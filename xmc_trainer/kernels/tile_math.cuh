@@ -17,11 +17,11 @@ struct Arguments {
     void *weight, *state0, *state1;                  // [L, F]
     const void* index;                               // [R, F], rows ascending
     float *bias, *bias_state0, *bias_state1;         // [L], or null
-    const bfloat16* x;                               // [d, columns]; cluster_pass.cu: [columns, CLUSTER * FEATURES]
+    const bfloat16* x;                               // [d, columns]; cluster_pass.cu: [columns, CLUSTER * FEATURES]; best_pass.cu: [text tiles, TEXTS, FEATURES]
     float* dx;                                       // like x, without text_weight; cluster_pass.cu: of each cluster
     const uint32_t* positive;                        // [labels of rows first_row.., columns / 32]: one bit a (label, text)
     const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one
-    float* loss;                                     // [blocks, columns]
+    float* loss;                                     // [blocks, columns]; best_pass.cu: each block of labels' largest logit
     const int32_t* finite;                           // scalar
     const uint16_t* first_slots;                     // [R, CLUSTER]: a row's first slot of each block; cluster_pass.cu only
     int64_t labels;

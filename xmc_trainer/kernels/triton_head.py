@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from xmc_trainer.kernels import cluster_pass, cuda_source, dense_step, group_pass, group_step, tile_math, topk
+from xmc_trainer.kernels import best_pass, cluster_pass, cuda_source, dense_step, group_pass, group_step, tile_math, topk
 from xmc_trainer.kernels.counter_rng import Stream, make_key
 from xmc_trainer.kernels.pairs import PairBits, feature_bits
 from xmc_trainer.kernels.reference import HeadTensors, LossFn, Update, candidate_ids, pack_candidates
@@ -411,7 +411,11 @@ def head_topk(
 ) -> Tensor:
     """See `reference.head_topk`. `tile_labels` does not apply."""
     with _current(feat_Bd.device):
-        return _topk(head, feat_Bd, k, skip_label_P, skip_row_P)
+        try:
+            return _topk(head, feat_Bd, k, skip_label_P, skip_row_P)
+        except cuda_source.CompilationFailed as error:  # before anything was launched
+            cuda_source.give_up(error)
+            return _topk(head, feat_Bd, k, skip_label_P, skip_row_P)
 
 
 def _topk(head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor) -> Tensor:
@@ -422,7 +426,8 @@ def _topk(head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip
     blocks = topk.Blocks.of(labels, head.group_size if gathers else 1)
     best = torch.empty(triton.cdiv(blocks.count, topk.BLOCK) * topk.BLOCK, batch.columns, device=device)
     best[blocks.count :] = -torch.inf
-    (_group_best if gathers else _dense_best)(head, batch, blocks, best, skip_label_P, skip_row_P)
+    find = _group_best if gathers else _spread_best if best_pass.takes(head, batch.rows) else _dense_best
+    find(head, batch, blocks, best, skip_label_P, skip_row_P)
     chosen = _best_blocks(best, texts, min(k + topk.SPARE, blocks.count))
     score = torch.empty(*chosen.shape, topk.BLOCK, device=device)
     if texts:
@@ -471,6 +476,21 @@ def _dense_best(
             B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=8,
             num_stages=_stages(chunks.d, features_tile, 4 if texts_tile == 256 else 3),
         )  # fmt: skip
+
+
+def _spread_best(
+    head: HeadTensors, batch: Batch, blocks: topk.Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+) -> None:
+    """The same, of rows that are spread out on the chip alone."""
+    labels, columns = head.weight_LF.shape[0], batch.columns
+    if not skip_label_P.numel():
+        best_pass.launch(head, batch.rows, 0, labels, best, None, None)
+        return
+    chunk = _chunk_labels(labels, _WORKSPACE, columns // 8, topk.BLOCK)
+    pairs = PairBits(chunk, columns, topk.BLOCK, topk.BLOCK, batch.rows.device)
+    for first in range(0, labels, chunk):
+        pairs.mark(skip_label_P, skip_row_P, first)
+        best_pass.launch(head, batch.rows, first, min(first + chunk, labels), best[first // topk.BLOCK :], pairs.bits, pairs.any)
 
 
 def _group_best(
