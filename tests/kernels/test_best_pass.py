@@ -44,7 +44,7 @@ def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
     torch.testing.assert_close(best.double(), z.unflatten(0, (-1, topk.BLOCK)).amax(1), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("number, texts", [(1, 37), (3, 130)])
+@pytest.mark.parametrize("number, texts", [(0, 130), (1, 37)])
 def test_rankings_are_triton_s(number, texts, device, monkeypatch):
     labels = labels_on(device)
     head = make_head(device, *HEADS[number], labels=labels)
