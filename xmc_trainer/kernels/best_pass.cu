@@ -16,7 +16,7 @@ namespace {
 constexpr int BLOCK = 128, TILES = BLOCK / LABELS;  // labels of which the largest logit is kept; tiles that have them
 constexpr int PARTS = FEATURES / 64, NEXT = 32 / 16;
 constexpr int BUFFERS = 2, CONSUMERS = 256, PRODUCER_WARPS = 4, OWN = LABELS / PRODUCER_WARPS;  // labels of a producer's warp
-constexpr int CONSUMER_REGISTERS = 232, PRODUCER_REGISTERS = 48;
+constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;  // of the 168 that each of 384 threads begins with
 constexpr int IN_REGISTERS = FEATURES < 640 ? FEATURES : 640, KEPT = (FEATURES - IN_REGISTERS) / 64;  // features, parts of X
 constexpr int CHUNKS = FAN_IN / CHUNK, ROUNDS = (OWN * CHUNKS + 31) / 32;  // of a row; in which a warp reads its labels' chunks
 constexpr int TOGETHER = 16 / CHUNK;  // chunks that a lane reads before it spreads them
