@@ -16,9 +16,10 @@ from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense
 from xmc_trainer.kernels import cluster_pass, triton_head  # noqa: E402
 
 # (features, fan_in, group_size): clusters of one block, two, four and eight, of 64, 128 and 192 features. Slots are read two, one
-# and four together; the third head's blocks have more of a row than a producer's registers hold at once. The last two are dense: the
-# second block of the first of them has a short part of a row.
-HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1), (200, None, 1), (768, None, 1)]
+# and four together; the third head's blocks have more of a row than a producer's registers hold at once.
+HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1), (192, 24, 1)]
+# Dense ones from the seventh on: a block of the first of them has a short part of a row, one of the third none.
+HEADS += [(200, None, 1), (768, None, 1), (1160, None, 1), (48, None, 1)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
@@ -30,7 +31,7 @@ def device(request, monkeypatch):
 
 
 @pytest.mark.parametrize("number, scale, texts, loss", [
-    *((number, 0.1, 37, "bce") for number in (1, 3, 5)),
+    *((number, 0.1, 37, "bce") for number in (1, 3, 6)),
     (0, 60.0, 128, "squared_hinge"), (3, 60.0, 128, "bce"),
 ])  # fmt: skip
 def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
@@ -59,7 +60,9 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
     *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (4, "rowwise", torch.bfloat16),
-    (5, "sgd", torch.float32), (6, "sgd", torch.bfloat16), *((5, optimizer, torch.bfloat16) for optimizer in ("momentum", "rowwise")),
+    (5, "sgd", torch.float32), *((6, optimizer, torch.bfloat16) for optimizer in ("momentum", "rowwise")),
+    (7, "sgd", torch.bfloat16), (7, "rowwise", torch.bfloat16), (7, "momentum", torch.float32), (8, "rowwise", torch.bfloat16),
+    (9, "sgd", torch.float32),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
@@ -79,7 +82,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (5, "momentum")])
+@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (6, "momentum")])
 def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     # With weights of zero the slopes are +-1/2, and gradients by features of +-1 are bfloat16 numbers.
     options = {"weight_dtype": torch.bfloat16}
@@ -93,7 +96,7 @@ def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
-@pytest.mark.parametrize("number, optimizer", [(2, "adamw"), (5, "momentum"), (6, "sgd")])
+@pytest.mark.parametrize("number, optimizer", [(2, "adamw"), (6, "momentum"), (7, "sgd")])
 def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device, monkeypatch):
     features, fan_in, group_size = HEADS[number]
     labels = LABELS if device == "cpu" else 64 * 500 + 11  # some tiles for each cluster; of a chunk one at most
@@ -118,7 +121,7 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device,
             assert torch.equal(chunked[name], tensor), name
 
 
-@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (5, "momentum")])
+@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (6, "momentum")])
 def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
     def make(**more):
         return make_head(device, *HEADS[number], optimizer, text_reduction="mean", **more)
@@ -126,7 +129,7 @@ def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
     assert_parts_train_as_one(make, [batch(device, HEADS[number][0], 90, seed) for seed in range(2)], grad_rtol=1e-3)
 
 
-@pytest.mark.parametrize("number, bad, optimizer", [(2, float("nan"), "adamw"), (2, float("inf"), "rowwise"), (5, float("nan"), "sgd")])
+@pytest.mark.parametrize("number, bad, optimizer", [(2, float("nan"), "adamw"), (2, float("inf"), "rowwise"), (6, float("nan"), "sgd")])
 def test_a_non_finite_feature_never_reaches_a_weight(number, bad, optimizer, device):
     features, fan_in, group_size = HEADS[number]
     head = make_head(device, features, fan_in, group_size, optimizer, weight_dtype=torch.bfloat16)
@@ -156,3 +159,12 @@ def test_no_texts_no_positives_and_rewired_rows(device):
             assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(expected.sum().item(), rel=1e-3)
             head.train()
         head.rewire(RewireRule("fraction", 0.3, "random"))
+
+
+def test_other_dense_heads_are_left_to_triton(device, monkeypatch):
+    def taken(features, optimizer):
+        return cluster_pass.takes(make_head(device, features, None, 1, optimizer).tensors(), torch.zeros(5, features, dtype=torch.bfloat16, device=device))
+
+    assert taken(200, "momentum") and not taken(200, "adamw") and not taken(201, "sgd")
+    head = make_head(device, *HEADS[6])  # the fixture asks for a launch
+    head(*batch(device, HEADS[6][0], 5))

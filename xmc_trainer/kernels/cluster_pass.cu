@@ -1,5 +1,5 @@
-// The step of labels that share index rows with few others or none: sparse in memory, dense on the chip. For GPUs of
-// capability 9.0, and up to 128 texts. And of dense heads, whose rows need no spreading.
+// The step of labels that share index rows with few others or none (sparse in memory, dense on the chip), and of dense heads, whose
+// rows need no spreading. For GPUs of capability 9.0, and up to 128 texts.
 //
 // A cluster of CLUSTER blocks shares out the features: each block has FEATURES of them. It keeps its part of X on the chip for as
 // long as the kernel runs, and its part of dX in registers. Tiles of 64 labels pass through:
@@ -15,7 +15,8 @@
 //
 //     producers:  await graded (tile - BUFFERS): update its weights; spread tile over the same buffer; arrive at full (tile)
 //                 (what they read from memory for both, and where the slots of tile + 1 are, is on its way before they wait;
-//                 a dense head's rows are copied instead, while the weights to update next are read: they arrive a tile later)
+//                 a dense head's rows are copied instead: they arrive at full (tile) in the next turn, when the weights to update
+//                 then have been asked for)
 //     consumers:  await full (tile + 1): logits of tile + 1; await slopes (tile): gradients of tile; arrive at graded (tile);
 //                 await partials (tile + 1): slopes of tile + 1
 //
@@ -41,9 +42,10 @@ constexpr int BUFFERS = 3;
 constexpr int CONSUMERS = 256, PRODUCER_WARPS = 8;
 constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 256 - CONSUMER_REGISTERS;
 // Of a producer's warp LANES lanes have a label's slots, a chunk each and so on. Registers hold what they have of STRETCH slots
-// one after another: most parts of rows are no longer, at up to 32 slots a block and row.
+// one after another: most parts of sparse rows are no longer, at up to 32 slots a block and row.
 constexpr bool PAIRED = BF16_WEIGHT && sizeof(INDEX) == 2 && CHUNK > 1;  // two slots a register
 constexpr int STATES = RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;  // like weights
+// Of a dense head's row registers hold the block's part, or as many chunks of it as there is room for.
 constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES ? 2 : RULE == ROWWISE && PARTS == 3 ? 4 : 2 * PARTS;
 constexpr int LANES = 4, CHUNKS = DENSE ? DENSE_CHUNKS : (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK;
 constexpr int STRETCH = LANES * CHUNKS * CHUNK;
@@ -100,6 +102,7 @@ struct Shared {
     uint32_t square[2][CLUSTER][LABELS];           // from each block, its term of the labels' new state (ROWWISE)
     Barrier full[BUFFERS], graded[BUFFERS], partials, slopes[2], squares[2][PRODUCER_WARPS];
 };
+static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
 // The text of a consumer's rows (high: 8 rows on) of the logits.
 __device__ __forceinline__ int text_of(unsigned thread, int high) { return thread / 32 * 16 + thread % 32 / 4 + 8 * high; }
@@ -426,7 +429,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
         if (SPREAD_AHEAD && spreads) weights.load(a, run, Stretch(run, thread), label);
         const Start next(a, tiles, tile + 1, rank, thread);
         run_before = shared.run[buffer + 1 == BUFFERS ? 0 : buffer + 1][thread / LANES];
-        // Copies take as long as what was read above for the update.
+        // Awaited only here: what was asked for above for the update takes as long.
         if (DENSE && tile > 0 && tile <= tiles.count) await_copies(), publish_tile(buffer > 0 ? buffer - 1 : BUFFERS - 1);
         if (graded) {
             await(shared.graded[buffer], turn.parity ^ 1);

@@ -15,8 +15,8 @@ from xmc_trainer.kernels.reference import HeadTensors
 
 LABELS = 64  # a tile
 _ROWS = 1 << 16  # of the index at a time
-_WARPS, _MOST_FEATURES = 16, 192  # of a block
-_CLUSTERS = (1, 2, 4, 8)
+_WARPS = 16
+_MOST_FEATURES = {1: 128, 2: 192, 4: 192, 8: 192}  # of a block, by blocks of a cluster: one with 192 does not fit the shared memory alone
 
 
 class Shape(NamedTuple):
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
     @classmethod
     def of(cls, d: int) -> Shape:
-        blocks = next(blocks for blocks in _CLUSTERS if blocks * _MOST_FEATURES >= d)
+        blocks = next(blocks for blocks, most in _MOST_FEATURES.items() if blocks * most >= d)
         return cls(blocks, -(-d // (64 * blocks)) * 64)
 
 
@@ -44,7 +44,7 @@ def first_slots(index_RF: Tensor, shape: Shape) -> Tensor:
 def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
     """Whether `launch` takes this head and these features."""
     texts, d = feat_Bd.shape
-    shapes = texts <= TEXTS and d <= _CLUSTERS[-1] * _MOST_FEATURES
+    shapes = texts <= TEXTS and d <= max(blocks * most for blocks, most in _MOST_FEATURES.items())
     if head.index_RF is None:
         # Rows are read 16 bytes at a time. Two states a weight are too many for the registers: Triton's kernels are faster.
         shapes = shapes and d % 8 == 0 and len(head.weight_state) < 2
