@@ -28,6 +28,7 @@ struct Shared {
     alignas(8) float bias[BUFFERS][LABELS];
     Barrier full[BUFFERS], free[BUFFERS];
 };
+static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
 // The tiles of a block, in their order.
 struct Tiles {
