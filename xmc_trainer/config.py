@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from xmc_trainer.errors import UserError
@@ -607,8 +607,10 @@ def load_config(overrides: list[str]) -> Config:
             tree.data.folder = _read_yaml(tree.data.dataset).data.get("folder")
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{where}{str(error).splitlines()[0]}") from None
+        key = getattr(error, "full_key", None) or ""
+        meant = [name for name, *_ in describe() if isinstance(error, ConfigKeyError) and name.split(".")[-1] == key.split(".")[-1]]
+        hint = f"; write {' or '.join(meant)}" if meant else ""
+        raise UserError(f"{key}{': ' if key else ''}{str(error).splitlines()[0]}{hint}") from None
 
 
 def config_of_model(folder: Path, overrides: list[str]) -> Config:

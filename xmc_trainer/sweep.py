@@ -1,7 +1,7 @@
 """Many trainings of one table: rows of settings, several seeds each, some at a time; goes on where it was left.
 
 xmc-trainer sweep launchers/sweeps/sidgnd.yaml --jobs 4 dataset_path=./data
-xmc-trainer sweep launchers/sweeps/sidgnd.yaml --table        # only the table, of the runs that are finished
+xmc-trainer sweep launchers/sweeps/sidgnd.yaml --table dataset_path=./data    # only the table, of the runs finished with these settings
 
 The YAML file:
 

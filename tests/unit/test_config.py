@@ -140,6 +140,8 @@ REFUSED = [
     ("data.hf_source=ag_news", "data.hf_source"),
     ("environment.device=tpu", "environment.device"),
     ("fan_in", "key=value"),
+    ("weight_init=zero", "; write model.ffi.weight_init"),
+    ("training.lr=1", "; write training.optimization.lr"),
     ("dataset.model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
     ("+model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
     ("++dataset.model.ffi.fan_in=64", ": write model.ffi.fan_in=64"),
