@@ -32,6 +32,13 @@ def test_without_a_compiler_that_works_triton_takes_over(monkeypatch, tmp_path):
     assert error(heads[0].weight - start, (heads[1].weight - start).double()) < 2e-2
     heads[0](*batch(device, 48, 37, seed=1))
     assert len(tried) == 1
+    monkeypatch.setattr(cuda_source, "_gave_up", False)
+    feat = batch(device, 48, 37, seed=2)[0]
+    with pytest.warns(UserWarning, match="unsupported GNU version"):
+        score, label = heads[0].topk(feat, 5)
+    assert len(tried) == 2
+    torch.testing.assert_close(score, heads[0].topk(feat, 5)[0])
+    assert torch.equal(label, heads[0].topk(feat, 5)[1])
 
 
 @pytest.mark.parametrize("divisor", [1, 2, 3, 7, 64, 1000, 2**30 + 1, 2**31 - 1])

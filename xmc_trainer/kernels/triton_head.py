@@ -7,9 +7,9 @@ Weights are read and updated in their own precision. Two ways lead through a ste
     dense    spreads rows out: for every index, dense heads, and wherever results must be the same bit for bit
              (torch.use_deterministic_algorithms)
 
-and the same two to the best labels (`topk`). Of a step each is there twice: in CUDA (`group_pass`; `cluster_pass`, which spreads
-rows on the chip), where that can be compiled and takes the head, and in Triton (`group_step`, `dense_step`). The first step
-of a large head tries what takes it, and the choice is kept on disk (`tuning`).
+and the same two to the best labels (`topk`; or `best_pass`, which spreads rows on the chip). Of a step each is there twice: in
+CUDA (`group_pass`; `cluster_pass`, which spreads rows on the chip), where that can be compiled and takes the head, and in
+Triton (`group_step`, `dense_step`). The first step of a large head tries what takes it, and the choice is kept on disk (`tuning`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ import torch
 import triton
 from torch import Tensor
 
-from xmc_trainer.kernels import best_pass, cluster_pass, cuda_source, dense_step, group_pass, group_step, tile_math, topk
+from xmc_trainer.kernels import (
+    best_pass,
+    cluster_pass,
+    cuda_source,
+    dense_step,
+    group_pass,
+    group_step,
+    tile_math,
+    topk,
+)
 from xmc_trainer.kernels.counter_rng import Stream, make_key
 from xmc_trainer.kernels.pairs import PairBits, feature_bits
 from xmc_trainer.kernels.reference import HeadTensors, LossFn, Update, candidate_ids, pack_candidates
