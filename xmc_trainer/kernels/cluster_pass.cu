@@ -506,10 +506,11 @@ __device__ __forceinline__ void send_logits(Shared& shared, int rank, int warp, 
     __syncwarp();
     if (thread % 32) return;
 #pragma unroll
-    for (int owner = 0; owner < CLUSTER; ++owner)
-        if (owner != rank)
-            send_bulk(address_in(owner, address(shared.partial[rank][warp])), shared.staged[owner][warp],
-                      sizeof(Pieces) / (CONSUMERS / 32), address_in(owner, address(&shared.partials)));
+    for (int i = 1; i < CLUSTER; ++i) {
+        const int owner = (rank + i) % CLUSTER;
+        send_bulk(address_in(owner, address(shared.partial[rank][warp])), shared.staged[owner][warp],
+                  sizeof(Pieces) / (CONSUMERS / 32), address_in(owner, address(&shared.partials)));
+    }
 }
 
 // Sums over the eight lanes whose numbers are the same modulo 4: each lane has one of them in sums[0], and returns which. The
@@ -542,13 +543,13 @@ __device__ __forceinline__ void send_slopes(
     const auto to_all = [&](void* here, auto value) {
         uint32_t there[CLUSTER], barriers[CLUSTER];  // first all: what a send still reads cannot be overwritten
 #pragma unroll
-        for (int block = 0; block < CLUSTER; ++block)
-            there[block] = address_in(block, address(here)), barriers[block] = address_in(block, barrier);
-#pragma unroll
-        for (int block = 0; block < CLUSTER; ++block) {
-            if (block == rank) *static_cast<decltype(value)*>(here) = value;
-            else send(there[block], value, barriers[block]);
+        for (int i = 1; i < CLUSTER; ++i) {
+            const int block = (rank + i) % CLUSTER;
+            there[i] = address_in(block, address(here)), barriers[i] = address_in(block, barrier);
         }
+#pragma unroll
+        for (int i = 1; i < CLUSTER; ++i) send(there[i], value, barriers[i]);
+        *static_cast<decltype(value)*>(here) = value;
     };
     constexpr int PAIR = PIECES < 2 ? PIECES : 2;
 #pragma unroll
@@ -565,12 +566,14 @@ __device__ __forceinline__ void send_slopes(
 #pragma unroll
                 for (int j = 0; j < 4; ++j) z[i][j] = r == 0 ? __uint_as_float(got[j]) : z[i][j] + __uint_as_float(got[j]);
             }
+            const int label = 8 * (first + i) + lane % 4 * 2;
+            const float2 biases = *reinterpret_cast<const float2*>(shared.bias[buffer] + label);
+            const uint2 positives = *reinterpret_cast<const uint2*>(shared.positive[buffer][warp / 2] + label);
+            positive[i][0] = positives.x, positive[i][1] = positives.y;
+            plain = plain && (positives.x | positives.y) == 0;
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int label = 8 * (first + i) + lane % 4 * 2 + j;
-                const float bias = shared.bias[buffer][label];
-                positive[i][j] = shared.positive[buffer][warp / 2][label];
-                plain = plain && positive[i][j] == 0;
+                const float bias = j ? biases.y : biases.x;
 #pragma unroll
                 for (int high = 0; high < 2; ++high) {
                     float& x = z[i][2 * high + j];

@@ -26,6 +26,18 @@ constexpr int STAGED_PITCH = 40;  // floats: four rows of eight lie in different
 static_assert(THREADS >= FEATURES && THREADS >= LABELS, "a thread for each slot and label");
 static_assert(N_TEXT % 2 == 0 && N_FEATURE % 2 == 0 && DX_PASSES >= 1 && M >= 1, "the warps must share the tile");
 
+// A row of X has its chunks in another order than `place` gives them: eight rows that a product reads at once are in different
+// banks too if they are those of `slot_of_column`.
+__device__ __forceinline__ int place_of_x(int row, int chunk) {
+    return (row * X_PITCH + (chunk ^ (row & 7) ^ (row >> 3 & 3) << 1)) * 8;
+}
+
+// The slots of a warp's columns of dW, in such an order that a lane has 2 N_FEATURE of them one after another.
+__device__ __forceinline__ int slot_of_column(int column) {
+    const int n = column / 8 % N_FEATURE;
+    return column / (8 * N_FEATURE) * (8 * N_FEATURE) + column % 8 / 2 * (2 * N_FEATURE) + 2 * n + column % 2;
+}
+
 struct Shared {
     alignas(128) bfloat16 x[FEATURES * TEXTS];
     bfloat16 w[LABELS * FEATURES];
@@ -54,7 +66,7 @@ __device__ __forceinline__ void feature_gradient(Shared& shared, const Arguments
         const int part = warp + pass * WARPS, m0 = part / (TEXTS / 32) * (16 * DX_M), n0 = part % (TEXTS / 32) * 32;
         float c[DX_M][4][4];
         clear(c);
-        product<LABELS, W_PITCH, true, X_PITCH, true>(c, shared.w, m0, shared.s, n0);
+        product<LABELS, true, true>(c, Placed<W_PITCH>{shared.w}, m0, Placed<X_PITCH>{shared.s}, n0);
 #pragma unroll
         for (int m = 0; m < 2 * DX_M; ++m) {
             __syncwarp();
@@ -76,7 +88,7 @@ __device__ __forceinline__ void feature_gradient(Shared& shared, const Arguments
 __device__ __forceinline__ void gather_features(Shared& shared, const Arguments& a, int text0) {
     share<FEATURES, X_PITCH>([&](int f, int chunk) {
         const int offset = shared.offset[f];
-        copy_async(shared.x + place<X_PITCH>(f, chunk), a.x + max(offset, 0) + text0 + chunk * 8, offset >= 0);
+        copy_async(shared.x + place_of_x(f, chunk), a.x + max(offset, 0) + text0 + chunk * 8, offset >= 0);
     });
 }
 
@@ -89,7 +101,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
     const int numbers = (a.last_row - a.first_row) * ((a.group + LABELS - 1) / LABELS);
     const bool update = a.update && *a.finite;
     float* const losses = a.loss + static_cast<int64_t>(blockIdx.x) * a.columns + n0;
-    const auto weights_at = [&](int g, int c) { return shared.w + place<W_PITCH>(g, c); };
+    const Placed<W_PITCH> at_w{shared.w};
+    const Placed<X_PITCH> at_s{shared.s};
+    const auto at_x = [&](int row, int chunk) { return shared.x + place_of_x(row, chunk); };
+    const auto at_x_of_column = [&](int column, int chunk) { return at_x(slot_of_column(column), chunk); };
     float loss[2 * N_TEXT] = {};
 
     Ahead ahead(a, blockIdx.x, numbers);
@@ -99,11 +114,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         __syncthreads();  // the tile before is finished with
         if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset;
         if (threadIdx.x < LABELS) shared.bias[threadIdx.x] = ahead.bias;
-        load_weights(a, tile, weights_at);
-        if (update && RULE >= MOMENTUM && threadIdx.x == 0) {
-            fetch_rows(a, tile, a.state0);
-            if (RULE == ADAMW) fetch_rows(a, tile, a.state1);
-        }
+        load_weights(a, tile, at_w);
         ahead = Ahead(a, number + gridDim.x, numbers);
         float grad[M][N_FEATURE][4];
         clear(grad);
@@ -119,7 +130,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
 #pragma unroll
                     for (int n = 0; n < N_TEXT; ++n)
                         z[m / 2][n][m % 2 * 2] = z[m / 2][n][m % 2 * 2 + 1] = shared.bias[m0 + 8 * m + lane / 4];
-                product<FEATURES, W_PITCH, false, X_PITCH, true>(z, shared.w, m0, shared.x, n0);
+                product<FEATURES, false, true>(z, at_w, m0, at_x, n0);
                 slopes(z, tile_loss, row_sum, shared.s, a, any_positive, tile.local, tile.count, m0, n0, text0);
                 if (!ONE_TILE) add_losses(tile_loss, losses + text0);
 #pragma unroll
@@ -131,11 +142,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
                 }
             }
             __syncthreads();
+            if (update && text0 == 0) fetch_states(a, tile);
             feature_gradient(shared, a, text0);
-            if (update) product<TEXTS, X_PITCH, false, X_PITCH, false>(grad, shared.s, m0, shared.x, f0);
+            if (update) product<TEXTS, false, false>(grad, at_s, m0, at_x_of_column, f0);
         }
         if (!update) continue;
-        update_weights<(M < 2 ? 2 : 4)>(grad, a, tile, m0, f0, weights_at);
+        update_weights<(M < 2 ? 2 : 4), true>(grad, a, tile, m0, f0, at_w);
         // Signed: a tile past the last label has fewer than none.
         const int thread = threadIdx.x;
         if (thread < tile.count) {

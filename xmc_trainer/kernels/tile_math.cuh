@@ -11,6 +11,8 @@
 
 #pragma once
 
+#include <type_traits>
+
 #include "ptx.cuh"
 
 struct Arguments {
@@ -28,7 +30,7 @@ struct Arguments {
     int32_t first_row, last_row, label_start, texts, columns, fan_in, group, update;
     uint32_t group_factor, group_shift;              // n / group is n * group_factor >> group_shift, for n < 2^31
     float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
-    uint32_t key[6];                                 // two for the rounding of weight, state0, state1
+    uint32_t key[6];                                 // for the rounding of weight, state0, state1: of rows, and of columns (folded)
 };
 
 namespace {
@@ -43,9 +45,16 @@ __device__ __forceinline__ int place(int row, int chunk) {  // in elements
     return (row * PITCH + (chunk ^ (row & 7))) * 8;
 }
 
-// c[m][n] += A B over K. A is stored [m, k] (A_T: [k, m]), B is stored [n, k] (B_T: [k, n]); pitches in chunks.
-template <int K, int A_PITCH, bool A_T, int B_PITCH, bool B_T, int MM, int NN>
-__device__ __forceinline__ void product(float (&c)[MM][NN][4], const bfloat16* a, int m0, const bfloat16* b, int n0) {
+// A matrix whose chunks are where `place` has them.
+template <int PITCH>
+struct Placed {
+    bfloat16* matrix;
+    __device__ __forceinline__ bfloat16* operator()(int row, int chunk) const { return matrix + place<PITCH>(row, chunk); }
+};
+
+// c[m][n] += A B over K. A is stored [m, k] (A_T: [k, m]), B is stored [n, k] (B_T: [k, n]); a(row, chunk), b(row, chunk): where.
+template <int K, bool A_T, bool B_T, int MM, int NN, typename A, typename B>
+__device__ __forceinline__ void product(float (&c)[MM][NN][4], A a, int m0, B b, int n0) {
     const int lane = threadIdx.x & 31, low = lane & 15, high = lane >> 4;
     const int split = (lane & 7) + (high << 3), second = (lane >> 3) & 1;
 #pragma unroll
@@ -53,13 +62,13 @@ __device__ __forceinline__ void product(float (&c)[MM][NN][4], const bfloat16* a
         uint32_t fa[MM][4], fb[4];
 #pragma unroll
         for (int m = 0; m < MM; ++m) {
-            if (A_T) load4_transposed(fa[m], a + place<A_PITCH>(k + split, (m0 + 16 * m) / 8 + second));
-            else load4(fa[m], a + place<A_PITCH>(m0 + 16 * m + low, k / 8 + high));
+            if (A_T) load4_transposed(fa[m], a(k + split, (m0 + 16 * m) / 8 + second));
+            else load4(fa[m], a(m0 + 16 * m + low, k / 8 + high));
         }
 #pragma unroll
         for (int n = 0; n < NN; n += 2) {
-            if (B_T) load4_transposed(fb, b + place<B_PITCH>(k + low, n0 / 8 + n + high));
-            else load4(fb, b + place<B_PITCH>(n0 + 8 * n + split, k / 8 + second));
+            if (B_T) load4_transposed(fb, b(k + low, n0 / 8 + n + high));
+            else load4(fb, b(n0 + 8 * n + split, k / 8 + second));
 #pragma unroll
             for (int m = 0; m < MM; ++m) {
                 multiply(c[m][n], fa[m], fb[0], fb[1]);
@@ -150,6 +159,13 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, const Tile& tile,
     if (tile.count > 0) prefetch(static_cast<const uint8_t*>(tensor) + tile.label0 * bytes, tile.count * bytes);
 }
 
+// Its states' rows: not long before they are read. What is on its way for all blocks fills the cache.
+__device__ __forceinline__ void fetch_states(const Arguments& a, const Tile& tile) {
+    if (threadIdx.x) return;
+    if (RULE >= MOMENTUM) fetch_rows(a, tile, a.state0);
+    if (RULE == ADAMW) fetch_rows(a, tile, a.state1);
+}
+
 __device__ __forceinline__ void add4(float* to, float4 value) {
 #if __CUDA_ARCH__ >= 900
     atomicAdd(reinterpret_cast<float4*>(to), value);
@@ -171,7 +187,7 @@ __device__ __forceinline__ void load_positives(
 }
 
 __device__ __forceinline__ float log1p_fast(float x) {
-    return x < 0.01f ? x * (1.0f - x * (0.5f - x * (0.33333334f - 0.25f * x))) : __logf(1.0f + x);
+    return x < 0.01f ? x * (1.0f - x * (0.5f - x * (0.33333334f - 0.25f * x))) : 0.6931471805599453f * log2_fast(1.0f + x);
 }
 
 __device__ __forceinline__ uint32_t packed(float x, float y) {
@@ -311,8 +327,8 @@ constexpr uint32_t COLUMN_HASH = 0x9E3779B1u;
 
 __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32_t key, uint32_t column) {
     const uint32_t x = hashed + column * COLUMN_HASH;
-    // With y = x ^ key: y ^ (y >> 16). The key's part of it is the same for all.
-    return __float_as_uint(value) + (((x ^ (x >> 16) ^ (key ^ (key >> 16))) * 0x7FEB352Du) >> 16);
+    // With y = x ^ k: y ^ (y >> 16). The key is its part of that, k ^ (k >> 16).
+    return __float_as_uint(value) + (((x ^ (x >> 16) ^ key) * 0x7FEB352Du) >> 16);
 }
 
 struct Values { float weight, state0, state1; };
@@ -322,12 +338,12 @@ __device__ __forceinline__ Values updated(Values v, float grad, const Arguments&
     const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // of a bias: a constant
     if (RULE == ROWWISE) {
         const float deviation = square_root(v.state0 * a.correct1) + a.eps;
-        v.weight = v.weight * kept - a.lr * __fdividef(grad, deviation);
+        v.weight = v.weight * kept - a.lr * (grad * reciprocal(deviation));
     } else if (RULE == ADAMW) {
         v.state0 = a.beta0 * v.state0 + (1.0f - a.beta0) * grad;
         v.state1 = a.beta1 * v.state1 + (1.0f - a.beta1) * grad * grad;
         const float deviation = square_root(v.state1 * a.correct1) + a.eps;
-        v.weight = v.weight * kept - a.lr * a.correct0 * __fdividef(v.state0, deviation);
+        v.weight = v.weight * kept - a.lr * a.correct0 * (v.state0 * reciprocal(deviation));
     } else {
         grad += weight_decay * v.weight;
         if (RULE == MOMENTUM) grad = v.state0 = a.beta0 * v.state0 + grad;
@@ -352,11 +368,6 @@ __device__ __forceinline__ void narrow(uint32_t& to, float2 v, uint32_t hashed, 
     to = __byte_perm(rounded(v.x, hashed, key, column), rounded(v.y, hashed, key, column + 1), 0x7632);
 }
 
-// Of a part of a row, PAIRS times 8 columns, a lane has columns 8 n + lane % 4 * 2 and the next. Parts of four such pairs of
-// bfloat16 go to memory and back as four chunks of 16 bytes, one for each of the row's four lanes, and these exchange: their
-// own four bytes at a time would be half of what memory moves.
-template <int PAIRS> constexpr bool IN_CHUNKS = BF16_WEIGHT && PAIRS == 4;
-
 // Of each four lanes, lane p's q-th word <-> lane q's p-th. All lanes of the warp must call.
 __device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
 #pragma unroll
@@ -372,55 +383,71 @@ __device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
     }
 }
 
-template <int PAIRS>
-__device__ __forceinline__ void exchange(Pair (&v)[PAIRS]) {
-    if constexpr (IN_CHUNKS<PAIRS>) exchange_words(v);
+// Of a part of a row, PAIRS times 8 columns, a lane has PAIRS pairs of the sums of a product: the n-th in the columns 8 n + lane % 4 * 2
+// and the next, or (RUN) one after another from column lane % 4 * 2 PAIRS on, if the product's operand is read in such an order.
+template <bool RUN, int PAIRS>
+__device__ __forceinline__ int column_of(int n) { return threadIdx.x % 4 * (RUN ? 2 * PAIRS : 2) + n * (RUN ? 2 : 8); }
+
+// A run, as few as possible at a time. BACK: to memory. What AdamW writes leaves the L2 cache first: it moves three tensors there and
+// back, and what is on its way would leave it before it is read.
+template <int PAIRS, bool BACK = false>
+__device__ __forceinline__ void copy_run(void* to, const void* from) {
+    using Unit = typename std::conditional<PAIRS * sizeof(Pair) % 16 == 0, uint4, uint2>::type;
+#pragma unroll
+    for (int i = 0; i < PAIRS * sizeof(Pair) / sizeof(Unit); ++i) {
+        if (BACK && RULE == ADAMW) __stcs(static_cast<Unit*>(to) + i, static_cast<const Unit*>(from)[i]);
+        else static_cast<Unit*>(to)[i] = static_cast<const Unit*>(from)[i];
+    }
 }
 
-// `columns`: how many there are from `from` on; `there`: whether any.
-template <int PAIRS>
+// `columns`: how many there are from `from` on, a multiple of 8; `there`: whether any.
+template <bool RUN, int PAIRS>
 __device__ __forceinline__ void read_part(Pair (&v)[PAIRS], const WEIGHT* from, bool there, int columns) {
-    const int quarter = threadIdx.x & 3;
-    if constexpr (IN_CHUNKS<PAIRS>) {
-        const uint4 chunk = there && 8 * quarter < columns ? reinterpret_cast<const uint4*>(from)[quarter] : uint4{0, 0, 0, 0};
-        v[0] = chunk.x, v[1] = chunk.y, v[2] = chunk.z, v[3] = chunk.w;
-    } else {
+    const int first = column_of<RUN, PAIRS>(0);
+    alignas(16) Pair got[PAIRS] = {};
+    if (RUN && there && first < columns) copy_run<PAIRS>(got, from + first);
 #pragma unroll
-        for (int n = 0; n < PAIRS; ++n)
-            v[n] = there && 8 * n < columns ? reinterpret_cast<const Pair*>(from)[4 * n + quarter] : Pair{};
+    for (int n = 0; n < PAIRS; ++n) {
+        if (!RUN && there && 8 * n < columns) got[n] = *reinterpret_cast<const Pair*>(from + first + 8 * n);
+        v[n] = got[n];
     }
 }
 
-template <int PAIRS>
-__device__ __forceinline__ void write_part(WEIGHT* to, Pair (&v)[PAIRS], bool there, int columns) {
-    const int quarter = threadIdx.x & 3;
-    exchange(v);
-    if constexpr (IN_CHUNKS<PAIRS>) {
-        if (there && 8 * quarter < columns) reinterpret_cast<uint4*>(to)[quarter] = uint4{v[0], v[1], v[2], v[3]};
-    } else {
+template <bool RUN, int PAIRS>
+__device__ __forceinline__ void write_part(WEIGHT* to, const Pair (&v)[PAIRS], bool there, int columns) {
+    const int first = column_of<RUN, PAIRS>(0);
+    alignas(16) Pair given[PAIRS];
 #pragma unroll
-        for (int n = 0; n < PAIRS; ++n)
-            if (there && 8 * n < columns) reinterpret_cast<Pair*>(to)[4 * n + quarter] = v[n];
+    for (int n = 0; n < PAIRS; ++n) {
+        if (!RUN && there && 8 * n < columns) *reinterpret_cast<Pair*>(to + first + 8 * n) = v[n];
+        given[n] = v[n];
     }
+    if (RUN && there && first < columns) copy_run<PAIRS, true>(to + first, given);
 }
 
-// The update of a warp's weights, whose gradient is c: labels from m0 on, features from f0 on. old(g, c): where eight
-// bfloat16 weights of label g are, from feature 8 c on. The state of TOGETHER parts of rows is asked for before any is needed.
-template <int TOGETHER, int M, int N, typename Old>
+// The update of a warp's weights, whose gradient is c, in parts as above, runs if SUMS_RUN: labels from m0 on, features from f0 on.
+// old(g, c): where eight bfloat16 weights of label g are, from feature 8 c on. The state of TOGETHER parts of rows is asked for
+// before any is needed.
+//
+// Memory takes 16 bytes a lane, twice as much at a time as pairs that are no run: a row's four lanes exchange the new weights for
+// runs of them, or the gradients, if there are states.
+template <int TOGETHER, bool SUMS_RUN, int M, int N, typename Old>
 __device__ __forceinline__ void update_weights(
     const float (&c)[M][N][4], const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
     constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // of a row
+    constexpr bool EXCHANGES = !SUMS_RUN && BF16_WEIGHT && PAIRS == 4, GRADIENTS = EXCHANGES && RULE >= MOMENTUM;
+    constexpr bool RUN = SUMS_RUN || GRADIENTS;
     static_assert(2 * M * PARTS % TOGETHER == 0 && N % PAIRS == 0, "whole parts");
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int first_part = 0; first_part < 2 * M * PARTS; first_part += TOGETHER) {
-        Pair weight[TOGETHER][PAIRS], state0[TOGETHER][PAIRS], state1[TOGETHER][PAIRS];
+        alignas(16) Pair weight[TOGETHER][PAIRS], state0[TOGETHER][PAIRS], state1[TOGETHER][PAIRS];
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
             const int g = m0 + (first_part + i) / PARTS * 8 + lane / 4, f = f0 + (first_part + i) % PARTS * (8 * PAIRS);
             const int64_t start = (tile.label0 + g) * a.fan_in + f;
             const auto read = [&](Pair (&v)[PAIRS], const void* tensor) {
-                read_part(v, static_cast<const WEIGHT*>(tensor) + start, g < tile.count, a.fan_in - f);
+                read_part<RUN>(v, static_cast<const WEIGHT*>(tensor) + start, g < tile.count, a.fan_in - f);
             };
             if (RULE >= MOMENTUM) read(state0[i], a.state0);
             if (RULE == ADAMW) read(state1[i], a.state1);
@@ -429,27 +456,37 @@ __device__ __forceinline__ void update_weights(
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
             const int m = (first_part + i) / PARTS, n0 = (first_part + i) % PARTS * PAIRS;
-            const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0;
+            const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + column_of<RUN, PAIRS>(0);
             const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
-            const uint32_t hashed0 = mix(number ^ a.key[0]), hashed1 = mix(number ^ a.key[2]), hashed2 = mix(number ^ a.key[4]);
-            if (RULE >= MOMENTUM) exchange(state0[i]);
-            if (RULE == ADAMW) exchange(state1[i]);
+            int hashed[3];  // of each tensor: the row and the lane's first column
+#pragma unroll
+            for (int j = 0; BF16_WEIGHT && j < (RULE == ADAMW ? 3 : RULE >= MOMENTUM ? 2 : 1); ++j)
+                hashed[j] = mix(number ^ a.key[2 * j]) + column * COLUMN_HASH, forget(hashed[j]);
+            uint32_t grad[2][PAIRS];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+#pragma unroll
+                for (int n = 0; n < PAIRS; ++n) grad[j][n] = __float_as_uint(c[m / 2][n0 + n][m % 2 * 2 + j]);
+                if constexpr (GRADIENTS) exchange_words(grad[j]);
+            }
+            if constexpr (BF16_WEIGHT && RUN) copy_run<PAIRS>(weight[i], old(g, column / 8) + column % 8);
 #pragma unroll
             for (int n = 0; n < PAIRS; ++n) {
-                const int column = f + 8 * n + lane % 4 * 2;
-                if constexpr (BF16_WEIGHT) weight[i][n] = *reinterpret_cast<const Pair*>(old(g, f / 8 + n) + lane % 4 * 2);
+                const int on = RUN ? 2 * n : 8 * n;
+                if constexpr (BF16_WEIGHT && !RUN) weight[i][n] = *reinterpret_cast<const Pair*>(old(g, f / 8 + n) + lane % 4 * 2);
                 const float2 none = make_float2(0.0f, 0.0f), w = widened(weight[i][n]);
                 const float2 v0 = RULE >= MOMENTUM ? widened(state0[i][n]) : none;
                 const float2 v1 = RULE == ADAMW ? widened(state1[i][n]) : none;
-                const float* const grad = &c[m / 2][n0 + n][m % 2 * 2];
-                const Values x = updated({w.x, v0.x, v1.x}, grad[0] * a.text_weight, a, a.weight_decay);
-                const Values y = updated({w.y, v0.y, v1.y}, grad[1] * a.text_weight, a, a.weight_decay);
-                narrow(weight[i][n], {x.weight, y.weight}, hashed0, a.key[1], column);
-                if (RULE >= MOMENTUM) narrow(state0[i][n], {x.state0, y.state0}, hashed1, a.key[3], column);
-                if (RULE == ADAMW) narrow(state1[i][n], {x.state1, y.state1}, hashed2, a.key[5], column);
+                const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]) * a.text_weight, a, a.weight_decay);
+                const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]) * a.text_weight, a, a.weight_decay);
+                narrow(weight[i][n], {x.weight, y.weight}, hashed[0], a.key[1], on);
+                if (RULE >= MOMENTUM) narrow(state0[i][n], {x.state0, y.state0}, hashed[1], a.key[3], on);
+                if (RULE == ADAMW) narrow(state1[i][n], {x.state1, y.state1}, hashed[2], a.key[5], on);
             }
-            const auto write = [&](void* tensor, Pair (&v)[PAIRS]) {
-                write_part(static_cast<WEIGHT*>(tensor) + (tile.label0 + g) * a.fan_in + f, v, g < tile.count, a.fan_in - f);
+            if constexpr (EXCHANGES && !GRADIENTS) exchange_words(weight[i]);
+            const auto write = [&](void* tensor, const Pair (&v)[PAIRS]) {
+                WEIGHT* const to = static_cast<WEIGHT*>(tensor) + (tile.label0 + g) * a.fan_in + f;
+                write_part<RUN || EXCHANGES>(to, v, g < tile.count, a.fan_in - f);
             };
             write(a.weight, weight[i]);
             if (RULE >= MOMENTUM) write(a.state0, state0[i]);

@@ -219,11 +219,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset;
         if (threadIdx.x < LABELS) shared.bias[threadIdx.x] = ahead.bias;
         load_weights(a, tile, weights_at);
-        if (threadIdx.x == 0) {
-            if (number + gridDim.x < numbers) fetch_rows(a, Tile(a, number + gridDim.x), a.weight);
-            if (update && RULE >= MOMENTUM) fetch_rows(a, tile, a.state0);
-            if (update && RULE == ADAMW) fetch_rows(a, tile, a.state1);
-        }
+        if (threadIdx.x == 0 && number + gridDim.x < numbers) fetch_rows(a, Tile(a, number + gridDim.x), a.weight);
         ahead = Ahead(a, number + gridDim.x, numbers);
         float grad[1][FEATURES / 8][4];
         clear(grad);
@@ -252,6 +248,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             feature_gradient(s, shared, a, text0);
             if constexpr (SLOPES_IN_REGISTERS) __syncthreads();
             if (!update) continue;
+            if (text0 == 0) fetch_states(a, tile);
             pin(grad[0]);
             begin_products();
 #pragma unroll
@@ -263,7 +260,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             pin(grad[0]);
         }
         if (!update) continue;
-        update_weights<4 / WARPGROUPS>(grad, a, tile, 16 * warp, 0, weights_at);
+        update_weights<4 / WARPGROUPS, false>(grad, a, tile, 16 * warp, 0, weights_at);
         // Signed: a tile past the last label has fewer than none.
         const int g = threadIdx.x;
         if (g < tile.count) {

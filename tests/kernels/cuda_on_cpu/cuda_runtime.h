@@ -32,7 +32,9 @@ struct dim3 {
 struct int2 { int x, y; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
+template <typename T> void __stcs(T* to, T value) { *to = value; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -196,8 +198,6 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t order) {
     for (int i = 0; i < 4; ++i) out |= uint32_t(both >> (order >> 4 * i & 7) * 8 & 0xFF) << 8 * i;
     return out;
 }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float x, float y) { return x / y; }
 inline void atomicAdd(float* to, float value) { *to += value; }
 
 using cudaError_t = int;

@@ -195,6 +195,7 @@ inline void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier
 inline void await_reads() {}
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float square_root(float x) { return std::sqrt(x); }
 
