@@ -87,6 +87,16 @@ struct Turn {
     }
 };
 
+// The i-th block to which a block gives what is for all, itself too, and then the last: two that give to each other at a time. With
+// states one after another, the same for all: measured, the faster order with momentum (H100; 5 %), the slower without (2 %).
+struct Receiver {
+    int block;
+    bool own;
+
+    __device__ __forceinline__ Receiver(int i, int rank)
+        : block(STATES ? i : rank ^ (i + 1) % CLUSTER), own(STATES ? i == rank : i == CLUSTER - 1) {}
+};
+
 // Logits of OWN labels, as a block's consumers have them: by warp.
 using Pieces = uint4[CONSUMERS / 32][PIECES][32];
 
@@ -506,10 +516,11 @@ __device__ __forceinline__ void send_logits(Shared& shared, int rank, int warp, 
     __syncwarp();
     if (thread % 32) return;
 #pragma unroll
-    for (int i = 1; i < CLUSTER; ++i) {
-        const int owner = (rank + i) % CLUSTER;
-        send_bulk(address_in(owner, address(shared.partial[rank][warp])), shared.staged[owner][warp],
-                  sizeof(Pieces) / (CONSUMERS / 32), address_in(owner, address(&shared.partials)));
+    for (int i = 0; i < CLUSTER; ++i) {
+        const Receiver owner(i, rank);
+        if (owner.own) continue;
+        send_bulk(address_in(owner.block, address(shared.partial[rank][warp])), shared.staged[owner.block][warp],
+                  sizeof(Pieces) / (CONSUMERS / 32), address_in(owner.block, address(&shared.partials)));
     }
 }
 
@@ -543,13 +554,15 @@ __device__ __forceinline__ void send_slopes(
     const auto to_all = [&](void* here, auto value) {
         uint32_t there[CLUSTER], barriers[CLUSTER];  // first all: what a send still reads cannot be overwritten
 #pragma unroll
-        for (int i = 1; i < CLUSTER; ++i) {
-            const int block = (rank + i) % CLUSTER;
+        for (int i = 0; i < CLUSTER; ++i) {
+            const int block = Receiver(i, rank).block;
             there[i] = address_in(block, address(here)), barriers[i] = address_in(block, barrier);
         }
 #pragma unroll
-        for (int i = 1; i < CLUSTER; ++i) send(there[i], value, barriers[i]);
-        *static_cast<decltype(value)*>(here) = value;
+        for (int i = 0; i < CLUSTER; ++i) {
+            if (Receiver(i, rank).own) *static_cast<decltype(value)*>(here) = value;
+            else send(there[i], value, barriers[i]);
+        }
     };
     constexpr int PAIR = PIECES < 2 ? PIECES : 2;
 #pragma unroll
