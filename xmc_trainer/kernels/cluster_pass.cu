@@ -94,7 +94,7 @@ struct Receiver {
     bool own;
 
     __device__ __forceinline__ Receiver(int i, int rank)
-        : block(STATES ? i : rank ^ (i + 1) % CLUSTER), own(STATES ? i == rank : i == CLUSTER - 1) {}
+        : block(STATES ? i : rank ^ (CLUSTER - 1 - i)), own(STATES ? i == rank : i == CLUSTER - 1) {}
 };
 
 // Logits of OWN labels, as a block's consumers have them: by warp.
