@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.kernels.tuning import keep_busy
 
 _OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "rowwise_rmsprop": RowwiseRMSprop(), "adamw": AdamW()}
 
@@ -37,6 +38,7 @@ def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> 
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
         torch.cuda.synchronize()
+        keep_busy(device)
         events[0].record()
         for event in events[1:]:
             step()

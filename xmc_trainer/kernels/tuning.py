@@ -53,13 +53,18 @@ def fastest(question: str, names: Sequence[str], trial: Callable[[str], Callable
     return _known[key]
 
 
+def keep_busy(device: torch.device) -> None:
+    """Some 8 ms of work for a GPU (an H100). As in training the host is ahead: what follows does not wait for its own launches."""
+    square = torch.zeros(2048, 2048, dtype=torch.bfloat16, device=device)
+    product = torch.empty_like(square)
+    for _ in range(300):
+        torch.mm(square, square, out=product)
+
+
 def _milliseconds(way: Callable[[], object], device: torch.device) -> float:
     """The device's time for the shortest of some rounds, after one that warms up."""
     way()
-    # As in training, the host is ahead: with some 8 ms of work before them the rounds do not wait for their own launches.
-    square = torch.zeros(4096, 4096, dtype=torch.bfloat16, device=device)
-    for _ in range(40):
-        square @ square
+    keep_busy(device)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(_ROUNDS + 1)]
     events[0].record()
     for event in events[1:]:
