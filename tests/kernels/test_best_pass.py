@@ -3,6 +3,8 @@
 Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
 """
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ triton = pytest.importorskip("triton")
 
 from tests.kernels.cuda_helpers import DEVICES, LABELS, batch, dense_of, make_head, use  # noqa: E402
 from xmc_trainer.kernels import best_pass, topk, triton_head  # noqa: E402
+from xmc_trainer.kernels.pairs import PairBits  # noqa: E402
 
 # (features, fan_in, group_size): slots are read two, one and four together, rows by some lanes or by all and more; what registers
 # hold of X, and what not.
@@ -34,14 +37,30 @@ def labels_on(device):
 def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
     head = make_head(device, *HEADS[number], labels=labels_on(device), weight_dtype=weight_dtype)
     head.bias.normal_()
+    tensors = head.tensors()
     feat, _, _ = batch(device, HEADS[number][0], texts)
     rows = triton_head.Batch.of(feat.bfloat16()).rows
-    best = torch.full((-(-head.num_labels // topk.BLOCK), rows.shape[0]), torch.nan, device=device)
-    best_pass.launch(head.tensors(), rows, 0, head.num_labels, best, None, None)
-    weight = dense_of(head)[0].bfloat16().double()
-    z = weight @ rows.double().T + head.bias.double()[:, None]
-    z = torch.nn.functional.pad(z, (0, 0, 0, -z.shape[0] % topk.BLOCK), value=-torch.inf)
-    torch.testing.assert_close(best.double(), z.unflatten(0, (-1, topk.BLOCK)).amax(1), rtol=1e-5, atol=1e-5)
+    labels, columns = head.num_labels, rows.shape[0]
+    z = dense_of(head)[0].bfloat16().double() @ rows.double().T + head.bias.double()[:, None]
+
+    def assert_best(tensors, first, z, skip=None, any_skip=None):
+        best = torch.full((-(-(labels - first) // topk.BLOCK), columns), torch.nan, device=device)
+        best_pass.launch(tensors, rows, first, labels, best, skip, any_skip)
+        z = torch.nn.functional.pad(z[first:], (0, 0, 0, (first - labels) % topk.BLOCK), value=-torch.inf)
+        torch.testing.assert_close(best.double(), z.unflatten(0, (-1, topk.BLOCK)).amax(1), rtol=1e-5, atol=1e-5)
+
+    assert_best(tensors, 0, z)
+    if number == 4:
+        assert_best(dataclasses.replace(tensors, bias_L=None), 0, z - head.bias.double()[:, None])
+    # Without the best of a block for each text, and a repeated pair; the other blocks have none to leave out.
+    first = topk.BLOCK
+    best, text = z[first : 2 * first, :texts].argmax(0) + first, torch.arange(texts, device=device)
+    label_P, row_P = torch.cat([best, best[:3], torch.tensor([0], device=device)]), torch.cat([text, text[:3], text[:1]])
+    pairs = PairBits(labels - first, columns, topk.BLOCK, topk.BLOCK, rows.device)
+    pairs.mark(label_P, row_P, first)
+    assert pairs.any.tolist() == [1] + [0] * (len(pairs.any) - 1)
+    z[best, text] = -torch.inf
+    assert_best(tensors, first, z, pairs.bits, pairs.any)
 
 
 @pytest.mark.parametrize("chunks", [False, True])

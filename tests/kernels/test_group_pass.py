@@ -32,15 +32,20 @@ def device(request, monkeypatch):
 INPUTS = [(0.1, 37, "bce"), (60.0, 37, "squared_hinge"), (1.0, 150, "squared_hinge"), (60.0, 128, "bce")]
 
 
-# Each head with either loss, and saturated or not.
-@pytest.mark.parametrize("number, inputs", [(number, INPUTS[number % 2 * 2 + i]) for number in range(len(GROUPS)) for i in range(2)])
-def test_errs_no_more_than_eager_bfloat16(number, inputs, device):
+# Each head with either loss, and saturated or not; and where no tile of labels but the first has a positive, nor a tile of texts
+# columns that are none.
+@pytest.mark.parametrize("number, inputs, with_positives", [
+    *((number, INPUTS[number % 2 * 2 + i], LABELS) for number in range(len(GROUPS)) for i in range(2)),
+    (2, (1.0, 128, "bce"), 16), (3, (60.0, 256, "bce"), 16), (4, (1.0, 256, "squared_hinge"), 16), (4, (60.0, 128, "bce"), 16),
+])  # fmt: skip
+def test_errs_no_more_than_eager_bfloat16(number, inputs, with_positives, device):
     (features, fan_in, group_size), (scale, texts, loss) = GROUPS[number], inputs
     # Scale 60 saturates most logits, on both sides.
     head = make_head(device, features, fan_in, group_size, lr=1.0, weight_decay=0.0, loss=loss)
     head.weight.copy_((head.weight * scale).bfloat16())
     before, mask = dense_of(head)
     feat, ids, counts = batch(device, features, texts)
+    ids %= with_positives
     feat.requires_grad_()
     out = head(feat, ids, counts)
     out.backward()

@@ -40,10 +40,10 @@ def launch(
         "best_pass.cu", head, rows.device, _NO_UPDATE, 0, FEATURES=features, FAN_IN=fan_in, CHUNK=math.gcd(fan_in, 4),
         LABELS=_LABELS, WARPS=_WARPS,
     )  # fmt: skip
-    programs = min(cuda_source.checked(library.group_pass_blocks()) // tiles, -(-(last_label - first_label) // topk.BLOCK))
+    programs = min(cuda_source.checked(library.launch_blocks()) // tiles, -(-(last_label - first_label) // topk.BLOCK))
     x = torch.nn.functional.pad(rows, (0, features - d, 0, tiles * TEXTS - columns))
     arguments = cuda_source.Arguments.of(
         head, first_label, last_label, x=x, columns=columns, texts=columns, dx=None, losses=best, positive=skip, any_positive=any_skip,
         finite=None, text_weight=1.0, update=False, rule=_NO_UPDATE, decay={},
     )  # fmt: skip
-    cuda_source.checked(-library.group_pass(ctypes.byref(arguments), max(1, programs) * tiles, cuda_source.stream(rows.device)))
+    cuda_source.checked(-library.launch(ctypes.byref(arguments), max(1, programs) * tiles, cuda_source.stream(rows.device)))

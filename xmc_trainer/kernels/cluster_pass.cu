@@ -87,8 +87,8 @@ struct Turn {
     }
 };
 
-// The i-th block to which a block gives what is for all, itself too, and then the last: two that give to each other at a time. With
-// states one after another, the same for all: measured, the faster order with momentum (H100; 5 %), the slower without (2 %).
+// The i-th block to which a block gives what is for all. With states the order is the same for all blocks, without it is that of
+// pairs that give to each other, and itself last: measured, the first is faster with momentum (H100; 5 %), the second without (1 %).
 struct Receiver {
     int block;
     bool own;

@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
                 }
             }
             __syncthreads();
-            if (update && text0 == 0) fetch_states(a, tile);
+            if (update && (ONE_TILE || text0 + TEXTS >= a.columns)) fetch_states(a, tile);
             feature_gradient(shared, a, text0);
             if (update) product<TEXTS, false, false>(grad, at_s, m0, at_x_of_column, f0);
         }

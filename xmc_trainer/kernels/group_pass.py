@@ -103,12 +103,12 @@ def launch(
     )  # fmt: skip
     if not blocks.strip:
         x_dB = _in_warpgroup_order(x_dB)
-    fit = cuda_source.checked(library.group_pass_blocks())
+    fit = cuda_source.checked(library.launch_blocks())
     programs = min(fit, (last_row - first_row) * -(-head.group_size // tile))
     losses = torch.zeros(programs, columns, device=device)
     arguments = cuda_source.Arguments.of(
         head, first_row, last_row, x=x_dB, columns=columns, texts=texts, dx=dx_dB, losses=losses, positive=positive,
         any_positive=any_positive, finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay,
     )  # fmt: skip
-    cuda_source.checked(-library.group_pass(ctypes.byref(arguments), programs, cuda_source.stream(device)))
+    cuda_source.checked(-library.launch(ctypes.byref(arguments), programs, cuda_source.stream(device)))
     loss_B += losses.sum(0)

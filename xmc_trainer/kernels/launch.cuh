@@ -2,8 +2,8 @@
 
 #pragma once
 
-// Launch on `stream`; a.loss has a row for each block. Returns 0, or CUDA's error number.
-extern "C" int group_pass(const Arguments* arguments, int blocks, void* stream) {
+// Launch on `stream`; a.loss has a row for each block (best_pass.cu: of labels). Returns 0, or CUDA's error number.
+extern "C" int launch(const Arguments* arguments, int blocks, void* stream) {
     const int bytes = sizeof(Shared);
     if (cudaError_t error = cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
     step_kernel<<<blocks, THREADS, bytes, static_cast<cudaStream_t>(stream)>>>(*arguments);
@@ -11,7 +11,7 @@ extern "C" int group_pass(const Arguments* arguments, int blocks, void* stream) 
 }
 
 // How many blocks of it fit on the current device at once; negative: CUDA's error number.
-extern "C" int group_pass_blocks() {
+extern "C" int launch_blocks() {
     const int bytes = sizeof(Shared);
     int device, units, blocks;
     cudaError_t error = cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);

@@ -1,7 +1,7 @@
 // Rows of weights and index in memory, a chunk of slots at a time, and where they are spread out on the chip.
 //
 // Takes -D CHUNK (1, 2, 4, 8: slots that are read together, a divisor of the fan-in) besides what tile_math.cuh takes, of which
-// it uses LABELS, WEIGHT and INDEX.
+// it uses LABELS and WEIGHT.
 
 #pragma once
 

@@ -22,12 +22,13 @@ struct Arguments {
     const bfloat16* x;                               // [d, columns]; cluster_pass.cu, best_pass.cu: [columns, features of all blocks]
     float* dx;                                       // like x, without text_weight; cluster_pass.cu: of each cluster
     const uint32_t* positive;                        // [labels of rows first_row.., columns / 32]: one bit a (label, text)
-    const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one
+    const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one; best_pass.cu: [blocks]
     float* loss;                                     // [blocks, columns]; best_pass.cu: each block of labels' largest logit
     const int32_t* finite;                           // scalar
     const uint16_t* first_slots;                     // [R, CLUSTER]: a row's first slot of each block; cluster_pass.cu only
     int64_t labels;
-    int32_t first_row, last_row, label_start, texts, columns, fan_in, group, update;
+    int32_t first_row, last_row;                     // of the index; best_pass.cu, and dense heads: labels
+    int32_t label_start, texts, columns, fan_in, group, update;
     uint32_t group_factor, group_shift;              // n / group is n * group_factor >> group_shift, for n < 2^31
     float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
     uint32_t key[6];                                 // for the rounding of weight, state0, state1: of rows, and of columns (folded)
@@ -161,9 +162,11 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, const Tile& tile,
 
 // Its states' rows: not long before they are read. What is on its way for all blocks fills the cache.
 __device__ __forceinline__ void fetch_states(const Arguments& a, const Tile& tile) {
-    if (threadIdx.x) return;
-    if (RULE >= MOMENTUM) fetch_rows(a, tile, a.state0);
-    if (RULE == ADAMW) fetch_rows(a, tile, a.state1);
+    if (threadIdx.x == 0) {
+        if (RULE >= MOMENTUM) fetch_rows(a, tile, a.state0);
+        if (RULE == ADAMW) fetch_rows(a, tile, a.state1);
+    }
+    __syncwarp();
 }
 
 __device__ __forceinline__ void add4(float* to, float4 value) {
@@ -388,7 +391,7 @@ __device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
 template <bool RUN, int PAIRS>
 __device__ __forceinline__ int column_of(int n) { return threadIdx.x % 4 * (RUN ? 2 * PAIRS : 2) + n * (RUN ? 2 : 8); }
 
-// A run, as few as possible at a time. BACK: to memory. What AdamW writes leaves the L2 cache first: it moves three tensors there and
+// A run, in as few accesses as possible. BACK: to memory. What AdamW writes leaves the L2 cache first: it moves three tensors there and
 // back, and what is on its way would leave it before it is read.
 template <int PAIRS, bool BACK = false>
 __device__ __forceinline__ void copy_run(void* to, const void* from) {
@@ -429,15 +432,15 @@ __device__ __forceinline__ void write_part(WEIGHT* to, const Pair (&v)[PAIRS], b
 // old(g, c): where eight bfloat16 weights of label g are, from feature 8 c on. The state of TOGETHER parts of rows is asked for
 // before any is needed.
 //
-// Memory takes 16 bytes a lane, twice as much at a time as pairs that are no run: a row's four lanes exchange the new weights for
-// runs of them, or the gradients, if there are states.
+// Accesses are of 16 bytes a lane, with which memory moves twice as much as with single pairs: where sums are no runs, a row's four
+// lanes exchange the new weights for runs of them, or the gradients, if there are states.
 template <int TOGETHER, bool SUMS_RUN, int M, int N, typename Old>
 __device__ __forceinline__ void update_weights(
     const float (&c)[M][N][4], const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
     constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // of a row
     constexpr bool EXCHANGES = !SUMS_RUN && BF16_WEIGHT && PAIRS == 4, GRADIENTS = EXCHANGES && RULE >= MOMENTUM;
     constexpr bool RUN = SUMS_RUN || GRADIENTS;
-    static_assert(2 * M * PARTS % TOGETHER == 0 && N % PAIRS == 0, "whole parts");
+    static_assert(2 * M * PARTS % TOGETHER == 0 && N % PAIRS == 0 && (!SUMS_RUN || PARTS == 1), "whole parts");
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int first_part = 0; first_part < 2 * M * PARTS; first_part += TOGETHER) {

@@ -7,6 +7,7 @@ matrix product that makes its logits:
     dense_best_kernel    z = X D^T + bias             for rows that were spread out (D_Cd; see `dense_step`), a tile of
                                                       BLOCK labels after another, each with up to 256 texts
     group_best_kernel    z = X^T[index]^T w + bias    for labels that share index rows (see `group_step`)
+    best_pass.cu         z = X W^T + bias             for rows that it spreads out on the chip, where it can be compiled
 
 Logits never leave the chip: from memory come weights (and index) once, X from the L2 cache. Texts are the first
 dimension of z, so that the maximum over a block's labels is taken within a few threads. The best of the maxima are found

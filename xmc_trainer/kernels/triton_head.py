@@ -43,7 +43,7 @@ __all__ = ["head_step", "head_topk"]
 # From this many labels a row on, gathering is likely to be the faster way (H100, d = 768, F = 128, B = 128).
 _SHARED = 16
 # Heads of fewer labels do not wait for their step long enough to be tuned; larger ones are by so many of their labels at most: the
-# first, of which caches keep little, if a copy takes this share of the free memory at most, else the second.
+# first, of which caches keep little, if a copy of weights and states takes this share of the free memory at most, else the second.
 _TUNED_LABELS, _TRIAL_LABELS, _TRIAL_SHARE = 1 << 16, (1 << 20, 1 << 18), 1 / 32
 # A chunk's workspaces take this many bytes; the dense way's, whose chunks take more launches, this share of the head's
 # weights and index if that is more: the first where rows are spread out, the second where there are slopes alone.
@@ -200,12 +200,11 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
     if len(ways) == 1 or labels < _TUNED_LABELS or not feat_Bd.is_cuda:
         return next(iter(ways.values()))
     texts = triton.cdiv(feat_Bd.shape[0], 128) * 128
-    free, bytes_a_label = torch.cuda.mem_get_info(feat_Bd.device)[0], sum(x[0].nbytes for x in (head.weight_LF, *head.weight_state))
-    tried = min(labels, _TRIAL_LABELS[_TRIAL_LABELS[0] * bytes_a_label > free * _TRIAL_SHARE])
+    tried = _trial_labels(labels, sum(x[0].nbytes for x in (head.weight_LF, *head.weight_state)), feat_Bd.device)
     question = (
         f"texts {texts}, features {feat_Bd.shape[1]} {feat_Bd.dtype}, fan-in {head.weight_LF.shape[1]}, group {head.group_size}, "
         f"{'no index' if head.index_RF is None else 'index'}, "
-        f"{head.weight_LF.dtype}, rule {step.rule['RULE']}, update {step.update}, {tried} labels"
+        f"{head.weight_LF.dtype}, rule {step.rule['RULE']}, update {step.update}, {1 << (tried - 1).bit_length()} labels at most"
     )
 
     def trial(name: str) -> Callable[[], object]:
@@ -213,6 +212,14 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
         return lambda: way.run(part, Batch.of(feat_Bd, way.texts), label_P, row_P, step)
 
     return ways[fastest(question, list(ways), trial, feat_Bd.device)]
+
+
+@functools.cache  # memory that the training takes later changes nothing
+def _trial_labels(labels: int, bytes_a_label: int, device: torch.device) -> int:
+    """How many of a head's labels to try its ways on."""
+    most, least = (min(labels, limit) for limit in _TRIAL_LABELS)
+    free, _ = torch.cuda.mem_get_info(device)
+    return most if most * bytes_a_label <= free * _TRIAL_SHARE else least
 
 
 def _first_labels(head: HeadTensors, labels: int) -> HeadTensors:

@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             feature_gradient(s, shared, a, text0);
             if constexpr (SLOPES_IN_REGISTERS) __syncthreads();
             if (!update) continue;
-            if (text0 == 0) fetch_states(a, tile);
+            if (ONE_TILE || text0 + TEXTS >= a.columns) fetch_states(a, tile);
             pin(grad[0]);
             begin_products();
 #pragma unroll
