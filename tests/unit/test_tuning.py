@@ -50,3 +50,16 @@ def test_a_file_that_says_nothing_useful_is_replaced(measured, content):
     file.write_text(content)
     assert ask(measured, {"a": 2.0, "b": 1.0}) == "b"
     assert list(json.loads(file.read_text()).values()) == ["b"]
+
+
+@pytest.mark.parametrize("labels, bytes_a_label, free, tried", [
+    (3 << 20, 768, 32 * 768 << 20, 1 << 20),  # a copy of a million labels is a 32nd of what is free
+    (3 << 20, 768, (32 * 768 << 20) - 1, 1 << 18),
+    (400_000, 768, 32 * 768 * 400_000, 400_000),
+    (400_000, 768, 1 << 30, 1 << 18),
+    (70_000, 768, 0, 70_000),
+])  # fmt: skip
+def test_ways_are_tried_on_as_many_labels_as_memory_allows(labels, bytes_a_label, free, tried, monkeypatch):
+    triton_head = pytest.importorskip("xmc_trainer.kernels.triton_head", reason="the Triton backend needs triton")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 << 30))
+    assert triton_head._trial_labels.__wrapped__(labels, bytes_a_label, torch.device("cuda")) == tried

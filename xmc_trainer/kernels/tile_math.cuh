@@ -386,10 +386,10 @@ __device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
     }
 }
 
-// Of a part of a row, PAIRS times 8 columns, a lane has PAIRS pairs of the sums of a product: the n-th in the columns 8 n + lane % 4 * 2
-// and the next, or (RUN) one after another from column lane % 4 * 2 PAIRS on, if the product's operand is read in such an order.
+// Of a part of a row, PAIRS times 8 columns, a lane has PAIRS pairs of the sums of a product: the first from this column on, the others
+// every 8 columns, or (RUN) one after another, if the product's operand is read in such an order.
 template <bool RUN, int PAIRS>
-__device__ __forceinline__ int column_of(int n) { return threadIdx.x % 4 * (RUN ? 2 * PAIRS : 2) + n * (RUN ? 2 : 8); }
+__device__ __forceinline__ int first_column() { return threadIdx.x % 4 * (RUN ? 2 * PAIRS : 2); }
 
 // A run, in as few accesses as possible. BACK: to memory. What AdamW writes leaves the L2 cache first: it moves three tensors there and
 // back, and what is on its way would leave it before it is read.
@@ -406,7 +406,7 @@ __device__ __forceinline__ void copy_run(void* to, const void* from) {
 // `columns`: how many there are from `from` on, a multiple of 8; `there`: whether any.
 template <bool RUN, int PAIRS>
 __device__ __forceinline__ void read_part(Pair (&v)[PAIRS], const WEIGHT* from, bool there, int columns) {
-    const int first = column_of<RUN, PAIRS>(0);
+    const int first = first_column<RUN, PAIRS>();
     alignas(16) Pair got[PAIRS] = {};
     if (RUN && there && first < columns) copy_run<PAIRS>(got, from + first);
 #pragma unroll
@@ -418,7 +418,7 @@ __device__ __forceinline__ void read_part(Pair (&v)[PAIRS], const WEIGHT* from, 
 
 template <bool RUN, int PAIRS>
 __device__ __forceinline__ void write_part(WEIGHT* to, const Pair (&v)[PAIRS], bool there, int columns) {
-    const int first = column_of<RUN, PAIRS>(0);
+    const int first = first_column<RUN, PAIRS>();
     alignas(16) Pair given[PAIRS];
 #pragma unroll
     for (int n = 0; n < PAIRS; ++n) {
@@ -459,9 +459,9 @@ __device__ __forceinline__ void update_weights(
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
             const int m = (first_part + i) / PARTS, n0 = (first_part + i) % PARTS * PAIRS;
-            const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + column_of<RUN, PAIRS>(0);
+            const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + first_column<RUN, PAIRS>();
             const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
-            int hashed[3];  // of each tensor: the row and the lane's first column
+            int hashed[3] = {};  // of each tensor: the row and the lane's first column
 #pragma unroll
             for (int j = 0; BF16_WEIGHT && j < (RULE == ADAMW ? 3 : RULE >= MOMENTUM ? 2 : 1); ++j)
                 hashed[j] = mix(number ^ a.key[2 * j]) + column * COLUMN_HASH, forget(hashed[j]);

@@ -200,7 +200,7 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
     if len(ways) == 1 or labels < _TUNED_LABELS or not feat_Bd.is_cuda:
         return next(iter(ways.values()))
     texts = triton.cdiv(feat_Bd.shape[0], 128) * 128
-    tried = _trial_labels(labels, sum(x[0].nbytes for x in (head.weight_LF, *head.weight_state)), feat_Bd.device)
+    tried = _trial_labels(labels, sum(x.nbytes for x in (head.weight_LF, *head.weight_state)) // labels, feat_Bd.device)
     question = (
         f"texts {texts}, features {feat_Bd.shape[1]} {feat_Bd.dtype}, fan-in {head.weight_LF.shape[1]}, group {head.group_size}, "
         f"{'no index' if head.index_RF is None else 'index'}, "
