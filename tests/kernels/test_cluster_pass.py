@@ -1,4 +1,5 @@
-"""The CUDA kernel for labels that share index rows with few others, and dense heads: against float64, the eager bfloat16 twin and the reference.
+"""The CUDA kernels for clusters of blocks, of dense heads and labels that share index rows with few others or none: against
+float64, the eager bfloat16 twin and the reference.
 
 Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
 """
@@ -20,27 +21,34 @@ from xmc_trainer.kernels import cluster_pass, triton_head  # noqa: E402
 HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1), (192, 24, 1)]
 # Dense ones from the seventh on: a block of the first of them has a short part of a row, one of the third none.
 HEADS += [(200, None, 1), (768, None, 1), (1160, None, 1), (48, None, 1)]
+# From the eleventh on features are gathered for two of the products: clusters of one block, two and four, of 16 labels and of 8,
+# of groups that fill these and do not.
+GATHERED = 10
+HEADS += [(48, 16, 16), (200, 64, 9), (768, 128, 16), (384, 128, 8), (700, 120, 8)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernel runs; fails a test in which it was not launched."""
-    launched = use(request.param, cluster_pass, "ClusterPass", monkeypatch)
+    launched = use(request.param, cluster_pass.ClusterPass, "launch", monkeypatch)
     yield request.param
     assert launched
 
 
-@pytest.mark.parametrize("number, scale, texts, loss", [
-    *((number, 0.1, 37, "bce") for number in (1, 3, 6)),
-    (0, 60.0, 128, "squared_hinge"), (3, 60.0, 128, "bce"),
+# The last heads with positives of a few labels alone: what most tiles of labels are in training, and have a way of their own.
+@pytest.mark.parametrize("number, scale, texts, loss, with_positives", [
+    *((number, 0.1, 37, "bce", LABELS) for number in (1, 3, 6, 10, 11)),
+    (0, 60.0, 128, "squared_hinge", LABELS), (3, 60.0, 128, "bce", LABELS), (12, 60.0, 128, "bce", LABELS),
+    (12, 1.0, 128, "bce", 16), (13, 1.0, 128, "squared_hinge", 16), (14, 60.0, 128, "bce", 16),
 ])  # fmt: skip
-def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
+def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, with_positives, device):
     # Scale 60 saturates most logits, on both sides.
     features, fan_in, group_size = HEADS[number]
     head = make_head(device, features, fan_in, group_size, lr=1.0, weight_decay=0.0, loss=loss)
     head.weight.copy_((head.weight * scale).bfloat16())
     before, mask = dense_of(head)
     feat, ids, counts = batch(device, features, texts)
+    ids %= with_positives
     feat.requires_grad_()
     out = head(feat, ids, counts)
     out.backward()
@@ -62,6 +70,8 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, device):
     *((2, optimizer, torch.bfloat16) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32), (4, "rowwise", torch.bfloat16),
     (5, "sgd", torch.float32), (6, "momentum", torch.bfloat16), (7, "sgd", torch.bfloat16), (7, "rowwise", torch.bfloat16),
     (7, "momentum", torch.float32), (8, "sgd", torch.float32), (9, "rowwise", torch.bfloat16),
+    (10, "adamw", torch.float32), (11, "momentum", torch.float32), (12, "adamw", torch.bfloat16), (13, "sgd", torch.float32),
+    (14, "momentum", torch.bfloat16),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
@@ -81,7 +91,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
             assert torch.equal(got, expected), name
 
 
-@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (6, "momentum")])
+@pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (6, "momentum"), (12, "adamw"), (13, "sgd")])
 def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     # With weights of zero the slopes are +-1/2, and gradients by features of +-1 are bfloat16 numbers.
     options = {"weight_dtype": torch.bfloat16}
@@ -95,7 +105,7 @@ def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
-@pytest.mark.parametrize("number, optimizer", [(2, "adamw"), (6, "momentum"), (7, "sgd")])
+@pytest.mark.parametrize("number, optimizer", [(2, "adamw"), (6, "momentum"), (7, "sgd"), (12, "adamw"), (13, "sgd")])
 def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device, monkeypatch):
     features, fan_in, group_size = HEADS[number]
     labels = LABELS if device == "cpu" else 64 * 500 + 11  # some tiles for each cluster; of a chunk one at most
@@ -120,7 +130,7 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device,
             assert torch.equal(chunked[name], tensor), name
 
 
-@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (6, "momentum")])
+@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (6, "momentum"), (11, "adamw"), (14, "momentum")])
 def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
     def make(**more):
         return make_head(device, *HEADS[number], optimizer, text_reduction="mean", **more)
@@ -128,7 +138,9 @@ def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
     assert_parts_train_as_one(make, [batch(device, HEADS[number][0], 90, seed) for seed in range(2)], grad_rtol=1e-3)
 
 
-@pytest.mark.parametrize("number, bad, optimizer", [(2, float("nan"), "adamw"), (2, float("inf"), "rowwise"), (6, float("nan"), "momentum")])
+@pytest.mark.parametrize("number, bad, optimizer", [
+    (2, float("nan"), "adamw"), (2, float("inf"), "rowwise"), (6, float("nan"), "momentum"), (12, float("inf"), "adamw"),
+])  # fmt: skip
 def test_a_non_finite_feature_never_reaches_a_weight(number, bad, optimizer, device):
     features, fan_in, group_size = HEADS[number]
     head = make_head(device, features, fan_in, group_size, optimizer, weight_dtype=torch.bfloat16)
@@ -145,8 +157,9 @@ def test_a_non_finite_feature_never_reaches_a_weight(number, bad, optimizer, dev
     assert torch.isfinite(head.weight.float()).all() and not torch.equal(head.weight, before["weight"])
 
 
-def test_no_texts_no_positives_and_rewired_rows(device):
-    features, fan_in, group_size = HEADS[1]
+@pytest.mark.parametrize("number", [1, 11])
+def test_no_texts_no_positives_and_rewired_rows(number, device):
+    features, fan_in, group_size = HEADS[number]
     head = make_head(device, features, fan_in, group_size)
     none = torch.empty(0, dtype=torch.int64, device=device)
     assert head(torch.empty(0, features, device=device), none, none).item() == 0
@@ -158,6 +171,31 @@ def test_no_texts_no_positives_and_rewired_rows(device):
             assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(expected.sum().item(), rel=1e-3)
             head.train()
         head.rewire(RewireRule("fraction", 0.3, "random"))
+
+
+@pytest.mark.parametrize("number", [3, 12])
+def test_rows_that_one_block_has_all_features_of(number, device):
+    """Runs of slots that are longer than what registers hold, and none."""
+    features, fan_in, group_size = HEADS[number]
+    heads = [make_head(device, features, fan_in, group_size, lr=1.0, backend=name) for name in ("triton", "reference")]
+    feat, ids, counts = batch(device, features, 100)
+    found = []
+    for head in heads:
+        before = head.weight.clone()
+        head.index.copy_(torch.arange(fan_in) + (features - fan_in) // 2 // 64 * 64)
+        x = feat.clone().requires_grad_()
+        head(x, ids, counts).backward()
+        found.append((x.grad, head.weight - before))
+    for got, expected in zip(*found):
+        assert error(got, expected.double()) < 1e-2
+
+
+def test_which_of_the_kernels_takes_a_head(device):
+    for number, shape in enumerate(HEADS):
+        head = make_head(device, *shape)
+        first = next(iter(triton_head._ways(head.tensors(), torch.zeros(5, shape[0], dtype=torch.bfloat16, device=device))))
+        assert first == ("hybrid" if number >= GATHERED else "cluster"), shape
+    head(*batch(device, shape[0], 5))  # the fixture asks for a launch
 
 
 def test_other_dense_heads_are_left_to_triton(device, monkeypatch):

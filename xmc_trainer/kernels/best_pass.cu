@@ -84,7 +84,7 @@ __device__ __forceinline__ void spread(Shared& shared, const Arguments& a, int b
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
             if (!has(i)) continue;
-            const RowOfW to(w, warp * OWN + row_of_item(i));
+            const RowOfW<> to(w, warp * OWN + row_of_item(i));
 #pragma unroll
             for (int j = 0; j < CHUNK; ++j) to[index[i][j]] = narrowed(value[i][j]);
         }
@@ -145,7 +145,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
         *reinterpret_cast<uint4*>(shared.x[chunk / ROW] + place<ROW>(row, chunk % ROW)) = *reinterpret_cast<const uint4*>(from);
     }
     publish_shared();
-    meet<1, CONSUMERS>();
+    meet<CONSUMERS>(1);
     Turn turn;
 #pragma unroll 1
     while (tile.any()) {

@@ -39,7 +39,7 @@ constexpr int PARTS = FEATURES / 64;                   // such rows a row of X a
 constexpr int NEXT = 32 / 16, NEXT_ROWS = 2048 / 16;   // to the next 16 columns, and rows, of an operand
 constexpr int OWN = LABELS / CLUSTER, PIECES = OWN / 8;  // labels that a block owns; eights of them
 constexpr int BUFFERS = 3;
-constexpr int CONSUMERS = 256, PRODUCER_WARPS = 8;
+constexpr int CONSUMERS = 256, PRODUCER_WARPS = 8, BLOCK_THREADS = THREADS;
 constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 256 - CONSUMER_REGISTERS;
 // Of a producer's warp LANES lanes have a label's slots, a chunk each and so on. Registers hold what they have of STRETCH slots
 // one after another: most parts of sparse rows are no longer, at up to 32 slots a block and row.
@@ -118,8 +118,8 @@ static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 __device__ __forceinline__ int text_of(unsigned thread, int high) { return thread / 32 * 16 + thread % 32 / 4 + 8 * high; }
 
 // As if the features of all blocks were here.
-__device__ __forceinline__ RowOfW row_of_w(Shared& shared, int buffer, int row, int rank) {
-    return RowOfW(shared.w[buffer][0] - rank * (PARTS * LABELS * ROW_SIZE), row);
+__device__ __forceinline__ RowOfW<> row_of_w(Shared& shared, int buffer, int row, int rank) {
+    return RowOfW<>(shared.w[buffer][0] - rank * (PARTS * LABELS * ROW_SIZE), row);
 }
 
 // A tile's rows of the tensors on their way to the L2 cache, this block's share of them: warp 0, 1, ... has a tensor each; the
@@ -229,7 +229,7 @@ struct Weights {
         stretch.load(value, row_of<Stored>(a.weight, a, label));
     }
 
-    __device__ __forceinline__ void spread(const RowOfW& to, const Stretch& stretch) const {
+    __device__ __forceinline__ void spread(const RowOfW<>& to, const Stretch& stretch) const {
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k)
 #pragma unroll
@@ -241,7 +241,7 @@ struct Weights {
 };
 
 // A dense head's rows, a producer's part of its label's, on their way to where consumers read them; zeros where there is nothing.
-__device__ __forceinline__ void begin_copy(const RowOfW& to, const Arguments& a, const Run& run, int label, int rank, unsigned thread) {
+__device__ __forceinline__ void begin_copy(const RowOfW<>& to, const Arguments& a, const Run& run, int label, int rank, unsigned thread) {
     const Stretch stretch(run, thread);
     const Stored* const row = row_of<Stored>(a.weight, a, run.number ? label : 0);
 #pragma unroll
@@ -274,7 +274,7 @@ struct Old {
     }
 
     // Zeros outside the run.
-    __device__ __forceinline__ void gather(const RowOfW& from, const Stretch& stretch) {
+    __device__ __forceinline__ void gather(const RowOfW<>& from, const Stretch& stretch) {
 #pragma unroll
         for (int k = 0; k < CHUNKS && !DENSE; ++k)
 #pragma unroll
@@ -282,13 +282,13 @@ struct Old {
     }
 
     // Of a chunk, gathered before; a dense head's are read when they are needed: they take no registers before.
-    __device__ __forceinline__ Chunk<uint16_t> gradients(int k, const RowOfW& from, const Stretch& stretch) const {
+    __device__ __forceinline__ Chunk<uint16_t> gradients(int k, const RowOfW<>& from, const Stretch& stretch) const {
         if constexpr (!DENSE) return gradient[k];
         else if (stretch.has(k, 0)) return reinterpret_cast<const Chunk<uint16_t>&>(from[stretch.slot0 + stretch.to(k)]);
         else return Chunk<uint16_t>{};
     }
 
-    __device__ __forceinline__ float squares(const Arguments& a, const RowOfW& from, const Stretch& stretch) const {
+    __device__ __forceinline__ float squares(const Arguments& a, const RowOfW<>& from, const Stretch& stretch) const {
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
@@ -304,7 +304,7 @@ struct Old {
 
     // label_state: the new one (ROWWISE).
     __device__ __forceinline__ void update(
-        const Arguments& a, const RowOfW& from, const Stretch& stretch, int label, float label_state) {
+        const Arguments& a, const RowOfW<>& from, const Stretch& stretch, int label, float label_state) {
         const uint32_t number = static_cast<uint32_t>(a.label_start + label);
         int hashed[1 + STATES];  // of each tensor: the row and the lane's first column
 #pragma unroll
@@ -379,7 +379,7 @@ struct Update {
 
     __device__ __forceinline__ void end(
         Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
-        const RowOfW gradient = row_of_w(shared, buffer, thread / LANES, rank);
+        const RowOfW<> gradient = row_of_w(shared, buffer, thread / LANES, rank);
         Stretch stretch(run, thread);
         old.gather(gradient, stretch);
         if constexpr (RULE == ROWWISE) {
@@ -451,7 +451,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
             if (!SPREAD_AHEAD && !DENSE) weights.load(a, run, Stretch(run, thread), label);
             if (thread < OWN) shared.bias[buffer][thread] = start.bias;
             if (thread < OWN * (TEXTS / 32)) shared.positive[buffer][thread % (TEXTS / 32)][thread / (TEXTS / 32)] = start.positive;
-            const RowOfW to = row_of_w(shared, buffer, thread / LANES, rank);
+            const RowOfW<> to = row_of_w(shared, buffer, thread / LANES, rank);
             if constexpr (DENSE) {
                 begin_copy(to, a, run, label, rank, thread);
             } else {
@@ -522,24 +522,6 @@ __device__ __forceinline__ void send_logits(Shared& shared, int rank, int warp, 
         send_bulk(address_in(owner.block, address(shared.partial[rank][warp])), shared.staged[owner.block][warp],
                   sizeof(Pieces) / (CONSUMERS / 32), address_in(owner.block, address(&shared.partials)));
     }
-}
-
-// Sums over the eight lanes whose numbers are the same modulo 4: each lane has one of them in sums[0], and returns which. The
-// first 4 N lanes have all.
-template <int N>
-__device__ __forceinline__ int sum_of_lanes(float (&sums)[N], int lane) {
-    int which = 0;
-#pragma unroll
-    for (int left = N / 2, bit = 4; bit < 32; bit *= 2, left /= 2) {
-        const bool upper = left && lane & bit;
-#pragma unroll
-        for (int i = 0; i < (left ? left : 1); ++i) {
-            const float mine = upper ? sums[i + left] : sums[i], other = upper || !left ? sums[i] : sums[i + left];
-            sums[i] = mine + __shfl_xor_sync(~0u, other, bit);
-        }
-        which += upper ? left : 0;
-    }
-    return which;
 }
 
 // Slopes of the block's own labels, to all blocks; losses are added to a thread's two texts'.
@@ -665,7 +647,7 @@ __device__ __forceinline__ void end_gradients(
         await_products<0>();
         if (i == 0) {
             pin(dx);
-            meet<1, CONSUMERS>();
+            meet<CONSUMERS>(1);
         }
         if (made) {
             pin(grad);
@@ -766,37 +748,6 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
     meet_cluster();  // nobody leaves while others may send
 }
 
-cudaLaunchConfig_t configuration(int clusters, void* stream, cudaLaunchAttribute& attribute) {
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = CLUSTER;
-    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t found{};
-    found.gridDim = dim3(clusters * CLUSTER), found.blockDim = dim3(THREADS);
-    found.dynamicSmemBytes = sizeof(Shared);
-    found.stream = static_cast<cudaStream_t>(stream);
-    found.attrs = &attribute, found.numAttrs = 1;
-    return found;
-}
-
 }  // namespace
 
-// Launch on `stream`, at most one cluster a tile; a.dx has a part for each cluster, a.loss a row for each block. Returns 0, or
-// CUDA's error number.
-extern "C" int cluster_pass(const Arguments* arguments, int clusters, void* stream) {
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = configuration(clusters, stream, attribute);
-    const int bytes = sizeof(Shared);
-    if (cudaError_t error = cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-    return cudaLaunchKernelEx(&config, step_kernel, *arguments);
-}
-
-// How many clusters fit on the current device at once; negative: CUDA's error number.
-extern "C" int cluster_pass_clusters() {
-    cudaLaunchAttribute attribute;
-    const cudaLaunchConfig_t config = configuration(1, nullptr, attribute);
-    const int bytes = sizeof(Shared);
-    int clusters;
-    cudaError_t error = cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (!error) error = cudaOccupancyMaxActiveClusters(&clusters, step_kernel, &config);
-    return error ? -static_cast<int>(error) : clusters;
-}
+#include "launch_clusters.cuh"

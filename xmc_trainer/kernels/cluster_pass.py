@@ -11,11 +11,11 @@ from torch import Tensor
 
 from xmc_trainer.kernels import cuda_source
 from xmc_trainer.kernels.cuda_source import TEXTS
+from xmc_trainer.kernels.pairs import PairBits
 from xmc_trainer.kernels.reference import HeadTensors
 
-LABELS = 64  # a tile
 _ROWS = 1 << 16  # of the index at a time
-_WARPS = 16
+_LABELS, _WARPS = 64, 16  # of a tile, of a block
 _MOST_FEATURES = {1: 128, 2: 192, 4: 192, 8: 192}  # of a block, by blocks of a cluster: one with 192 does not fit the shared memory alone
 
 
@@ -79,32 +79,43 @@ class ClusterPass:
     ) -> None:
         self.head, self.d, self.device = head, rows.shape[1], rows.device
         shape, dense = Shape.of(self.d), head.index_RF is None
-        self._library = cuda_source.library(
-            "cluster_pass.cu", head, self.device, rule, loss, CLUSTER=shape.blocks, FEATURES=shape.features, LABELS=LABELS,
-            WARPS=_WARPS, DENSE=int(dense), CHUNK=8 if dense else math.gcd(head.weight_LF.shape[1], 4),
-        )  # fmt: skip
+        self._library = self._compiled(shape, rule, loss)
         width = shape.blocks * shape.features
-        self.clusters = min(cuda_source.checked(self._library.cluster_pass_clusters()), -(-labels // LABELS))
+        self.clusters = min(cuda_source.checked(self._library.launch_clusters()), -(-labels // self.tile_labels))
         self._dx = torch.zeros(self.clusters, TEXTS, width, device=self.device)
         self._losses = torch.zeros(self.clusters * shape.blocks, TEXTS, device=self.device)
         self._arguments = dict(
-            x=torch.nn.functional.pad(rows, (0, width - self.d)), columns=TEXTS, texts=texts, dx=self._dx, losses=self._losses,
+            x=self._features(rows, width), columns=TEXTS, texts=texts, dx=self._dx, losses=self._losses,
             finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay,
             first_slots=None if dense else head.of_index(first_slots, shape),
         )  # fmt: skip
 
-    def launch(self, first_row: int, last_row: int, positive: Tensor, any_positive: Tensor) -> None:
-        """The step of index rows first_row..last_row, of a dense head labels, on the current stream.
+    def _features(self, rows: Tensor, width: int) -> Tensor:
+        """Those of `rows` as the source reads them; width: features of all blocks."""
+        return torch.nn.functional.pad(rows, (0, width - self.d))
 
-        positive, any_positive: `bits` and `any` of `PairBits` for their labels.
-        """
+    def _compiled(self, shape: Shape, rule: dict[str, Any], loss: int) -> ctypes.CDLL:
+        """The source, and `tile_labels`: how many labels a cluster takes at a time."""
+        self.tile_labels = _LABELS
+        head, dense = self.head, self.head.index_RF is None
+        return cuda_source.library(
+            "cluster_pass.cu", head, self.device, rule, loss, CLUSTER=shape.blocks, FEATURES=shape.features, LABELS=_LABELS,
+            WARPS=_WARPS, DENSE=int(dense), CHUNK=8 if dense else math.gcd(head.weight_LF.shape[1], 4),
+        )  # fmt: skip
+
+    def pair_bits(self, labels: int) -> PairBits:
+        """Those that `launch` takes, of so many labels."""
+        return PairBits(labels, TEXTS, _LABELS, _LABELS, self.device)
+
+    def launch(self, first_row: int, last_row: int, pairs: PairBits) -> None:
+        """The step of index rows first_row..last_row, of a dense head labels, on the current stream. pairs: of their labels."""
         head = self.head
         labels = min(last_row * head.group_size, head.weight_LF.shape[0]) - first_row * head.group_size
         arguments = cuda_source.Arguments.of(
-            head, first_row, last_row, positive=positive, any_positive=any_positive, **self._arguments
+            head, first_row, last_row, positive=pairs.bits, any_positive=pairs.any, **self._arguments
         )
-        clusters = min(self.clusters, -(-labels // LABELS))
-        cuda_source.checked(-self._library.cluster_pass(ctypes.byref(arguments), clusters, cuda_source.stream(self.device)))
+        clusters = min(self.clusters, -(-labels // self.tile_labels))
+        cuda_source.checked(-self._library.launch(ctypes.byref(arguments), clusters, cuda_source.stream(self.device)))
 
     def results(self) -> tuple[Tensor, Tensor]:
         """(loss float32 [TEXTS], feature gradient float32 [TEXTS, d], without text_weight) of all launches."""

@@ -25,7 +25,7 @@ from xmc_trainer.kernels.reference import HeadTensors
 from xmc_trainer.kernels.tuning import cache_folder
 
 FOLDER = Path(__file__).parent
-HEADERS = ("tile_math.cuh", "rows.cuh", "launch.cuh", "ptx.cuh")
+HEADERS = ("tile_math.cuh", "rows.cuh", "launch.cuh", "launch_clusters.cuh", "ptx.cuh")
 TEXTS = 128  # texts a tile, as in the sources
 HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups, and clusters
 _TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "int16_t", torch.int32: "int32_t"}

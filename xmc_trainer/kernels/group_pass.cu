@@ -110,9 +110,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
     Ahead ahead(a, blockIdx.x, numbers);
     for (int number = blockIdx.x; number < numbers; number += gridDim.x) {
         const Tile tile(a, number);
-        const bool any_positive = ahead.any_positive;
+        const bool any_positive = ahead.any_positive();
         __syncthreads();  // the tile before is finished with
-        if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset;
+        if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset(a, threadIdx.x);
         if (threadIdx.x < LABELS) shared.bias[threadIdx.x] = ahead.bias;
         load_weights(a, tile, at_w);
         ahead = Ahead(a, number + gridDim.x, numbers);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
                     for (int n = 0; n < N_TEXT; ++n)
                         z[m / 2][n][m % 2 * 2] = z[m / 2][n][m % 2 * 2 + 1] = shared.bias[m0 + 8 * m + lane / 4];
                 product<FEATURES, false, true>(z, at_w, m0, at_x, n0);
-                slopes(z, tile_loss, row_sum, shared.s, a, any_positive, tile.local, tile.count, m0, n0, text0);
+                slopes(z, tile_loss, row_sum, at_s, a, any_positive, tile.local, tile.count, m0, n0, text0);
                 if (!ONE_TILE) add_losses(tile_loss, losses + text0);
 #pragma unroll
                 for (int n = 0; n < 2 * N_TEXT; ++n) loss[n] += tile_loss[n];
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             if (update) product<TEXTS, false, false>(grad, at_s, m0, at_x_of_column, f0);
         }
         if (!update) continue;
-        update_weights<(M < 2 ? 2 : 4), true>(grad, a, tile, m0, f0, at_w);
+        update_weights<(M < 2 ? 2 : 4), true, 2 * M>(grad, a, tile, m0, f0, at_w);
         // Signed: a tile past the last label has fewer than none.
         const int thread = threadIdx.x;
         if (thread < tile.count) {

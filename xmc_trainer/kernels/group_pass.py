@@ -58,7 +58,7 @@ def _rounded(group: int, most: int) -> int:
     return min(most, max(16, 1 << (group - 1).bit_length()))
 
 
-def _in_warpgroup_order(x_dB: Tensor) -> Tensor:
+def in_warpgroup_order(x_dB: Tensor) -> Tensor:
     """The texts of each tile in the order of warpgroup_pass.cu's rows."""
     d = x_dB.shape[0]
     warp_row_half_high = x_dB.view(d, -1, 4, 8, 2, 2)
@@ -102,7 +102,7 @@ def launch(
         ONE_TILE=int(one_tile),
     )  # fmt: skip
     if not blocks.strip:
-        x_dB = _in_warpgroup_order(x_dB)
+        x_dB = in_warpgroup_order(x_dB)
     fit = cuda_source.checked(library.launch_blocks())
     programs = min(fit, (last_row - first_row) * -(-head.group_size // tile))
     losses = torch.zeros(programs, columns, device=device)

@@ -36,6 +36,16 @@ __device__ __forceinline__ void store4(bfloat16* to, const uint32_t (&r)[4]) {
                  ::"r"(address(to)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
+// With rows and columns exchanged: a row of memory gets a column of the fragments. Of two matrices and four.
+__device__ __forceinline__ void store_transposed(bfloat16* to, const uint32_t (&r)[2]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address(to)), "r"(r[0]), "r"(r[1]) : "memory");
+}
+
+__device__ __forceinline__ void store_transposed(bfloat16* to, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
+                 ::"r"(address(to)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -97,7 +107,25 @@ __device__ __forceinline__ void forget(T& x) { asm volatile("" : "+r"(x)); }
 #define SUMS(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SUMS_OF_64 SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
 
-// c = A B + (add ? c : 0); A and B from shared memory. 64 columns:
+// c = A B + (add ? c : 0); A and B from shared memory. 8 columns:
+template <bool A_TRANSPOSED, bool B_TRANSPOSED>
+__device__ __forceinline__ void multiply(float (&c)[1][4], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, 1, %7, %8;\n}"
+        : SUMS(0) : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
+}
+
+// 16 columns:
+template <bool A_TRANSPOSED, bool B_TRANSPOSED>
+__device__ __forceinline__ void multiply(float (&c)[2][4], uint64_t a, uint64_t b, bool add) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, %12;\n}"
+        : SUMS(0), SUMS(1) : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
+}
+
+// 64 columns:
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
 __device__ __forceinline__ void multiply(float (&c)[8][4], uint64_t a, uint64_t b, bool add) {
     asm volatile(
@@ -158,8 +186,8 @@ template <int N>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
 // Some warps of a block, THREADS in all, meet.
-template <int NUMBER, int THREADS>
-__device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory"); }
+template <int THREADS>
+__device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
 
 // Clusters of blocks, which write into each other's shared memory, on GPUs of capability 9.0.
 __device__ __forceinline__ int block_in_cluster() {
@@ -199,6 +227,12 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
 }
 
+// At the barrier of a block of the cluster: of `address_in`. Says that something has been read; what the thread has written is not
+// published by it (that would wait for all that the thread has asked memory for).
+__device__ __forceinline__ void arrive_there(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Phases have parities 0, 1, 0, ...; returns at once if the phase of the other parity is the one under way.
 __device__ __forceinline__ void await(Barrier& barrier, int parity) {
     asm volatile(
@@ -227,6 +261,12 @@ __device__ __forceinline__ void send_bulk(uint32_t to, const void* from, int byt
 }
 
 __device__ __forceinline__ void await_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
+// From memory; a multiple of 16 bytes, of which a phase of `barrier` waits.
+__device__ __forceinline__ void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address(&barrier)) : "memory");
+}
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;

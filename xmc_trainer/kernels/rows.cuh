@@ -13,7 +13,8 @@ namespace {
 
 constexpr int ROW = 8, ROW_SIZE = 64;  // of a matrix in shared memory, which products take: chunks of 16 bytes, elements
 
-// A row of W, [LABELS, 64] for every 64 features: as `place` has it, in few instructions.
+// A row of W, [ROWS, 64] for every 64 features: as `place` has it, in few instructions.
+template <int ROWS = LABELS>
 struct RowOfW {
     uint8_t* elements;
     uint32_t swizzle;
@@ -23,7 +24,7 @@ struct RowOfW {
 
     __device__ __forceinline__ uint16_t& operator[](uint32_t feature) const {
         const uint32_t column = feature ^ swizzle;
-        return *reinterpret_cast<uint16_t*>(elements + 2 * column + column / ROW_SIZE * (2 * (LABELS - 1) * ROW_SIZE));
+        return *reinterpret_cast<uint16_t*>(elements + 2 * column + column / ROW_SIZE * (2 * (ROWS - 1) * ROW_SIZE));
     }
 };
 

@@ -91,12 +91,12 @@ __device__ __forceinline__ void clear(float (&c)[MM][NN][4]) {
 
 // Calls `take` for each of ROWS rows' PITCH chunks, THREADS at a time: take(row, chunk). A thread's chunk is always the same.
 template <int ROWS, int PITCH, typename Take>
-__device__ __forceinline__ void share(Take take) {
+__device__ __forceinline__ void share(Take take, unsigned thread = threadIdx.x) {
     constexpr int STEP = THREADS / PITCH;
 #pragma unroll
     for (int i = 0; i < (ROWS + STEP - 1) / STEP; ++i) {
-        const int row = threadIdx.x / PITCH + i * STEP;
-        if (ROWS % STEP == 0 || row < ROWS) take(row, threadIdx.x % PITCH);
+        const int row = thread / PITCH + i * STEP;
+        if (ROWS % STEP == 0 || row < ROWS) take(row, thread % PITCH);
     }
 }
 
@@ -108,34 +108,46 @@ struct Tile {
     int count;       // labels; none or fewer for a tile past the last label
 
     __device__ __forceinline__ Tile(const Arguments& a, int number) {
-        const int tiles = (a.group + LABELS - 1) / LABELS, first = number % tiles * LABELS;
-        row = a.first_row + number / tiles;
+        const int tiles = (a.group + LABELS - 1) / LABELS, first = tiles == 1 ? 0 : number % tiles * LABELS;
+        row = a.first_row + (tiles == 1 ? number : number / tiles);
         label0 = static_cast<int64_t>(row) * a.group + first;
         local = (row - a.first_row) * a.group + first;
         count = static_cast<int>(min(static_cast<int64_t>(min(LABELS, a.group - first)), a.labels - label0));
     }
 };
 
-// What a thread needs first of a tile, read while the tile before is worked on.
+// What a thread needs first of a tile, read while the tile before is worked on: nothing is made of it before it is asked for.
 struct Ahead {
-    int32_t offset = -1;  // of the features of slot threadIdx.x in X^T; negative: there is no such slot
-    float bias = -1e30f;  // of label threadIdx.x; this one stands for no label: its loss and slope are zero
-    bool any_positive = false;
+    int32_t index = 0;    // of slot `thread`
+    float bias = -1e30f;  // of label `thread`; this one stands for no label: its loss and slope are zero
+    int32_t positive = 0;  // whether the tile has a positive
 
     __device__ __forceinline__ Ahead(const Arguments& a, int number, int numbers) {
-        if (number >= numbers) return;
-        const Tile tile(a, number);
-        const int thread = threadIdx.x;
-        if (thread < a.fan_in)
-            offset = static_cast<const INDEX*>(a.index)[static_cast<int64_t>(tile.row) * a.fan_in + thread] * a.columns;
+        if (number < numbers) *this = Ahead(a, number, Tile(a, number), threadIdx.x);
+    }
+
+    __device__ __forceinline__ Ahead(const Arguments& a, int number, const Tile& tile, int thread) {
+        if (tile.count <= 0) return;
+        if (thread < a.fan_in) index = static_cast<const INDEX*>(a.index)[static_cast<int64_t>(tile.row) * a.fan_in + thread];
         if (thread < tile.count) bias = a.bias ? a.bias[tile.label0 + thread] : 0.0f;
-        any_positive = a.any_positive[number] != 0;
+        positive = a.any_positive[number];
+    }
+
+    // Of the features of slot `thread` in X^T; negative: there is no such slot.
+    __device__ __forceinline__ int32_t offset(const Arguments& a, int thread) {
+        forget(index);
+        return thread < a.fan_in ? index * a.columns : -1;
+    }
+
+    __device__ __forceinline__ bool any_positive() {
+        forget(positive);
+        return positive != 0;
     }
 };
 
 // The tile's weights to shared memory as bfloat16: label g's eight from feature 8 c on to to(g, c). Zeros where there are none.
 template <typename To>
-__device__ __forceinline__ void load_weights(const Arguments& a, const Tile& tile, To to) {
+__device__ __forceinline__ void load_weights(const Arguments& a, const Tile& tile, To to, unsigned thread = threadIdx.x) {
     const WEIGHT* weight = static_cast<const WEIGHT*>(a.weight) + tile.label0 * a.fan_in;
     share<LABELS, W_PITCH>([&](int g, int chunk) {
         const int f = 8 * chunk;
@@ -151,7 +163,7 @@ __device__ __forceinline__ void load_weights(const Arguments& a, const Tile& til
                                               __floats2bfloat162_rn(y.x, y.y), __floats2bfloat162_rn(y.z, y.w)};
             *reinterpret_cast<uint4*>(to(g, chunk)) = *reinterpret_cast<const uint4*>(packed);
         }
-    });
+    }, thread);
 }
 
 // The tile's rows of a tensor on their way to the L2 cache: they lie one after another.
@@ -161,8 +173,8 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, const Tile& tile,
 }
 
 // Its states' rows: not long before they are read. What is on its way for all blocks fills the cache.
-__device__ __forceinline__ void fetch_states(const Arguments& a, const Tile& tile) {
-    if (threadIdx.x == 0) {
+__device__ __forceinline__ void fetch_states(const Arguments& a, const Tile& tile, unsigned thread = threadIdx.x) {
+    if (thread == 0) {
         if (RULE >= MOMENTUM) fetch_rows(a, tile, a.state0);
         if (RULE == ADAMW) fetch_rows(a, tile, a.state1);
     }
@@ -198,12 +210,13 @@ __device__ __forceinline__ uint32_t packed(float x, float y) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-template <int M>
-__device__ __forceinline__ void keep_slopes(bfloat16* s, const float (&slope)[2 * M][2], int m0, int n0, int n) {
+// s(label, chunk): where eight texts' slopes of a label are kept.
+template <int M, typename S>
+__device__ __forceinline__ void keep_slopes(S s, const float (&slope)[2 * M][2], int m0, int n0, int n) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int m = 0; m < 2 * M; ++m) {
-        bfloat16* to = s + place<X_PITCH>(m0 + 8 * m + lane / 4, n0 / 8 + n) + lane % 4 * 2;
+        bfloat16* to = s(m0 + 8 * m + lane / 4, n0 / 8 + n) + lane % 4 * 2;
         *reinterpret_cast<uint32_t*>(to) = packed(slope[m][0], slope[m][1]);
     }
 }
@@ -226,9 +239,9 @@ __device__ __forceinline__ float loss_of_negatives(float p) { return LOSS == BCE
 
 // Logits c -> slopes, into s, losses of a thread's texts and bias gradients of its labels, where no text has a positive.
 // False for the whole warp if that overflowed; then nothing may be taken from here.
-template <int M, int N>
+template <int M, int N, typename S>
 __device__ __forceinline__ bool slopes_of_negatives(
-    const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], bfloat16* s, int m0, int n0) {
+    const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], S s, int m0, int n0) {
     bool fine = true;
 #pragma unroll
     for (int n = 0; n < N; ++n) {
@@ -267,9 +280,9 @@ __device__ __forceinline__ float slope_of_any(float logit, uint32_t sign, bool i
 }
 
 // The same for any logits: of positives too, of columns that are no texts, and however large.
-template <int M, int N>
+template <int M, int N, typename S>
 __device__ __forceinline__ void slopes_of_any(
-    const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], bfloat16* s, const Arguments& a,
+    const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], S s, const Arguments& a,
     const uint32_t (&positive)[2 * M], int m0, int n0, int text0) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
@@ -292,11 +305,11 @@ __device__ __forceinline__ void slopes_of_any(
     }
 }
 
-// Both of them: z, with bias -> s [labels, TEXTS] in shared memory, loss of each of a thread's texts, sums of s over its texts.
+// Both of them: z, with bias -> s (of `keep_slopes`) in shared memory, loss of each of a thread's texts, sums of s over its texts.
 // m0, n0: the warp's first label and text in the tile.
-template <int M, int N>
+template <int M, int N, typename S>
 __device__ __forceinline__ void slopes(
-    const float (&z)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], bfloat16* s, const Arguments& a, bool any_positive,
+    const float (&z)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], S s, const Arguments& a, bool any_positive,
     int local, int count, int m0, int n0, int text0) {
     static_assert(8 * N <= 32, "a warp's texts are bits of one word");
 #pragma unroll
@@ -318,6 +331,24 @@ __device__ __forceinline__ float over_labels(float sum) {
 #pragma unroll
     for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
     return sum;
+}
+
+// Sums over the eight lanes whose numbers are the same modulo 4: each lane has one of them in sums[0], and returns which. The
+// first 4 N lanes have all.
+template <int N>
+__device__ __forceinline__ int sum_of_lanes(float (&sums)[N], int lane) {
+    int which = 0;
+#pragma unroll
+    for (int left = N / 2, bit = 4; bit < 32; bit *= 2, left /= 2) {
+        const bool upper = left && lane & bit;
+#pragma unroll
+        for (int i = 0; i < (left ? left : 1); ++i) {
+            const float mine = upper ? sums[i + left] : sums[i], other = upper || !left ? sums[i] : sums[i + left];
+            sums[i] = mine + __shfl_xor_sync(~0u, other, bit);
+        }
+        which += upper ? left : 0;
+    }
+    return which;
 }
 
 __device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see counter_rng.py
@@ -434,16 +465,17 @@ __device__ __forceinline__ void write_part(WEIGHT* to, const Pair (&v)[PAIRS], b
 //
 // Accesses are of 16 bytes a lane, with which memory moves twice as much as with single pairs: where sums are no runs, a row's four
 // lanes exchange the new weights for runs of them, or the gradients, if there are states.
-template <int TOGETHER, bool SUMS_RUN, int M, int N, typename Old>
+// EIGHTS: of labels.
+template <int TOGETHER, bool SUMS_RUN, int EIGHTS, int M, int N, typename Old>
 __device__ __forceinline__ void update_weights(
     const float (&c)[M][N][4], const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
     constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // of a row
     constexpr bool EXCHANGES = !SUMS_RUN && BF16_WEIGHT && PAIRS == 4, GRADIENTS = EXCHANGES && RULE >= MOMENTUM;
     constexpr bool RUN = SUMS_RUN || GRADIENTS;
-    static_assert(2 * M * PARTS % TOGETHER == 0 && N % PAIRS == 0 && (!SUMS_RUN || PARTS == 1), "whole parts");
+    static_assert(EIGHTS <= 2 * M && EIGHTS * PARTS % TOGETHER == 0 && N % PAIRS == 0 && (!SUMS_RUN || PARTS == 1), "whole parts");
     const int lane = threadIdx.x & 31;
 #pragma unroll
-    for (int first_part = 0; first_part < 2 * M * PARTS; first_part += TOGETHER) {
+    for (int first_part = 0; first_part < EIGHTS * PARTS; first_part += TOGETHER) {
         alignas(16) Pair weight[TOGETHER][PAIRS], state0[TOGETHER][PAIRS], state1[TOGETHER][PAIRS];
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {

@@ -9,7 +9,7 @@ Weights are read and updated in their own precision. Two ways lead through a ste
 
 and the same two to the best labels (`topk`; or `best_pass`, which spreads rows on the chip). Of a step each is there twice: in
 CUDA (`group_pass`; `cluster_pass`, which spreads rows on the chip), where that can be compiled and takes the head, and in
-Triton (`group_step`, `dense_step`). The first step of a large head tries what takes it, and the choice is kept on disk (`tuning`).
+Triton (`group_step`, `dense_step`); and `hybrid_pass`, in CUDA alone, gathers for two of a step's products and spreads for one. The first step of a large head tries what takes it, and the choice is kept on disk (`tuning`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ from xmc_trainer.kernels import (
     dense_step,
     group_pass,
     group_step,
+    hybrid_pass,
     tile_math,
     topk,
 )
+from xmc_trainer.kernels.cluster_pass import ClusterPass
 from xmc_trainer.kernels.counter_rng import Stream, make_key
+from xmc_trainer.kernels.hybrid_pass import HybridPass
 from xmc_trainer.kernels.pairs import PairBits, feature_bits
 from xmc_trainer.kernels.reference import HeadTensors, LossFn, Update, candidate_ids, pack_candidates
 from xmc_trainer.kernels.tuning import fastest
@@ -190,7 +193,10 @@ def _ways(head: HeadTensors, feat_Bd: Tensor) -> dict[str, Way]:
             f"group pass {' '.join(map(str, blocks))}": Way(functools.partial(_group_pass, blocks=blocks), group_pass.TEXTS)
             for blocks in group_pass.choices(head, feat_Bd.device)
         }
-    return group | dense if head.group_size >= _SHARED else dense | group
+    ways = group | dense if head.group_size >= _SHARED else dense | group
+    if head.group_size <= _SHARED and hybrid_pass.takes(head, feat_Bd):
+        ways = {"hybrid": Way(_hybrid_pass, cluster_pass.TEXTS)} | ways
+    return ways
 
 
 def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, step: Step) -> Way:
@@ -272,17 +278,22 @@ def _group_pass(
     return loss, dx.T * step.text_weight
 
 
-def _cluster_pass(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+def _cluster_pass(
+    head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step, kernel: type[ClusterPass] = ClusterPass
+) -> tuple[Tensor, Tensor]:
     """(loss float32 [columns], feature gradient float32 [columns, d])."""
     group, rows = head.group_size, (head.weight_LF if head.index_RF is None else head.index_RF).shape[0]
     chunk = _chunk_labels(rows * group, _WORKSPACE, batch.columns // 8, group) // group
-    pairs = PairBits(chunk * group, batch.columns, cluster_pass.LABELS, cluster_pass.LABELS, batch.rows.device)
-    whole = cluster_pass.ClusterPass(head, batch.rows, batch.texts, chunk * group, **step._asdict())
+    whole = kernel(head, batch.rows, batch.texts, chunk * group, **step._asdict())
+    pairs = whole.pair_bits(chunk * group)
     for first in range(0, rows, chunk):
         pairs.mark(label_P, row_P, first * group)
-        whole.launch(first, min(first + chunk, rows), pairs.bits, pairs.any)
+        whole.launch(first, min(first + chunk, rows), pairs)
     loss, dx = whole.results()
     return loss, dx * step.text_weight
+
+
+_hybrid_pass = functools.partial(_cluster_pass, kernel=HybridPass)
 
 
 def _group_step(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:

@@ -214,9 +214,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
     Ahead ahead(a, blockIdx.x, numbers);
     for (int number = blockIdx.x; number < numbers; number += gridDim.x) {
         const Tile tile(a, number);
-        const bool any_positive = ahead.any_positive;
+        const bool any_positive = ahead.any_positive();
         __syncthreads();  // the tile before is finished with
-        if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset;
+        if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset(a, threadIdx.x);
         if (threadIdx.x < LABELS) shared.bias[threadIdx.x] = ahead.bias;
         load_weights(a, tile, weights_at);
         if (threadIdx.x == 0 && number + gridDim.x < numbers) fetch_rows(a, Tile(a, number + gridDim.x), a.weight);
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             pin(grad[0]);
         }
         if (!update) continue;
-        update_weights<4 / WARPGROUPS, false>(grad, a, tile, 16 * warp, 0, weights_at);
+        update_weights<4 / WARPGROUPS, false, 2>(grad, a, tile, 16 * warp, 0, weights_at);
         // Signed: a tile past the last label has fewer than none.
         const int g = threadIdx.x;
         if (g < tile.count) {

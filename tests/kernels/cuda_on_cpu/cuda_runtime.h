@@ -30,6 +30,7 @@ struct dim3 {
     dim3(int x = 0) : x(x) {}
 };
 struct int2 { int x, y; };
+struct alignas(16) int4 { int x, y, z, w; };
 struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { uint32_t x, y; };

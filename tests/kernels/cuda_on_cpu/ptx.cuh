@@ -47,6 +47,14 @@ inline void store4(bfloat16* to, const uint32_t (&r)[4]) {
     });
 }
 
+template <int N>
+inline void store_transposed(bfloat16* to, const uint32_t (&r)[N]) {
+    cpu::together([&](cpu::Lane& own) { own.pointer = to; }, [&](cpu::Lane* all, int lane) {
+        for (int i = 0; i < N; ++i)
+            for (int j = 0; j < 2; ++j) ((bfloat16*)all[8 * i + lane % 4 * 2 + j].pointer)[lane / 4].bits = r[i] >> 16 * j;
+    });
+}
+
 // m16n8k16: A row (lane / 4, + 8), columns (lane % 4 * 2, + 8); B rows (lane % 4 * 2, + 8), column lane / 4.
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     cpu::together(
@@ -138,9 +146,9 @@ inline void multiply(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, bool 
 template <int N> void take_registers() {}
 template <int N> void give_registers() {}
 
-template <int NUMBER, int THREADS>
-inline void meet() {
-    cpu::Meeting& meeting = cpu::own_block().some[NUMBER];
+template <int THREADS>
+inline void meet(int number) {
+    cpu::Meeting& meeting = cpu::own_block().some[number];
     meeting.size = THREADS;
     cpu::meet(meeting);
 }
@@ -174,6 +182,7 @@ inline void change(Barrier& barrier, int arrivals, int bytes) {
 }
 
 inline void arrive(Barrier& barrier) { change(barrier, 1, 0); }
+inline void arrive_there(uint32_t barrier) { change(*reinterpret_cast<Barrier*>(at_address(barrier)), 1, 0); }
 inline void arrive_expecting(Barrier& barrier, int bytes) { change(barrier, 1, bytes); }
 
 inline void await(Barrier& barrier, int parity) {
@@ -193,6 +202,12 @@ inline void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier
     change(*reinterpret_cast<Barrier*>(at_address(barrier)), 0, -bytes);
 }
 inline void await_reads() {}
+
+inline void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
+    if (address(to) % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
+    std::memcpy(to, from, bytes);
+    change(barrier, 0, -bytes);
+}
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
