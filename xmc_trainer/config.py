@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -583,6 +584,12 @@ def _check_spelling(word: str) -> None:
         raise UserError(f"argument {word!r}: write key=value, for example model.ffi.fan_in=64")
 
 
+@cache
+def _defaults() -> DictConfig:
+    """To be merged with others only, which copies it: made from the classes it takes longer than all the rest of `load_config`."""
+    return OmegaConf.structured(Config)
+
+
 def load_config(overrides: list[str]) -> Config:
     """The configuration of a run, from the command line's `key=value` words.
 
@@ -598,7 +605,7 @@ def load_config(overrides: list[str]) -> Config:
             raise UserError(
                 f"dataset=NAME is missing; shipped are {', '.join(sorted(shipped_configs()))}; or name a .yaml file"
             )
-        tree = OmegaConf.merge(OmegaConf.structured(Config), _read_yaml(dataset), command_line)
+        tree = OmegaConf.merge(_defaults(), _read_yaml(dataset), command_line)
         if tree.log_fname is not None:
             tree.training.verbose.log_fname = tree.log_fname
         if OmegaConf.is_missing(tree.data, "dataset"):

@@ -1,4 +1,8 @@
-"""Every engine and ZeRO stage on several processes, really launched: the training of one process, in low precision nearly."""
+"""Every engine and ZeRO stage on several processes, really launched: the training of one process, in low precision nearly.
+
+And of each launcher: a rank that dies takes the job down within a minute, its own error first (see `train_in_turn`). Killed under
+deepspeed: in test_resume. accelerate watches its processes as torchrun does, by the same agent; deepspeed has its own.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,11 @@ def amp(dtype):
     return ["training.amp.enabled=true", f"training.amp.dtype={dtype}"]
 
 
+def failing(settings, launcher, how):
+    """A training whose last rank fails."""
+    return {"settings": [*settings, f"log_fname={launcher}-{how}"], "fails": [how, 5]}
+
+
 @pytest.fixture(scope="module")
 def short(toy_settings_in, tmp_path_factory):
     return [*toy_settings_in(tmp_path_factory.mktemp("engines")), "training.optimization.max_steps=20"]
@@ -66,6 +75,7 @@ def two_under_deepspeed(short, tmp_path_factory):
     # Compiled code expects parameters in their place.
     compiled = {"settings": [*short, "model.encoder.use_torch_compile=true"], "deepspeed_config": "ds_configs/zero3.json"}
     trainings.append(compiled | {"refused": "model.encoder.use_torch_compile=true: not under ZeRO stage 3"})
+    trainings.append(failing(short, "deepspeed", "raise") | {"deepspeed_config": "ds_configs/zero1.json"})
     train_in_turn("deepspeed", 2, trainings, tmp_path_factory.mktemp("deepspeed"))
 
 
@@ -119,7 +129,7 @@ def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, t
     under = {"settings": [*short, *UNEVEN, "log_fname=three-3"], "deepspeed_config": "ds_configs/zero3.json"}
     moving = [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
     begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 9}
-    train_in_turn("torchrun", 3, [without, under, begun], tmp_path)
+    train_in_turn("torchrun", 3, [without, under, begun, failing([*short, *UNEVEN], "torchrun", "kill")], tmp_path)
     for name in ("three", "three-3"):
         assert_same(one, outcome_of(folder / name, 3))
     train_here(moving)
@@ -137,8 +147,8 @@ def test_groups_meta_branch_and_split_head_on_two_processes(short, one, folder, 
     settings += ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
                  "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
     train_here([*settings, "log_fname=groups-here"])
-    trainings = [[*settings, "log_fname=groups-2"], [*short, *UNEVEN, "log_fname=accelerate-2"]]
-    train_in_turn("accelerate-2", 2, [{"settings": training} for training in trainings], tmp_path)
+    trainings = [{"settings": [*settings, "log_fname=groups-2"]}, {"settings": [*short, *UNEVEN, "log_fname=accelerate-2"]}]
+    train_in_turn("accelerate-2", 2, [*trainings, failing(short, "accelerate", "raise")], tmp_path)
     assert_same(one, outcome_of(folder / "accelerate-2", 2))
     assert_same(outcome_of(folder / "groups-here", 1), outcome_of(folder / "groups-2", 2))
     first, second = (

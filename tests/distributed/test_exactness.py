@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from tests.distributed import matrix
 from tests.distributed.matrix import CASES, FREQUENT, LABELS
-from tests.integration.test_launchers import ROOT, free_port, launch
+from tests.integration.test_launchers import launch
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
     """What each rank came to, by world size; one rank is this process."""
     folder, found = tmp_path_factory.mktemp("matrix"), {1: [matrix.results()]}
+    done = launch(sys.executable, "tests/distributed/matrix.py", folder)
+    assert done.returncode == 0, done.stderr
     for size in (2, 3):
-        done = launch(
-            "torchrun", "--nproc_per_node", str(size), "--master_port", free_port(),
-            ROOT / "tests/distributed/matrix.py", folder,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
         found[size] = [torch.load(folder / f"{size}-{rank}.pt", weights_only=False) for rank in range(size)]
     return found
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,26 +11,22 @@ from tests.distributed.trainings import Cut, CutBefore
 from tests.integration.test_launchers import (
     FLOAT16,
     assert_same,
-    launch,
     needs_float16,
     outcome,
     outcome_of,
     records_of,
     settings_value,
-    start_command,
     train_here,
     train_in_turn,
 )
+from xmc_trainer.config import load_config
 
 # The engine's own precision: its copies, and fp16's loss scale.
 STAGES = {"bfloat16": "3"} | ({"float16": "2"} if FLOAT16 else {})
 
 
-def killed(settings: list[str], how: str, processes: int, after: int) -> None:
-    done = launch(*start_command(how, processes, "tests/distributed/failing_train.py"), "kill", "--after", str(after), *settings)
-    assert done.returncode != 0
-    found = Path(settings_value(settings, "output_dir=")) / settings_value(settings, "log_fname=") / "checkpoint" / "manifest.json"
-    assert json.loads(found.read_text())["step"] == (after - 1) // 2 * 2, done.stdout + done.stderr
+def checkpoint_step(settings: list[str]) -> int:
+    return json.loads((load_config(settings).run_folder / "checkpoint" / "manifest.json").read_text())["step"]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +48,9 @@ def runs(toy_settings_in, tmp_path_factory):
         return {"settings": own, "deepspeed_config": f"ds_configs/zero{STAGES[dtype]}.json", "cut": cut}
 
     trainings = [training("whole", each) for each in STAGES] + [training("cut", each, 7) for each in STAGES]
-    trainings.append({"settings": moved, "deepspeed_config": "ds_configs/zero3.json", "kill": 3})
-    train_in_turn("deepspeed", 2, trainings, folder, killed=True)
-    # The launcher has ended the other process too, soon.
-    assert time.time() - (folder / "out" / "moved" / "fails").stat().st_mtime < 60
-    assert json.loads((folder / "out" / "moved" / "checkpoint" / "manifest.json").read_text())["step"] == 2
+    trainings.append({"settings": moved, "deepspeed_config": "ds_configs/zero3.json", "fails": ["kill", 3]})
+    train_in_turn("deepspeed", 2, trainings, folder)
+    assert checkpoint_step(moved) == 2
     with pytest.raises(Cut):
         train_here(moved, hooks=[CutBefore(5)])
     trainings = [training("cut", dtype) for dtype in STAGES]
@@ -77,7 +69,7 @@ def test_goes_on_with_any_engine_and_number_of_processes(runs):
 
 
 @pytest.mark.gpu
-def test_half_of_the_gpus_go_on(toy_settings):
+def test_half_of_the_gpus_go_on(toy_settings, tmp_path):
     """What all GPUs began, at most four: half of them by another launcher and stage, then one without DeepSpeed."""
     gpus = min(4, torch.cuda.device_count())
     if gpus < 2:
@@ -85,8 +77,11 @@ def test_half_of_the_gpus_go_on(toy_settings):
     settings = [*toy_settings, "training.optimization.max_steps=20", "training.checkpoint_interval=2", "training.resume=true"]
     whole = outcome(settings, "accelerate-2", gpus)
     moving = [*settings, f"output_dir={settings_value(settings, 'output_dir=')}/again", "log_fname=python-1"]
-    killed(moving, "deepspeed-3", gpus, after=7)
-    killed(moving, "accelerate-2", gpus // 2, after=13)
+    begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "fails": ["kill", 7]}
+    train_in_turn("deepspeed", gpus, [begun], tmp_path)
+    assert checkpoint_step(moving) == 6
+    train_in_turn("accelerate-2", gpus // 2, [{"settings": moving, "fails": ["kill", 13]}], tmp_path)
+    assert checkpoint_step(moving) == 12
     assert_same(whole, outcome(moving, "python"))
 
 

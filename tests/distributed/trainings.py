@@ -1,8 +1,8 @@
 """launchers/train.py for several trainings, one after another in the processes of one launch: most of a short one is its start.
 
 Its arguments are JSON files, each an object: `settings`; `deepspeed_config`, the file for the deepspeed launcher; `cut`, the
-step before which the training is given up, as if its processes had been killed; `kill`, the step before which the last of
-them really is, and the launch ends; and `refused`, what the error says that the training is refused with.
+step before which the training is given up, as if its processes had been killed; `fails`, how the last of them really ends, and
+the launch with it: raise or kill, and before which step; and `refused`, what the error says that the training is refused with.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from tests.distributed.failing_train import Fail
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
@@ -34,6 +34,20 @@ class CutBefore(Hook):
             raise Cut
 
 
+class Fail(Hook):
+    """On the last rank, which makes the file `fails` in the run's folder just before."""
+
+    def __init__(self, how: str, step: int | None) -> None:
+        self.how, self.step = how, step
+
+    def on_step_begin(self, trainer: Trainer) -> None:
+        if trainer.state.step == self.step and trainer.ranks.rank == trainer.ranks.size - 1:
+            (trainer.run_folder / "fails").touch()
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("this rank's own error")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="+", type=Path)
@@ -46,7 +60,7 @@ def main() -> None:
             trainer = Trainer(
                 load_config(training["settings"]),
                 deepspeed_config=training.get("deepspeed_config"),
-                hooks=[CutBefore(training.get("cut")), Fail("kill", training.get("kill"))],
+                hooks=[CutBefore(training.get("cut")), Fail(*training.get("fails", ("", None)))],
             )
             trainer.train()
             assert refused is None, f"not refused: {refused}"

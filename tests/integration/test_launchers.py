@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
@@ -92,16 +93,24 @@ def start_command(how: str, processes: int = 1, script: str = "launchers/train.p
     ]  # fmt: skip
 
 
-def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], folder: Path, killed: bool = False) -> None:
+def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], folder: Path) -> None:
     """Several trainings in the processes of one launch, see tests/distributed/trainings.py; `how` may be deepspeed without a stage.
 
-    killed: a process is killed in the last one.
+    Where one fails, the last, the launcher must end its other processes within a minute, and the error of the rank that failed
+    comes first.
     """
     files = [folder / f"{how}-{number}.json" for number in range(len(trainings))]
     for file, training in zip(files, trainings):
         file.write_text(json.dumps(training))
     done = launch(*start_command(how, processes, "tests/distributed/trainings.py"), *files)
-    assert (done.returncode != 0) == killed, done.stdout + done.stderr
+    failure, _ = trainings[-1].get("fails", (None, None))
+    assert (done.returncode != 0) == (failure is not None), done.stdout + done.stderr
+    if failure is not None:
+        failed = load_config(trainings[-1]["settings"]).run_folder / "fails"
+        assert time.time() - failed.stat().st_mtime < 60
+    if failure == "raise":
+        errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+        assert "this rank's own error" in errors[0], done.stderr
 
 
 def train_here(settings: list[str], hooks: list[Hook] | None = None) -> None:

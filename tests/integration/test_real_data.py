@@ -156,7 +156,7 @@ def test_dense_start_milestones_adam_and_the_best_model(sid, tmp_path):
 def test_label_texts_filter_plateau_and_early_stopping(yso, tmp_path):
     more = ["data.augment_label_data=true", "data.use_filter_eval=true", "training.optimization.loss_fn=squared_hinge",
             "training.optimization.lr_scheduler=ReduceLROnPlateau", "training.optimization.lr_patience=0",
-            "training.evaluation.early_stop_patience=2", "training.optimization.epochs=30"]  # fmt: skip
+            "training.evaluation.early_stop_patience=2", "training.optimization.epochs=30", "data.batch_size=128"]  # fmt: skip
     trainer, _, log = learns(yso, tmp_path, *more)
     assert len(trainer.corpus.train) == TRAIN + trainer.corpus.num_labels
     assert trainer.corpus.filter_pairs is not None

@@ -46,15 +46,18 @@ def file(toy_settings, tmp_path):
     return path
 
 
-def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys):
+def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys, fresh_accelerator):
     words = ["xmc-trainer", "sweep", str(file), "--jobs", "2", "--csv", str(tmp_path / "toy.csv")]
     sweep = json.loads(file.read_text())
     sweep["seeds"], sweep["rows"] = [1], {"F = 12": [], "broken": ["data.folder=nowhere"]}
     file.write_text(json.dumps(sweep))
-    done = launch(*words)
-    assert done.returncode == 1, done.stderr
-    assert "broken-1: failed: error: " in done.stdout and "nowhere: no such folder" in done.stdout
-    assert "1 of 2 runs" in done.stdout
+    run_one(plan(file, [])[0][0][2], Views())
+    monkeypatch.setattr(sys, "argv", words[1:])
+    with pytest.raises(SystemExit, match="1"):
+        main()
+    said = capsys.readouterr().out
+    assert "2 runs, 1 finished before" in said and "1 of 2 runs" in said
+    assert "broken-1: failed: error: " in said and "nowhere: no such folder" in said
 
     log = tmp_path / "out/F_12-1/log.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # cut off at its very end: it is trained again

@@ -19,13 +19,14 @@ from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 SHARED_MEMORY = 227 << 10  # bytes a block may have
 DENSE, SPREAD, GROUPS, LARGE_GROUPS = (None, 1), (12, 1), (12, 16), (128, 200)  # (fan_in, group_size)
 CASES = [
-    # A tile of features or less, and texts of a tile; many tiles; a last one that is short.
+    # A tile of features or less, and texts of a tile; many tiles; a last one that is short. Where the chip spreads rows they are
+    # trained as dense ones: by the same kernels.
     *itertools.product([DENSE, SPREAD, GROUPS], [(48, 37)], [torch.float32, torch.bfloat16]),
-    *itertools.product([DENSE, SPREAD, GROUPS, LARGE_GROUPS], [(768, 128)], [torch.bfloat16]),
+    *itertools.product([SPREAD, GROUPS, LARGE_GROUPS], [(768, 128)], [torch.bfloat16]),
     *itertools.product([DENSE, SPREAD], [(1021, 300)], [torch.bfloat16]),
     *itertools.product([DENSE], [(64, 256), (4096, 32)], [torch.bfloat16]),
 ]
-OPTIMIZERS = {37: SGD(), 128: SGD(momentum=0.9), 256: AdamW(), 300: RowwiseRMSprop(), 32: RowwiseRMSprop()}  # by texts
+OPTIMIZERS = {37: SGD(), 128: SGD(momentum=0.9), 256: AdamW(), 300: RowwiseRMSprop(), 32: SGD(momentum=0.9)}  # by texts
 
 
 class Hopper:
@@ -69,8 +70,10 @@ def main() -> None:
         labels, counts = torch.zeros(texts, dtype=torch.int64), torch.ones(texts, dtype=torch.int64)
         head(feat, labels, counts)
         # What was never computed holds any numbers, block numbers too: ranks, but for the kernels, mean nothing.
-        head.topk(feat, 5)
         head.topk(feat, 5, labels, counts)
+        # With nothing to skip it is the same kernel less a part, but for the larger tile of 256 texts.
+        if texts in (37, 256):
+            head.topk(feat, 5)
     print(len(kernels), "kernels")
 
 
