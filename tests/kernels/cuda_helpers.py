@@ -40,7 +40,7 @@ def library_for_cpu(source, capability, defines):
         )
         (folder / name.replace(".cu", ".cpp") if name == source else folder / name).write_text(text)
         replaced += shared + launches
-    # cluster_pass.cu includes no launch.cuh, whose <<<>>> is replaced all the same.
+    # Sources of clusters include no launch.cuh, whose <<<>>> is replaced all the same.
     assert replaced == 2
     for file in (HERE / "cuda_on_cpu").iterdir():
         shutil.copy(file, folder)

@@ -14,7 +14,7 @@ from xmc_trainer.head import RewireRule
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense_of, error, make_head, use  # noqa: E402
-from xmc_trainer.kernels import cluster_pass, triton_head  # noqa: E402
+from xmc_trainer.kernels import cluster_pass, cuda_source, triton_head  # noqa: E402
 
 # (features, fan_in, group_size): clusters of one block, two, four and eight, of 64, 128 and 192 features. Slots are read two, one
 # and four together; the third head's blocks have more of a row than a producer's registers hold at once.
@@ -30,9 +30,17 @@ HEADS += [(48, 16, 16), (200, 64, 9), (768, 128, 16), (384, 128, 8), (700, 120, 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernel runs; fails a test in which it was not launched."""
-    launched = use(request.param, cluster_pass.ClusterPass, "launch", monkeypatch)
+    launched, sources, library = use(request.param, cluster_pass.ClusterPass, "launch", monkeypatch), [], cuda_source.library
+    monkeypatch.setattr(cuda_source, "library", lambda source, *a, **k: sources.append(source) or library(source, *a, **k))
     yield request.param
     assert launched
+    number = request.node.callspec.params.get("number")
+    assert number is None or set(sources) == {"hybrid_pass.cu" if number >= GATHERED else "cluster_pass.cu"}
+
+
+def labels_for(number, device):
+    """Many tiles for each cluster of a GPU, where tiles are on their way one after another; a CPU emulates two clusters."""
+    return 64 * 500 + 11 if device == "cuda" and number >= GATHERED else LABELS
 
 
 # The last heads with positives of a few labels alone: what most tiles of labels are in training, and have a way of their own.
@@ -44,15 +52,16 @@ def device(request, monkeypatch):
 def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, with_positives, device):
     # Scale 60 saturates most logits, on both sides.
     features, fan_in, group_size = HEADS[number]
-    head = make_head(device, features, fan_in, group_size, lr=1.0, weight_decay=0.0, loss=loss)
+    labels = labels_for(number, device)
+    head = make_head(device, features, fan_in, group_size, labels=labels, lr=1.0, weight_decay=0.0, loss=loss)
     head.weight.copy_((head.weight * scale).bfloat16())
     before, mask = dense_of(head)
-    feat, ids, counts = batch(device, features, texts)
+    feat, ids, counts = batch(device, features, texts, labels=labels)
     ids %= with_positives
     feat.requires_grad_()
     out = head(feat, ids, counts)
     out.backward()
-    x, y = feat.detach().double(), target_matrix(ids.cpu(), counts.cpu(), LABELS).double().to(device)
+    x, y = feat.detach().double(), target_matrix(ids.cpu(), counts.cpu(), labels).double().to(device)
     z = (x @ before.T).requires_grad_()  # the bias was zero
     exact = oracle_loss(z, y, loss).sum()
     exact.backward()
@@ -75,12 +84,13 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, with_posit
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = HEADS[number]
-    options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean", "bias": number != 1}
+    labels = labels_for(number, device)
+    options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean", "bias": number != 1, "labels": labels}
     heads = [make_head(device, features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
     start = {name: tensor.float().clone() for name, tensor in heads[0].named_buffers()}
     for step in range(2):
         for head in heads:
-            head(*batch(device, features, 100, seed=step))
+            head(*batch(device, features, 100, seed=step, labels=labels))
     for name, expected in heads[1].named_buffers():
         got = dict(heads[0].named_buffers())[name]
         if expected.is_floating_point():
@@ -177,17 +187,18 @@ def test_no_texts_no_positives_and_rewired_rows(number, device):
 def test_rows_that_one_block_has_all_features_of(number, device):
     """Runs of slots that are longer than what registers hold, and none."""
     features, fan_in, group_size = HEADS[number]
-    heads = [make_head(device, features, fan_in, group_size, lr=1.0, backend=name) for name in ("triton", "reference")]
+    options = {"weight_dtype": torch.bfloat16, "lr": 1.0}
+    heads = [make_head(device, features, fan_in, group_size, backend=name, **options) for name in ("triton", "reference")]
     feat, ids, counts = batch(device, features, 100)
     found = []
     for head in heads:
-        before = head.weight.clone()
-        head.index.copy_(torch.arange(fan_in) + (features - fan_in) // 2 // 64 * 64)
+        before = head.weight.double()
+        head.index.copy_(torch.arange(fan_in))
         x = feat.clone().requires_grad_()
         head(x, ids, counts).backward()
-        found.append((x.grad, head.weight - before))
-    for got, expected in zip(*found):
-        assert error(got, expected.double()) < 1e-2
+        found.append((x.grad, head.weight.double() - before))
+    for got, expected, allowed in zip(*found, (1e-2, 5e-2)):
+        assert error(got, expected.double()) < allowed
 
 
 def test_which_of_the_kernels_takes_a_head(device):

@@ -81,7 +81,7 @@ class ClusterPass:
         shape, dense = Shape.of(self.d), head.index_RF is None
         self._library = self._compiled(shape, rule, loss)
         width = shape.blocks * shape.features
-        self.clusters = min(cuda_source.checked(self._library.launch_clusters()), -(-labels // self.tile_labels))
+        self.clusters = min(cuda_source.checked(self._library.launch_clusters()), self._tiles(labels))
         self._dx = torch.zeros(self.clusters, TEXTS, width, device=self.device)
         self._losses = torch.zeros(self.clusters * shape.blocks, TEXTS, device=self.device)
         self._arguments = dict(
@@ -95,13 +95,15 @@ class ClusterPass:
         return torch.nn.functional.pad(rows, (0, width - self.d))
 
     def _compiled(self, shape: Shape, rule: dict[str, Any], loss: int) -> ctypes.CDLL:
-        """The source, and `tile_labels`: how many labels a cluster takes at a time."""
-        self.tile_labels = _LABELS
         head, dense = self.head, self.head.index_RF is None
         return cuda_source.library(
             "cluster_pass.cu", head, self.device, rule, loss, CLUSTER=shape.blocks, FEATURES=shape.features, LABELS=_LABELS,
             WARPS=_WARPS, DENSE=int(dense), CHUNK=8 if dense else math.gcd(head.weight_LF.shape[1], 4),
         )  # fmt: skip
+
+    def _tiles(self, labels: int) -> int:
+        """How many times a cluster takes some of so many labels."""
+        return -(-labels // _LABELS)
 
     def pair_bits(self, labels: int) -> PairBits:
         """Those that `launch` takes, of so many labels."""
@@ -114,7 +116,7 @@ class ClusterPass:
         arguments = cuda_source.Arguments.of(
             head, first_row, last_row, positive=pairs.bits, any_positive=pairs.any, **self._arguments
         )
-        clusters = min(self.clusters, -(-labels // self.tile_labels))
+        clusters = min(self.clusters, self._tiles(labels))
         cuda_source.checked(-self._library.launch(ctypes.byref(arguments), clusters, cuda_source.stream(self.device)))
 
     def results(self) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,12 @@
 // rows of a team's z, in the order that warpgroup_pass.cu describes, and of dX.
 //
 //     teams:      await x and w (tile); logits, slopes; gradients of weights; meanwhile x and w (tile + TEAMS) are on their way,
-//                 as soon as the other team is done with the place; await free (slot); send slopes; await read (tile); update
-//     spreaders:  spread tile + 1, while products of tile - 1 are made; arrive at read (tile + 1); end these products; arrive at
-//                 free (their slot); begin zeros of tile + 2; await slopes (tile); begin products of tile
+//                 as soon as the other team is done with the place; await free (tile); send slopes; update
+//     spreaders:  spread tile + 1, while products of tile - 1 are made; end these; arrive at free (tile + 1), of all blocks: its
+//                 rows are read, and the place of its slopes, which those of tile - 1 had; begin zeros of tile + 2; await
+//                 slopes (tile); begin products of tile
 //
-// Sums have one order: weights and feature gradients of a launch are the same, bit for bit, from run to run on GPUs that hold as
-// many clusters.
+// Sums have one order: results are the same, bit for bit, from run to run on GPUs that hold as many clusters.
 //
 // Compiled for one configuration by -D, besides those of tile_math.cuh: CLUSTER (1, 2, 4), SLICE (64, 128, 192), LABELS (8, 16),
 // FEATURES (64, 128; F is at most that, and a multiple of 8), CHUNK (4: slots that are read together); WARPS, a team's, is 4.
@@ -33,10 +33,8 @@ constexpr int ALL_FEATURES = CLUSTER * SLICE, PARTS = SLICE / 64, ROWS = CLUSTER
 constexpr int NEXT = 32 / 16, NEXT_ROWS = 2048 / 16;  // to the next 16 columns, and rows, of an operand
 constexpr int EIGHTS = LABELS / 8, SLOT_PARTS = FEATURES / 64, WARP_SLOTS = FEATURES / WARPS;  // of these a warp updates weights
 constexpr int ROWS_A_COPY = THREADS / X_PITCH, COPIES = FEATURES / ROWS_A_COPY;  // rows of x that a team copies at once
-// Tiles that are on the chip: their rows; their slopes; their features. And such that rows of the one before the first of so many
-// have been updated: what the same team has sent since has been awaited.
-constexpr int BUFFERS = 3, SLOTS = 2, GATHERED = TEAMS + 1, READS = TEAMS + 2;
-// Lanes that share a row, and how many chunks of it each reads ahead. Most parts of rows are no longer.
+constexpr int BUFFERS = 3, SLOTS = 2, GATHERED = TEAMS + 1;  // tiles whose rows, slopes and features are on the chip
+// Lanes that share a row, and how many chunks of it each reads ahead. Most parts of bfloat16 rows are no longer.
 constexpr int LANES = SPREADERS / ROWS, CHUNKS = sizeof(WEIGHT) + sizeof(INDEX) > 4 ? 1 : 3, STRETCH = LANES * CHUNKS * CHUNK;
 constexpr int RECEIVED = (CLUSTER - 1) * LABELS * TEXTS * static_cast<int>(sizeof(bfloat16));  // slopes of other blocks' labels
 static_assert(WARPS == 4 && CHUNK == 4 && EIGHTS * 8 == LABELS && EIGHTS <= 2 && ROWS % 16 == 0, "see above");
@@ -56,7 +54,8 @@ struct Shared {
     bfloat16 x[GATHERED][2][FEATURES * ROW_SIZE];        // [slots, half of the texts]; then gradients of weights, [labels, slots]
     Team team[TEAMS];
     Barrier zeroed, gathered[GATHERED];                  // w has zeros; x is done with
-    Barrier slopes[SLOTS], free[SLOTS], read[READS];     // s has come; s is done with; all blocks have read the tile's rows
+    Barrier slopes[SLOTS], free[SLOTS];                  // s has come; s is done with, and all blocks have read the tile's rows
+    float loss[TEXTS];                                   // of the second team
 };
 static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
@@ -311,7 +310,7 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
         await_products<0>();
         pin_all(grad);
         meet_team();
-        await(shared.free[slot], i / SLOTS & 1 ^ 1);
+        await(shared.free[slot], i / SLOTS & 1);
         send_slopes(shared, own, slot, rank, warp, lane);
         if (!update) {
             if (lane == 0) arrive(shared.gathered[x]);
@@ -319,7 +318,6 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
             float c[1][WARP_SLOTS / 8][4];
             turn_gradients(c, grad, shared.x[x][0], warp, lane);
             if (lane == 0) arrive(shared.gathered[x]);
-            await(shared.read[i % READS], i / READS & 1);
             update_weights<EIGHTS, true, EIGHTS>(c, a, tile, 0, warp * WARP_SLOTS, weights_at(own, buffer));
             if (static_cast<int>(thread) < tile.count) {
                 const int64_t label = tile.label0 + thread;
@@ -336,10 +334,16 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
     if (lane == 0) await_reads();
 #pragma unroll
     for (int text = 0; text < 4; ++text) {
-        float sum = loss[text];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (lane % 4 == 0) atomicAdd(a.loss + blockIdx.x * TEXTS + text_of(warp, lane, text / 2, text % 2), sum);
+        loss[text] += __shfl_xor_sync(~0u, loss[text], 1);
+        loss[text] += __shfl_xor_sync(~0u, loss[text], 2);
+        if (first > 0 && lane % 4 == 0) shared.loss[text_of(warp, lane, text / 2, text % 2)] = loss[text];
+    }
+    meet<TEAMS * THREADS>(2 + TEAMS);
+    float* const losses = a.loss + blockIdx.x * TEXTS;
+#pragma unroll
+    for (int text = 0; text < 4; ++text) {
+        const int column = text_of(warp, lane, text / 2, text % 2);
+        if (first == 0 && lane % 4 == 0) losses[column] += loss[text] + shared.loss[column];
     }
 }
 
@@ -433,7 +437,6 @@ __device__ __forceinline__ void spread(Shared& shared, const Arguments& a, int r
             slots.load(a, run);
         }
         publish_shared();
-        arrive_everywhere(shared.read[i % READS]);
         run = next;
         slots.begin(a, run, thread);
         next = Run(a, tiles, i + 2, rank, thread);
@@ -441,6 +444,7 @@ __device__ __forceinline__ void spread(Shared& shared, const Arguments& a, int r
     if (tiles.count > 0) {
         begin_zeros(0);
         spread_tile(0);
+        arrive_everywhere(shared.free[0]);
         meet<SPREADERS>(1);  // all have awaited the first zeros
     }
     if (tiles.count > 1) begin_zeros(1);
@@ -450,7 +454,7 @@ __device__ __forceinline__ void spread(Shared& shared, const Arguments& a, int r
         if (i + 1 < tiles.count) spread_tile(i + 1);
         await_products<0>();
         pin(dx);
-        if (i > 0) arrive_everywhere(shared.free[(i - 1) % SLOTS]);
+        arrive_everywhere(shared.free[(i + 1) % SLOTS]);
         meet<SPREADERS>(1);  // nobody reads rows of tile i - 1 any more, and all of tile i are there
         if (i + 2 < tiles.count) begin_zeros(i + 2);
         await(shared.slopes[slot], i / SLOTS & 1);
@@ -486,7 +490,6 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) step_kernel(const Arguments 
         for (Barrier& barrier : shared.gathered) init(barrier, WARPS);
         for (Barrier& barrier : shared.slopes) init(barrier, 1 + WARPS);
         for (Barrier& barrier : shared.free) init(barrier, CLUSTER * (SPREADERS / 32));
-        for (Barrier& barrier : shared.read) init(barrier, CLUSTER * (SPREADERS / 32));
         publish_barriers();
         for (Barrier& barrier : shared.slopes) arrive_expecting(barrier, RECEIVED);
     }

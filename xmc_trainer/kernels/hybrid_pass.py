@@ -29,12 +29,15 @@ class HybridPass(ClusterPass):
 
     def _compiled(self, shape: Shape, rule: dict[str, Any], loss: int) -> ctypes.CDLL:
         # Of a block. Products add up 16 labels at least.
-        self._labels = 8 if self.head.group_size <= 8 and shape.blocks > 1 else 16
-        self.tile_labels = self._labels * shape.blocks
+        self._labels, self._blocks = 8 if self.head.group_size <= 8 and shape.blocks > 1 else 16, shape.blocks
         return cuda_source.library(
             "hybrid_pass.cu", self.head, self.device, rule, loss, CLUSTER=shape.blocks, SLICE=shape.features, LABELS=self._labels,
             FEATURES=64 if self.head.weight_LF.shape[1] <= 64 else 128, WARPS=4, CHUNK=4,
         )  # fmt: skip
+
+    def _tiles(self, labels: int) -> int:
+        group = self.head.group_size
+        return -(-(-(-labels // group) * -(-group // self._labels)) // self._blocks)
 
     def pair_bits(self, labels: int) -> PairBits:
         return PairBits(labels, TEXTS, self.head.group_size, self._labels, self.device)

@@ -1,5 +1,5 @@
-// What group_pass.cu, warpgroup_pass.cu, cluster_pass.cu and best_pass.cu are made of: tiles of labels, matrix products in shared
-// memory, losses, update rules and stochastic rounding.
+// What group_pass.cu, warpgroup_pass.cu, cluster_pass.cu, hybrid_pass.cu and best_pass.cu are made of: tiles of labels, matrix
+// products in shared memory, losses, update rules and stochastic rounding.
 //
 // A warp's products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Layout of a matrix in shared memory:
 // rows of 16-byte chunks, chunk c of row r at c ^ (r & 7), so that the eight rows that ldmatrix reads at once lie in different
@@ -19,13 +19,13 @@ struct Arguments {
     void *weight, *state0, *state1;                  // [L, F]
     const void* index;                               // [R, F], rows ascending
     float *bias, *bias_state0, *bias_state1;         // [L], or null
-    const bfloat16* x;                               // [d, columns]; cluster_pass.cu, best_pass.cu: [columns, features of all blocks]
-    float* dx;                                       // like x, without text_weight; cluster_pass.cu: of each cluster
+    const bfloat16* x;                               // [d, columns], of warpgroups in their order; cluster_pass.cu, best_pass.cu: [columns, features of all blocks]
+    float* dx;                                       // like x, without text_weight; of clusters: of each, [TEXTS, features of all blocks]
     const uint32_t* positive;                        // [labels of rows first_row.., columns / 32]: one bit a (label, text)
     const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one; best_pass.cu: [blocks]
     float* loss;                                     // [blocks, columns]; best_pass.cu: each block of labels' largest logit
     const int32_t* finite;                           // scalar
-    const uint16_t* first_slots;                     // [R, CLUSTER]: a row's first slot of each block; cluster_pass.cu only
+    const uint16_t* first_slots;                     // [R, CLUSTER]: a row's first slot of each block
     int64_t labels;
     int32_t first_row, last_row;                     // of the index; best_pass.cu, and dense heads: labels
     int32_t label_start, texts, columns, fan_in, group, update;
