@@ -53,11 +53,11 @@ def fastest(question: str, names: Sequence[str], trial: Callable[[str], Callable
     return _known[key]
 
 
-def keep_busy(device: torch.device) -> None:
-    """Some 8 ms of work for a GPU (an H100). As in training the host is ahead: what follows does not wait for its own launches."""
+def keep_busy(device: torch.device, milliseconds: float = 8) -> None:
+    """So much work for a GPU (an H100). As in training the host is ahead: what follows does not wait for its own launches."""
     square = torch.zeros(2048, 2048, dtype=torch.bfloat16, device=device)
     product = torch.empty_like(square)
-    for _ in range(300):
+    for _ in range(round(37 * milliseconds)):
         torch.mm(square, square, out=product)
 
 
