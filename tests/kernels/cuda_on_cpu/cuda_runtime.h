@@ -1,6 +1,8 @@
 // As much of CUDA as xmc_trainer/kernels/*.cu use, on a CPU: the threads of a cluster of blocks are coroutines that take turns,
 // and run from one synchronisation to the next. It is slow, and it finds wrong indices, fragments, missing barriers and deadlocks;
-// not what only a GPU does (asynchronous copies, the order of atomic additions, approximate functions).
+// not what only a GPU does (the order of atomic additions, approximate functions). What is asynchronous happens late: copies and
+// products when a thread awaits them, what goes to another block and comes from memory in bulk some rounds later; and warps stall
+// now and then. When: by draws that are the same in every run.
 
 #pragma once
 
@@ -55,12 +57,20 @@ struct Block {
     std::map<int, Meeting> some;  // by number
 };
 
+struct Copy {  // of 16 bytes
+    void* to;
+    const void* from;  // null: zeros
+};
+
 struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     int number, block;        // in the cluster
     const int* word = nullptr;  // what it waits for: that this is no longer `value`
     int value = 0;
+    std::vector<Copy> copies;                      // asked for, and not awaited
+    std::vector<std::function<void()>> products;   // the same
+    int unread = 0;                                // pieces of memory that it sends, and that are still to be read
     bool done = false;
 };
 
@@ -73,6 +83,32 @@ inline Meeting cluster;
 inline std::function<void()> kernel;
 struct Lane { const void* pointer; uint32_t word[6]; bool flag; };
 inline std::vector<Lane> lanes;  // what the lanes of each warp bring to a meeting
+
+struct Event {
+    int round;
+    std::function<void()> what;
+};
+inline std::vector<Event> events;  // to come
+inline int round_now;              // the threads have had so many turns
+inline uint64_t drawn;
+
+inline unsigned draw(unsigned below) {
+    drawn = drawn * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<unsigned>(drawn >> 33) % below;
+}
+inline int some_rounds() { return draw(4) ? draw(8) : draw(100); }
+inline void later(std::function<void()> what) { events.push_back({round_now + some_rounds(), std::move(what)}); }
+
+inline void happen() {
+    if (events.empty()) return;
+    std::vector<Event> due;
+    for (size_t i = 0; i < events.size();) {
+        if (events[i].round > round_now) { ++i; continue; }
+        due.push_back(std::move(events[i]));
+        events.erase(events.begin() + i);
+    }
+    for (Event& event : due) event.what();
+}
 
 // Lets others run until *word is no longer value.
 inline void wait(const int* word, int value) {
@@ -139,11 +175,18 @@ inline void run(int grid, int size, int shared_bytes, std::function<void()> what
             thread.context.uc_link = nullptr;
             makecontext(&thread.context, entry, 0);
         }
+        events.clear(), round_now = 0, drawn = first_block;
+        std::vector<int> stalled(count / WARP, 0);  // until which round
         for (int left = count; left;) {
-            bool any = false;
+            ++round_now;
+            happen();
+            bool any = !events.empty();
+            for (int& until : stalled)
+                if (until < round_now && !draw(64)) until = round_now + some_rounds();
             for (Thread& thread : threads) {
                 if (thread.done || (thread.word && *thread.word == thread.value)) continue;
                 any = true;
+                if (stalled[thread.number / WARP] > round_now) continue;
                 current = &thread;
                 threadIdx.x = thread.number % size;
                 blockIdx.x = first_block + thread.block;

@@ -17,11 +17,17 @@ inline uint32_t address(const void* shared) {
 }
 
 inline void copy_async(void* to, const void* from, bool ok) {
-    if (ok) std::memcpy(to, from, 16);
-    else std::memset(to, 0, 16);
+    std::memset(to, 0xFF, 16);
+    cpu::current->copies.push_back({to, ok ? from : nullptr});
 }
 
-inline void await_copies() {}
+inline void await_copies() {
+    for (const cpu::Copy& copy : cpu::current->copies) {
+        if (copy.from) std::memcpy(copy.to, copy.from, 16);
+        else std::memset(copy.to, 0, 16);
+    }
+    cpu::current->copies.clear();
+}
 
 // Four matrices of 8 x 8: lane 8 i + r has brought the address of row r of matrix i.
 template <bool TRANSPOSED>
@@ -84,12 +90,16 @@ inline void prefetch(const void* from, uint32_t bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) std::abort();
 }
 
-// Products of a warpgroup. They are done at once here, so that what a real one might still be reading or adding goes unseen.
+// Products of a warpgroup. Here they are made when they are awaited; those that have A in registers at once.
 inline void publish_shared() {}
 inline void begin_products() {}
 inline void commit_products() {}
-template <int LEFT> void await_products() {}
-inline void end_products() {}
+template <int LEFT> void await_products() {
+    static_assert(LEFT == 0, "all");
+    for (auto& product : cpu::current->products) product();
+    cpu::current->products.clear();
+}
+inline void end_products() { await_products<0>(); }
 template <typename T, int N> void pin(T (&)[N][4]) {}
 template <typename T> void forget(T&) {}
 
@@ -129,8 +139,10 @@ inline void add_products(float (&c)[N][4], A a, uint64_t b, bool add) {
 
 template <bool A_M_MAJOR, bool B_N_MAJOR, int N>
 inline void multiply(float (&c)[N][4], uint64_t a, uint64_t b, bool add) {
-    const int row0 = threadIdx.x / 32 % 4 * 16;
-    add_products<B_N_MAJOR>(c, [&](int row, int k) { return element<A_M_MAJOR>(a, row0 + row, k); }, b, add);
+    cpu::current->products.push_back([&c, a, b, add] {
+        const int row0 = threadIdx.x / 32 % 4 * 16;
+        add_products<B_N_MAJOR>(c, [&](int row, int k) { return element<A_M_MAJOR>(a, row0 + row, k); }, b, add);
+    });
 }
 
 template <bool B_N_MAJOR, int N>
@@ -182,7 +194,9 @@ inline void change(Barrier& barrier, int arrivals, int bytes) {
 }
 
 inline void arrive(Barrier& barrier) { change(barrier, 1, 0); }
-inline void arrive_there(uint32_t barrier) { change(*reinterpret_cast<Barrier*>(at_address(barrier)), 1, 0); }
+inline void arrive_there(uint32_t barrier) {
+    cpu::later([there = reinterpret_cast<Barrier*>(at_address(barrier))] { change(*there, 1, 0); });
+}
 inline void arrive_expecting(Barrier& barrier, int bytes) { change(barrier, 1, bytes); }
 
 inline void await(Barrier& barrier, int parity) {
@@ -198,15 +212,24 @@ inline void send(uint32_t to, T value, uint32_t barrier) {
 
 inline void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
     if (to % 16 || bytes % 16 || address(from) % 16) std::abort();
-    std::memcpy(at_address(to), from, bytes);
-    change(*reinterpret_cast<Barrier*>(at_address(barrier)), 0, -bytes);
+    ++cpu::current->unread;
+    cpu::later([there = at_address(to), from, bytes, ends = reinterpret_cast<Barrier*>(at_address(barrier)), unread = &cpu::current->unread] {
+        std::memcpy(there, from, bytes);
+        change(*ends, 0, -bytes);
+        --*unread;
+    });
 }
-inline void await_reads() {}
+inline void await_reads() {
+    while (cpu::current->unread) cpu::wait(&cpu::current->unread, cpu::current->unread);
+}
 
 inline void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
     if (address(to) % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
-    std::memcpy(to, from, bytes);
-    change(barrier, 0, -bytes);
+    std::memset(to, 0xFF, bytes);
+    cpu::later([=, &barrier] {
+        std::memcpy(to, from, bytes);
+        change(barrier, 0, -bytes);
+    });
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
