@@ -38,7 +38,7 @@ def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> 
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
         torch.cuda.synchronize()
-        keep_busy(device, 5 * repeat)  # a busy host takes a step's launches longer than some GPUs the step
+        keep_busy(device, 5 * repeat)  # a busy host may queue a step more slowly than the GPU takes it
         events[0].record()
         for event in events[1:]:
             step()

@@ -78,24 +78,23 @@ class ClusterPass:
         loss: int,
     ) -> None:
         self.head, self.d, self.device = head, rows.shape[1], rows.device
-        shape, dense = Shape.of(self.d), head.index_RF is None
-        self._library = self._compiled(shape, rule, loss)
-        width = shape.blocks * shape.features
+        self.shape = shape = Shape.of(self.d)
+        self._library = self._compiled(rule, loss)
         self.clusters = min(cuda_source.checked(self._library.launch_clusters()), self._tiles(labels))
-        self._dx = torch.zeros(self.clusters, TEXTS, width, device=self.device)
+        self._dx = torch.zeros(self.clusters, TEXTS, shape.blocks * shape.features, device=self.device)
         self._losses = torch.zeros(self.clusters * shape.blocks, TEXTS, device=self.device)
         self._arguments = dict(
-            x=self._features(rows, width), columns=TEXTS, texts=texts, dx=self._dx, losses=self._losses,
+            x=self._features(rows), columns=TEXTS, texts=texts, dx=self._dx, losses=self._losses,
             finite=finite, text_weight=text_weight, update=update, rule=rule, decay=decay,
-            first_slots=None if dense else head.of_index(first_slots, shape),
+            first_slots=None if head.index_RF is None else head.of_index(first_slots, shape),
         )  # fmt: skip
 
-    def _features(self, rows: Tensor, width: int) -> Tensor:
-        """Those of `rows` as the source reads them; width: features of all blocks."""
-        return torch.nn.functional.pad(rows, (0, width - self.d))
+    def _features(self, rows: Tensor) -> Tensor:
+        """Those of `rows` as the source reads them: bfloat16 [TEXTS, features of all blocks]."""
+        return torch.nn.functional.pad(rows, (0, self.shape.blocks * self.shape.features - self.d))
 
-    def _compiled(self, shape: Shape, rule: dict[str, Any], loss: int) -> ctypes.CDLL:
-        head, dense = self.head, self.head.index_RF is None
+    def _compiled(self, rule: dict[str, Any], loss: int) -> ctypes.CDLL:
+        head, shape, dense = self.head, self.shape, self.head.index_RF is None
         return cuda_source.library(
             "cluster_pass.cu", head, self.device, rule, loss, CLUSTER=shape.blocks, FEATURES=shape.features, LABELS=_LABELS,
             WARPS=_WARPS, DENSE=int(dense), CHUNK=8 if dense else math.gcd(head.weight_LF.shape[1], 4),

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from xmc_trainer.kernels import cluster_pass, cuda_source, group_pass
-from xmc_trainer.kernels.cluster_pass import ClusterPass, Shape
+from xmc_trainer.kernels.cluster_pass import ClusterPass
 from xmc_trainer.kernels.cuda_source import TEXTS
 from xmc_trainer.kernels.pairs import PairBits
 from xmc_trainer.kernels.reference import HeadTensors
@@ -24,20 +24,25 @@ def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
 class HybridPass(ClusterPass):
     """As `ClusterPass`. Each block of a cluster has labels of one index row."""
 
-    def _features(self, rows: Tensor, width: int) -> Tensor:
+    @property
+    def _labels(self) -> int:
+        """Of a block's tile. A cluster's products add up 16 labels at least."""
+        return 8 if self.head.group_size <= 8 and self.shape.blocks > 1 else 16
+
+    def _features(self, rows: Tensor) -> Tensor:
+        """bfloat16 [d, TEXTS]."""
         return group_pass.in_warpgroup_order(rows.T.contiguous())
 
-    def _compiled(self, shape: Shape, rule: dict[str, Any], loss: int) -> ctypes.CDLL:
-        # Of a block. Products add up 16 labels at least.
-        self._labels, self._blocks = 8 if self.head.group_size <= 8 and shape.blocks > 1 else 16, shape.blocks
+    def _compiled(self, rule: dict[str, Any], loss: int) -> ctypes.CDLL:
         return cuda_source.library(
-            "hybrid_pass.cu", self.head, self.device, rule, loss, CLUSTER=shape.blocks, SLICE=shape.features, LABELS=self._labels,
-            FEATURES=64 if self.head.weight_LF.shape[1] <= 64 else 128, WARPS=4, CHUNK=4,
+            "hybrid_pass.cu", self.head, self.device, rule, loss, CLUSTER=self.shape.blocks, SLICE=self.shape.features,
+            LABELS=self._labels, FEATURES=64 if self.head.weight_LF.shape[1] <= 64 else 128, WARPS=4, CHUNK=4,
         )  # fmt: skip
 
     def _tiles(self, labels: int) -> int:
         group = self.head.group_size
-        return -(-(-(-labels // group) * -(-group // self._labels)) // self._blocks)
+        tiles = -(-labels // group) * -(-group // self._labels)
+        return -(-tiles // self.shape.blocks)
 
     def pair_bits(self, labels: int) -> PairBits:
         return PairBits(labels, TEXTS, self.head.group_size, self._labels, self.device)

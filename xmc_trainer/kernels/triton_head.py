@@ -9,7 +9,8 @@ Weights are read and updated in their own precision. Two ways lead through a ste
 
 and the same two to the best labels (`topk`; or `best_pass`, which spreads rows on the chip). Of a step each is there twice: in
 CUDA (`group_pass`; `cluster_pass`, which spreads rows on the chip), where that can be compiled and takes the head, and in
-Triton (`group_step`, `dense_step`); and `hybrid_pass`, in CUDA alone, gathers for two of a step's products and spreads for one. The first step of a large head tries what takes it, and the choice is kept on disk (`tuning`).
+Triton (`group_step`, `dense_step`); and `hybrid_pass`, in CUDA alone, gathers for two of a step's products and spreads for one.
+The first step of a large head tries what takes it, and the choice is kept on disk (`tuning`).
 """
 
 from __future__ import annotations
