@@ -103,7 +103,7 @@ using Pieces = uint4[CONSUMERS / 32][PIECES][32];
 struct Shared {
     alignas(1024) bfloat16 x[PARTS][TEXTS * ROW_SIZE];
     bfloat16 w[BUFFERS][PARTS][LABELS * ROW_SIZE];
-    bfloat16 s[2][TEXTS * ROW_SIZE];               // [texts, labels]
+    bfloat16 s[2][CLUSTER][TEXTS * OWN];           // [texts, labels] of each block's labels
     Pieces partial[CLUSTER];                       // logits of own labels from each block
     Pieces staged[CLUSTER];                        // of each block's labels, on their way there
     alignas(8) uint32_t positive[BUFFERS][TEXTS / 32][OWN];
@@ -116,6 +116,17 @@ static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
 // The text of a consumer's rows (high: 8 rows on) of the logits.
 __device__ __forceinline__ int text_of(unsigned thread, int high) { return thread / 32 * 16 + thread % 32 / 4 + 8 * high; }
+
+// Slopes of a block's labels: where eight of a text's are.
+__device__ __forceinline__ int place_of_slopes(int text, int chunk) {
+    return (text * PIECES + (chunk ^ text % 8 / (8 / PIECES))) * 8;
+}
+
+// As an operand of products: rows of texts, or columns (TRANSPOSED).
+template <bool TRANSPOSED>
+__device__ __forceinline__ uint64_t slopes_matrix(const Shared& shared, int slot) {
+    return matrix_of_parts<2 * OWN, sizeof(shared.s[0][0]), TRANSPOSED>(shared.s[slot]);
+}
 
 // As if the features of all blocks were here.
 __device__ __forceinline__ RowOfW<> row_of_w(Shared& shared, int buffer, int row, int rank) {
@@ -138,12 +149,12 @@ __device__ __forceinline__ void fetch_tile(
 
 // The part of a run that a lane has in registers, of STRETCH slots; they start where a chunk does, with slots before the run's.
 struct Stretch {
-    int slot0, from, number;  // the lane's first slot, in the row and from the run's first on; slots of the run
-    int swapped;              // 1: of its chunks each second one comes first
+    int slot0, from, rest;  // the lane's first slot, in the row and from the run's first on; from it on slots of the run
+    int swapped;            // 1: of its chunks each second one comes first
 
     __device__ __forceinline__ Stretch(const Run& run, unsigned thread) {
         slot0 = run.first / CHUNK * CHUNK + thread % LANES * CHUNK;
-        from = slot0 - run.first, number = run.number;
+        from = slot0 - run.first, rest = run.number - from;
         // Chunks of 16 bytes: four of an even label and four of the next are eight in different banks.
         swapped = DENSE ? thread / LANES & 1 : 0;
     }
@@ -152,13 +163,13 @@ struct Stretch {
     __device__ __forceinline__ int to(int k) const { return (DENSE ? k ^ swapped : k) * (LANES * CHUNK); }
 
     __device__ __forceinline__ bool next() {
-        slot0 += STRETCH, from += STRETCH;
-        return from < number;
+        slot0 += STRETCH, from += STRETCH, rest -= STRETCH;
+        return rest > 0;
     }
 
-    // Whether the run has the i-th slot of the lane's k-th chunk.
+    // Whether the run has the i-th slot of the lane's k-th chunk. None but the first chunk begins before the run.
     __device__ __forceinline__ bool has(int k, int i) const {
-        return static_cast<uint32_t>(from + to(k) + i) < static_cast<uint32_t>(number);
+        return to(k) + i < rest && (DENSE || CHUNK == 1 || k > 0 || from + i >= 0);
     }
 
     // A row's chunks; zeros beyond the end of the run. (Left as they were, they would need registers all the time.)
@@ -166,26 +177,53 @@ struct Stretch {
     __device__ __forceinline__ void load(Chunk<T> (&chunks)[CHUNKS], const T* row) const {
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
-            const bool any = from + to(k) < number;
+            const bool any = to(k) < rest;
             chunks[k] = any ? *reinterpret_cast<const Chunk<T>*>(row + slot0 + to(k)) : Chunk<T>{};
         }
     }
 
-    // Slots at the ends of the run share chunks with other blocks' slots.
+    // The k-th chunk, if the run has all of it.
     template <typename T>
     __device__ __forceinline__ void store(T* row, const Chunk<T>& chunk, int k) const {
         T* const there = row + slot0 + to(k);
-        if (has(k, 0) && has(k, CHUNK - 1)) {
-            if constexpr (Chunk<T>::PAIRS && CHUNK == 8) store_words(there, chunk.word);
-            // The compiler would store each word on its own.
-            else if constexpr (Chunk<T>::PAIRS && CHUNK == 4)
-                *reinterpret_cast<uint64_t*>(there) = static_cast<uint64_t>(chunk.word[1]) << 32 | chunk.word[0];
-            else *reinterpret_cast<Chunk<T>*>(there) = chunk;
-        } else {
+        if (!has(k, 0) || !has(k, CHUNK - 1)) return;
+        if constexpr (Chunk<T>::PAIRS && CHUNK == 8) store_words(there, chunk.word);
+        // The compiler would store each word on its own.
+        else if constexpr (Chunk<T>::PAIRS && CHUNK == 4)
+            *reinterpret_cast<uint64_t*>(there) = static_cast<uint64_t>(chunk.word[1]) << 32 | chunk.word[0];
+        else *reinterpret_cast<Chunk<T>*>(there) = chunk;
+    }
+
+    // Chunks at the ends of the run have other blocks' slots, too. Of what the run has of one, aligned pairs are stored as such: one
+    // and a single slot an end, for lanes that have their ends in whatever chunks. A run inside one chunk has single slots alone.
+    template <typename T>
+    __device__ __forceinline__ void store_ends(T* row, const Chunk<T> (&chunks)[CHUNKS]) const {
+        if constexpr (DENSE || CHUNK == 1) return;
+        T* const there = row + slot0;
+        struct alignas(2 * sizeof(T)) Two { T first, second; };
+        Chunk<T> tail = chunks[0];
+        int last = 0;
 #pragma unroll
-            for (int i = 0; CHUNK > 1 && !DENSE && i < CHUNK; ++i)
-                if (has(k, i)) there[i] = chunk[i];
+        for (int k = 1; k < CHUNKS; ++k)
+            if (to(k) < rest) tail = chunks[k], last = to(k);
+        const int begin = -from, end = rest - last;  // of the first chunk, and of the last: slots that are not the run's; that are
+        const bool any = begin < rest, inside = begin > 0 && rest < CHUNK;
+        const bool starts = any && begin > 0, ends = any && end > 0 && end < CHUNK;
+        if constexpr (CHUNK == 4) {
+            if (starts && !inside && begin <= 2) *reinterpret_cast<Two*>(there + 2) = {chunks[0][2], chunks[0][3]};
+            if (ends && !inside && end >= 2) *reinterpret_cast<Two*>(there + last) = {tail[0], tail[1]};
         }
+        if (starts && (inside || begin % 2)) there[begin] = slot_of(chunks[0], begin);
+        if (ends && (inside || end % 2)) there[last + end - 1] = slot_of(tail, end - 1);
+    }
+
+private:
+    template <typename T>
+    __device__ __forceinline__ static T slot_of(const Chunk<T>& chunk, int number) {
+        T found = chunk[0];
+#pragma unroll
+        for (int i = 1; i < CHUNK; ++i) found = number == i ? chunk[i] : found;
+        return found;
     }
 };
 
@@ -241,14 +279,21 @@ struct Weights {
 };
 
 // A dense head's rows, a producer's part of its label's, on their way to where consumers read them; zeros where there is nothing.
-__device__ __forceinline__ void begin_copy(const RowOfW<>& to, const Arguments& a, const Run& run, int label, int rank, unsigned thread) {
-    const Stretch stretch(run, thread);
-    const Stored* const row = row_of<Stored>(a.weight, a, run.number ? label : 0);
-#pragma unroll
-    for (int k = 0; k < 2 * PARTS; ++k) {
-        const bool ok = stretch.has(k, 0);
-        void* const there = &to[rank * FEATURES + thread % LANES * CHUNK + stretch.to(k)];
-        const Stored* const from = row + (ok ? stretch.slot0 + stretch.to(k) : 0);
+struct Copies {
+    RowOfW<> to;
+    const Stored* row;
+    int slot0, end;  // the lane's first slot and all that there are, of the row
+
+    __device__ __forceinline__ Copies(const RowOfW<>& to, const Arguments& a, const Run& run, int label, int rank, unsigned thread)
+        : to(to), row(row_of<Stored>(a.weight, a, run.number ? label : 0)), slot0(rank * FEATURES + thread % LANES * CHUNK),
+          end(run.first + run.number) {}
+
+    // Those of the chunk that begins `on` slots from the lane's first.
+    __device__ __forceinline__ void begin(int on) const {
+        if (on >= FEATURES) return;
+        const bool ok = slot0 + on < end;
+        void* const there = &to[slot0 + on];
+        const Stored* const from = row + (ok ? slot0 + on : 0);
         if constexpr (BF16_WEIGHT) {
             copy_async(there, from, ok);
         } else {
@@ -258,7 +303,7 @@ __device__ __forceinline__ void begin_copy(const RowOfW<>& to, const Arguments& 
                                                 packed(value[6], value[7])};
         }
     }
-}
+};
 
 // A part of a label's row, as it is to be updated.
 struct Old {
@@ -302,39 +347,41 @@ struct Old {
         return sum;
     }
 
-    // label_state: the new one (ROWWISE).
+    // label_state: the new one (ROWWISE). `read` is called when a dense head's gradients of the k-th chunk have been read: read(k).
+    template <typename Read>
     __device__ __forceinline__ void update(
-        const Arguments& a, const RowOfW<>& from, const Stretch& stretch, int label, float label_state) {
+        const Arguments& a, const RowOfW<>& from, const Stretch& stretch, int label, float label_state, Read read) {
         const uint32_t number = static_cast<uint32_t>(a.label_start + label);
         int hashed[1 + STATES];  // of each tensor: the row and the lane's first column
 #pragma unroll
         for (int i = 0; BF16_WEIGHT && i < 1 + STATES; ++i)
             hashed[i] = mix(number ^ a.key[2 * i]) + stretch.slot0 * COLUMN_HASH, forget(hashed[i]);
         const auto set = [&](Chunk<Stored>& chunk, int i, float value, int which, int k) {
-            if constexpr (BF16_WEIGHT) {
-                chunk.set(i, rounded(value, hashed[which], a.key[2 * which + 1], stretch.to(k) + i) >> 16);
-            } else {
-                chunk.set(i, value);
-            }
+            if constexpr (BF16_WEIGHT) chunk.set_upper(i, rounded(value, hashed[which], a.key[2 * which + 1], stretch.to(k) + i));
+            else chunk.set(i, value);
         };
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
             const Chunk<uint16_t> gradient = gradients(k, from, stretch);
+            if constexpr (DENSE) read(k);
             Chunk<Stored> new_weight, new_state0, new_state1;
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
                 Values v{wide(weight[k][i]), label_state, 0.0f};
                 if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(state0[k][i]);
                 if (RULE == ADAMW) v.state1 = wide(state1[k][i]);
-                v = updated(v, wide(gradient[i]) * a.text_weight, a, a.weight_decay);
+                v = updated(v, wide(gradient[i]), a.text_weight, a, a.weight_decay);
                 set(new_weight, i, v.weight, 0, k);
                 if (RULE == MOMENTUM || RULE == ADAMW) set(new_state0, i, v.state0, 1, k);
                 if (RULE == ADAMW) set(new_state1, i, v.state1, 2, k);
             }
-            stretch.store(row_of<Stored>(a.weight, a, label), new_weight, k);
-            if (RULE == MOMENTUM || RULE == ADAMW) stretch.store(row_of<Stored>(a.state0, a, label), new_state0, k);
-            if (RULE == ADAMW) stretch.store(row_of<Stored>(a.state1, a, label), new_state1, k);
+            stretch.store(row_of<Stored>(a.weight, a, label), weight[k] = new_weight, k);
+            if (RULE == MOMENTUM || RULE == ADAMW) stretch.store(row_of<Stored>(a.state0, a, label), state0[k] = new_state0, k);
+            if (RULE == ADAMW) stretch.store(row_of<Stored>(a.state1, a, label), state1[k] = new_state1, k);
         }
+        stretch.store_ends(row_of<Stored>(a.weight, a, label), weight);
+        if (RULE == MOMENTUM || RULE == ADAMW) stretch.store_ends(row_of<Stored>(a.state0, a, label), state0);
+        if (RULE == ADAMW) stretch.store_ends(row_of<Stored>(a.state1, a, label), state1);
     }
 };
 
@@ -377,8 +424,11 @@ struct Update {
         label_state = state_here ? static_cast<const float*>(a.state0)[label] : 0.0f;
     }
 
+    // `read` is called when the warp has read all gradients, of a dense head when the lane has read those of the chunk that begins `on` slots
+    // from its first: read(on). Whatever comes to their place is on its way while weights are updated.
+    template <typename Read>
     __device__ __forceinline__ void end(
-        Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread) {
+        Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread, Read read) {
         const RowOfW<> gradient = row_of_w(shared, buffer, thread / LANES, rank);
         Stretch stretch(run, thread);
         old.gather(gradient, stretch);
@@ -394,10 +444,13 @@ struct Update {
             label_state = exchange_squares(shared, a, sum, label_state, tile, rank, thread);
             if (rank == 0 && thread % LANES == 0 && label < tiles.end_label) static_cast<float*>(a.state0)[label] = label_state;
         }
-        for (;;) {
+        for (int on = 0;; on += STRETCH) {
+            const bool more = DENSE ? on + STRETCH < FEATURES : __any_sync(~0u, stretch.rest > STRETCH);
+            if (!DENSE && !more) read(0);
             forget(label);
-            old.update(a, gradient, stretch, label, label_state);
-            if (!stretch.next()) break;
+            old.update(a, gradient, stretch, label, label_state, [&](int k) { read(on + stretch.to(k)); });
+            if (!more) break;
+            stretch.next();
             old.load(a, run, stretch, label);
             old.gather(gradient, stretch);
         }
@@ -441,35 +494,43 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
         run_before = shared.run[buffer + 1 == BUFFERS ? 0 : buffer + 1][thread / LANES];
         // Awaited only here: what was asked for above for the update takes as long.
         if (DENSE && tile > 0 && tile <= tiles.count) await_copies(), publish_tile(buffer > 0 ? buffer - 1 : BUFFERS - 1);
-        if (graded) {
-            await(shared.graded[buffer], turn.parity ^ 1);
-            if (update) updating.end(shared, a, tiles, before, buffer, rank, thread);
-            __syncwarp();
-            forget(thread);
-        }
-        if (spreads) {
-            if (!SPREAD_AHEAD && !DENSE) weights.load(a, run, Stretch(run, thread), label);
-            if (thread < OWN) shared.bias[buffer][thread] = start.bias;
-            if (thread < OWN * (TEXTS / 32)) shared.positive[buffer][thread % (TEXTS / 32)][thread / (TEXTS / 32)] = start.positive;
-            const RowOfW<> to = row_of_w(shared, buffer, thread / LANES, rank);
+        const RowOfW<> to = row_of_w(shared, buffer, thread / LANES, rank);
+        const Copies copies(to, a, run, label, rank, thread);
+        const auto make_room = [&](int on) {
             if constexpr (DENSE) {
-                begin_copy(to, a, run, label, rank, thread);
+                copies.begin(on);
             } else {
+                __syncwarp();
                 // The warp's labels are eight rows, 1024 bytes a part.
 #pragma unroll
                 for (int i = 0; i < 2 * PARTS; ++i) {
                     uint4* const rows = reinterpret_cast<uint4*>(shared.w[buffer][i / 2] + thread / 32 * (8 * ROW_SIZE));
                     rows[i % 2 * 32 + thread % 32] = uint4{0, 0, 0, 0};
                 }
-                __syncwarp();
+            }
+        };
+        if (graded) await(shared.graded[buffer], turn.parity ^ 1);
+        if (graded && update) {
+            updating.end(shared, a, tiles, before, buffer, rank, thread, make_room);
+        } else if (spreads) {
+#pragma unroll
+            for (int k = 0; k < (DENSE ? 2 * PARTS : 1); ++k) make_room(Stretch(run, thread).to(k));
+        }
+        __syncwarp();
+        forget(thread);
+        if (spreads) {
+            if (!SPREAD_AHEAD && !DENSE) weights.load(a, run, Stretch(run, thread), label);
+            if (thread < OWN) shared.bias[buffer][thread] = start.bias;
+            if (thread < OWN * (TEXTS / 32)) shared.positive[buffer][thread % (TEXTS / 32)][thread / (TEXTS / 32)] = start.positive;
+            if constexpr (!DENSE) {
                 Stretch stretch(run, thread);
                 for (;;) {
                     weights.spread(to, stretch);
                     if (!stretch.next()) break;
                     weights.load(a, run, stretch, label);
                 }
+                publish_tile(buffer);
             }
-            if (!DENSE) publish_tile(buffer);
         }
         start = next;
         turn.next();
@@ -526,26 +587,13 @@ __device__ __forceinline__ void send_logits(Shared& shared, int rank, int warp, 
 
 // Slopes of the block's own labels, to all blocks; losses are added to a thread's two texts'.
 __device__ __forceinline__ void send_slopes(
-    Shared& shared, const Arguments& a, float (&loss)[2], int tile, int buffer, int rank, unsigned thread) {
-    const int lane = thread % 32, warp = thread / 32, slot = tile % 2;
+    Shared& shared, const Arguments& a, float (&loss)[2], int tile, int buffer, int rank, int warp, unsigned thread) {
+    const int lane = thread % 32, slot = tile % 2;
+    bfloat16* const own = shared.s[slot][rank];
     if (CLUSTER > 1) {
         await(shared.partials, tile & 1);
         if (thread == 0) expect_partials(shared);
     }
-    const uint32_t barrier = address(&shared.slopes[slot]);
-    const auto to_all = [&](void* here, auto value) {
-        uint32_t there[CLUSTER], barriers[CLUSTER];  // first all: what a send still reads cannot be overwritten
-#pragma unroll
-        for (int i = 0; i < CLUSTER; ++i) {
-            const int block = Receiver(i, rank).block;
-            there[i] = address_in(block, address(here)), barriers[i] = address_in(block, barrier);
-        }
-#pragma unroll
-        for (int i = 0; i < CLUSTER; ++i) {
-            if (Receiver(i, rank).own) *static_cast<decltype(value)*>(here) = value;
-            else send(there[i], value, barriers[i]);
-        }
-    };
     constexpr int PAIR = PIECES < 2 ? PIECES : 2;
 #pragma unroll
     for (int first = 0; first < PIECES; first += PAIR) {
@@ -589,30 +637,35 @@ __device__ __forceinline__ void send_slopes(
                     slope[i][j] = slope_of_any(z[i][j], positive[i][j % 2] >> text % 32 << 31, text < a.texts, loss[j / 2]);
                 }
         }
-        uint32_t piece[4];  // slopes of two labels: of text_of(i % 2), in the i / 2-th eight
         float sums[2 * PAIR];
 #pragma unroll
         for (int i = 0; i < PAIR; ++i) {
             const float(&s)[4] = slope[i];
             sums[2 * i] = s[0] + s[2], sums[2 * i + 1] = s[1] + s[3];
-            piece[2 * i] = packed(s[0], s[1]);
-            piece[2 * i + 1] = packed(s[2], s[3]);
         }
         const int column = sum_of_lanes(sums, lane);
         if (lane < 8 * PAIR) shared.bias_grad[buffer][warp][8 * (first + column / 2) + lane % 4 * 2 + column % 2] = sums[0];
-        if constexpr (PAIR == 2) {
-            exchange_words(piece);  // the whole of the one whose number is the lane's
-            const int text = text_of(thread, lane % 2), chunk = rank * PIECES + first + lane % 4 / 2;
-            to_all(shared.s[slot] + place<ROW>(text, chunk), uint4{piece[0], piece[1], piece[2], piece[3]});
-        } else {
 #pragma unroll
-            for (int high = 0; high < 2; ++high)
-                to_all(reinterpret_cast<uint32_t*>(shared.s[slot] + place<ROW>(text_of(thread, high), rank)) + lane % 4, piece[high]);
-        }
+        for (int i = 0; i < PAIR; ++i)
+#pragma unroll
+            for (int high = 0; high < 2; ++high) {
+                uint32_t* const to = reinterpret_cast<uint32_t*>(own + place_of_slopes(text_of(thread, high), first + i));
+                to[lane % 4] = packed(slope[i][2 * high], slope[i][2 * high + 1]);
+            }
     }
+    publish_shared();
     __syncwarp();
-    if (thread == 0) arrive_expecting(shared.slopes[slot], (CLUSTER - 1) * OWN * TEXTS * sizeof(bfloat16));
-    else if (lane == 0) arrive(shared.slopes[slot]);
+    if (lane) return;
+    bfloat16* const part = own + warp * (16 * OWN);
+#pragma unroll
+    for (int i = 0; i < CLUSTER; ++i) {
+        const Receiver other(i, rank);
+        if (other.own) continue;
+        send_bulk(address_in(other.block, address(part)), part, 16 * OWN * sizeof(bfloat16),
+                  address_in(other.block, address(&shared.slopes[slot])));
+    }
+    if (warp == 0) arrive_expecting(shared.slopes[slot], (CLUSTER - 1) * OWN * TEXTS * sizeof(bfloat16));
+    else arrive(shared.slopes[slot]);
 }
 
 // dX += S W, the warpgroup's 64 texts.
@@ -622,7 +675,8 @@ __device__ __forceinline__ void begin_feature_gradient(
     begin_products();
 #pragma unroll
     for (int k = 0; k < LABELS / 16; ++k) {
-        const uint64_t s = matrix(shared.s[slot]) + warpgroup * (64 * 128 / 16) + k * NEXT;
+        const uint64_t s = slopes_matrix<false>(shared, slot) + warpgroup * (64 * 2 * OWN / 16) +
+                           (16 * k / OWN * sizeof(shared.s[0][0]) + 16 * k % OWN * sizeof(bfloat16)) / 16;
         multiply<false, true>(dx, s, matrix<sizeof(shared.w[0][0])>(shared.w[buffer]) + k * NEXT_ROWS, true);
     }
     commit_products();
@@ -641,7 +695,7 @@ __device__ __forceinline__ void end_gradients(
             begin_products();
 #pragma unroll
             for (int k = 0; k < TEXTS / 16; ++k)
-                multiply<true, true>(grad, matrix(shared.s[slot]) + k * NEXT_ROWS, matrix(shared.x[part]) + k * NEXT_ROWS, k > 0);
+                multiply<true, true>(grad, slopes_matrix<true>(shared, slot) + k * (16 * 2 * OWN / 16), matrix(shared.x[part]) + k * NEXT_ROWS, k > 0);
             commit_products();
         }
         await_products<0>();
@@ -685,18 +739,17 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a, int 
             begin_logits(z, shared, turn.buffer, warpgroup);
             await_products<0>();
             stage_logits(z, shared, rank, thread);
+            publish_shared();
         }
         if (tile == 0) {
-            publish_shared();
             send_logits(shared, rank, warp, thread);
         } else {
             await(shared.slopes[slot_before], (tile - 1) / 2 & 1);
-            publish_shared();
             begin_feature_gradient(dx, shared, slot_before, turn_before.buffer, warpgroup);
             if (any) send_logits(shared, rank, warp, thread);
             end_gradients(dx, z, shared, slot_before, turn_before.buffer, warpgroup, update, thread);
         }
-        if (any) send_slopes(shared, a, loss, tile, turn.buffer, rank, thread);
+        if (any) send_slopes(shared, a, loss, tile, turn.buffer, rank, warp, thread);
         turn_before = turn;
         turn.next();
     }

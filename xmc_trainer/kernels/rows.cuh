@@ -74,6 +74,12 @@ struct alignas(sizeof(T) * CHUNK) Chunk {
         if constexpr (!PAIRS) word[i] = value;
         else word[i / 2] = i % 2 ? __byte_perm(word[i / 2], value, 0x5410) : value;
     }
+
+    // The same, to the upper half of `value`. A pair's first is kept as it is until its second comes.
+    __device__ __forceinline__ void set_upper(int i, uint32_t value) {
+        if constexpr (!PAIRS) word[i] = static_cast<T>(value >> 16);
+        else word[i / 2] = i % 2 ? __byte_perm(word[i / 2], value, 0x7632) : value;
+    }
 };
 
 }  // namespace

@@ -367,21 +367,23 @@ __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32
 
 struct Values { float weight, state0, state1; };
 
-// With ROWWISE state0 is the new one already: it is of all of a label's gradients.
-__device__ __forceinline__ Values updated(Values v, float grad, const Arguments& a, float weight_decay) {
+// By the gradient `grad` times `scale`. What does not differ between elements is in brackets, worked out once. With ROWWISE state0 is
+// the new one already: it is of all of a label's gradients.
+__device__ __forceinline__ Values updated(Values v, float grad, float scale, const Arguments& a, float weight_decay) {
     const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // of a bias: a constant
     if (RULE == ROWWISE) {
         const float deviation = square_root(v.state0 * a.correct1) + a.eps;
-        v.weight = v.weight * kept - a.lr * (grad * reciprocal(deviation));
+        v.weight = v.weight * kept - (a.lr * scale) * (grad * reciprocal(deviation));
     } else if (RULE == ADAMW) {
-        v.state0 = a.beta0 * v.state0 + (1.0f - a.beta0) * grad;
-        v.state1 = a.beta1 * v.state1 + (1.0f - a.beta1) * grad * grad;
+        v.state0 = a.beta0 * v.state0 + ((1.0f - a.beta0) * scale) * grad;
+        v.state1 = a.beta1 * v.state1 + ((1.0f - a.beta1) * scale * scale) * (grad * grad);
         const float deviation = square_root(v.state1 * a.correct1) + a.eps;
-        v.weight = v.weight * kept - a.lr * a.correct0 * (v.state0 * reciprocal(deviation));
+        v.weight = v.weight * kept - (a.lr * a.correct0) * (v.state0 * reciprocal(deviation));
+    } else if (RULE == MOMENTUM) {
+        v.state0 = a.beta0 * v.state0 + fmaf(scale, grad, weight_decay * v.weight);
+        v.weight -= a.lr * v.state0;
     } else {
-        grad += weight_decay * v.weight;
-        if (RULE == MOMENTUM) grad = v.state0 = a.beta0 * v.state0 + grad;
-        v.weight -= a.lr * grad;
+        v.weight = fmaf(-(a.lr * weight_decay), v.weight, v.weight) - (a.lr * scale) * grad;
     }
     return v;
 }
@@ -512,8 +514,8 @@ __device__ __forceinline__ void update_weights(
                 const float2 none = make_float2(0.0f, 0.0f), w = widened(weight[i][n]);
                 const float2 v0 = RULE >= MOMENTUM ? widened(state0[i][n]) : none;
                 const float2 v1 = RULE == ADAMW ? widened(state1[i][n]) : none;
-                const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]) * a.text_weight, a, a.weight_decay);
-                const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]) * a.text_weight, a, a.weight_decay);
+                const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
+                const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
                 narrow(weight[i][n], {x.weight, y.weight}, hashed[0], a.key[1], on);
                 if (RULE >= MOMENTUM) narrow(state0[i][n], {x.state0, y.state0}, hashed[1], a.key[3], on);
                 if (RULE == ADAMW) narrow(state1[i][n], {x.state1, y.state1}, hashed[2], a.key[5], on);
@@ -547,7 +549,7 @@ __device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, V
     for (int i = 0; i < PARTS; ++i) grad += part[i * stride];
     grad *= a.text_weight;
     if (RULE == ROWWISE) v.state0 = a.beta1 * v.state0 + (1.0f - a.beta1) * grad * grad;
-    v = updated(v, grad, a, 0.0f);
+    v = updated(v, grad, 1.0f, a, 0.0f);
     a.bias[label] = v.weight;
     if (RULE >= MOMENTUM) a.bias_state0[label] = v.state0;
     if (RULE == ADAMW) a.bias_state1[label] = v.state1;

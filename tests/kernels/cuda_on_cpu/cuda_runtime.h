@@ -230,6 +230,7 @@ inline int __all_sync(unsigned, bool value) {
                   [&](cpu::Lane* all, int) { for (int i = 0; i < cpu::WARP; ++i) all_true = all_true && all[i].flag; });
     return all_true;
 }
+inline int __any_sync(unsigned all, bool value) { return !__all_sync(all, !value); }
 
 inline uint32_t __float_as_uint(float x) { uint32_t y; std::memcpy(&y, &x, 4); return y; }
 inline float __uint_as_float(uint32_t x) { float y; std::memcpy(&y, &x, 4); return y; }

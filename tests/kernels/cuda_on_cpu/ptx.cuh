@@ -110,17 +110,30 @@ inline uint64_t matrix(const void* shared) {
     return uint64_t(address(shared) & 0x3FFFF) >> 4 | uint64_t(NEXT_64 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
 }
 
-// Element (mn, k) of an operand: rows of 128 bytes along K or (MN_MAJOR) along M or N. The swizzle of 128 bytes: bits 4-6 of an
-// address are exclusive-ored with bits 7-9.
+template <int ROW_BYTES, int NEXT, bool MN_MAJOR>
+inline uint64_t matrix_of_parts(const void* shared) {
+    const int kind = ROW_BYTES == 128 ? 1 : ROW_BYTES == 64 ? 2 : ROW_BYTES == 32 ? 3 : 0, rows = 8 * ROW_BYTES;
+    const bool other = kind == 0 && MN_MAJOR;
+    return uint64_t(address(shared) & 0x3FFFF) >> 4 | uint64_t((other ? rows : NEXT) >> 4) << 16 |
+           uint64_t((other ? NEXT : rows) >> 4) << 32 | uint64_t(kind) << 62;
+}
+
+// Element (mn, k) of an operand: rows of 128, 64, 32 or 16 bytes along K or (MN_MAJOR) along M or N. The swizzle: of 128 bytes bits 4-6 of
+// an address are exclusive-ored with bits 7-9, of 64 bits 4 and 5 with 7 and 8, of 32 bit 4 with bit 7. Rows of 16 bytes have none,
+// and their leading offset is that of the next eight along K, the stride that of the next eight along M or N.
 template <bool MN_MAJOR>
 inline float element(uint64_t descriptor, int mn, int k) {
-    if (descriptor >> 62 != 1 || descriptor >> 49 & 7) std::abort();
+    const int kind = descriptor >> 62, row = 16 << (3 - (kind + 3) % 4), whole = row / 2;
+    if (descriptor >> 49 & 7) std::abort();
     const auto field = [&](int bit) { return uint32_t(descriptor >> bit & 0x3FFF) << 4; };
     const uint32_t start = field(0), leading = field(16), stride = field(32);
-    const uint32_t plain = MN_MAJOR ? start + mn % 64 * 2 + mn / 64 * leading + k % 8 * 128 + k / 8 * stride
-                                    : start + k * 2 + mn % 8 * 128 + mn / 8 * stride;
+    uint32_t plain = start + (MN_MAJOR ? mn % whole * 2 + k % 8 * row : k % whole * 2 + mn % 8 * row);
+    if (kind == 0) plain += k / 8 * leading + mn / 8 * stride;
+    else if (MN_MAJOR) plain += mn / whole * leading + k / 8 * stride;
+    else if (k < whole) plain += mn / 8 * stride;
+    else std::abort();
     uint16_t bits;
-    std::memcpy(&bits, cpu::aligned_memory() + (plain ^ (plain >> 7 & 7) << 4), 2);
+    std::memcpy(&bits, cpu::aligned_memory() + (plain ^ (plain >> 7 & (row / 16 - 1)) << 4), 2);
     return widened_bfloat16(bits);
 }
 
