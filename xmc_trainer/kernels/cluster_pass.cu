@@ -352,12 +352,10 @@ struct Old {
     __device__ __forceinline__ void update(
         const Arguments& a, const RowOfW<>& from, const Stretch& stretch, int label, float label_state, Read read) {
         const uint32_t number = static_cast<uint32_t>(a.label_start + label);
-        int hashed[1 + STATES];  // of each tensor: the row and the lane's first column
-#pragma unroll
-        for (int i = 0; BF16_WEIGHT && i < 1 + STATES; ++i)
-            hashed[i] = mix(number ^ a.key[2 * i]) + stretch.slot0 * COLUMN_HASH, forget(hashed[i]);
-        const auto set = [&](Chunk<Stored>& chunk, int i, float value, int which, int k) {
-            if constexpr (BF16_WEIGHT) chunk.set_upper(i, rounded(value, hashed[which], a.key[2 * which + 1], stretch.to(k) + i));
+        int hashed = BF16_WEIGHT ? mix(number ^ a.key[0]) + stretch.slot0 * COLUMN_HASH : 0;  // the row and the lane's first column
+        forget(hashed);
+        const auto set = [&](Chunk<Stored>& chunk, int i, float value, uint32_t draw, uint32_t factor) {
+            if constexpr (BF16_WEIGHT) chunk.set_upper(i, rounded(value, draw, factor));
             else chunk.set(i, value);
         };
 #pragma unroll
@@ -371,9 +369,10 @@ struct Old {
                 if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(state0[k][i]);
                 if (RULE == ADAMW) v.state1 = wide(state1[k][i]);
                 v = updated(v, wide(gradient[i]), a.text_weight, a, a.weight_decay);
-                set(new_weight, i, v.weight, 0, k);
-                if (RULE == MOMENTUM || RULE == ADAMW) set(new_state0, i, v.state0, 1, k);
-                if (RULE == ADAMW) set(new_state1, i, v.state1, 2, k);
+                const uint32_t draw = element_hash(hashed, a.key[1], stretch.to(k) + i);
+                set(new_weight, i, v.weight, draw, ROUND_WEIGHT);
+                if (RULE == MOMENTUM || RULE == ADAMW) set(new_state0, i, v.state0, draw, ROUND_STATE0);
+                if (RULE == ADAMW) set(new_state1, i, v.state1, draw, ROUND_STATE1);
             }
             stretch.store(row_of<Stored>(a.weight, a, label), weight[k] = new_weight, k);
             if (RULE == MOMENTUM || RULE == ADAMW) stretch.store(row_of<Stored>(a.state0, a, label), state0[k] = new_state0, k);

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _M1, _M2 = 0x7FEB352D, 0x846CA68B
+_ROUNDING = (_M1, _M2, 0x85EBCA6B)  # odd: of weights, their first state and their second
 _LOW32 = 0xFFFFFFFF
 
 
@@ -26,8 +27,7 @@ class Stream(IntEnum):
     INIT_WEIGHT = 2
     GROW_INDEX = 3
     GROW_WEIGHT = 4
-    ROUND_WEIGHT = 5
-    ROUND_STATE = 6  # one stream for each state tensor, counted up from here
+    ROUND = 5  # of weights and their states, see `rounding_bits`
     CLUSTER = 16  # beyond those
 
 
@@ -74,27 +74,32 @@ def uniform(key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
     return ((random_bits(key, row, column) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
-def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
+def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0) -> Tensor:
     """16 random bits for each (row, column), as int32: `random_bits` with a shorter second half.
 
     A row's hash is uniform and what follows is one-to-one, so every draw is uniform. That is all that rounding asks for,
-    and the GPU kernels draw one for every weight in every step.
+    and the GPU kernels draw one for every weight and state in every step. Those of an element are the upper halves of
+    products of one hash: multiply-shift hashing, pairwise independent but for what 32 bits cannot hold.
+
+    Args:
+        tensor: 0 for weights, 1 and 2 for their states.
     """
     x = _mix(row.to(torch.int32) ^ _signed(key[0]))
     x = x + column.to(torch.int32) * _signed(0x9E3779B1) ^ _signed(key[1])
-    return ((x ^ ((x >> 16) & 0xFFFF)) * _signed(_M1) >> 16) & 0xFFFF
+    return ((x ^ ((x >> 16) & 0xFFFF)) * _signed(_ROUNDING[tensor]) >> 16) & 0xFFFF
 
 
-def round_to_bfloat16(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
+def round_to_bfloat16(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0) -> Tensor:
     """Stochastic rounding: the expectation over keys of the bfloat16 result is `value`.
 
     Args:
         value: float32, finite.
         row, column: see `random_bits`; they broadcast to the shape of `value`.
+        tensor: see `rounding_bits`.
     """
     # bfloat16 is the upper half of float32. Adding 16 random bits to the lower half carries over with a probability
     # equal to the part that truncation would lose.
-    bits = value.contiguous().view(torch.int32) + rounding_bits(key, row, column)
+    bits = value.contiguous().view(torch.int32) + rounding_bits(key, row, column, tensor)
     return (bits & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 

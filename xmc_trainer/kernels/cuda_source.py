@@ -45,7 +45,7 @@ class Arguments(ctypes.Structure):
         ("group_shift", ctypes.c_uint32),
         *((name, ctypes.c_float) for name in (
             "text_weight", "lr", "weight_decay", "beta0", "beta1", "eps", "correct0", "correct1")),
-        ("key", ctypes.c_uint32 * 6),
+        ("key", ctypes.c_uint32 * 2),
     ]  # fmt: skip
 
     @classmethod
@@ -72,7 +72,7 @@ class Arguments(ctypes.Structure):
         """The tensors must outlive the launch's call."""
         labels, fan_in = head.weight_LF.shape
         weight_state, bias_state = ([*state, None, None][:2] for state in (head.weight_state, head.bias_state))
-        keys = [decay.get(f"key{i}", 0) & 0xFFFFFFFF for i in range(6)]
+        row_key, column_key = (decay.get(f"key{i}", 0) & 0xFFFFFFFF for i in range(2))
         tensors = [
             head.weight_LF, *weight_state, head.index_RF, head.bias_L, *bias_state, x, dx, positive, any_positive, losses,
             finite, first_slots,
@@ -82,7 +82,7 @@ class Arguments(ctypes.Structure):
             labels, first_row, last_row, head.label_start, texts, columns, fan_in, head.group_size, update,
             *quotient(head.group_size), text_weight, rule["lr"], decay.get("weight_decay", 0.0),
             *(rule[k] for k in ("beta0", "beta1", "eps", "correct0", "correct1")),
-            (ctypes.c_uint32 * 6)(*(key ^ key >> 16 if i % 2 else key for i, key in enumerate(keys))),
+            (ctypes.c_uint32 * 2)(row_key, column_key ^ column_key >> 16),
         )  # fmt: skip
 
 

@@ -139,9 +139,7 @@ def slopes_kernel(
         )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1", "key2", "key3", "key4", "key5"]
-)
+@triton.jit(do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1"])
 def gradients_kernel(
     dense_ptr,  # in and out: [labels of the chunk, D], in memory of their own if IN_WORKSPACE; else [L, D], the weights
     state0_ptr, state1_ptr,  # like the weights
@@ -151,7 +149,7 @@ def gradients_kernel(
     finite_ptr,  # int32 scalar
     first_label, last_label, label_start, columns, lanes,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-    key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
+    key0, key1,  # for rounding
     D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B_TILE: tl.constexpr, B_TILES: tl.constexpr,
     IN_WORKSPACE: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
@@ -193,16 +191,14 @@ def gradients_kernel(
             update_weights(
                 weight, dense_ptr, state0_ptr, state1_ptr, place, ok, finite, dw * text_weight,
                 label, label_start, k[None, :], lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-                key0, key1, key2, key3, key4, key5, D, RULE,
+                key0, key1, D, RULE,
             )  # fmt: skip
     if B_TILES == 1:
         sums = dx_ptr + (lane * columns + text).to(tl.int64)[:, None] * D + k[None, :]
         tl.store(sums, tl.load(sums, mask=(k < D)[None, :], other=0.0) + dx, mask=(k < D)[None, :])
 
 
-@triton.jit(
-    do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1", "key2", "key3", "key4", "key5"]
-)
+@triton.jit(do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1"])
 def gather_kernel(
     weight_ptr, state0_ptr, state1_ptr,  # [L, F]
     index_ptr,  # [R, F], if SPARSE
@@ -210,7 +206,7 @@ def gather_kernel(
     finite_ptr,  # int32 scalar
     first_label, last_label, label_start, d,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-    key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
+    key0, key1,  # for rounding
     F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, F_TILE: tl.constexpr, SPARSE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """One program: T labels. F_TILE: with ROWWISE F at least."""
@@ -228,5 +224,5 @@ def gather_kernel(
         update_weights(
             tl.load(weight_ptr + place, mask=ok, other=0.0), weight_ptr, state0_ptr, state1_ptr, place, ok, finite, dw,
             label, label_start, f, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-            key0, key1, key2, key3, key4, key5, F, RULE,
+            key0, key1, F, RULE,
         )  # fmt: skip

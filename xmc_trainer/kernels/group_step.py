@@ -84,7 +84,7 @@ def slopes_kernel(
     tl.store(sums, tl.load(sums) + tl.sum(loss_sum, 1))
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row", "label_start", "key0", "key1", "key2", "key3", "key4", "key5"])
+@triton.jit(do_not_specialize=["first_row", "last_row", "label_start", "key0", "key1"])
 def update_kernel(
     weight_ptr, state0_ptr, state1_ptr,  # [L, F]
     index_ptr,  # [R, F]
@@ -94,7 +94,7 @@ def update_kernel(
     finite_ptr,  # int32 scalar
     first_row, last_row, labels, label_start, columns,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-    key0, key1, key2, key3, key4, key5,  # two for the rounding of weight, state0, state1
+    key0, key1,  # for rounding
     F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr,
     B_TILE: tl.constexpr, B_TILES: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -122,7 +122,7 @@ def update_kernel(
     update_weights(
         tl.load(weight_ptr + place, mask=ok, other=0.0), weight_ptr, state0_ptr, state1_ptr, place, ok, finite,
         tl.trans(dw_FG) * text_weight, label, label_start, f[None, :],
-        lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5, F, RULE,
+        lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, F, RULE,
     )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + label, mask=label_ok, other=0.0)

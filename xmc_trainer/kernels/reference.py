@@ -188,9 +188,8 @@ def _update_tile(
         weight.float(), grad_TF, [s.float() for s in state], update.lr, update.weight_decay, update.step
     )
     first_label = head.label_start + start
-    _store(weight, new[0], finite, update, Stream.ROUND_WEIGHT, first_label)
-    for number, (old, value) in enumerate(zip(state, new[1])):
-        _store(old, value, finite, update, Stream.ROUND_STATE + number, first_label)
+    for number, (old, value) in enumerate(zip([weight, *state], [new[0], *new[1]])):
+        _store(old, value, finite, update, number, first_label)
     if head.bias_L is not None:
         bias = head.bias_L[rows]
         state = [tensor[rows] for tensor in head.bias_state]
@@ -199,12 +198,12 @@ def _update_tile(
             old.copy_(torch.where(finite, value, old))
 
 
-def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, stream: int, first_label: int) -> None:
-    """Write float32 values into a weight or state tile, bfloat16 by stochastic rounding; not at all unless `finite`."""
+def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, number: int, first_label: int) -> None:
+    """Write float32 values into a weight (0) or state (1, 2) tile, bfloat16 by stochastic rounding; not at all unless `finite`."""
     if old.dtype == torch.bfloat16:
         label = torch.arange(first_label, first_label + old.shape[0], device=old.device)[:, None]
         slot = torch.arange(old.shape[1], device=old.device)
-        value = round_to_bfloat16(value, make_key(update.seed, update.step, stream), label, slot)
+        value = round_to_bfloat16(value, make_key(update.seed, update.step, Stream.ROUND), label, slot, number)
     old.copy_(torch.where(finite, value, old))
 
 

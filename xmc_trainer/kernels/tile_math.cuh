@@ -31,7 +31,7 @@ struct Arguments {
     int32_t label_start, texts, columns, fan_in, group, update;
     uint32_t group_factor, group_shift;              // n / group is n * group_factor >> group_shift, for n < 2^31
     float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
-    uint32_t key[6];                                 // for the rounding of weight, state0, state1: of rows, and of columns (folded)
+    uint32_t key[2];                                 // for rounding: of rows, and of columns (folded)
 };
 
 namespace {
@@ -359,10 +359,18 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see counter
 
 constexpr uint32_t COLUMN_HASH = 0x9E3779B1u;
 
-__device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32_t key, uint32_t column) {
+// Of an element, from its row's hash. What is rounded has a factor of its own for it: weight, state0, state1.
+__device__ __forceinline__ uint32_t element_hash(uint32_t hashed, uint32_t key, uint32_t column) {
     const uint32_t x = hashed + column * COLUMN_HASH;
     // With y = x ^ k: y ^ (y >> 16). The key is its part of that, k ^ (k >> 16).
-    return __float_as_uint(value) + (((x ^ (x >> 16) ^ key) * 0x7FEB352Du) >> 16);
+    return x ^ (x >> 16) ^ key;
+}
+
+constexpr uint32_t ROUND_WEIGHT = 0x7FEB352D, ROUND_STATE0 = 0x846CA68B, ROUND_STATE1 = 0x85EBCA6B;
+
+// By a draw, in the upper half.
+__device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32_t factor) {
+    return __float_as_uint(value) + (hashed * factor >> 16);
 }
 
 struct Values { float weight, state0, state1; };
@@ -398,10 +406,10 @@ __device__ __forceinline__ float2 widened(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
 
-// Rounded by the draws of their row and columns, if they are stored in bfloat16.
-__device__ __forceinline__ void narrow(float2& to, float2 v, uint32_t, uint32_t, uint32_t) { to = v; }
-__device__ __forceinline__ void narrow(uint32_t& to, float2 v, uint32_t hashed, uint32_t key, uint32_t column) {
-    to = __byte_perm(rounded(v.x, hashed, key, column), rounded(v.y, hashed, key, column + 1), 0x7632);
+// Rounded by draws, if they are stored in bfloat16.
+__device__ __forceinline__ void narrow(float2& to, float2 v, const uint32_t (&)[2], uint32_t) { to = v; }
+__device__ __forceinline__ void narrow(uint32_t& to, float2 v, const uint32_t (&hashed)[2], uint32_t factor) {
+    to = __byte_perm(rounded(v.x, hashed[0], factor), rounded(v.y, hashed[1], factor), 0x7632);
 }
 
 // Of each four lanes, lane p's q-th word <-> lane q's p-th. All lanes of the warp must call.
@@ -495,10 +503,8 @@ __device__ __forceinline__ void update_weights(
             const int m = (first_part + i) / PARTS, n0 = (first_part + i) % PARTS * PAIRS;
             const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + first_column<RUN, PAIRS>();
             const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
-            int hashed[3] = {};  // of each tensor: the row and the lane's first column
-#pragma unroll
-            for (int j = 0; BF16_WEIGHT && j < (RULE == ADAMW ? 3 : RULE >= MOMENTUM ? 2 : 1); ++j)
-                hashed[j] = mix(number ^ a.key[2 * j]) + column * COLUMN_HASH, forget(hashed[j]);
+            int hashed = BF16_WEIGHT ? mix(number ^ a.key[0]) + column * COLUMN_HASH : 0;  // the row and the lane's first column
+            forget(hashed);
             uint32_t grad[2][PAIRS];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
@@ -516,9 +522,10 @@ __device__ __forceinline__ void update_weights(
                 const float2 v1 = RULE == ADAMW ? widened(state1[i][n]) : none;
                 const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
                 const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
-                narrow(weight[i][n], {x.weight, y.weight}, hashed[0], a.key[1], on);
-                if (RULE >= MOMENTUM) narrow(state0[i][n], {x.state0, y.state0}, hashed[1], a.key[3], on);
-                if (RULE == ADAMW) narrow(state1[i][n], {x.state1, y.state1}, hashed[2], a.key[5], on);
+                const uint32_t draws[2] = {element_hash(hashed, a.key[1], on), element_hash(hashed, a.key[1], on + 1)};
+                narrow(weight[i][n], {x.weight, y.weight}, draws, ROUND_WEIGHT);
+                if (RULE >= MOMENTUM) narrow(state0[i][n], {x.state0, y.state0}, draws, ROUND_STATE0);
+                if (RULE == ADAMW) narrow(state1[i][n], {x.state1, y.state1}, draws, ROUND_STATE1);
             }
             if constexpr (EXCHANGES && !GRADIENTS) exchange_words(weight[i]);
             const auto write = [&](void* tensor, const Pair (&v)[PAIRS]) {

@@ -26,15 +26,15 @@ def mix(x):
 
 @triton.jit
 def row_hash(key0, row):
-    """The first half of `counter_rng.rounding_bits`: once a row. key0: int32 scalar; row: int32."""
+    """Of `counter_rng.rounding_bits` what is once a row. key0: int32 scalar; row: int32."""
     return mix(row.to(tl.uint32, bitcast=True) ^ key0.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
-def rounding_bits(hashed, key1, column):
-    """The second half of `counter_rng.rounding_bits`: 16 random bits, uint32, from broadcastable `row_hash` and columns."""
+def element_hash(hashed, key1, column):
+    """What the draws of an element are made of, uint32, from broadcastable `row_hash` and columns."""
     x = (hashed + column.to(tl.uint32, bitcast=True) * 0x9E3779B1) ^ key1.to(tl.uint32, bitcast=True)
-    return ((x ^ (x >> 16)) * 0x7FEB352D) >> 16
+    return x ^ (x >> 16)
 
 
 @triton.jit
@@ -148,10 +148,13 @@ def updated(
 
 
 @triton.jit
-def store_rounded(pointer, value, mask, hashed, key1, column):
-    """Store float32; into bfloat16 by stochastic rounding, the same as `counter_rng.round_to_bfloat16`."""
+def store_rounded(pointer, value, mask, hashed, FACTOR: tl.constexpr):
+    """Store float32; into bfloat16 by stochastic rounding, the same as `counter_rng.round_to_bfloat16`.
+
+    hashed: of `element_hash`; FACTOR: the tensor's, of `counter_rng`.
+    """
     if pointer.dtype.element_ty == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True) + rounding_bits(hashed, key1, column)
+        bits = value.to(tl.uint32, bitcast=True) + ((hashed * FACTOR) >> 16)
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
     tl.store(pointer, value, mask=mask)
 
@@ -159,7 +162,7 @@ def store_rounded(pointer, value, mask, hashed, key1, column):
 @triton.jit
 def update_weights(
     weight, weight_ptr, state0_ptr, state1_ptr, place, ok, finite, grad, label, label_start, column,
-    lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1, key2, key3, key4, key5,
+    lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1,
     F: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """Update and write the weights and their state at `place` (int64 [T, N]), where `ok`; nothing unless finite.
@@ -184,13 +187,14 @@ def update_weights(
     weight, state0, state1 = updated(
         weight, grad, square, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE
     )
-    store_rounded(weight_ptr + place, weight, write, row_hash(key0, number)[:, None], key1, column)
+    hashed = element_hash(row_hash(key0, number)[:, None], key1, column)
+    store_rounded(weight_ptr + place, weight, write, hashed, 0x7FEB352D)
     if RULE == ROWWISE:
         tl.store(state0_ptr + label[:, None], state0, mask=(label_ok & finite)[:, None])
     elif RULE >= MOMENTUM:
-        store_rounded(state0_ptr + place, state0, write, row_hash(key2, number)[:, None], key3, column)
+        store_rounded(state0_ptr + place, state0, write, hashed, 0x846CA68B)
     if RULE == ADAMW:
-        store_rounded(state1_ptr + place, state1, write, row_hash(key4, number)[:, None], key5, column)
+        store_rounded(state1_ptr + place, state1, write, hashed, 0x85EBCA6B)
 
 
 @triton.jit

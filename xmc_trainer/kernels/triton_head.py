@@ -130,11 +130,7 @@ class Step(NamedTuple):
                 rule |= dict(correct0=1 / (1 - chosen.beta1**update.step), correct1=1 / (1 - chosen.beta2**update.step))
             elif chosen.name == "rowwise_rmsprop":
                 rule |= dict(beta1=chosen.beta2, eps=chosen.eps, correct1=1 / (1 - chosen.beta2**update.step))
-            keys = [
-                key - (1 << 32) if key >> 31 else key
-                for stream in (Stream.ROUND_WEIGHT, Stream.ROUND_STATE, Stream.ROUND_STATE + 1)
-                for key in make_key(update.seed, update.step, stream)
-            ]
+            keys = (key - (1 << 32) if key >> 31 else key for key in make_key(update.seed, update.step, Stream.ROUND))
             decay = dict(weight_decay=update.weight_decay) | {f"key{i}": key for i, key in enumerate(keys)}
         return cls(_LOSSES[loss_fn.__name__], text_weight, finite.to(torch.int32), update is not None, rule, decay)
 

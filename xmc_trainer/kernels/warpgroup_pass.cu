@@ -95,23 +95,25 @@ __device__ __forceinline__ void warpgroup_slopes_of_any(
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int text = 0; text < 4; ++text) loss[text] = 0.0f;
+    uint32_t positive[2] = {};  // of labels 8 n + lane % 4 * 2 + j: bit 4 n + 2 half + high. Read at once, they are waited for once.
+    if (any_positive)
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-        uint32_t positive[2] = {};  // bit 2 half + high
-        if (any_positive)
+        for (int n = 0; n < 8; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int g = first_label() + 8 * n + lane % 4 * 2 + j;
                 const int64_t word = static_cast<int64_t>(tile.local + g) * (a.columns / 32) + (text0 + text_of(0, 0)) / 32;
-                if (g < tile.count) positive[j] = a.positive[word] >> (lane / 4 * 4);
+                if (g < tile.count) positive[j] |= (a.positive[word] >> (lane / 4 * 4) & 15) << 4 * n;
             }
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
 #pragma unroll
         for (int text = 0; text < 4; ++text) {
             const bool is_text = text0 + text_of(text / 2, text % 2) < a.texts;
             float slope[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                slope[j] = slope_of_any(c[text / 2][n][text % 2 * 2 + j], positive[j] >> text << 31, is_text, loss[text]);
+                slope[j] = slope_of_any(c[text / 2][n][text % 2 * 2 + j], positive[j] >> (4 * n + text) << 31, is_text, loss[text]);
                 sum[2 * n + j] = text == 0 ? slope[j] : sum[2 * n + j] + slope[j];
             }
             keep_slopes(s, shared, text / 2, n, text % 2, slope);
