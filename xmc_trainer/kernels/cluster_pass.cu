@@ -46,7 +46,7 @@ constexpr int CONSUMER_REGISTERS = PARTS == 3 ? 168 : 144, PRODUCER_REGISTERS = 
 constexpr bool PAIRED = BF16_WEIGHT && sizeof(INDEX) == 2 && CHUNK > 1;  // two slots a register
 constexpr int STATES = RULE == ADAMW ? 2 : RULE == MOMENTUM ? 1 : 0;  // like weights
 // Of a dense head's row registers hold the block's part, or as many chunks of it as there is room for.
-constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES ? 2 : RULE == ROWWISE && PARTS == 3 ? 4 : 2 * PARTS;
+constexpr int DENSE_CHUNKS = !BF16_WEIGHT || STATES ? 2 : 2 * PARTS;
 constexpr int LANES = 4, CHUNKS = DENSE ? DENSE_CHUNKS : (PAIRED || RULE < MOMENTUM ? 12 : 8) / CHUNK;
 constexpr int STRETCH = LANES * CHUNKS * CHUNK;
 // Whether a producer reads what it will spread before it waits for the gradients of what it updates first. Where states or wider
@@ -54,7 +54,7 @@ constexpr int STRETCH = LANES * CHUNKS * CHUNK;
 constexpr bool SPREAD_AHEAD = PAIRED && RULE != ADAMW && !DENSE;
 constexpr int ALL_FEATURES = CLUSTER * FEATURES;
 static_assert(LABELS == 64 && WARPS == 16 && FEATURES % 64 == 0 && FEATURES <= 192 && CLUSTER <= 8, "see above");
-static_assert(DENSE ? CHUNK == 8 && CHUNKS % 2 == 0 : 4 % CHUNK == 0, "see above");
+static_assert(DENSE ? CHUNK == 8 && CHUNKS % 2 == 0 && FEATURES % STRETCH == 0 : 4 % CHUNK == 0, "see above");
 
 // The slots that a block has of a label.
 struct Run {
@@ -290,7 +290,6 @@ struct Copies {
 
     // Those of the chunk that begins `on` slots from the lane's first.
     __device__ __forceinline__ void begin(int on) const {
-        if (on >= FEATURES) return;
         const bool ok = slot0 + on < end;
         void* const there = &to[slot0 + on];
         const Stored* const from = row + (ok ? slot0 + on : 0);

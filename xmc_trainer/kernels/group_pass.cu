@@ -147,7 +147,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             if (update) product<TEXTS, false, false>(grad, at_s, m0, at_x_of_column, f0);
         }
         if (!update) continue;
-        update_weights<(M < 2 ? 2 : 4), true, 2 * M>(grad, a, tile, m0, f0, at_w);
+        using Weights = WeightUpdate<2 * M, true, 2 * M, M, N_FEATURE>;
+        Weights::Read read;
+        Weights::read(read, a, tile, m0, f0);
+        Weights::update(grad, read, a, tile, m0, f0, at_w);
         // Signed: a tile past the last label has fewer than none.
         const int thread = threadIdx.x;
         if (thread < tile.count) {

@@ -318,7 +318,10 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
             float c[1][WARP_SLOTS / 8][4];
             turn_gradients(c, grad, shared.x[x][0], warp, lane);
             if (lane == 0) arrive(shared.gathered[x]);
-            update_weights<EIGHTS, true, EIGHTS>(c, a, tile, 0, warp * WARP_SLOTS, weights_at(own, buffer));
+            using Weights = WeightUpdate<EIGHTS, true, EIGHTS, 1, WARP_SLOTS / 8>;
+            Weights::Read read;
+            Weights::read(read, a, tile, 0, warp * WARP_SLOTS);
+            Weights::update(c, read, a, tile, 0, warp * WARP_SLOTS, weights_at(own, buffer));
             if (static_cast<int>(thread) < tile.count) {
                 const int64_t label = tile.label0 + thread;
                 const Values bias = bias_values(a, label, own.bias[buffer][thread]);

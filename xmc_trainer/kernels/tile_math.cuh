@@ -130,7 +130,10 @@ struct Ahead {
         if (tile.count <= 0) return;
         if (thread < a.fan_in) index = static_cast<const INDEX*>(a.index)[static_cast<int64_t>(tile.row) * a.fan_in + thread];
         if (thread < tile.count) bias = a.bias ? a.bias[tile.label0 + thread] : 0.0f;
-        positive = a.any_positive[number];
+        // From an address of the thread's own: a number that all threads share would go to a register that they share, and be waited for.
+        int place = number;
+        forget(place);
+        positive = a.any_positive[place];
     }
 
     // Of the features of slot `thread` in X^T; negative: there is no such slot.
@@ -469,75 +472,93 @@ __device__ __forceinline__ void write_part(WEIGHT* to, const Pair (&v)[PAIRS], b
     if (RUN && there && first < columns) copy_run<PAIRS, true>(to + first, given);
 }
 
-// The update of a warp's weights, whose gradient is c, in parts as above, runs if SUMS_RUN: labels from m0 on, features from f0 on.
-// old(g, c): where eight bfloat16 weights of label g are, from feature 8 c on. The state of TOGETHER parts of rows is asked for
-// before any is needed.
+// The update of a warp's weights, whose gradient is c, in parts as above, runs if SUMS_RUN: EIGHTS of labels from m0 on, features from
+// f0 on. What memory has of TOGETHER parts of rows is asked for before that of the parts before is needed; of the first, by `read`, when
+// the caller likes.
 //
 // Accesses are of 16 bytes a lane, with which memory moves twice as much as with single pairs: where sums are no runs, a row's four
 // lanes exchange the new weights for runs of them, or the gradients, if there are states.
-// EIGHTS: of labels.
-template <int TOGETHER, bool SUMS_RUN, int EIGHTS, int M, int N, typename Old>
-__device__ __forceinline__ void update_weights(
-    const float (&c)[M][N][4], const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
-    constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // of a row
-    constexpr bool EXCHANGES = !SUMS_RUN && BF16_WEIGHT && PAIRS == 4, GRADIENTS = EXCHANGES && RULE >= MOMENTUM;
-    constexpr bool RUN = SUMS_RUN || GRADIENTS;
+template <int TOGETHER, bool SUMS_RUN, int EIGHTS, int M, int N>
+struct WeightUpdate {
+    static constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // of a row
+    static constexpr bool EXCHANGES = !SUMS_RUN && BF16_WEIGHT && PAIRS == 4, GRADIENTS = EXCHANGES && RULE >= MOMENTUM;
+    static constexpr bool RUN = SUMS_RUN || GRADIENTS;
     static_assert(EIGHTS <= 2 * M && EIGHTS * PARTS % TOGETHER == 0 && N % PAIRS == 0 && (!SUMS_RUN || PARTS == 1), "whole parts");
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int first_part = 0; first_part < EIGHTS * PARTS; first_part += TOGETHER) {
+
+    struct Read {
         alignas(16) Pair weight[TOGETHER][PAIRS], state0[TOGETHER][PAIRS], state1[TOGETHER][PAIRS];
+    };
+
+    __device__ __forceinline__ static void read(Read& to, const Arguments& a, const Tile& tile, int m0, int f0, int first_part = 0) {
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
-            const int g = m0 + (first_part + i) / PARTS * 8 + lane / 4, f = f0 + (first_part + i) % PARTS * (8 * PAIRS);
+            const int g = m0 + (first_part + i) / PARTS * 8 + threadIdx.x % 32 / 4, f = f0 + (first_part + i) % PARTS * (8 * PAIRS);
             const int64_t start = (tile.label0 + g) * a.fan_in + f;
-            const auto read = [&](Pair (&v)[PAIRS], const void* tensor) {
+            const auto get = [&](Pair (&v)[PAIRS], const void* tensor) {
                 read_part<RUN>(v, static_cast<const WEIGHT*>(tensor) + start, g < tile.count, a.fan_in - f);
             };
-            if (RULE >= MOMENTUM) read(state0[i], a.state0);
-            if (RULE == ADAMW) read(state1[i], a.state1);
-            if constexpr (!BF16_WEIGHT) read(weight[i], a.weight);
-        }
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            const int m = (first_part + i) / PARTS, n0 = (first_part + i) % PARTS * PAIRS;
-            const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + first_column<RUN, PAIRS>();
-            const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
-            int hashed = BF16_WEIGHT ? mix(number ^ a.key[0]) + column * COLUMN_HASH : 0;  // the row and the lane's first column
-            forget(hashed);
-            uint32_t grad[2][PAIRS];
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-#pragma unroll
-                for (int n = 0; n < PAIRS; ++n) grad[j][n] = __float_as_uint(c[m / 2][n0 + n][m % 2 * 2 + j]);
-                if constexpr (GRADIENTS) exchange_words(grad[j]);
-            }
-            if constexpr (BF16_WEIGHT && RUN) copy_run<PAIRS>(weight[i], old(g, column / 8) + column % 8);
-#pragma unroll
-            for (int n = 0; n < PAIRS; ++n) {
-                const int on = RUN ? 2 * n : 8 * n;
-                if constexpr (BF16_WEIGHT && !RUN) weight[i][n] = *reinterpret_cast<const Pair*>(old(g, f / 8 + n) + lane % 4 * 2);
-                const float2 none = make_float2(0.0f, 0.0f), w = widened(weight[i][n]);
-                const float2 v0 = RULE >= MOMENTUM ? widened(state0[i][n]) : none;
-                const float2 v1 = RULE == ADAMW ? widened(state1[i][n]) : none;
-                const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
-                const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
-                const uint32_t draws[2] = {element_hash(hashed, a.key[1], on), element_hash(hashed, a.key[1], on + 1)};
-                narrow(weight[i][n], {x.weight, y.weight}, draws, ROUND_WEIGHT);
-                if (RULE >= MOMENTUM) narrow(state0[i][n], {x.state0, y.state0}, draws, ROUND_STATE0);
-                if (RULE == ADAMW) narrow(state1[i][n], {x.state1, y.state1}, draws, ROUND_STATE1);
-            }
-            if constexpr (EXCHANGES && !GRADIENTS) exchange_words(weight[i]);
-            const auto write = [&](void* tensor, const Pair (&v)[PAIRS]) {
-                WEIGHT* const to = static_cast<WEIGHT*>(tensor) + (tile.label0 + g) * a.fan_in + f;
-                write_part<RUN || EXCHANGES>(to, v, g < tile.count, a.fan_in - f);
-            };
-            write(a.weight, weight[i]);
-            if (RULE >= MOMENTUM) write(a.state0, state0[i]);
-            if (RULE == ADAMW) write(a.state1, state1[i]);
+            if (RULE >= MOMENTUM) get(to.state0[i], a.state0);
+            if (RULE == ADAMW) get(to.state1[i], a.state1);
+            if constexpr (!BF16_WEIGHT) get(to.weight[i], a.weight);
         }
     }
-}
+
+    // old(g, c): where eight bfloat16 weights of label g are, from feature 8 c on.
+    template <typename Old>
+    __device__ __forceinline__ static void update(
+        const float (&c)[M][N][4], Read& next, const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
+#pragma unroll
+        for (int first_part = 0; first_part < EIGHTS * PARTS; first_part += TOGETHER) {
+            Read now = next;
+            if (first_part + TOGETHER < EIGHTS * PARTS) read(next, a, tile, m0, f0, first_part + TOGETHER);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                update_part(c, now.weight[i], now.state0[i], now.state1[i], first_part + i, a, tile, m0, f0, old);
+        }
+    }
+
+private:
+    template <typename Old>
+    __device__ __forceinline__ static void update_part(
+        const float (&c)[M][N][4], Pair (&weight)[PAIRS], Pair (&state0)[PAIRS], Pair (&state1)[PAIRS], int part, const Arguments& a,
+        const Tile& tile, int m0, int f0, Old old) {
+        const int lane = threadIdx.x & 31, m = part / PARTS, n0 = part % PARTS * PAIRS;
+        const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + first_column<RUN, PAIRS>();
+        const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
+        int hashed = BF16_WEIGHT ? mix(number ^ a.key[0]) + column * COLUMN_HASH : 0;  // the row and the lane's first column
+        forget(hashed);
+        uint32_t grad[2][PAIRS];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int n = 0; n < PAIRS; ++n) grad[j][n] = __float_as_uint(c[m / 2][n0 + n][m % 2 * 2 + j]);
+            if constexpr (GRADIENTS) exchange_words(grad[j]);
+        }
+        if constexpr (BF16_WEIGHT && RUN) copy_run<PAIRS>(weight, old(g, column / 8) + column % 8);
+#pragma unroll
+        for (int n = 0; n < PAIRS; ++n) {
+            const int on = RUN ? 2 * n : 8 * n;
+            if constexpr (BF16_WEIGHT && !RUN) weight[n] = *reinterpret_cast<const Pair*>(old(g, f / 8 + n) + lane % 4 * 2);
+            const float2 none = make_float2(0.0f, 0.0f), w = widened(weight[n]);
+            const float2 v0 = RULE >= MOMENTUM ? widened(state0[n]) : none;
+            const float2 v1 = RULE == ADAMW ? widened(state1[n]) : none;
+            const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
+            const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
+            const uint32_t draws[2] = {element_hash(hashed, a.key[1], on), element_hash(hashed, a.key[1], on + 1)};
+            narrow(weight[n], {x.weight, y.weight}, draws, ROUND_WEIGHT);
+            if (RULE >= MOMENTUM) narrow(state0[n], {x.state0, y.state0}, draws, ROUND_STATE0);
+            if (RULE == ADAMW) narrow(state1[n], {x.state1, y.state1}, draws, ROUND_STATE1);
+        }
+        if constexpr (EXCHANGES && !GRADIENTS) exchange_words(weight);
+        const auto write = [&](void* tensor, const Pair (&v)[PAIRS]) {
+            WEIGHT* const to = static_cast<WEIGHT*>(tensor) + (tile.label0 + g) * a.fan_in + f;
+            write_part<RUN || EXCHANGES>(to, v, g < tile.count, a.fan_in - f);
+        };
+        write(a.weight, weight);
+        if (RULE >= MOMENTUM) write(a.state0, state0);
+        if (RULE == ADAMW) write(a.state1, state1);
+    }
+};
 
 // A label's bias and its states.
 __device__ __forceinline__ Values bias_values(const Arguments& a, int64_t label, float bias) {

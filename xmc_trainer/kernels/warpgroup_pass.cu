@@ -134,14 +134,18 @@ __device__ __forceinline__ void add_over_rows(float (&v)[16]) {
     if constexpr (LEFT > 2) add_over_rows<LEFT / 2>(v);
 }
 
-__device__ __forceinline__ void add_losses(const float (&loss)[4], float* to) {
+// The sums of a row's four lanes: a lane has that of text lane % 4 of the four.
+__device__ __forceinline__ float over_columns(const float (&loss)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+    float pair[2];
 #pragma unroll
-    for (int text = 0; text < 4; ++text) {
-        float sum = loss[text];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        if (threadIdx.x % 4 == 0) atomicAdd(to + text_of(text / 2, text % 2), sum);
-    }
+    for (int i = 0; i < 2; ++i)
+        pair[i] = (odd ? loss[2 * i + 1] : loss[2 * i]) + __shfl_xor_sync(~0u, odd ? loss[2 * i] : loss[2 * i + 1], 1);
+    return (upper ? pair[1] : pair[0]) + __shfl_xor_sync(~0u, upper ? pair[0] : pair[1], 2);
+}
+
+__device__ __forceinline__ void add_losses(float loss, float* to) {
+    atomicAdd(to + text_of(threadIdx.x % 4 / 2, threadIdx.x % 2), loss);
 }
 
 __device__ __forceinline__ void gather_features(Shared& shared, const Arguments& a, int text0) {
@@ -211,7 +215,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
     const bool update = a.update && *a.finite;
     float* const losses = a.loss + static_cast<int64_t>(blockIdx.x) * a.columns;
     const auto weights_at = [&](int g, int c) { return shared.w[c / ROW] + place<ROW>(g, c % ROW); };
-    float loss[4] = {};
+    float loss = 0.0f;  // of one text, see `over_columns`
 
     Ahead ahead(a, blockIdx.x, numbers);
     for (int number = blockIdx.x; number < numbers; number += gridDim.x) {
@@ -225,6 +229,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         ahead = Ahead(a, number + gridDim.x, numbers);
         float grad[1][FEATURES / 8][4];
         clear(grad);
+        using Weights = WeightUpdate<2, false, 2, 1, FEATURES / 8>;  // two parts are lines of 128 bytes
+        Weights::Read read;
         for (int text0 = 0; text0 < (ONE_TILE ? 1 : a.columns); text0 += TEXTS) {
             __syncthreads();
             gather_features(shared, a, text0);
@@ -238,19 +244,27 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
                 multiply_logits(z, shared);
                 if (any_positive || text0 + TEXTS > a.texts || !warpgroup_slopes_of_negatives(z, s, shared, tile_loss, sum))
                     warpgroup_slopes_of_any(z, s, shared, tile_loss, sum, a, any_positive, tile, text0);
-                if (!ONE_TILE) add_losses(tile_loss, losses + text0);
-#pragma unroll
-                for (int text = 0; text < 4; ++text) loss[text] += tile_loss[text];
+                const float sum_of_losses = over_columns(tile_loss);
+                if (ONE_TILE) loss += sum_of_losses;
+                else add_losses(sum_of_losses, losses + text0);
                 float2& total = *reinterpret_cast<float2*>(shared.bias_grad[warp % 4] + first_label() + 2 * lane);
                 add_over_rows<8>(sum);
                 total = text0 == 0 ? make_float2(sum[0], sum[1]) : make_float2(total.x + sum[0], total.y + sum[1]);
             }
             publish_shared();
             if constexpr (!SLOPES_IN_REGISTERS) __syncthreads();
+            const bool last = ONE_TILE || text0 + TEXTS >= a.columns;
+            const int g = threadIdx.x;
+            const int64_t label = tile.label0 + g;
+            const bool has_bias = update && last && g < tile.count;  // signed: a tile past the last label has fewer than none
+            Values bias{};
+            if (has_bias) bias = bias_values(a, label, shared.bias[g]);
+            if (update && last) fetch_states(a, tile);
             feature_gradient(s, shared, a, text0);
             if constexpr (SLOPES_IN_REGISTERS) __syncthreads();
             if (!update) continue;
-            if (ONE_TILE || text0 + TEXTS >= a.columns) fetch_states(a, tile);
+            if (has_bias) update_bias<4>(a, label, bias, &shared.bias_grad[0][g], LABELS);
+            if (last) Weights::read(read, a, tile, 16 * warp, 0);
             pin(grad[0]);
             begin_products();
 #pragma unroll
@@ -261,14 +275,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             end_products();
             pin(grad[0]);
         }
-        if (!update) continue;
-        update_weights<4 / WARPGROUPS, false, 2>(grad, a, tile, 16 * warp, 0, weights_at);
-        // Signed: a tile past the last label has fewer than none.
-        const int g = threadIdx.x;
-        if (g < tile.count) {
-            const int64_t label = tile.label0 + g;
-            update_bias<4>(a, label, bias_values(a, label, shared.bias[g]), &shared.bias_grad[0][g], LABELS);
-        }
+        if (update) Weights::update(grad, read, a, tile, 16 * warp, 0, weights_at);
     }
     if (ONE_TILE) add_losses(loss, losses);
 }
