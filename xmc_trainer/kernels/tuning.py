@@ -54,11 +54,12 @@ def fastest(question: str, names: Sequence[str], trial: Callable[[str], Callable
 
 
 def keep_busy(device: torch.device, milliseconds: float = 8) -> None:
-    """So much work for a GPU (an H100). As in training the host is ahead: what follows does not wait for its own launches."""
-    square = torch.zeros(2048, 2048, dtype=torch.bfloat16, device=device)
-    product = torch.empty_like(square)
-    for _ in range(round(37 * milliseconds)):
-        torch.mm(square, square, out=product)
+    """So long at least, for a GPU. As in training the host is ahead: what follows does not wait for its own launches.
+
+    It does nothing: products instead would heat the GPU, whose clock falls then (an H100's steps took a fifth longer).
+    """
+    with torch.cuda.device(device):
+        torch.cuda._sleep(round(2e6 * milliseconds))  # cycles
 
 
 def _milliseconds(way: Callable[[], object], device: torch.device) -> float:
