@@ -22,7 +22,7 @@
 //
 // Logits are the sum of what the blocks have: of each label one block of the cluster is the owner, to whom the others send theirs,
 // and who sends slopes to all. Both are on their way while products of another tile are made. Whoever sends may overwrite what was
-// there before: a tile's partial logits are sent after all slopes of the tile before have come, whose senders had read theirs;
+// there before: a tile's partial logits are staged and sent after all slopes of the tile before have come, whose senders had read theirs;
 // and slopes after all partial logits have, whose senders have finished with the slopes of two tiles before.
 //
 // Sums have one order: results are the same, bit for bit, from run to run on GPUs that hold as many clusters.
@@ -495,6 +495,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
         const RowOfW<> to = row_of_w(shared, buffer, thread / LANES, rank);
         const Copies copies(to, a, run, label, rank, thread);
         const auto make_room = [&](int on) {
+            if (!spreads) return;
             if constexpr (DENSE) {
                 copies.begin(on);
             } else {
@@ -510,7 +511,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
         if (graded) await(shared.graded[buffer], turn.parity ^ 1);
         if (graded && update) {
             updating.end(shared, a, tiles, before, buffer, rank, thread, make_room);
-        } else if (spreads) {
+        } else {
 #pragma unroll
             for (int k = 0; k < (DENSE ? 2 * PARTS : 1); ++k) make_room(Stretch(run, thread).to(k));
         }
@@ -557,8 +558,6 @@ __device__ __forceinline__ void expect_partials(Shared& shared) {
 // Each label's to where they are sent from, or read: own ones are never sent.
 __device__ __forceinline__ void stage_logits(Logits& z, Shared& shared, int rank, unsigned thread) {
     pin(z);
-    await_reads();
-    __syncwarp();
 #pragma unroll
     for (int owner = 0; owner < CLUSTER; ++owner) {
         uint4* const to = &(owner == rank ? shared.partial : shared.staged)[owner][thread / 32][0][thread % 32];
@@ -736,13 +735,15 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a, int 
             await(shared.full[turn.buffer], turn.parity);
             begin_logits(z, shared, turn.buffer, warpgroup);
             await_products<0>();
+        }
+        if (tile > 0) await(shared.slopes[slot_before], (tile - 1) / 2 & 1);
+        if (any) {
             stage_logits(z, shared, rank, thread);
             publish_shared();
         }
         if (tile == 0) {
             send_logits(shared, rank, warp, thread);
         } else {
-            await(shared.slopes[slot_before], (tile - 1) / 2 & 1);
             begin_feature_gradient(dx, shared, slot_before, turn_before.buffer, warpgroup);
             if (any) send_logits(shared, rank, warp, thread);
             end_gradients(dx, z, shared, slot_before, turn_before.buffer, warpgroup, update, thread);

@@ -37,6 +37,7 @@ constexpr int BUFFERS = 3, SLOTS = 2, GATHERED = TEAMS + 1;  // tiles whose rows
 // Lanes that share a row, and how many chunks of it each reads ahead. Most parts of bfloat16 rows are no longer.
 constexpr int LANES = SPREADERS / ROWS, CHUNKS = sizeof(WEIGHT) + sizeof(INDEX) > 4 ? 1 : 3, STRETCH = LANES * CHUNKS * CHUNK;
 constexpr int RECEIVED = (CLUSTER - 1) * LABELS * TEXTS * static_cast<int>(sizeof(bfloat16));  // slopes of other blocks' labels
+static_assert(SLOTS == TEAMS, "a team's tiles have one");
 static_assert(WARPS == 4 && CHUNK == 4 && EIGHTS * 8 == LABELS && EIGHTS <= 2 && ROWS % 16 == 0, "see above");
 static_assert(PARTS * 64 == SLICE && SLICE <= 192 && CLUSTER <= 4, "see above");
 
@@ -55,6 +56,7 @@ struct Shared {
     Team team[TEAMS];
     Barrier zeroed, gathered[GATHERED];                  // w has zeros; x is done with
     Barrier slopes[SLOTS], free[SLOTS];                  // s has come; s is done with, and all blocks have read the tile's rows
+    Barrier received[SLOTS];                             // what a team has sent has come to all blocks
     float loss[TEXTS];                                   // of the second team
 };
 static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
@@ -290,13 +292,13 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
 
         await_copies();
         publish_shared();
-        if (lane == 0) await_reads();
         keep_ahead(own, ahead, a, buffer ^ 1, thread);
         ahead = Ahead(a, number, after_next, thread);
         meet_team();
         {
             Logits z;
             multiply_logits(z, shared, own, buffer, x, lane);
+            await(shared.received[slot], i / SLOTS & 1 ^ 1);  // the team's slopes before these
             team_slopes(z, own, a, own.positive[buffer] != 0, tile, loss, warp, lane);
         }
         publish_shared();
@@ -334,7 +336,6 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
     await_copies();
 
     const int lane = thread % 32;
-    if (lane == 0) await_reads();
 #pragma unroll
     for (int text = 0; text < 4; ++text) {
         loss[text] += __shfl_xor_sync(~0u, loss[text], 1);
@@ -462,6 +463,7 @@ __device__ __forceinline__ void spread(Shared& shared, const Arguments& a, int r
         if (i + 2 < tiles.count) begin_zeros(i + 2);
         await(shared.slopes[slot], i / SLOTS & 1);
         if (thread == 0) arrive_expecting(shared.slopes[slot], RECEIVED);
+        if (thread < CLUSTER) arrive_there(address_in(thread, address(&shared.received[slot])));
         __syncwarp();
         pin(dx);
         begin_products();
@@ -493,6 +495,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) step_kernel(const Arguments 
         for (Barrier& barrier : shared.gathered) init(barrier, WARPS);
         for (Barrier& barrier : shared.slopes) init(barrier, 1 + WARPS);
         for (Barrier& barrier : shared.free) init(barrier, CLUSTER * (SPREADERS / 32));
+        for (Barrier& barrier : shared.received) init(barrier, CLUSTER);
         publish_barriers();
         for (Barrier& barrier : shared.slopes) arrive_expecting(barrier, RECEIVED);
     }

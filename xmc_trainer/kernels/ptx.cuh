@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t address(const void* shared) {
 }
 
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool ok) {  // 16 bytes; zeros unless ok
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(ok ? 16 : 0));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(ok ? 16 : 0) : "memory");
 }
 
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
@@ -73,7 +73,7 @@ __device__ __forceinline__ uint64_t matrix(const void* shared) {
     return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | 1ull << 62 | (1024ull / 16) << 32 | (NEXT_64 / 16ull) << 16;
 }
 
-// The same of shorter rows, of ROW_BYTES (64, 32, 16): chunk c of row r is at c ^ (r & 7) / (128 / ROW_BYTES), and what a row is too short
+// The same of rows of ROW_BYTES (128, 64, 32, 16): chunk c of row r is at c ^ (r & 7) / (128 / ROW_BYTES), and what a row is too short
 // for, columns of either kind, is NEXT bytes on.
 template <int ROW_BYTES, int NEXT, bool TRANSPOSED>
 __device__ __forceinline__ uint64_t matrix_of_parts(const void* shared) {
@@ -252,25 +252,17 @@ __device__ __forceinline__ void await(Barrier& barrier, int parity) {
 }
 
 // To `to` in a block of the cluster, of whose barrier `barrier` a phase waits for these bytes. Both: of `address_in`.
-__device__ __forceinline__ void send(uint32_t to, uint4 value, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
-                 ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(barrier) : "memory");
-}
-
 __device__ __forceinline__ void send(uint32_t to, uint32_t value, uint32_t barrier) {
     asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
                  ::"r"(to), "r"(value), "r"(barrier) : "memory");
 }
 
-// Of this block's memory (written before `publish_shared`), to `to`, as `send`; a multiple of 16 bytes. Nobody waits for it but
-// `await_reads`, of the thread that sent it: until what is sent has been read.
+// Of this block's memory (written before `publish_shared`), to `to`, as `send`; a multiple of 16 bytes. Nothing tells the sender that it
+// has been read: it may be overwritten once the receiver has said that it has come.
 __device__ __forceinline__ void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "r"(address(from)), "r"(bytes), "r"(barrier) : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-
-__device__ __forceinline__ void await_reads() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // From memory; a multiple of 16 bytes, of which a phase of `barrier` waits.
 __device__ __forceinline__ void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {

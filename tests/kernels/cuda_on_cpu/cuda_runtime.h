@@ -70,7 +70,6 @@ struct Thread {
     int value = 0;
     std::vector<Copy> copies;                      // asked for, and not awaited
     std::vector<std::function<void()>> products;   // the same
-    int unread = 0;                                // pieces of memory that it sends, and that are still to be read
     bool done = false;
 };
 

@@ -225,15 +225,10 @@ inline void send(uint32_t to, T value, uint32_t barrier) {
 
 inline void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
     if (to % 16 || bytes % 16 || address(from) % 16) std::abort();
-    ++cpu::current->unread;
-    cpu::later([there = at_address(to), from, bytes, ends = reinterpret_cast<Barrier*>(at_address(barrier)), unread = &cpu::current->unread] {
+    cpu::later([there = at_address(to), from, bytes, ends = reinterpret_cast<Barrier*>(at_address(barrier))] {
         std::memcpy(there, from, bytes);
         change(*ends, 0, -bytes);
-        --*unread;
     });
-}
-inline void await_reads() {
-    while (cpu::current->unread) cpu::wait(&cpu::current->unread, cpu::current->unread);
 }
 
 inline void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
