@@ -22,8 +22,9 @@
 //
 // Logits are the sum of what the blocks have: of each label one block of the cluster is the owner, to whom the others send theirs,
 // and who sends slopes to all. Both are on their way while products of another tile are made. Whoever sends may overwrite what was
-// there before: a tile's partial logits are staged and sent after all slopes of the tile before have come, whose senders had read theirs;
-// and slopes after all partial logits have, whose senders have finished with the slopes of two tiles before.
+// there before, and what was sent before: a tile's partial logits are staged and sent after all slopes of the tile before have come,
+// whose senders had read theirs; and slopes after all partial logits have, whose senders have finished with the slopes of two tiles
+// before.
 //
 // Sums have one order: results are the same, bit for bit, from run to run on GPUs that hold as many clusters.
 //
@@ -422,8 +423,8 @@ struct Update {
         label_state = state_here ? static_cast<const float*>(a.state0)[label] : 0.0f;
     }
 
-    // `read` is called when the warp has read all gradients, of a dense head when the lane has read those of the chunk that begins `on` slots
-    // from its first: read(on). Whatever comes to their place is on its way while weights are updated.
+    // `read` is called when the warp has read all gradients; of a dense head when the lane has read those of the chunk that begins
+    // `on` slots from its first: read(on). Whatever comes to their place is on its way while weights are updated.
     template <typename Read>
     __device__ __forceinline__ void end(
         Shared& shared, const Arguments& a, const Tiles& tiles, int tile, int buffer, int rank, unsigned thread, Read read) {
@@ -691,8 +692,10 @@ __device__ __forceinline__ void end_gradients(
             pin(grad);
             begin_products();
 #pragma unroll
-            for (int k = 0; k < TEXTS / 16; ++k)
-                multiply<true, true>(grad, slopes_matrix<true>(shared, slot) + k * (16 * 2 * OWN / 16), matrix(shared.x[part]) + k * NEXT_ROWS, k > 0);
+            for (int k = 0; k < TEXTS / 16; ++k) {
+                const uint64_t s = slopes_matrix<true>(shared, slot) + k * (16 * 2 * OWN / 16);
+                multiply<true, true>(grad, s, matrix(shared.x[part]) + k * NEXT_ROWS, k > 0);
+            }
             commit_products();
         }
         await_products<0>();

@@ -12,11 +12,12 @@
 // so that rows are read twice: by a team, who updates them once all blocks' spreaders have read them, too. A tile's texts are the
 // rows of a team's z, in the order that warpgroup_pass.cu describes, and of dX.
 //
-//     teams:      await x and w (tile); logits, slopes; gradients of weights; meanwhile x and w (tile + TEAMS) are on their way,
-//                 as soon as the other team is done with the place; await free (tile); send slopes; update
+//     teams:      await x and w (tile); logits; await received (tile - TEAMS): slopes; gradients of weights; meanwhile x and w
+//                 (tile + TEAMS) are on their way, as soon as the other team is done with the place; await free (tile); send slopes;
+//                 update
 //     spreaders:  spread tile + 1, while products of tile - 1 are made; end these; arrive at free (tile + 1), of all blocks: its
 //                 rows are read, and the place of its slopes, which those of tile - 1 had; begin zeros of tile + 2; await
-//                 slopes (tile); begin products of tile
+//                 slopes (tile); arrive at received (tile), of all blocks; begin products of tile
 //
 // Sums have one order: results are the same, bit for bit, from run to run on GPUs that hold as many clusters.
 //

@@ -77,7 +77,8 @@ __device__ __forceinline__ uint64_t matrix(const void* shared) {
 // for, columns of either kind, is NEXT bytes on.
 template <int ROW_BYTES, int NEXT, bool TRANSPOSED>
 __device__ __forceinline__ uint64_t matrix_of_parts(const void* shared) {
-    constexpr uint64_t kind = ROW_BYTES == 128 ? 1 : ROW_BYTES == 64 ? 2 : ROW_BYTES == 32 ? 3 : 0, rows = 8 * ROW_BYTES / 16, next = NEXT / 16;
+    constexpr uint64_t kind = ROW_BYTES == 128 ? 1 : ROW_BYTES == 64 ? 2 : ROW_BYTES == 32 ? 3 : 0;
+    constexpr uint64_t rows = 8 * ROW_BYTES / 16, next = NEXT / 16;
     // Chunks that are whole rows and lie side by side have the two offsets the other way round if they are columns.
     constexpr bool other = kind == 0 && TRANSPOSED;
     return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | kind << 62 | (other ? next : rows) << 32 | (other ? rows : next) << 16;
