@@ -126,7 +126,7 @@ __device__ __forceinline__ int place_of_slopes(int text, int chunk) {
 // As an operand of products: rows of texts, or columns (TRANSPOSED).
 template <bool TRANSPOSED>
 __device__ __forceinline__ uint64_t slopes_matrix(const Shared& shared, int slot) {
-    return matrix_of_parts<2 * OWN, sizeof(shared.s[0][0]), TRANSPOSED>(shared.s[slot]);
+    return matrix<sizeof(shared.s[0][0]), 2 * OWN, TRANSPOSED>(shared.s[slot]);
 }
 
 // As if the features of all blocks were here.

@@ -64,26 +64,8 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
 #endif
 }
 
-// Products of a warpgroup, four warps, on GPUs of capability 9.0 (compiled for sm_90a): c += A B of 64 rows, 16 deep. Operands
-// in shared memory are rows of 128 bytes, eight of them in 1024 bytes (aligned), chunk c of row r at c ^ (r & 7). These rows
-// may be the matrix's, whose next 64 columns are elsewhere, or its columns (TRANSPOSED), of which the next 64 are NEXT_64 bytes on.
-template <int NEXT_64 = 1024>
-__device__ __forceinline__ uint64_t matrix(const void* shared) {
-    // In a cluster the bits above these are the block's.
-    return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | 1ull << 62 | (1024ull / 16) << 32 | (NEXT_64 / 16ull) << 16;
-}
-
-// The same of rows of ROW_BYTES (128, 64, 32, 16): chunk c of row r is at c ^ (r & 7) / (128 / ROW_BYTES), and what a row is too short
-// for, columns of either kind, is NEXT bytes on.
-template <int ROW_BYTES, int NEXT, bool TRANSPOSED>
-__device__ __forceinline__ uint64_t matrix_of_parts(const void* shared) {
-    constexpr uint64_t kind = ROW_BYTES == 128 ? 1 : ROW_BYTES == 64 ? 2 : ROW_BYTES == 32 ? 3 : 0;
-    constexpr uint64_t rows = 8 * ROW_BYTES / 16, next = NEXT / 16;
-    // Chunks that are whole rows and lie side by side have the two offsets the other way round if they are columns.
-    constexpr bool other = kind == 0 && TRANSPOSED;
-    return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | kind << 62 | (other ? next : rows) << 32 | (other ? rows : next) << 16;
-}
-
+// Products of a warpgroup, four warps, on GPUs of capability 9.0 (compiled for sm_90a): c += A B of 64 rows, 16 deep, of operands
+// in shared memory (`matrix`).
 // Before: what threads have written to shared memory, asynchronously too, is there for products after the next barrier.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

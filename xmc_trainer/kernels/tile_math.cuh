@@ -46,6 +46,20 @@ __device__ __forceinline__ int place(int row, int chunk) {  // in elements
     return (row * PITCH + (chunk ^ (row & 7))) * 8;
 }
 
+// An operand of a warpgroup's products, as PTX's descriptors of matrices have it: rows of ROW_BYTES (128, 64, 32, 16), eight of them in
+// 1024 bytes (aligned) or as much less, chunk c of row r at c ^ (r & 7) / (128 / ROW_BYTES). These rows may be the matrix's, or its columns
+// (TRANSPOSED); what a row is too short for is NEXT bytes on.
+template <int NEXT = 1024, int ROW_BYTES = 128, bool TRANSPOSED = false>
+__device__ __forceinline__ uint64_t matrix(const void* shared) {
+    constexpr uint64_t kind = ROW_BYTES == 128 ? 1 : ROW_BYTES == 64 ? 2 : ROW_BYTES == 32 ? 3 : 0;
+    constexpr uint64_t eight_rows = 8 * ROW_BYTES / 16, next = NEXT / 16;
+    // Rows of one chunk have the two offsets the other way round if they are columns.
+    constexpr bool exchanged = kind == 0 && TRANSPOSED;
+    // In a cluster the bits above these are the block's.
+    return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | kind << 62 | (exchanged ? next : eight_rows) << 32 |
+           (exchanged ? eight_rows : next) << 16;
+}
+
 // A matrix whose chunks are where `place` has them.
 template <int PITCH>
 struct Placed {

@@ -103,21 +103,9 @@ inline void end_products() { await_products<0>(); }
 template <typename T, int N> void pin(T (&)[N][4]) {}
 template <typename T> void forget(T&) {}
 
-// Descriptors, as the PTX manual has them: start address, offset of the next 64 elements of a row that is not along K
-// ("leading"), offset of the next eight rows ("stride"), each in sixteens, and kind of swizzle.
-template <int NEXT_64 = 1024>
-inline uint64_t matrix(const void* shared) {
-    return uint64_t(address(shared) & 0x3FFFF) >> 4 | uint64_t(NEXT_64 >> 4) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
-
-template <int ROW_BYTES, int NEXT, bool MN_MAJOR>
-inline uint64_t matrix_of_parts(const void* shared) {
-    const int kind = ROW_BYTES == 128 ? 1 : ROW_BYTES == 64 ? 2 : ROW_BYTES == 32 ? 3 : 0, rows = 8 * ROW_BYTES;
-    const bool other = kind == 0 && MN_MAJOR;
-    return uint64_t(address(shared) & 0x3FFFF) >> 4 | uint64_t((other ? rows : NEXT) >> 4) << 16 |
-           uint64_t((other ? NEXT : rows) >> 4) << 32 | uint64_t(kind) << 62;
-}
-
+// Descriptors, as the PTX manual has them: start address, offset of what follows a row that is not along K ("leading"), offset of the
+// next eight rows ("stride"), each in sixteens, and kind of swizzle.
+//
 // Element (mn, k) of an operand: rows of 128, 64, 32 or 16 bytes along K or (MN_MAJOR) along M or N. The swizzle: of 128 bytes bits 4-6 of
 // an address are exclusive-ored with bits 7-9, of 64 bits 4 and 5 with 7 and 8, of 32 bit 4 with bit 7. Rows of 16 bytes have none,
 // and their leading offset is that of the next eight along K, the stride that of the next eight along M or N.
