@@ -306,7 +306,7 @@ class OptimizationConfig:
     loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
     encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9)")
     xmc_optimizer: str = option(
-        "sgd", "optimizer of the head: sgd (with xmc_momentum), adamw, or rowwise_rmsprop (one float of state a label)"
+        "sgd", "optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (states of a byte), or rowwise_rmsprop (one float of state a label)"
     )
     xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state")
     epochs: int = option(10, "passes over the training set")
@@ -342,7 +342,7 @@ class OptimizationConfig:
             raise UserError(
                 f"{section}.xmc_optimizer=momentum: write sgd and set {section}.xmc_momentum (0.9 by default)"
             )
-        _one_of(f"{section}.xmc_optimizer", self.xmc_optimizer, ("sgd", "adamw", "rowwise_rmsprop"))
+        _one_of(f"{section}.xmc_optimizer", self.xmc_optimizer, ("sgd", "adamw", "adamw_8bit", "rowwise_rmsprop"))
         for name in ("lr_scheduler", "lr_scheduler_xmc"):
             _one_of(f"{section}.{name}", getattr(self, name), tuple(SCHEDULES))
             if getattr(self, name) == "MultiStepLR" and not self.lr_milestones:

@@ -419,7 +419,10 @@ class Trainer:
             raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: means {frequent} labels, fewer than processes")
         counts = self.corpus.label_counts()
         adjustment = torch.from_numpy(ffi.logit_adjustment * self.corpus.log_frequency()) if ffi.logit_adjustment else None
-        optimizers = {"sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "rowwise_rmsprop": RowwiseRMSprop()}
+        optimizers = {
+            "sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "adamw_8bit": AdamW(eight_bits=True),
+            "rowwise_rmsprop": RowwiseRMSprop(),
+        }  # fmt: skip
 
         def part(fan_in: int | None, group_size: int, labels: slice, **more: Any) -> FixedFanInHead:
             return FixedFanInHead(

@@ -27,7 +27,7 @@ def bench(monkeypatch, capsys):
 
 def test_head_benchmark_writes_its_table(bench, tmp_path, capsys):
     words = ["head", "--labels", "2000", "--features", "32", "--fan-in", "8"]
-    more = ["--batch", "16", "--repeat", "1", "--group-sizes", "1,4", "--optimizers", "sgd,adamw"]
+    more = ["--batch", "16", "--repeat", "1", "--group-sizes", "1,4", "--optimizers", "sgd,adamw_8bit"]
     output = bench(*words, *more, "--csv", tmp_path / "head.csv")
     with (tmp_path / "head.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -69,8 +69,9 @@ def settings_of(toy_settings, name, *more):
 
 CASES = {
     "dropout, momentum": ["model.encoder.embed_dropout=0.3", "training.optimization.xmc_optimizer=sgd", "training.optimization.lr=0.01"],
-    "accumulation, bfloat16 weights, groups": [
+    "accumulation, bfloat16 weights, states in a byte, groups": [
         "training.optimization.grad_accum_step=2", "data.batch_size=16", "model.ffi.weight_dtype=bfloat16", "model.ffi.group_size=4",
+        "training.optimization.xmc_optimizer=adamw_8bit",
     ],
     "growth by gradient, split head": [
         "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.growth_batches=3", "model.ffi.head_ratio=0.2", "model.ffi.head_fan_in=20",

@@ -123,7 +123,10 @@ def test_hooks_are_called_in_order(toy_settings):
 
 VARIANTS = {
     "dense": ["model.ffi.use_sparse_layer=false"],
-    "groups": ["model.ffi.group_size=4", "model.ffi.prune_mode=fraction", "model.ffi.growth_init_mode=random"],
+    "groups, states in a byte": [
+        "model.ffi.group_size=4", "model.ffi.prune_mode=fraction", "model.ffi.growth_init_mode=random",
+        "training.optimization.xmc_optimizer=adamw_8bit",
+    ],
     "bfloat16": ["model.ffi.weight_dtype=bfloat16", "training.amp.enabled=true", "training.amp.dtype=bfloat16"],
     "penultimate": [
         "model.penultimate.use_penultimate_layer=true",

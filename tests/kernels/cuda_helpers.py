@@ -18,10 +18,13 @@ import torch
 
 from tests.head_helpers import ragged_batch
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
-from xmc_trainer.kernels import cuda_source
+from xmc_trainer.kernels import cuda_source, eight_bits
 
 HERE = Path(__file__).parent
-OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4), "rowwise": RowwiseRMSprop(eps=1e-4)}
+OPTIMIZERS = {
+    "sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4), "rowwise": RowwiseRMSprop(eps=1e-4),
+    "adamw_8bit": AdamW(eps=1e-4, eight_bits=True),
+}  # fmt: skip
 LABELS = 331
 COMPILED = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"
 _memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")  # as long as the sources
@@ -102,6 +105,16 @@ def dense_of(head):
     index = head.index.long()[row]
     dense = torch.zeros(head.weight.shape[0], head.in_features, dtype=torch.float64, device=head.weight.device)
     return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
+
+
+def floats_of(head):
+    """float32 copies of a head's weights, biases and states, by name."""
+    bytes_of = {"weight_exp_avg": 1, "weight_exp_avg_sq": 2}  # which of the states, if they are bytes
+    return {
+        name: eight_bits.decoded(tensor, bytes_of[name]) if tensor.dtype == torch.uint8 else tensor.float().clone()
+        for name, tensor in head.named_buffers()
+        if name not in ("index", "skipped")
+    }
 
 
 def error(got, exact):

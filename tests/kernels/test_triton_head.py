@@ -23,6 +23,7 @@ OPTIMIZERS = {
     "adamw": AdamW(eps=1e-4),  # larger than the noise of a gradient of zero
     "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
 }
+WITH_BYTES = OPTIMIZERS | {"adamw_8bit": AdamW(eps=1e-4, eight_bits=True)}
 FEATURES, LABELS = 48, 131  # tiles of 64 and of 128 labels: two whole ones or one, and a short one
 # (fan_in, group_size): dense, dense by index, gathered or spread, whole and short last groups and tiles.
 SHAPES = [(None, 1), (48, 1), (12, 1), (12, 4), (7, 16), (12, 40), (12, 64), (20, 500)]
@@ -30,7 +31,7 @@ SHAPES = [(None, 1), (48, 1), (12, 1), (12, 4), (7, 16), (12, 40), (12, 64), (20
 
 def make_head(device, optimizer="sgd", features=FEATURES, labels=LABELS, **options):
     options = {"fan_in": 12, "lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton"} | options
-    return FixedFanInHead(features, labels, optimizer=OPTIMIZERS[optimizer], device=device, **options)
+    return FixedFanInHead(features, labels, optimizer=WITH_BYTES[optimizer], device=device, **options)
 
 
 def batches(count, device, texts=37, features=FEATURES, labels=LABELS, seed=0):
@@ -94,17 +95,19 @@ def test_bfloat16_products_err_no_more_than_eager_ones(fan_in, group_size, scale
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer, weight_dtype", [
+    *((optimizer, torch.bfloat16) for optimizer in WITH_BYTES), ("adamw_8bit", torch.float32)
+])  # fmt: skip
 @pytest.mark.parametrize("fan_in, group_size", [(None, 1), (12, 1), (12, 40)])
-def test_stochastic_rounding_is_the_reference_s(fan_in, group_size, optimizer, device):
-    options = {"fan_in": fan_in, "group_size": group_size, "weight_dtype": torch.bfloat16}
+def test_stochastic_rounding_is_the_reference_s(fan_in, group_size, optimizer, weight_dtype, device):
+    options = {"fan_in": fan_in, "group_size": group_size, "weight_dtype": weight_dtype}
     heads = [make_head(where, optimizer, backend=name, **options) for where, name in
              [(device, "triton"), ("cpu", "reference")]]  # fmt: skip
     for feat, ids, counts in batches(2, "cpu"):
         for head in heads:
             head(feat.to(head.weight.device), ids.to(head.weight.device), counts.to(head.weight.device))
     for name, tensor in heads[1].named_buffers():
-        if tensor.dtype == torch.bfloat16:
+        if tensor.dtype in (torch.bfloat16, torch.uint8):
             # Float32's last digits tip a rounding here and there.
             same = getattr(heads[0], name).cpu() == tensor
             assert same.float().mean() > 0.99, name

@@ -21,6 +21,7 @@ OPTIMIZERS = {
     "adamw": AdamW(eps=1e-4),  # larger than the noise of a gradient of zero
     "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
 }
+WITH_BYTES = OPTIMIZERS | {"adamw_8bit": AdamW(eps=1e-4, eight_bits=True)}
 BACKEND = "reference"
 SHAPES = [(None, 1), (1, 1), (12, 1), (12, 4), (12, 64), (48, 1)]
 
@@ -35,7 +36,7 @@ def backend(request, monkeypatch):
 
 def make_head(optimizer="sgd", **options):
     options = {"backend": BACKEND} | {"fan_in": 12, "lr": 0.03, "weight_decay": 0.02, "tile_labels": 50, "seed": 5} | options
-    return FixedFanInHead(FEATURES, LABELS, optimizer=OPTIMIZERS[optimizer], **options)
+    return FixedFanInHead(FEATURES, LABELS, optimizer=WITH_BYTES[optimizer], **options)
 
 
 def batches(count, texts=TEXTS, seed=0):
@@ -127,7 +128,7 @@ def test_mean_over_micro_batches_needs_the_number_of_texts():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", WITH_BYTES)
 @pytest.mark.parametrize("group_size", [1, 8])
 def test_shards_and_tiles_train_as_the_whole(group_size, optimizer, dtype):
     options = {"weight_dtype": dtype, "group_size": group_size}

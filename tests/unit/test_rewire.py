@@ -25,12 +25,14 @@ def group_magnitude(head, row):
 
 
 @pytest.mark.parametrize("group_size", [1, 4, 32])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, optimizer", [
+    (torch.float32, AdamW()), (torch.bfloat16, AdamW()), (torch.bfloat16, AdamW(eight_bits=True))
+])  # fmt: skip
 @pytest.mark.parametrize(
     "rule", [RewireRule("threshold", 0.1), RewireRule("fraction", 0.3), RewireRule("fraction", 0.3, "random")]
 )
-def test_rewire_moves_exactly_the_small_slots(rule, dtype, group_size):
-    head = make_head(group_size=group_size, weight_dtype=dtype)
+def test_rewire_moves_exactly_the_small_slots(rule, dtype, optimizer, group_size):
+    head = make_head(group_size=group_size, weight_dtype=dtype, optimizer=optimizer)
     index, weight = head.index.clone(), head.weight.clone()
     rows = index.shape[0]
     expected = torch.zeros_like(index, dtype=torch.bool)

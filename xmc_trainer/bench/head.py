@@ -28,7 +28,10 @@ from torch.nn import functional
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.kernels.tuning import keep_busy
 
-_OPTIMIZERS = {"sgd": SGD(), "momentum": SGD(momentum=0.9), "rowwise_rmsprop": RowwiseRMSprop(), "adamw": AdamW()}
+_OPTIMIZERS = {
+    "sgd": SGD(), "momentum": SGD(momentum=0.9), "rowwise_rmsprop": RowwiseRMSprop(), "adamw": AdamW(),
+    "adamw_8bit": AdamW(eight_bits=True),
+}  # fmt: skip
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:

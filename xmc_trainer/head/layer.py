@@ -149,7 +149,8 @@ class FixedFanInHead(nn.Module):
         text_reduction: "sum" or "mean" over the texts of an optimizer step, all ranks and micro-batches together.
         optimizer: SGD(...), AdamW(...) or RowwiseRMSprop(...) of this package; default SGD(momentum=0.9).
         lr: an attribute too, to be set by a schedule.
-        weight_dtype: float32, or bfloat16 with stochastic rounding, for weights and optimizer state.
+        weight_dtype: float32, or bfloat16 with stochastic rounding, for weights and, unless it has a type of its own,
+            optimizer state.
         product_dtype: float32, or bfloat16: what features are rounded to before the products. The reference backend
             computes in float32 from there; triton uses bfloat16 matrix instructions. Sums are float32 in both.
         seed: of index, weights, rounding and rewiring; the same on every rank.
@@ -239,7 +240,8 @@ class FixedFanInHead(nn.Module):
         self.register_buffer("index", index)
         for name in optimizer.state_names:
             a_label = name in optimizer.per_label_states
-            state = torch.zeros(shape[0], 1, device=device) if a_label else torch.zeros_like(self.weight)
+            dtype = optimizer.state_dtype or weight_dtype
+            state = torch.zeros(shape[0], 1, device=device) if a_label else torch.zeros_like(self.weight, dtype=dtype)
             self.register_buffer(f"weight_{name}", state)
             self.register_buffer(f"bias_{name}", torch.zeros_like(self.bias) if bias else None)
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)

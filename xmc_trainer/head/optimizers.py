@@ -2,6 +2,9 @@
 
 torch.optim cannot be used here: it wants a gradient for the whole weight, and the step never has one. SGD and AdamW follow
 torch.optim's to the letter (tests compare them), weight decay included: added to the gradient for SGD, decoupled for AdamW.
+
+A rule computes in float32. Its states are stored as the weights are, unless it has a `state_dtype` of its own; those in
+`per_label_states` are one float32 a label.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 
@@ -18,6 +22,7 @@ class SGD:
 
     momentum: float = 0.0
     per_label_states: ClassVar[tuple[str, ...]] = ()
+    state_dtype: ClassVar[torch.dtype | None] = None
 
     @property
     def name(self) -> str:
@@ -26,7 +31,6 @@ class SGD:
     @property
     def state_names(self) -> tuple[str, ...]:
         return ("momentum",) if self.momentum else ()
-
 
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
@@ -42,13 +46,21 @@ class SGD:
 
 @dataclass(frozen=True)
 class AdamW:
-    """Adam with decoupled weight decay."""
+    """Adam with decoupled weight decay.
+
+    eight_bits: the states of weights take a byte each; see `xmc_trainer.kernels.eight_bits`. Those of biases stay float32.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
+    eight_bits: bool = False
     name = "adamw"
     per_label_states: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        return torch.uint8 if self.eight_bits else None
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -79,6 +91,7 @@ class RowwiseRMSprop:
     name = "rowwise_rmsprop"
     state_names: ClassVar[tuple[str, ...]] = ("mean_square",)
     per_label_states: ClassVar[tuple[str, ...]] = ("mean_square",)
+    state_dtype: ClassVar[torch.dtype | None] = None
 
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int

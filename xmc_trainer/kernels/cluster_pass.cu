@@ -143,7 +143,8 @@ __device__ __forceinline__ void fetch_tile(
     if (tile >= tiles.count || first >= end || number >= (update ? 3 + STATES : 3) || thread % 32) return;
     const void* const state = number == 3 ? a.state0 : a.state1;
     const void* const tensor = number == 0 ? a.first_slots : number == 1 ? a.index : number == 2 ? a.weight : state;
-    const uint32_t row_bytes = number == 0 ? 2 * CLUSTER : (number == 1 ? sizeof(INDEX) : sizeof(WEIGHT)) * a.fan_in;
+    const uint32_t slot_bytes = number == 1 ? sizeof(INDEX) : number == 2 ? sizeof(WEIGHT) : sizeof(STATE);
+    const uint32_t row_bytes = number == 0 ? 2 * CLUSTER : slot_bytes * a.fan_in;
     const uint32_t first_row = number < 2 ? index_row(a, first) : first, end_row = number < 2 ? index_row(a, end - 1) + 1 : end;
     prefetch_rows(tensor, first_row, end_row, row_bytes);
 }
@@ -308,14 +309,15 @@ struct Copies {
 // A part of a label's row, as it is to be updated.
 struct Old {
     Chunk<INDEX> index[CHUNKS];
-    Chunk<Stored> weight[CHUNKS], state0[CHUNKS], state1[CHUNKS];
+    Chunk<Stored> weight[CHUNKS];
+    Chunk<StoredState> state0[CHUNKS], state1[CHUNKS];
     Chunk<uint16_t> gradient[CHUNKS];
 
     __device__ __forceinline__ void load(const Arguments& a, const Run& run, const Stretch& stretch, int label) {
         if (!DENSE) stretch.load(index, row_of<INDEX>(a.index, a, run.index_row));
         stretch.load(weight, row_of<Stored>(a.weight, a, label));
-        if (RULE == MOMENTUM || RULE == ADAMW) stretch.load(state0, row_of<Stored>(a.state0, a, label));
-        if (RULE == ADAMW) stretch.load(state1, row_of<Stored>(a.state1, a, label));
+        if (RULE == MOMENTUM || RULE == ADAMW) stretch.load(state0, row_of<StoredState>(a.state0, a, label));
+        if (RULE == ADAMW) stretch.load(state1, row_of<StoredState>(a.state1, a, label));
     }
 
     // Zeros outside the run.
@@ -358,29 +360,36 @@ struct Old {
             if constexpr (BF16_WEIGHT) chunk.set_upper(i, rounded(value, draw, factor));
             else chunk.set(i, value);
         };
+        const auto set_state = [&](Chunk<StoredState>& chunk, int i, float value, uint32_t draw, auto squares) {
+            constexpr bool SQUARES = decltype(squares)::value;
+            constexpr uint32_t factor = SQUARES ? ROUND_STATE1 : ROUND_STATE0;
+            if constexpr (BYTE_STATE) chunk.set(i, static_cast<StoredState>(to_byte<SQUARES>(value, draw, factor)));
+            else set(chunk, i, value, draw, factor);
+        };
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
             const Chunk<uint16_t> gradient = gradients(k, from, stretch);
             if constexpr (DENSE) read(k);
-            Chunk<Stored> new_weight, new_state0, new_state1;
+            Chunk<Stored> new_weight;
+            Chunk<StoredState> new_state0, new_state1;
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
                 Values v{wide(weight[k][i]), label_state, 0.0f};
-                if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide(state0[k][i]);
-                if (RULE == ADAMW) v.state1 = wide(state1[k][i]);
+                if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide_state<false>(state0[k][i]);
+                if (RULE == ADAMW) v.state1 = wide_state<true>(state1[k][i]);
                 v = updated(v, wide(gradient[i]), a.text_weight, a, a.weight_decay);
                 const uint32_t draw = element_hash(hashed, a.key[1], stretch.to(k) + i);
                 set(new_weight, i, v.weight, draw, ROUND_WEIGHT);
-                if (RULE == MOMENTUM || RULE == ADAMW) set(new_state0, i, v.state0, draw, ROUND_STATE0);
-                if (RULE == ADAMW) set(new_state1, i, v.state1, draw, ROUND_STATE1);
+                if (RULE == MOMENTUM || RULE == ADAMW) set_state(new_state0, i, v.state0, draw, std::false_type{});
+                if (RULE == ADAMW) set_state(new_state1, i, v.state1, draw, std::true_type{});
             }
             stretch.store(row_of<Stored>(a.weight, a, label), weight[k] = new_weight, k);
-            if (RULE == MOMENTUM || RULE == ADAMW) stretch.store(row_of<Stored>(a.state0, a, label), state0[k] = new_state0, k);
-            if (RULE == ADAMW) stretch.store(row_of<Stored>(a.state1, a, label), state1[k] = new_state1, k);
+            if (RULE == MOMENTUM || RULE == ADAMW) stretch.store(row_of<StoredState>(a.state0, a, label), state0[k] = new_state0, k);
+            if (RULE == ADAMW) stretch.store(row_of<StoredState>(a.state1, a, label), state1[k] = new_state1, k);
         }
         stretch.store_ends(row_of<Stored>(a.weight, a, label), weight);
-        if (RULE == MOMENTUM || RULE == ADAMW) stretch.store_ends(row_of<Stored>(a.state0, a, label), state0);
-        if (RULE == ADAMW) stretch.store_ends(row_of<Stored>(a.state1, a, label), state1);
+        if (RULE == MOMENTUM || RULE == ADAMW) stretch.store_ends(row_of<StoredState>(a.state0, a, label), state0);
+        if (RULE == ADAMW) stretch.store_ends(row_of<StoredState>(a.state1, a, label), state1);
     }
 };
 

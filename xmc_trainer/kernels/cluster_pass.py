@@ -48,6 +48,7 @@ def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
     if head.index_RF is None:
         # Rows are read 16 bytes at a time. Two states a weight are too many for the registers: Triton's kernels are faster.
         shapes = shapes and d % 8 == 0 and len(head.weight_state) < 2
+    shapes = shapes and cuda_source.takes_types(head)
     if not shapes or feat_Bd.dtype == torch.float32 or not cuda_source.can_compile(feat_Bd.device):
         return False
     return torch.cuda.get_device_capability(feat_Bd.device) == cuda_source.HOPPER

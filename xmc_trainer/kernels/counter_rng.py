@@ -74,11 +74,11 @@ def uniform(key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
     return ((random_bits(key, row, column) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
-def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0) -> Tensor:
-    """16 random bits for each (row, column), as int32: `random_bits` with a shorter second half.
+def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0, bits: int = 16) -> Tensor:
+    """`bits` random bits, 24 at most, for each (row, column), as int32: `random_bits` with a shorter second half.
 
     A row's hash is uniform and what follows is one-to-one, so every draw is uniform. That is all that rounding asks for,
-    and the GPU kernels draw one for every weight and state in every step. Those of an element are the upper halves of
+    and the GPU kernels draw one for every weight and state in every step. Those of an element are the upper bits of
     products of one hash: multiply-shift hashing, pairwise independent but for what 32 bits cannot hold.
 
     Args:
@@ -86,7 +86,7 @@ def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int
     """
     x = _mix(row.to(torch.int32) ^ _signed(key[0]))
     x = x + column.to(torch.int32) * _signed(0x9E3779B1) ^ _signed(key[1])
-    return ((x ^ ((x >> 16) & 0xFFFF)) * _signed(_ROUNDING[tensor]) >> 16) & 0xFFFF
+    return ((x ^ ((x >> 16) & 0xFFFF)) * _signed(_ROUNDING[tensor]) >> (32 - bits)) & ((1 << bits) - 1)
 
 
 def round_to_bfloat16(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0) -> Tensor:

@@ -28,7 +28,9 @@ FOLDER = Path(__file__).parent
 HEADERS = ("tile_math.cuh", "rows.cuh", "launch.cuh", "launch_clusters.cuh", "ptx.cuh")
 TEXTS = 128  # texts a tile, as in the sources
 HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups, and clusters
-_TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "int16_t", torch.int32: "int32_t"}
+_TYPES = {
+    torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
+}  # fmt: skip
 
 
 class Arguments(ctypes.Structure):
@@ -120,9 +122,20 @@ def _finds_compiler(device: torch.device) -> bool:
     return CUDA_HOME is not None
 
 
+def state_dtype(head: HeadTensors) -> torch.dtype | None:
+    """Of states like weights; None if there are none."""
+    return next((state.dtype for state in head.weight_state if state.shape == head.weight_LF.shape), None)
+
+
+def takes_types(head: HeadTensors) -> bool:
+    """Whether the sources take them: states in a byte go with bfloat16 weights."""
+    return head.weight_LF.dtype == torch.bfloat16 or state_dtype(head) != torch.uint8
+
+
 def library(source: str, head: HeadTensors, device: torch.device, rule: dict[str, Any], loss: int, **defines: int) -> ctypes.CDLL:
     """A source compiled for a head's types, a device, and `defines`."""
-    types = {"WEIGHT": _TYPES[head.weight_LF.dtype], "INDEX": _TYPES[torch.int16 if head.index_RF is None else head.index_RF.dtype]}
+    weight, index, state = head.weight_LF.dtype, torch.int16 if head.index_RF is None else head.index_RF.dtype, state_dtype(head)
+    types = {"WEIGHT": _TYPES[weight], "INDEX": _TYPES[index], "STATE": _TYPES[state or weight]}
     words = types | {"RULE": rule["RULE"], "LOSS": loss} | defines
     return compiled(source, torch.cuda.get_device_capability(device), tuple(f"{name}={word}" for name, word in words.items()))
 

@@ -46,7 +46,8 @@ def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
     fan_in, (texts, d) = head.weight_LF.shape[1], feat_Bd.shape
     shapes = head.index_RF is not None and fan_in <= 128 and fan_in % 8 == 0 and (texts + TEXTS) * d < 1 << 31
     by_element = all(state.shape == head.weight_LF.shape for state in head.weight_state)
-    return shapes and by_element and feat_Bd.dtype != torch.float32 and cuda_source.can_compile(feat_Bd.device)
+    types = cuda_source.takes_types(head)
+    return shapes and by_element and types and feat_Bd.dtype != torch.float32 and cuda_source.can_compile(feat_Bd.device)
 
 
 def tile_labels(group: int, blocks: Blocks) -> int:

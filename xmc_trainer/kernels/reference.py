@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from xmc_trainer.kernels import eight_bits
 from xmc_trainer.kernels.counter_rng import Stream, make_key, round_to_bfloat16
 
 LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -44,7 +45,8 @@ class HeadTensors:
     bias_L: Tensor | None  # float32
     group_size: int
     label_start: int  # global id of local label 0
-    weight_state: list[Tensor] = field(default_factory=list)  # each like weight_LF, or float32 [L, 1], one a label
+    # Each like weight_LF, or uint8 of `eight_bits`, or float32 [L, 1], one a label.
+    weight_state: list[Tensor] = field(default_factory=list)
     bias_state: list[Tensor] = field(default_factory=list)  # each like bias_L
     # of_index(make, x): make(index_RF, x), what a kernel needs of the index besides; made on demand and kept.
     of_index: Callable[[Callable[[Tensor, Any], Tensor], Any], Tensor] | None = None
@@ -184,9 +186,8 @@ def _update_tile(
     rows = slice(start, stop)
     weight = head.weight_LF[rows]
     state = [tensor[rows] for tensor in head.weight_state]
-    new = update.rule.update(
-        weight.float(), grad_TF, [s.float() for s in state], update.lr, update.weight_decay, update.step
-    )
+    wide = [eight_bits.decoded(s, number) if s.dtype == torch.uint8 else s.float() for number, s in enumerate(state, 1)]
+    new = update.rule.update(weight.float(), grad_TF, wide, update.lr, update.weight_decay, update.step)
     first_label = head.label_start + start
     for number, (old, value) in enumerate(zip([weight, *state], [new[0], *new[1]])):
         _store(old, value, finite, update, number, first_label)
@@ -199,11 +200,12 @@ def _update_tile(
 
 
 def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, number: int, first_label: int) -> None:
-    """Write float32 values into a weight (0) or state (1, 2) tile, bfloat16 by stochastic rounding; not at all unless `finite`."""
-    if old.dtype == torch.bfloat16:
+    """Write float32 values into a weight (0) or state (1, 2) tile, what is narrower by stochastic rounding; not at all unless `finite`."""
+    if old.dtype != torch.float32:
         label = torch.arange(first_label, first_label + old.shape[0], device=old.device)[:, None]
         slot = torch.arange(old.shape[1], device=old.device)
-        value = round_to_bfloat16(value, make_key(update.seed, update.step, Stream.ROUND), label, slot, number)
+        rounded = round_to_bfloat16 if old.dtype == torch.bfloat16 else eight_bits.encoded
+        value = rounded(value, make_key(update.seed, update.step, Stream.ROUND), label, slot, number)
     old.copy_(torch.where(finite, value, old))
 
 

@@ -49,30 +49,42 @@ __device__ __forceinline__ void prefetch_rows(const void* tensor, uint32_t first
 // Elements as they are stored.
 template <typename T> struct StoredAs { using type = float; };
 template <> struct StoredAs<bfloat16> { using type = uint16_t; };
+template <> struct StoredAs<uint8_t> { using type = uint8_t; };
 using Stored = StoredAs<WEIGHT>::type;
+using StoredState = StoredAs<STATE>::type;
 
 __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ float wide(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
+
+// Of a state. SQUARES: as of `from_byte`.
+template <bool SQUARES, typename T>
+__device__ __forceinline__ float wide_state(T x) {
+    if constexpr (sizeof(T) == 1) return from_byte<SQUARES>(x);
+    else return wide(x);
+}
 
 // As products take them.
 __device__ __forceinline__ uint16_t narrowed(uint16_t x) { return x; }
 __device__ __forceinline__ uint16_t narrowed(float x) { return static_cast<uint16_t>(packed(x, 0.0f)); }
 
-// What neighbouring slots of a row have. Two elements of 16 bits share a register.
+// What neighbouring slots of a row have. Two elements of 16 bits share a register, and four of 8.
 template <typename T>
 struct alignas(sizeof(T) * CHUNK) Chunk {
     static constexpr bool PAIRS = sizeof(T) == 2 && CHUNK > 1;
-    typename std::conditional<PAIRS, uint32_t, T>::type word[PAIRS ? CHUNK / 2 : CHUNK];
+    static constexpr int EACH = PAIRS ? 2 : sizeof(T) > 1 ? 1 : CHUNK < 4 ? CHUNK : 4;
+    using Together = typename std::conditional<EACH * sizeof(T) == 4, uint32_t, uint16_t>::type;
+    typename std::conditional<EACH == 1, T, Together>::type word[CHUNK / EACH];
 
     __device__ __forceinline__ T operator[](int i) const {
-        if constexpr (PAIRS) return static_cast<T>(i % 2 ? word[i / 2] >> 16 : word[i / 2] & 0xFFFF);
-        else return word[i];
+        if constexpr (EACH == 1) return word[i];
+        else return static_cast<T>(word[i / EACH] >> i % EACH * (8 * sizeof(T)));
     }
 
     // In ascending order of i.
     __device__ __forceinline__ void set(int i, T value) {
-        if constexpr (!PAIRS) word[i] = value;
-        else word[i / 2] = i % 2 ? __byte_perm(word[i / 2], value, 0x5410) : value;
+        if constexpr (EACH == 1) word[i] = value;
+        else if constexpr (PAIRS) word[i / 2] = i % 2 ? __byte_perm(word[i / 2], value, 0x5410) : value;
+        else word[i / EACH] = i % EACH ? word[i / EACH] | value << i % EACH * 8 : value;
     }
 
     // The same, to the upper half of `value`. A pair's first is kept as it is until its second comes.

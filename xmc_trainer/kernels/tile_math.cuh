@@ -6,8 +6,8 @@
 // banks. Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows lane / 4 and lane / 4 + 8, columns
 // lane % 4 * 2 and the next.
 //
-// Compiled for one configuration by -D: WEIGHT (float or bfloat16), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the
-// files' own. The same arithmetic in Triton: tile_math.py.
+// Compiled for one configuration by -D: WEIGHT (float or bfloat16), STATE (of states like weights: WEIGHT, or uint8_t if that is
+// bfloat16, see eight_bits.py), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the files' own. The same arithmetic in Triton: tile_math.py.
 
 #pragma once
 
@@ -38,7 +38,8 @@ namespace {
 
 constexpr int TEXTS = 128, THREADS = 32 * WARPS;  // texts a tile
 constexpr int MOMENTUM = 1, ADAMW = 2, ROWWISE = 3, BCE = 0;  // values of RULE and LOSS, as in tile_math.py
-constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2;
+constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2, BYTE_STATE = sizeof(STATE) == 1;
+static_assert(BYTE_STATE ? BF16_WEIGHT : sizeof(STATE) == sizeof(WEIGHT), "see above");
 constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks a row
 
 template <int PITCH>
@@ -183,17 +184,21 @@ __device__ __forceinline__ void load_weights(const Arguments& a, const Tile& til
     }, thread);
 }
 
-// The tile's rows of a tensor on their way to the L2 cache: they lie one after another.
+// The tile's rows of a tensor of T on their way to the L2 cache: they lie one after another. Of what is not in whole pieces of 16
+// bytes, as rows of bytes may begin and end, the last one stays.
+template <typename T>
 __device__ __forceinline__ void fetch_rows(const Arguments& a, const Tile& tile, const void* tensor) {
-    const uint32_t bytes = sizeof(WEIGHT) * a.fan_in;
-    if (tile.count > 0) prefetch(static_cast<const uint8_t*>(tensor) + tile.label0 * bytes, tile.count * bytes);
+    constexpr uint32_t PIECE = sizeof(T) == 1 ? 16 : 1;
+    const uint32_t bytes = sizeof(T) * a.fan_in, size = tile.count * bytes & ~(PIECE - 1);
+    const uintptr_t from = reinterpret_cast<uintptr_t>(tensor) + tile.label0 * bytes & ~uintptr_t(PIECE - 1);
+    if (tile.count > 0 && size > 0) prefetch(reinterpret_cast<const void*>(from), size);
 }
 
 // Its states' rows: not long before they are read. What is on its way for all blocks fills the cache.
 __device__ __forceinline__ void fetch_states(const Arguments& a, const Tile& tile, unsigned thread = threadIdx.x) {
     if (thread == 0) {
-        if (RULE >= MOMENTUM) fetch_rows(a, tile, a.state0);
-        if (RULE == ADAMW) fetch_rows(a, tile, a.state1);
+        if (RULE >= MOMENTUM) fetch_rows<STATE>(a, tile, a.state0);
+        if (RULE == ADAMW) fetch_rows<STATE>(a, tile, a.state1);
     }
     __syncwarp();
 }
@@ -390,6 +395,24 @@ __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32
     return __float_as_uint(value) + (hashed * factor >> 16);
 }
 
+// A state in a byte, and back, by a draw; see eight_bits.py. SQUARES: it is a mean of squares, which have no sign.
+template <bool SQUARES>
+constexpr uint32_t FIRST = (127u - (SQUARES ? 46 : 22)) << 23;
+
+template <bool SQUARES>
+__device__ __forceinline__ float from_byte(uint32_t byte) {
+    const uint32_t number = SQUARES ? byte : byte & 0x7F;
+    const float size = __uint_as_float(number * (1u << 21) + FIRST<SQUARES>) - __uint_as_float(FIRST<SQUARES>);
+    return SQUARES ? size : __uint_as_float(__float_as_uint(size) | (byte & 0x80) << 24);
+}
+
+template <bool SQUARES>
+__device__ __forceinline__ uint32_t to_byte(float value, uint32_t hashed, uint32_t factor) {
+    const uint32_t size = __float_as_uint(fabsf(value) + __uint_as_float(FIRST<SQUARES>)) - FIRST<SQUARES>;
+    const uint32_t number = min((size + (hashed * factor >> 11)) >> 21, SQUARES ? 0xFFu : 0x7Fu);
+    return SQUARES ? number : number | (__float_as_uint(value) >> 24 & 0x80);
+}
+
 struct Values { float weight, state0, state1; };
 
 // By the gradient `grad` times `scale`. What does not differ between elements is in brackets, worked out once. With ROWWISE state0 is
@@ -429,6 +452,32 @@ __device__ __forceinline__ void narrow(uint32_t& to, float2 v, const uint32_t (&
     to = __byte_perm(rounded(v.x, hashed[0], factor), rounded(v.y, hashed[1], factor), 0x7632);
 }
 
+// PAIRS pairs of states that are neighbours in a row, as they are stored.
+template <int PAIRS>
+struct States {
+    using Word = std::conditional<BYTE_STATE, uint32_t, Pair>::type;
+    static constexpr int WORDS = BYTE_STATE ? PAIRS / 2 : PAIRS;
+    static_assert(!BYTE_STATE || PAIRS % 2 == 0, "two pairs of bytes share a word");
+    alignas(16) Word word[WORDS];
+
+    template <bool SQUARES>
+    __device__ __forceinline__ float2 pair(int n) const {
+        if constexpr (!BYTE_STATE) return widened(word[n]);
+        else return make_float2(from_byte<SQUARES>(word[n / 2] >> n % 2 * 16 & 0xFF), from_byte<SQUARES>(word[n / 2] >> (n % 2 * 16 + 8) & 0xFF));
+    }
+
+    // Rounded by draws.
+    template <bool SQUARES>
+    __device__ __forceinline__ void set(int n, float2 v, const uint32_t (&hashed)[2], uint32_t factor) {
+        if constexpr (!BYTE_STATE) {
+            narrow(word[n], v, hashed, factor);
+        } else {
+            const uint32_t bytes = to_byte<SQUARES>(v.x, hashed[0], factor) | to_byte<SQUARES>(v.y, hashed[1], factor) << 8;
+            word[n / 2] = __byte_perm(word[n / 2], bytes, n % 2 ? 0x5410 : 0x3254);
+        }
+    }
+};
+
 // Of each four lanes, lane p's q-th word <-> lane q's p-th. All lanes of the warp must call.
 __device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
 #pragma unroll
@@ -451,39 +500,41 @@ __device__ __forceinline__ int first_column() { return threadIdx.x % 4 * (RUN ? 
 
 // A run, in as few accesses as possible. BACK: to memory. What AdamW writes leaves the L2 cache first: it moves three tensors there and
 // back, and what is on its way would leave it before it is read.
-template <int PAIRS, bool BACK = false>
+template <int BYTES, bool BACK = false>
 __device__ __forceinline__ void copy_run(void* to, const void* from) {
-    using Unit = typename std::conditional<PAIRS * sizeof(Pair) % 16 == 0, uint4, uint2>::type;
+    using Half = typename std::conditional<BYTES % 8 == 0, uint2, uint32_t>::type;
+    using Unit = typename std::conditional<BYTES % 16 == 0, uint4, Half>::type;
 #pragma unroll
-    for (int i = 0; i < PAIRS * sizeof(Pair) / sizeof(Unit); ++i) {
+    for (int i = 0; i < BYTES / sizeof(Unit); ++i) {
         if (BACK && RULE == ADAMW) __stcs(static_cast<Unit*>(to) + i, static_cast<const Unit*>(from)[i]);
         else static_cast<Unit*>(to)[i] = static_cast<const Unit*>(from)[i];
     }
 }
 
 // `columns`: how many there are from `from` on, a multiple of 8; `there`: whether any.
-template <bool RUN, int PAIRS>
-__device__ __forceinline__ void read_part(Pair (&v)[PAIRS], const WEIGHT* from, bool there, int columns) {
+template <bool RUN, int PAIRS, typename T, typename Word, int WORDS>
+__device__ __forceinline__ void read_part(Word (&v)[WORDS], const T* from, bool there, int columns) {
+    static_assert(RUN || WORDS == PAIRS, "bytes are read in runs");
     const int first = first_column<RUN, PAIRS>();
-    alignas(16) Pair got[PAIRS] = {};
-    if (RUN && there && first < columns) copy_run<PAIRS>(got, from + first);
+    alignas(16) Word got[WORDS] = {};
+    if (RUN && there && first < columns) copy_run<sizeof(got)>(got, from + first);
 #pragma unroll
-    for (int n = 0; n < PAIRS; ++n) {
-        if (!RUN && there && 8 * n < columns) got[n] = *reinterpret_cast<const Pair*>(from + first + 8 * n);
+    for (int n = 0; n < WORDS; ++n) {
+        if (!RUN && there && 8 * n < columns) got[n] = *reinterpret_cast<const Word*>(from + first + 8 * n);
         v[n] = got[n];
     }
 }
 
-template <bool RUN, int PAIRS>
-__device__ __forceinline__ void write_part(WEIGHT* to, const Pair (&v)[PAIRS], bool there, int columns) {
+template <bool RUN, int PAIRS, typename T, typename Word, int WORDS>
+__device__ __forceinline__ void write_part(T* to, const Word (&v)[WORDS], bool there, int columns) {
     const int first = first_column<RUN, PAIRS>();
-    alignas(16) Pair given[PAIRS];
+    alignas(16) Word given[WORDS];
 #pragma unroll
-    for (int n = 0; n < PAIRS; ++n) {
-        if (!RUN && there && 8 * n < columns) *reinterpret_cast<Pair*>(to + first + 8 * n) = v[n];
+    for (int n = 0; n < WORDS; ++n) {
+        if (!RUN && there && 8 * n < columns) *reinterpret_cast<Word*>(to + first + 8 * n) = v[n];
         given[n] = v[n];
     }
-    if (RUN && there && first < columns) copy_run<PAIRS, true>(to + first, given);
+    if (RUN && there && first < columns) copy_run<sizeof(given), true>(to + first, given);
 }
 
 // The update of a warp's weights, whose gradient is c, in parts as above, runs if SUMS_RUN: EIGHTS of labels from m0 on, features from
@@ -500,7 +551,8 @@ struct WeightUpdate {
     static_assert(EIGHTS <= 2 * M && EIGHTS * PARTS % TOGETHER == 0 && N % PAIRS == 0 && (!SUMS_RUN || PARTS == 1), "whole parts");
 
     struct Read {
-        alignas(16) Pair weight[TOGETHER][PAIRS], state0[TOGETHER][PAIRS], state1[TOGETHER][PAIRS];
+        Pair weight[TOGETHER][PAIRS];
+        States<PAIRS> state0[TOGETHER], state1[TOGETHER];
     };
 
     __device__ __forceinline__ static void read(Read& to, const Arguments& a, const Tile& tile, int m0, int f0, int first_part = 0) {
@@ -508,12 +560,12 @@ struct WeightUpdate {
         for (int i = 0; i < TOGETHER; ++i) {
             const int g = m0 + (first_part + i) / PARTS * 8 + threadIdx.x % 32 / 4, f = f0 + (first_part + i) % PARTS * (8 * PAIRS);
             const int64_t start = (tile.label0 + g) * a.fan_in + f;
-            const auto get = [&](Pair (&v)[PAIRS], const void* tensor) {
-                read_part<RUN>(v, static_cast<const WEIGHT*>(tensor) + start, g < tile.count, a.fan_in - f);
+            const auto get = [&](auto& v, const auto* tensor) {
+                read_part<RUN, PAIRS>(v, tensor + start, g < tile.count, a.fan_in - f);
             };
-            if (RULE >= MOMENTUM) get(to.state0[i], a.state0);
-            if (RULE == ADAMW) get(to.state1[i], a.state1);
-            if constexpr (!BF16_WEIGHT) get(to.weight[i], a.weight);
+            if (RULE >= MOMENTUM) get(to.state0[i].word, static_cast<const STATE*>(a.state0));
+            if (RULE == ADAMW) get(to.state1[i].word, static_cast<const STATE*>(a.state1));
+            if constexpr (!BF16_WEIGHT) get(to.weight[i], static_cast<const WEIGHT*>(a.weight));
         }
     }
 
@@ -534,8 +586,8 @@ struct WeightUpdate {
 private:
     template <typename Old>
     __device__ __forceinline__ static void update_part(
-        const float (&c)[M][N][4], Pair (&weight)[PAIRS], Pair (&state0)[PAIRS], Pair (&state1)[PAIRS], int part, const Arguments& a,
-        const Tile& tile, int m0, int f0, Old old) {
+        const float (&c)[M][N][4], Pair (&weight)[PAIRS], States<PAIRS>& state0, States<PAIRS>& state1, int part,
+        const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
         const int lane = threadIdx.x & 31, m = part / PARTS, n0 = part % PARTS * PAIRS;
         const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + first_column<RUN, PAIRS>();
         const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
@@ -548,29 +600,28 @@ private:
             for (int n = 0; n < PAIRS; ++n) grad[j][n] = __float_as_uint(c[m / 2][n0 + n][m % 2 * 2 + j]);
             if constexpr (GRADIENTS) exchange_words(grad[j]);
         }
-        if constexpr (BF16_WEIGHT && RUN) copy_run<PAIRS>(weight, old(g, column / 8) + column % 8);
+        if constexpr (BF16_WEIGHT && RUN) copy_run<sizeof(weight)>(weight, old(g, column / 8) + column % 8);
 #pragma unroll
         for (int n = 0; n < PAIRS; ++n) {
             const int on = RUN ? 2 * n : 8 * n;
             if constexpr (BF16_WEIGHT && !RUN) weight[n] = *reinterpret_cast<const Pair*>(old(g, f / 8 + n) + lane % 4 * 2);
             const float2 none = make_float2(0.0f, 0.0f), w = widened(weight[n]);
-            const float2 v0 = RULE >= MOMENTUM ? widened(state0[n]) : none;
-            const float2 v1 = RULE == ADAMW ? widened(state1[n]) : none;
+            const float2 v0 = RULE >= MOMENTUM ? state0.template pair<false>(n) : none;
+            const float2 v1 = RULE == ADAMW ? state1.template pair<true>(n) : none;
             const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
             const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
             const uint32_t draws[2] = {element_hash(hashed, a.key[1], on), element_hash(hashed, a.key[1], on + 1)};
             narrow(weight[n], {x.weight, y.weight}, draws, ROUND_WEIGHT);
-            if (RULE >= MOMENTUM) narrow(state0[n], {x.state0, y.state0}, draws, ROUND_STATE0);
-            if (RULE == ADAMW) narrow(state1[n], {x.state1, y.state1}, draws, ROUND_STATE1);
+            if (RULE >= MOMENTUM) state0.template set<false>(n, {x.state0, y.state0}, draws, ROUND_STATE0);
+            if (RULE == ADAMW) state1.template set<true>(n, {x.state1, y.state1}, draws, ROUND_STATE1);
         }
         if constexpr (EXCHANGES && !GRADIENTS) exchange_words(weight);
-        const auto write = [&](void* tensor, const Pair (&v)[PAIRS]) {
-            WEIGHT* const to = static_cast<WEIGHT*>(tensor) + (tile.label0 + g) * a.fan_in + f;
-            write_part<RUN || EXCHANGES>(to, v, g < tile.count, a.fan_in - f);
+        const auto write = [&](auto* tensor, const auto& v) {
+            write_part<RUN || EXCHANGES, PAIRS>(tensor + (tile.label0 + g) * a.fan_in + f, v, g < tile.count, a.fan_in - f);
         };
-        write(a.weight, weight);
-        if (RULE >= MOMENTUM) write(a.state0, state0);
-        if (RULE == ADAMW) write(a.state1, state1);
+        write(static_cast<WEIGHT*>(a.weight), weight);
+        if (RULE >= MOMENTUM) write(static_cast<STATE*>(a.state0), state0.word);
+        if (RULE == ADAMW) write(static_cast<STATE*>(a.state1), state1.word);
     }
 };
 

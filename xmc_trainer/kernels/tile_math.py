@@ -1,6 +1,6 @@
 """What the Triton kernels share: random bits, losses and update rules, as device functions.
 
-The torch twins are `counter_rng` (bit for bit) and `reference`. Under Triton's interpreter (TRITON_INTERPRET=1, CPU
+The torch twins are `counter_rng` and `eight_bits` (bit for bit) and `reference`. Under Triton's interpreter (TRITON_INTERPRET=1, CPU
 tensors) arithmetic on bfloat16 is not to be trusted: there, operands are rounded to bfloat16 and widened again.
 """
 
@@ -14,6 +14,8 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 # Values of the kernels' LOSS and RULE.
 BCE, SQUARED_HINGE = tl.constexpr(0), tl.constexpr(1)
 SGD, MOMENTUM, ADAMW, ROWWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+# Of states in a byte: what is added to them, as the bits of a float32; see `eight_bits`.
+_FIRST, _SQUARES_FIRST = tl.constexpr((127 - 22) << 23), tl.constexpr((127 - 46) << 23)
 
 
 @triton.jit
@@ -148,14 +150,37 @@ def updated(
 
 
 @triton.jit
-def store_rounded(pointer, value, mask, hashed, FACTOR: tl.constexpr):
-    """Store float32; into bfloat16 by stochastic rounding, the same as `counter_rng.round_to_bfloat16`.
+def load_state(pointer, mask, SQUARES: tl.constexpr):
+    """Load a state as float32, from bytes as `eight_bits.decoded` does. SQUARES: it is a mean of squares, which have no sign."""
+    x = tl.load(pointer, mask=mask, other=0)
+    if pointer.dtype.element_ty == tl.uint8:
+        number = x.to(tl.uint32)
+        FIRST: tl.constexpr = _SQUARES_FIRST if SQUARES else _FIRST
+        bits = number if SQUARES else number & 0x7F
+        x = ((bits << 21) + FIRST).to(tl.float32, bitcast=True) - tl.full([1], FIRST, tl.uint32).to(tl.float32, bitcast=True)
+        if not SQUARES:
+            x = tl.where(number > 0x7F, -x, x)
+    return x.to(tl.float32)
 
-    hashed: of `element_hash`; FACTOR: the tensor's, of `counter_rng`.
+
+@triton.jit
+def store_rounded(pointer, value, mask, hashed, FACTOR: tl.constexpr, SQUARES: tl.constexpr = False):
+    """Store float32; into what is narrower by stochastic rounding: as `counter_rng.round_to_bfloat16`, or `eight_bits.encoded`.
+
+    hashed: of `element_hash`; FACTOR: the tensor's, of `counter_rng`; SQUARES: as of `load_state`.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True) + ((hashed * FACTOR) >> 16)
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    elif pointer.dtype.element_ty == tl.uint8:
+        FIRST: tl.constexpr = _SQUARES_FIRST if SQUARES else _FIRST
+        size = tl.abs(value) + tl.full([1], FIRST, tl.uint32).to(tl.float32, bitcast=True)
+        bits = (size.to(tl.uint32, bitcast=True) - FIRST + ((hashed * FACTOR) >> 11)) >> 21
+        if SQUARES:
+            bits = tl.minimum(bits, 0xFF)
+        else:
+            bits = tl.minimum(bits, 0x7F) | ((value.to(tl.uint32, bitcast=True) >> 24) & 0x80)
+        value = bits.to(tl.uint8)
     tl.store(pointer, value, mask=mask)
 
 
@@ -181,9 +206,9 @@ def update_weights(
         square = (tl.sum(tl.where(ok, grad * grad, 0.0), 1) * (1.0 / F))[:, None]
         state0 = tl.load(state0_ptr + label, mask=label_ok, other=0.0)[:, None]
     elif RULE >= MOMENTUM:
-        state0 = tl.load(state0_ptr + place, mask=ok, other=0.0).to(tl.float32)
+        state0 = load_state(state0_ptr + place, ok, False)
     if RULE == ADAMW:
-        state1 = tl.load(state1_ptr + place, mask=ok, other=0.0).to(tl.float32)
+        state1 = load_state(state1_ptr + place, ok, True)
     weight, state0, state1 = updated(
         weight, grad, square, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE
     )
@@ -194,7 +219,7 @@ def update_weights(
     elif RULE >= MOMENTUM:
         store_rounded(state0_ptr + place, state0, write, hashed, 0x846CA68B)
     if RULE == ADAMW:
-        store_rounded(state1_ptr + place, state1, write, hashed, 0x85EBCA6B)
+        store_rounded(state1_ptr + place, state1, write, hashed, 0x85EBCA6B, True)
 
 
 @triton.jit

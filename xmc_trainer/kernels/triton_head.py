@@ -207,7 +207,7 @@ def _choose(head: HeadTensors, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, 
     question = (
         f"texts {texts}, features {feat_Bd.shape[1]} {feat_Bd.dtype}, fan-in {head.weight_LF.shape[1]}, group {head.group_size}, "
         f"{'no index' if head.index_RF is None else 'index'}, "
-        f"{head.weight_LF.dtype}, rule {step.rule['RULE']}, update {step.update}, {1 << (tried - 1).bit_length()} labels at most"
+        f"{head.weight_LF.dtype}, rule {step.rule['RULE']} {cuda_source.state_dtype(head)}, update {step.update}, {1 << (tried - 1).bit_length()} labels at most"
     )
 
     def trial(name: str) -> Callable[[], object]:

@@ -225,11 +225,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset(a, threadIdx.x);
         if (threadIdx.x < LABELS) shared.bias[threadIdx.x] = ahead.bias;
         load_weights(a, tile, weights_at);
-        if (threadIdx.x == 0 && number + gridDim.x < numbers) fetch_rows(a, Tile(a, number + gridDim.x), a.weight);
+        if (threadIdx.x == 0 && number + gridDim.x < numbers) fetch_rows<WEIGHT>(a, Tile(a, number + gridDim.x), a.weight);
         ahead = Ahead(a, number + gridDim.x, numbers);
         float grad[1][FEATURES / 8][4];
         clear(grad);
-        using Weights = WeightUpdate<2, false, 2, 1, FEATURES / 8>;  // two parts are lines of 128 bytes
+        // These parts are lines of 128 bytes, or, of states in a byte, all that a thread has of a row and half of it.
+        using Weights = WeightUpdate<BYTE_STATE ? 4 : 2, false, 2, 1, FEATURES / 8>;
         Weights::Read read;
         for (int text0 = 0; text0 < (ONE_TILE ? 1 : a.columns); text0 += TEXTS) {
             __syncthreads();
