@@ -362,9 +362,9 @@ struct Old {
         };
         const auto set_state = [&](Chunk<StoredState>& chunk, int i, float value, uint32_t draw, auto squares) {
             constexpr bool SQUARES = decltype(squares)::value;
-            constexpr uint32_t factor = SQUARES ? ROUND_STATE1 : ROUND_STATE0;
-            if constexpr (BYTE_STATE) chunk.set(i, static_cast<StoredState>(to_byte<SQUARES>(value, draw, factor)));
-            else set(chunk, i, value, draw, factor);
+            if constexpr (!BYTE_STATE) set(chunk, i, value, draw, SQUARES ? ROUND_STATE1 : ROUND_STATE0);
+            else if constexpr (SQUARES) chunk.set(i, static_cast<StoredState>(to_square(value, draw * ROUND_STATE0)));
+            else chunk.set(i, static_cast<StoredState>(rounded_halves({value, 0.0f}, {draw * ROUND_STATE0, 0}) >> 8));
         };
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
@@ -377,7 +377,7 @@ struct Old {
                 Values v{wide(weight[k][i]), label_state, 0.0f};
                 if (RULE == MOMENTUM || RULE == ADAMW) v.state0 = wide_state<false>(state0[k][i]);
                 if (RULE == ADAMW) v.state1 = wide_state<true>(state1[k][i]);
-                v = updated(v, wide(gradient[i]), a.text_weight, a, a.weight_decay);
+                v = updated<BYTE_STATE>(v, wide(gradient[i]), a.text_weight, a, a.weight_decay);
                 const uint32_t draw = element_hash(hashed, a.key[1], stretch.to(k) + i);
                 set(new_weight, i, v.weight, draw, ROUND_WEIGHT);
                 if (RULE == MOMENTUM || RULE == ADAMW) set_state(new_state0, i, v.state0, draw, std::false_type{});

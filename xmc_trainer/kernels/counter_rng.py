@@ -74,19 +74,24 @@ def uniform(key: tuple[int, int], row: Tensor, column: Tensor) -> Tensor:
     return ((random_bits(key, row, column) >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
-def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0, bits: int = 16) -> Tensor:
-    """`bits` random bits, 24 at most, for each (row, column), as int32: `random_bits` with a shorter second half.
+def element_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int) -> Tensor:
+    """32 random bits for each (row, column), as int32: `random_bits` with a shorter second half.
 
     A row's hash is uniform and what follows is one-to-one, so every draw is uniform. That is all that rounding asks for,
-    and the GPU kernels draw one for every weight and state in every step. Those of an element are the upper bits of
-    products of one hash: multiply-shift hashing, pairwise independent but for what 32 bits cannot hold.
+    and the GPU kernels draw one for every weight and state in every step. Those of an element are products of one hash, of
+    which the upper bits are used: multiply-shift hashing, pairwise independent but for what 32 bits cannot hold.
 
     Args:
         tensor: 0 for weights, 1 and 2 for their states.
     """
     x = _mix(row.to(torch.int32) ^ _signed(key[0]))
     x = x + column.to(torch.int32) * _signed(0x9E3779B1) ^ _signed(key[1])
-    return ((x ^ ((x >> 16) & 0xFFFF)) * _signed(_ROUNDING[tensor]) >> (32 - bits)) & ((1 << bits) - 1)
+    return (x ^ ((x >> 16) & 0xFFFF)) * _signed(_ROUNDING[tensor])
+
+
+def rounding_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0) -> Tensor:
+    """The upper 16 of `element_bits`, as int32."""
+    return (element_bits(key, row, column, tensor) >> 16) & 0xFFFF
 
 
 def round_to_bfloat16(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, tensor: int = 0) -> Tensor:
@@ -95,7 +100,7 @@ def round_to_bfloat16(value: Tensor, key: tuple[int, int], row: Tensor, column: 
     Args:
         value: float32, finite.
         row, column: see `random_bits`; they broadcast to the shape of `value`.
-        tensor: see `rounding_bits`.
+        tensor: see `element_bits`.
     """
     # bfloat16 is the upper half of float32. Adding 16 random bits to the lower half carries over with a probability
     # equal to the part that truncation would lose.

@@ -1,17 +1,19 @@
 """Optimizer states in a byte each: floating point numbers with two bits of mantissa, rounded stochastically.
 
-A first state has a sign and five bits of exponent; a second one, a mean of squares, none and six: squares span twice as many
-powers of two. |x| is stored as |x| + C, which is at least C: seven (eight) bits of that float32's exponent and mantissa, counted
-from C's own. So byte 0 is zero, and below C steps are C / 4 wide, where they would else become ever narrower.
+The first state has a sign and five bits of exponent: the upper half of a float16, torch.float8_e5m2, of 2^7 times the state. The
+second, a mean of squares, has no sign and six bits, for squares span twice as many powers of two. x is stored as 2^-17 x + 2^-63: as
+float32, the lowest six bits of the exponent and the highest two of the mantissa. So byte 0 is zero for both, and steps become no
+narrower than these near it:
 
-    state    C        steps below C    largest
-    1        2^-22    6e-8             896
-    2        2^-46    3.6e-15          2.3e5     (of gradients of 6e-8 and 479)
+    state    narrowest step    largest
+    1        1.2e-7            448
+    2        3.6e-15           2.3e5      (of gradients of 6e-8 and 479)
 
 What is larger is stored as the largest. Block-wise scales, which 8-bit optimizers mostly have (Dettmers et al., "8-bit optimizers
 via block-wise quantization", ICLR 2022), would make an element's state depend on its neighbours', and so on tiles and on rewiring;
 here a state is a function of its own value and draw. Rounding to the nearest would stop an average of which a step changes a
-thousandth: the draw lets it move on average as it should.
+thousandth: the draw lets it move on average as it should. (The first state, of which a step changes a tenth, is rounded to the
+nearest float16 before that.)
 """
 
 from __future__ import annotations
@@ -19,35 +21,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xmc_trainer.kernels.counter_rng import rounding_bits
+from xmc_trainer.kernels.counter_rng import element_bits
 
-_DROPPED = 21  # bits of a float32's mantissa
-
-
-def _first_bits(tensor: int) -> int:
-    """Those of C as float32, by the number of the state, 1 or 2."""
-    return (127 - (22, 46)[tensor - 1]) << 23
+_SCALE, _LARGEST = 2.0**7, 57344.0  # of the first state, and as float16
+_SQUARES_SCALE, _FIRST, _FIRST_BITS = 2.0**-17, 2.0**-63, 64 << 23  # of the second; what is added to it, also as a float32's bits
 
 
-def _first(tensor: int) -> float:
-    return 2.0 ** -(22, 46)[tensor - 1]
+def decoded(byte: Tensor, state: int) -> Tensor:
+    """uint8 -> float32. state: 1 or 2."""
+    if state == 1:
+        return (byte.to(torch.int16) << 8).view(torch.float16).to(torch.float32) / _SCALE
+    return (((byte.to(torch.int32) << 21) + _FIRST_BITS).view(torch.float32) - _FIRST) / _SQUARES_SCALE
 
 
-def decoded(byte: Tensor, tensor: int) -> Tensor:
-    """uint8 -> float32. tensor: the number of the state, 1 or 2."""
-    number = byte.to(torch.int32)
-    bits = (number & (0x7F if tensor == 1 else 0xFF)) << _DROPPED
-    size = (bits + _first_bits(tensor)).view(torch.float32) - _first(tensor)
-    return torch.where(number > 0x7F, -size, size) if tensor == 1 else size
+def encoded(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, state: int) -> Tensor:
+    """The bytes of float32 numbers, which decode to `value` on average over keys. See `counter_rng.round_to_bfloat16`.
 
-
-def encoded(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, tensor: int) -> Tensor:
-    """The bytes of float32 numbers: on average over keys they decode to `value`. See `counter_rng.round_to_bfloat16`.
-
-    Args: tensor: the number of the state, 1 or 2; of the second no number is negative.
+    Args: state: 1 or 2; of 2 no number is negative.
     """
-    bits = (value.abs() + _first(tensor)).view(torch.int32) - _first_bits(tensor)
-    bits = (bits + rounding_bits(key, row, column, tensor, _DROPPED)) >> _DROPPED
-    if tensor == 2:
-        return bits.clamp_max(0xFF).to(torch.uint8)
-    return (bits.clamp_max(0x7F) | torch.where(value.signbit(), 0x80, 0)).to(torch.uint8)
+    draw = element_bits(key, row, column, 1)  # of both: the second's bits are the upper 21, the first's are lower but for five
+    if state == 1:
+        half = (value * _SCALE).to(torch.float16).clamp(-_LARGEST, _LARGEST)
+        return ((half.view(torch.int16).to(torch.int32) + ((draw >> 8) & 0xFF)) >> 8).to(torch.uint8)
+    bits = (value * _SQUARES_SCALE + _FIRST).view(torch.int32) - _FIRST_BITS
+    return ((bits + ((draw >> 11) & 0x1FFFFF)) >> 21).clamp_max(0xFF).to(torch.uint8)

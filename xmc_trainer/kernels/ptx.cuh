@@ -52,6 +52,21 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two numbers as float16, x the lower, in size at most 57344; and back.
+__device__ __forceinline__ uint32_t halves(float x, float y) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    asm("min.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x7B007B00));
+    asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0xFB00FB00));
+    return pair;
+}
+
+__device__ __forceinline__ float2 from_halves(uint32_t pair) {
+    float2 v;
+    asm("{\n.reg .f16 x, y;\nmov.b32 {x, y}, %2;\ncvt.f32.f16 %0, x;\ncvt.f32.f16 %1, y;\n}" : "=f"(v.x), "=f"(v.y) : "r"(pair));
+    return v;
+}
+
 // To memory, together: the compiler stores each word on its own where it can, a fourth of what a sector takes.
 __device__ __forceinline__ void store_words(void* to, const uint32_t (&r)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");

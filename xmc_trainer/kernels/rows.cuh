@@ -56,11 +56,12 @@ using StoredState = StoredAs<STATE>::type;
 __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ float wide(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
 
-// Of a state. SQUARES: as of `from_byte`.
+// Of a state, times its factor if it is a byte. SQUARES: of a second one.
 template <bool SQUARES, typename T>
 __device__ __forceinline__ float wide_state(T x) {
-    if constexpr (sizeof(T) == 1) return from_byte<SQUARES>(x);
-    else return wide(x);
+    if constexpr (!BYTE_STATE) return wide(x);
+    else if constexpr (SQUARES) return from_square(x);
+    else return from_halves(static_cast<uint32_t>(x) << 8).x;
 }
 
 // As products take them.

@@ -6,8 +6,8 @@
 // banks. Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows lane / 4 and lane / 4 + 8, columns
 // lane % 4 * 2 and the next.
 //
-// Compiled for one configuration by -D: WEIGHT (float or bfloat16), STATE (of states like weights: WEIGHT, or uint8_t if that is
-// bfloat16, see eight_bits.py), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the files' own. The same arithmetic in Triton: tile_math.py.
+// Compiled for one configuration by -D: WEIGHT (float or bfloat16), STATE (of states like weights: WEIGHT, or, with AdamW, uint8_t
+// if that is bfloat16), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the files' own. The same arithmetic in Triton: tile_math.py.
 
 #pragma once
 
@@ -39,7 +39,7 @@ namespace {
 constexpr int TEXTS = 128, THREADS = 32 * WARPS;  // texts a tile
 constexpr int MOMENTUM = 1, ADAMW = 2, ROWWISE = 3, BCE = 0;  // values of RULE and LOSS, as in tile_math.py
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2, BYTE_STATE = sizeof(STATE) == 1;
-static_assert(BYTE_STATE ? BF16_WEIGHT : sizeof(STATE) == sizeof(WEIGHT), "see above");
+static_assert(BYTE_STATE ? BF16_WEIGHT && RULE == ADAMW : sizeof(STATE) == sizeof(WEIGHT), "see above");
 constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks a row
 
 template <int PITCH>
@@ -395,38 +395,39 @@ __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32
     return __float_as_uint(value) + (hashed * factor >> 16);
 }
 
-// A state in a byte, and back, by a draw; see eight_bits.py. SQUARES: it is a mean of squares, which have no sign.
-template <bool SQUARES>
-constexpr uint32_t FIRST = (127u - (SQUARES ? 46 : 22)) << 23;
-
-template <bool SQUARES>
-__device__ __forceinline__ float from_byte(uint32_t byte) {
-    const uint32_t number = SQUARES ? byte : byte & 0x7F;
-    const float size = __uint_as_float(number * (1u << 21) + FIRST<SQUARES>) - __uint_as_float(FIRST<SQUARES>);
-    return SQUARES ? size : __uint_as_float(__float_as_uint(size) | (byte & 0x80) << 24);
-}
-
-template <bool SQUARES>
-__device__ __forceinline__ uint32_t to_byte(float value, uint32_t hashed, uint32_t factor) {
-    const uint32_t size = __float_as_uint(fabsf(value) + __uint_as_float(FIRST<SQUARES>)) - FIRST<SQUARES>;
-    const uint32_t number = min((size + (hashed * factor >> 11)) >> 21, SQUARES ? 0xFFu : 0x7Fu);
-    return SQUARES ? number : number | (__float_as_uint(value) >> 24 & 0x80);
-}
-
 struct Values { float weight, state0, state1; };
 
+// States in bytes, see eight_bits.py, are multiplied by these as long as they are here: it takes no instructions.
+constexpr float SCALE0 = 1 << 7, SCALE1 = 1.0f / (1 << 17);
+
+// Two first states, bytes 1 and 3 of a word, and back; `draws` are products of the elements' hashes.
+__device__ __forceinline__ uint32_t rounded_halves(float2 v, const uint32_t (&draws)[2]) {
+    return halves(v.x, v.y) + (__byte_perm(draws[0], draws[1], 0x0501) & 0x00FF00FF);
+}
+
+// A second state; the byte is the lowest of a word.
+__device__ __forceinline__ float from_square(uint32_t byte) {
+    return __uint_as_float(byte * (1u << 21) + (64u << 23)) - 1.0842021724855044e-19f;  // 2^-63
+}
+
+__device__ __forceinline__ uint32_t to_square(float value, uint32_t draw) {
+    return min((__float_as_uint(value + 1.0842021724855044e-19f) + (draw >> 11)) >> 21, 0x1FFu);  // 256 is 2^-63
+}
+
 // By the gradient `grad` times `scale`. What does not differ between elements is in brackets, worked out once. With ROWWISE state0 is
-// the new one already: it is of all of a label's gradients.
+// the new one already: it is of all of a label's gradients. SCALED: states have the factors above.
+template <bool SCALED>
 __device__ __forceinline__ Values updated(Values v, float grad, float scale, const Arguments& a, float weight_decay) {
+    constexpr float scale0 = SCALED ? SCALE0 : 1.0f, scale1 = SCALED ? SCALE1 : 1.0f;
     const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // of a bias: a constant
     if (RULE == ROWWISE) {
         const float deviation = square_root(v.state0 * a.correct1) + a.eps;
         v.weight = v.weight * kept - (a.lr * scale) * (grad * reciprocal(deviation));
     } else if (RULE == ADAMW) {
-        v.state0 = a.beta0 * v.state0 + ((1.0f - a.beta0) * scale) * grad;
-        v.state1 = a.beta1 * v.state1 + ((1.0f - a.beta1) * scale * scale) * (grad * grad);
-        const float deviation = square_root(v.state1 * a.correct1) + a.eps;
-        v.weight = v.weight * kept - (a.lr * a.correct0) * (v.state0 * reciprocal(deviation));
+        v.state0 = a.beta0 * v.state0 + ((1.0f - a.beta0) * scale * scale0) * grad;
+        v.state1 = a.beta1 * v.state1 + ((1.0f - a.beta1) * scale * scale * scale1) * (grad * grad);
+        const float deviation = square_root(v.state1 * (a.correct1 / scale1)) + a.eps;
+        v.weight = v.weight * kept - (a.lr * a.correct0 / scale0) * (v.state0 * reciprocal(deviation));
     } else if (RULE == MOMENTUM) {
         v.state0 = a.beta0 * v.state0 + fmaf(scale, grad, weight_decay * v.weight);
         v.weight -= a.lr * v.state0;
@@ -452,7 +453,7 @@ __device__ __forceinline__ void narrow(uint32_t& to, float2 v, const uint32_t (&
     to = __byte_perm(rounded(v.x, hashed[0], factor), rounded(v.y, hashed[1], factor), 0x7632);
 }
 
-// PAIRS pairs of states that are neighbours in a row, as they are stored.
+// PAIRS pairs of states that are neighbours in a row, as they are stored. SQUARES: of second states.
 template <int PAIRS>
 struct States {
     using Word = std::conditional<BYTE_STATE, uint32_t, Pair>::type;
@@ -462,18 +463,25 @@ struct States {
 
     template <bool SQUARES>
     __device__ __forceinline__ float2 pair(int n) const {
-        if constexpr (!BYTE_STATE) return widened(word[n]);
-        else return make_float2(from_byte<SQUARES>(word[n / 2] >> n % 2 * 16 & 0xFF), from_byte<SQUARES>(word[n / 2] >> (n % 2 * 16 + 8) & 0xFF));
+        if constexpr (!BYTE_STATE) {
+            return widened(word[n]);
+        } else {
+            const uint32_t four = word[n / 2], odd = n % 2;
+            if constexpr (!SQUARES) return from_halves(__byte_perm(four, 0, odd ? 0x3424 : 0x1404));
+            else return make_float2(from_square(__byte_perm(four, 0, odd ? 0x4442 : 0x4440)), from_square(__byte_perm(four, 0, odd ? 0x4443 : 0x4441)));
+        }
     }
 
     // Rounded by draws.
     template <bool SQUARES>
-    __device__ __forceinline__ void set(int n, float2 v, const uint32_t (&hashed)[2], uint32_t factor) {
+    __device__ __forceinline__ void set(int n, float2 v, const uint32_t (&hashed)[2]) {
         if constexpr (!BYTE_STATE) {
-            narrow(word[n], v, hashed, factor);
+            narrow(word[n], v, hashed, SQUARES ? ROUND_STATE1 : ROUND_STATE0);
         } else {
-            const uint32_t bytes = to_byte<SQUARES>(v.x, hashed[0], factor) | to_byte<SQUARES>(v.y, hashed[1], factor) << 8;
-            word[n / 2] = __byte_perm(word[n / 2], bytes, n % 2 ? 0x5410 : 0x3254);
+            const uint32_t draws[2] = {hashed[0] * ROUND_STATE0, hashed[1] * ROUND_STATE0};  // of both states: each has bits of its own
+            uint32_t& four = word[n / 2];
+            if constexpr (!SQUARES) four = __byte_perm(four, rounded_halves(v, draws), n % 2 ? 0x7510 : 0x3275);
+            else four = __byte_perm(four, __byte_perm(to_square(v.x, draws[0]), to_square(v.y, draws[1]), 0x0040), n % 2 ? 0x5410 : 0x3254);
         }
     }
 };
@@ -608,12 +616,12 @@ private:
             const float2 none = make_float2(0.0f, 0.0f), w = widened(weight[n]);
             const float2 v0 = RULE >= MOMENTUM ? state0.template pair<false>(n) : none;
             const float2 v1 = RULE == ADAMW ? state1.template pair<true>(n) : none;
-            const Values x = updated({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
-            const Values y = updated({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
+            const Values x = updated<BYTE_STATE>({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
+            const Values y = updated<BYTE_STATE>({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
             const uint32_t draws[2] = {element_hash(hashed, a.key[1], on), element_hash(hashed, a.key[1], on + 1)};
             narrow(weight[n], {x.weight, y.weight}, draws, ROUND_WEIGHT);
-            if (RULE >= MOMENTUM) state0.template set<false>(n, {x.state0, y.state0}, draws, ROUND_STATE0);
-            if (RULE == ADAMW) state1.template set<true>(n, {x.state1, y.state1}, draws, ROUND_STATE1);
+            if (RULE >= MOMENTUM) state0.template set<false>(n, {x.state0, y.state0}, draws);
+            if (RULE == ADAMW) state1.template set<true>(n, {x.state1, y.state1}, draws);
         }
         if constexpr (EXCHANGES && !GRADIENTS) exchange_words(weight);
         const auto write = [&](auto* tensor, const auto& v) {
@@ -642,7 +650,7 @@ __device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, V
     for (int i = 0; i < PARTS; ++i) grad += part[i * stride];
     grad *= a.text_weight;
     if (RULE == ROWWISE) v.state0 = a.beta1 * v.state0 + (1.0f - a.beta1) * grad * grad;
-    v = updated(v, grad, 1.0f, a, 0.0f);
+    v = updated<false>(v, grad, 1.0f, a, 0.0f);
     a.bias[label] = v.weight;
     if (RULE >= MOMENTUM) a.bias_state0[label] = v.state0;
     if (RULE == ADAMW) a.bias_state1[label] = v.state1;

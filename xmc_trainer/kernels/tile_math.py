@@ -14,8 +14,6 @@ INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 # Values of the kernels' LOSS and RULE.
 BCE, SQUARED_HINGE = tl.constexpr(0), tl.constexpr(1)
 SGD, MOMENTUM, ADAMW, ROWWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-# Of states in a byte: what is added to them, as the bits of a float32; see `eight_bits`.
-_FIRST, _SQUARES_FIRST = tl.constexpr((127 - 22) << 23), tl.constexpr((127 - 46) << 23)
 
 
 @triton.jit
@@ -151,15 +149,13 @@ def updated(
 
 @triton.jit
 def load_state(pointer, mask, SQUARES: tl.constexpr):
-    """Load a state as float32, from bytes as `eight_bits.decoded` does. SQUARES: it is a mean of squares, which have no sign."""
+    """Load a state as float32, from bytes as `eight_bits.decoded` does. SQUARES: the second state."""
     x = tl.load(pointer, mask=mask, other=0)
     if pointer.dtype.element_ty == tl.uint8:
-        number = x.to(tl.uint32)
-        FIRST: tl.constexpr = _SQUARES_FIRST if SQUARES else _FIRST
-        bits = number if SQUARES else number & 0x7F
-        x = ((bits << 21) + FIRST).to(tl.float32, bitcast=True) - tl.full([1], FIRST, tl.uint32).to(tl.float32, bitcast=True)
-        if not SQUARES:
-            x = tl.where(number > 0x7F, -x, x)
+        if SQUARES:
+            x = (((x.to(tl.uint32) << 21) + (64 << 23)).to(tl.float32, bitcast=True) - 2.0**-63) * 2.0**17
+        else:
+            x = (x.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32) * 2.0**-7
     return x.to(tl.float32)
 
 
@@ -173,14 +169,13 @@ def store_rounded(pointer, value, mask, hashed, FACTOR: tl.constexpr, SQUARES: t
         bits = value.to(tl.uint32, bitcast=True) + ((hashed * FACTOR) >> 16)
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
     elif pointer.dtype.element_ty == tl.uint8:
-        FIRST: tl.constexpr = _SQUARES_FIRST if SQUARES else _FIRST
-        size = tl.abs(value) + tl.full([1], FIRST, tl.uint32).to(tl.float32, bitcast=True)
-        bits = (size.to(tl.uint32, bitcast=True) - FIRST + ((hashed * FACTOR) >> 11)) >> 21
+        draw = hashed * 0x846CA68B
         if SQUARES:
-            bits = tl.minimum(bits, 0xFF)
+            bits = (value * 2.0**-17 + 2.0**-63).to(tl.uint32, bitcast=True) - (64 << 23)
+            value = tl.minimum((bits + (draw >> 11)) >> 21, 0xFF).to(tl.uint8)
         else:
-            bits = tl.minimum(bits, 0x7F) | ((value.to(tl.uint32, bitcast=True) >> 24) & 0x80)
-        value = bits.to(tl.uint8)
+            half = tl.clamp(value * 2.0**7, -57344.0, 57344.0).to(tl.float16).to(tl.uint16, bitcast=True)
+            value = ((half + ((draw >> 8) & 0xFF).to(tl.uint16)) >> 8).to(tl.uint8)
     tl.store(pointer, value, mask=mask)
 
 

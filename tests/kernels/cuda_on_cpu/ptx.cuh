@@ -81,6 +81,22 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
         });
 }
 
+// float16: a sign, five bits of exponent, ten of mantissa.
+inline uint32_t half_bits(float x) {
+    const float size = std::min(std::fabs(x), 57344.0f);
+    const int exponent = std::max(size > 0.0f ? std::ilogb(size) : -14, -14);
+    const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent)));  // ties to even; 2048 goes to the next exponent
+    return (std::signbit(x) ? 0x8000 : 0) + (exponent + 14) * 1024 + steps;
+}
+inline uint32_t halves(float x, float y) { return half_bits(x) | half_bits(y) << 16; }
+inline float2 from_halves(uint32_t pair) {
+    const auto one = [](uint32_t bits) {
+        const int exponent = std::max<int>(bits >> 10 & 31, 1), steps = (bits & 1023) + (bits >> 10 & 31 ? 1024 : 0);
+        return (bits & 0x8000 ? -1.0f : 1.0f) * std::ldexp(static_cast<float>(steps), exponent - 25);
+    };
+    return {one(pair & 0xFFFF), one(pair >> 16)};
+}
+
 inline void store_words(void* to, const uint32_t (&r)[4]) {
     if (reinterpret_cast<uintptr_t>(to) % 16) std::abort();
     std::memcpy(to, r, sizeof r);
