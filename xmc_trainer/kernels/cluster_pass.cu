@@ -795,7 +795,7 @@ __global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
         publish_barriers();
         expect_partials(shared);
     }
-    share<TEXTS, ROW * PARTS>([&](int text, int chunk) {
+    share<TEXTS, ROW * PARTS>([&](int text, int chunk, int) {
         const bfloat16* from = a.x + static_cast<int64_t>(text) * ALL_FEATURES + rank * FEATURES + chunk * 8;
         copy_async(shared.x[chunk / ROW] + place<ROW>(text, chunk % ROW), from, true);
     });

@@ -86,8 +86,9 @@ __device__ __forceinline__ void feature_gradient(Shared& shared, const Arguments
 }
 
 __device__ __forceinline__ void gather_features(Shared& shared, const Arguments& a, int text0) {
-    share<FEATURES, X_PITCH>([&](int f, int chunk) {
-        const int offset = shared.offset[f];
+    const Offsets offsets(shared.offset);
+    share<FEATURES, X_PITCH>([&](int f, int chunk, int i) {
+        const int offset = offsets.of[i];
         copy_async(shared.x + place_of_x(f, chunk), a.x + max(offset, 0) + text0 + chunk * 8, offset >= 0);
     });
 }

@@ -37,7 +37,7 @@ constexpr int ROWS_A_COPY = THREADS / X_PITCH, COPIES = FEATURES / ROWS_A_COPY; 
 constexpr int BUFFERS = 3, SLOTS = 2, GATHERED = TEAMS + 1;  // tiles whose rows, slopes and features are on the chip
 // Lanes that share a row, and how many chunks of it each reads ahead. Most parts of bfloat16 rows are no longer.
 constexpr int LANES = SPREADERS / ROWS, CHUNKS = sizeof(WEIGHT) + sizeof(INDEX) > 4 ? 1 : 3, STRETCH = LANES * CHUNKS * CHUNK;
-constexpr int RECEIVED = (CLUSTER - 1) * LABELS * TEXTS * static_cast<int>(sizeof(bfloat16));  // slopes of other blocks' labels
+constexpr int RECEIVED = ROWS * TEXTS * static_cast<int>(sizeof(bfloat16));  // slopes of a tile
 static_assert(SLOTS == TEAMS, "a team's tiles have one");
 static_assert(WARPS == 4 && CHUNK == 4 && EIGHTS * 8 == LABELS && EIGHTS <= 2 && ROWS % 16 == 0, "see above");
 static_assert(PARTS * 64 == SLICE && SLICE <= 192 && CLUSTER <= 4, "see above");
@@ -103,22 +103,28 @@ __device__ __forceinline__ void keep_ahead(Team& own, Ahead& ahead, const Argume
     if (thread == 0) own.positive[buffer] = ahead.positive;
 }
 
+// A thread's. Behind copies that have been asked for they would be waited for: all accesses to shared memory go one way.
+struct TeamOffsets {
+    int4 four[COPIES / 4];
+
+    __device__ __forceinline__ TeamOffsets(const Team& own, unsigned thread) {
+#pragma unroll
+        for (int i = 0; i < COPIES / 4; ++i) four[i] = *reinterpret_cast<const int4*>(&own.offset[thread / X_PITCH][4 * i]);
+    }
+};
+
 __device__ __forceinline__ void begin_copies(
-    Shared& shared, Team& own, const Arguments& a, const Tile& tile, int buffer, int x, unsigned thread) {
-    load_weights(a, tile, weights_at(own, buffer), thread);
+    Shared& shared, Team& own, const TeamOffsets& offsets, const Arguments& a, const Tile& tile, int buffer, int x, unsigned thread) {
     const int row = thread / X_PITCH, chunk = thread % X_PITCH;
     const bfloat16* const from = a.x + chunk * 8;
     bfloat16* const to = shared.x[x][chunk / ROW] + place<ROW>(row, chunk % ROW);
 #pragma unroll
-    for (int i = 0; i < COPIES; i += 4) {  // at once: each copy would wait for its own offset
-        const int4 offset = *reinterpret_cast<const int4*>(&own.offset[row][i]);
-        const int offsets[4] = {offset.x, offset.y, offset.z, offset.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int rows = (i + j) * ROWS_A_COPY;
-            copy_async(to + (rows_of(rows / 16) * 16 + rows % 16) * ROW_SIZE, from + static_cast<uint32_t>(offsets[j]), true);
-        }
+    for (int i = 0; i < COPIES; ++i) {
+        const int4& four = offsets.four[i / 4];
+        const int offset = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w, rows = i * ROWS_A_COPY;
+        copy_async(to + (rows_of(rows / 16) * 16 + rows % 16) * ROW_SIZE, from + static_cast<uint32_t>(offset), true);
     }
+    load_weights(a, tile, weights_at(own, buffer), thread);
 }
 
 using Logits = float[2][EIGHTS][4];  // [half of the texts][8 labels: lane % 4 * 2 and the next][2 high + label]
@@ -244,22 +250,14 @@ __device__ __forceinline__ void turn_gradients(float (&c)[1][N][4], const Gradie
     __syncwarp();
 }
 
-// A team's slopes to all blocks: to the others a warp each, to its own a part each.
+// A team's slopes to all blocks, its own too: a warp to each.
 __device__ __forceinline__ void send_slopes(Shared& shared, const Team& own, int slot, int rank, int warp, int lane) {
-    if (warp < CLUSTER && warp != rank && lane == 0)
+    if (warp < CLUSTER && lane == 0)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             send_bulk(address_in(warp, address(shared.s[slot][half] + rank * (LABELS * ROW_SIZE))), own.s[half], sizeof(own.s[half]),
                       address_in(warp, address(&shared.slopes[slot])));
     __syncwarp();
-#pragma unroll
-    for (int i = 0; i < EIGHTS; ++i) {
-        const int half = warp / 2, chunk = (warp % 2 * EIGHTS + i) * 32 + lane;
-        reinterpret_cast<uint4*>(shared.s[slot][half] + rank * (LABELS * ROW_SIZE))[chunk] = reinterpret_cast<const uint4*>(own.s[half])[chunk];
-    }
-    publish_shared();
-    __syncwarp();
-    if (lane == 0) arrive(shared.slopes[slot]);
 }
 
 __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int rank) {
@@ -276,7 +274,7 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
     Ahead ahead(a, tiles.number(first, rank), tile, thread);
     keep_ahead(shared.team[team], ahead, a, 0, thread);
     meet_team();
-    begin_copies(shared, shared.team[team], a, tile, 0, first, thread);
+    begin_copies(shared, shared.team[team], TeamOffsets(shared.team[team], thread), a, tile, 0, first, thread);
     meet_team();
     ahead = Ahead(a, tiles.number(first + TEAMS, rank), next, thread);
     int buffer = 0, x = first, x_parity = 1;  // parity: of the tile that had its place in x before
@@ -291,25 +289,27 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
         int x_next = x + TEAMS, x_next_parity = x_parity;
         if (x_next >= GATHERED) x_next -= GATHERED, x_next_parity ^= 1;
 
+        await(shared.received[slot], i / SLOTS & 1 ^ 1);  // the team's slopes before these
         await_copies();
         publish_shared();
         keep_ahead(own, ahead, a, buffer ^ 1, thread);
         ahead = Ahead(a, number, after_next, thread);
         meet_team();
         {
+            const bool any_positive = own.positive[buffer] != 0;
             Logits z;
             multiply_logits(z, shared, own, buffer, x, lane);
-            await(shared.received[slot], i / SLOTS & 1 ^ 1);  // the team's slopes before these
-            team_slopes(z, own, a, own.positive[buffer] != 0, tile, loss, warp, lane);
+            team_slopes(z, own, a, any_positive, tile, loss, warp, lane);
         }
         publish_shared();
         meet_team();
         await(shared.gathered[x_next], x_next_parity);
         if (update) fetch_states(a, tile, thread);
+        const TeamOffsets offsets(own, thread);
         // Made in any case: with a branch around products under way the compiler would wait for them at once.
         Gradients grad;
         begin_gradients(grad, shared, own, x);
-        begin_copies(shared, own, a, next, buffer ^ 1, x_next, thread);
+        begin_copies(shared, own, offsets, a, next, buffer ^ 1, x_next, thread);
         await_products<0>();
         pin_all(grad);
         meet_team();
@@ -494,7 +494,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) step_kernel(const Arguments 
     if (threadIdx.x == 0) {
         init(shared.zeroed, 1);
         for (Barrier& barrier : shared.gathered) init(barrier, WARPS);
-        for (Barrier& barrier : shared.slopes) init(barrier, 1 + WARPS);
+        for (Barrier& barrier : shared.slopes) init(barrier, 1);
         for (Barrier& barrier : shared.free) init(barrier, CLUSTER * (SPREADERS / 32));
         for (Barrier& barrier : shared.received) init(barrier, CLUSTER);
         publish_barriers();

@@ -104,14 +104,14 @@ __device__ __forceinline__ void clear(float (&c)[MM][NN][4]) {
             for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
 }
 
-// Calls `take` for each of ROWS rows' PITCH chunks, THREADS at a time: take(row, chunk). A thread's chunk is always the same.
+// Calls `take` for each of ROWS rows' PITCH chunks, THREADS at a time: take(row, chunk, i), the thread's i-th. Its chunk is always the same.
 template <int ROWS, int PITCH, typename Take>
 __device__ __forceinline__ void share(Take take, unsigned thread = threadIdx.x) {
     constexpr int STEP = THREADS / PITCH;
 #pragma unroll
     for (int i = 0; i < (ROWS + STEP - 1) / STEP; ++i) {
         const int row = thread / PITCH + i * STEP;
-        if (ROWS % STEP == 0 || row < ROWS) take(row, thread % PITCH);
+        if (ROWS % STEP == 0 || row < ROWS) take(row, thread % PITCH, i);
     }
 }
 
@@ -163,11 +163,23 @@ struct Ahead {
     }
 };
 
+// Where in X^T the features are that a thread shares in copying. Read before copies are asked for: behind these, as all accesses to
+// shared memory go one way, each would be waited for.
+struct Offsets {
+    static constexpr int STEP = THREADS / X_PITCH, COPIES = (FEATURES + STEP - 1) / STEP;
+    int of[COPIES];
+
+    __device__ __forceinline__ explicit Offsets(const int (&offset)[FEATURES]) {
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) of[i] = offset[threadIdx.x / X_PITCH + i * STEP];
+    }
+};
+
 // The tile's weights to shared memory as bfloat16: label g's eight from feature 8 c on to to(g, c). Zeros where there are none.
 template <typename To>
 __device__ __forceinline__ void load_weights(const Arguments& a, const Tile& tile, To to, unsigned thread = threadIdx.x) {
     const WEIGHT* weight = static_cast<const WEIGHT*>(a.weight) + tile.label0 * a.fan_in;
-    share<LABELS, W_PITCH>([&](int g, int chunk) {
+    share<LABELS, W_PITCH>([&](int g, int chunk, int) {
         const int f = 8 * chunk;
         const bool ok = g < tile.count && f < a.fan_in;
         const WEIGHT* from = weight + (ok ? g * a.fan_in + f : 0);

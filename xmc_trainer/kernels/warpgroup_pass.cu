@@ -149,8 +149,9 @@ __device__ __forceinline__ void add_losses(float loss, float* to) {
 }
 
 __device__ __forceinline__ void gather_features(Shared& shared, const Arguments& a, int text0) {
-    share<FEATURES, X_PITCH>([&](int f, int c) {
-        const int offset = shared.offset[f];
+    const Offsets offsets(shared.offset);
+    share<FEATURES, X_PITCH>([&](int f, int c, int i) {
+        const int offset = offsets.of[i];
         copy_async(shared.x[c / ROW] + place<ROW>(f, c % ROW), a.x + max(offset, 0) + text0 + c * 8, offset >= 0);
     });
 }
