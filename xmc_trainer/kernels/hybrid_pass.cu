@@ -12,7 +12,7 @@
 // so that rows are read twice: by a team, who updates them once all blocks' spreaders have read them, too. A tile's texts are the
 // rows of a team's z, in the order that warpgroup_pass.cu describes, and of dX.
 //
-//     teams:      await x and w (tile); logits; await received (tile - TEAMS): slopes; gradients of weights; meanwhile x and w
+//     teams:      await received (tile - TEAMS), and x and w (tile); logits; slopes; gradients of weights; meanwhile x and w
 //                 (tile + TEAMS) are on their way, as soon as the other team is done with the place; await free (tile); send slopes;
 //                 update
 //     spreaders:  spread tile + 1, while products of tile - 1 are made; end these; arrive at free (tile + 1), of all blocks: its
@@ -37,7 +37,7 @@ constexpr int ROWS_A_COPY = THREADS / X_PITCH, COPIES = FEATURES / ROWS_A_COPY; 
 constexpr int BUFFERS = 3, SLOTS = 2, GATHERED = TEAMS + 1;  // tiles whose rows, slopes and features are on the chip
 // Lanes that share a row, and how many chunks of it each reads ahead. Most parts of bfloat16 rows are no longer.
 constexpr int LANES = SPREADERS / ROWS, CHUNKS = sizeof(WEIGHT) + sizeof(INDEX) > 4 ? 1 : 3, STRETCH = LANES * CHUNKS * CHUNK;
-constexpr int RECEIVED = ROWS * TEXTS * static_cast<int>(sizeof(bfloat16));  // slopes of a tile
+constexpr int RECEIVED = (CLUSTER - 1) * LABELS * TEXTS * static_cast<int>(sizeof(bfloat16));  // slopes of other blocks' labels
 static_assert(SLOTS == TEAMS, "a team's tiles have one");
 static_assert(WARPS == 4 && CHUNK == 4 && EIGHTS * 8 == LABELS && EIGHTS <= 2 && ROWS % 16 == 0, "see above");
 static_assert(PARTS * 64 == SLICE && SLICE <= 192 && CLUSTER <= 4, "see above");
@@ -250,9 +250,21 @@ __device__ __forceinline__ void turn_gradients(float (&c)[1][N][4], const Gradie
     __syncwarp();
 }
 
-// A team's slopes to all blocks, its own too: a warp to each.
-__device__ __forceinline__ void send_slopes(Shared& shared, const Team& own, int slot, int rank, int warp, int lane) {
-    if (warp < CLUSTER && lane == 0)
+// A team's slopes to all blocks, when there is room for them: to its own, where no bulk copy may go, a part each, to the others a warp
+// each. The parts are read before, so that they are there when they may be written.
+__device__ __forceinline__ void send_slopes(Shared& shared, const Team& own, int slot, int parity, int rank, int warp, int lane) {
+    const int own_half = warp / 2, first = warp % 2 * (EIGHTS * 32) + lane;
+    uint4 part[EIGHTS];
+#pragma unroll
+    for (int i = 0; i < EIGHTS; ++i) part[i] = reinterpret_cast<const uint4*>(own.s[own_half])[first + 32 * i];
+    await(shared.free[slot], parity);
+#pragma unroll
+    for (int i = 0; i < EIGHTS; ++i)
+        reinterpret_cast<uint4*>(shared.s[slot][own_half] + rank * (LABELS * ROW_SIZE))[first + 32 * i] = part[i];
+    publish_shared();
+    __syncwarp();
+    if (lane == 0) arrive(shared.slopes[slot]);
+    if (warp < CLUSTER && warp != rank && lane == 0)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             send_bulk(address_in(warp, address(shared.s[slot][half] + rank * (LABELS * ROW_SIZE))), own.s[half], sizeof(own.s[half]),
@@ -313,8 +325,7 @@ __device__ __forceinline__ void gather(Shared& shared, const Arguments& a, int r
         await_products<0>();
         pin_all(grad);
         meet_team();
-        await(shared.free[slot], i / SLOTS & 1);
-        send_slopes(shared, own, slot, rank, warp, lane);
+        send_slopes(shared, own, slot, i / SLOTS & 1, rank, warp, lane);
         if (!update) {
             if (lane == 0) arrive(shared.gathered[x]);
         } else {
@@ -494,7 +505,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1) step_kernel(const Arguments 
     if (threadIdx.x == 0) {
         init(shared.zeroed, 1);
         for (Barrier& barrier : shared.gathered) init(barrier, WARPS);
-        for (Barrier& barrier : shared.slopes) init(barrier, 1);
+        for (Barrier& barrier : shared.slopes) init(barrier, 1 + WARPS);
         for (Barrier& barrier : shared.free) init(barrier, CLUSTER * (SPREADERS / 32));
         for (Barrier& barrier : shared.received) init(barrier, CLUSTER);
         publish_barriers();

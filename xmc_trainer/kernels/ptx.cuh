@@ -255,7 +255,7 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t value, uint32_t barri
                  ::"r"(to), "r"(value), "r"(barrier) : "memory");
 }
 
-// Of this block's memory (written before `publish_shared`), to `to`, as `send`; a multiple of 16 bytes. Nothing tells the sender that it
+// Of this block's memory (written before `publish_shared`), to `to`, as `send`, in another block; a multiple of 16 bytes. Nothing tells the sender that it
 // has been read: it may be overwritten once the receiver has said that it has come.
 __device__ __forceinline__ void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
     asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
