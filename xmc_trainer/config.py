@@ -176,7 +176,7 @@ class FFIConfig:
     head_ratio: float = option(0.0, "share of the labels, the most frequent ones, that read head_fan_in features; the others fan_in")
     head_fan_in: int | None = option(None, "features that each of these labels reads; default: all")
     weight_dtype: str = option(
-        "float32", "head weights and optimizer state: float32, or bfloat16 (stochastic rounding)"
+        "float32", "head weights and, but for adamw_8bit, optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
     bias_init: str = option(
         "prior", "prior: the best constant for the share of positives in the data; frequency: the same of each label; or zero"
@@ -306,7 +306,7 @@ class OptimizationConfig:
     loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
     encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9)")
     xmc_optimizer: str = option(
-        "sgd", "optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (states of a byte), or rowwise_rmsprop (one float of state a label)"
+        "sgd", "optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (states of a byte; meant for weight_dtype=bfloat16), or rowwise_rmsprop (one float of state a label)"
     )
     xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state")
     epochs: int = option(10, "passes over the training set")

@@ -66,7 +66,7 @@ def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
 @pytest.mark.parametrize("chunks", [False, True])
 def test_rankings_leave_out_what_texts_have(chunks, device, monkeypatch):
     texts, labels, number = (37, LABELS, 1) if device == "cpu" else (130, 128 * 500 + 11, 3)
-    head = make_head(device, *HEADS[number], labels=labels)
+    head = make_head(device, *HEADS[number], "adamw_8bit", labels=labels)  # of which a ranking takes weights alone
     feat, ids, counts = batch(device, HEADS[number][0], texts, labels=labels)
     z = feat.double() @ dense_of(head)[0].bfloat16().double().T + head.bias.double()
     # What a text has, and what is best for it, in blocks of labels where others have neither.

@@ -79,7 +79,7 @@ def element_bits(key: tuple[int, int], row: Tensor, column: Tensor, tensor: int)
 
     A row's hash is uniform and what follows is one-to-one, so every draw is uniform. That is all that rounding asks for,
     and the GPU kernels draw one for every weight and state in every step. Those of an element are products of one hash, of
-    which the upper bits are used: multiply-shift hashing, pairwise independent but for what 32 bits cannot hold.
+    which the upper bits are the better ones: multiply-shift hashing, pairwise independent but for what 32 bits cannot hold.
 
     Args:
         tensor: 0 for weights, 1 and 2 for their states.

@@ -128,13 +128,14 @@ def state_dtype(head: HeadTensors) -> torch.dtype | None:
 
 
 def takes_types(head: HeadTensors) -> bool:
-    """Whether the sources take them: states in a byte go with bfloat16 weights."""
+    """Whether a step's sources take them: states in a byte go with bfloat16 weights."""
     return head.weight_LF.dtype == torch.bfloat16 or state_dtype(head) != torch.uint8
 
 
 def library(source: str, head: HeadTensors, device: torch.device, rule: dict[str, Any], loss: int, **defines: int) -> ctypes.CDLL:
     """A source compiled for a head's types, a device, and `defines`."""
-    weight, index, state = head.weight_LF.dtype, torch.int16 if head.index_RF is None else head.index_RF.dtype, state_dtype(head)
+    weight, index = head.weight_LF.dtype, torch.int16 if head.index_RF is None else head.index_RF.dtype
+    state = state_dtype(head) if rule["RULE"] else None  # a step without update has the plainest rule, and reads none
     types = {"WEIGHT": _TYPES[weight], "INDEX": _TYPES[index], "STATE": _TYPES[state or weight]}
     words = types | {"RULE": rule["RULE"], "LOSS": loss} | defines
     return compiled(source, torch.cuda.get_device_capability(device), tuple(f"{name}={word}" for name, word in words.items()))

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         ahead = Ahead(a, number + gridDim.x, numbers);
         float grad[1][FEATURES / 8][4];
         clear(grad);
-        // These parts are lines of 128 bytes, or, of states in a byte, all that a thread has of a row and half of it.
+        // These parts are lines of 128 bytes: of a row, or, if they are short, of states in a byte, of both rows of a thread.
         using Weights = WeightUpdate<BYTE_STATE ? 4 : 2, false, 2, 1, FEATURES / 8>;
         Weights::Read read;
         for (int text0 = 0; text0 < (ONE_TILE ? 1 : a.columns); text0 += TEXTS) {
