@@ -243,6 +243,7 @@ def test_shipped_sweeps_are_valid():
     runs = {file.stem: len(plan(file, [])[0]) for file in (ROOT / "launchers/sweeps").glob("*.yaml")}
     assert runs == {
         "sidgnd": 21, "sidgnd_label_texts": 9, "sidgnd_starts": 8, "sidgnd_rewiring": 36, "sidgnd_options": 30, "other_data": 30,
+        "sidgnd_states": 6,
     }  # fmt: skip
 
 
