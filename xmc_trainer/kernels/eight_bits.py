@@ -28,16 +28,19 @@ _SQUARES_SCALE, _FIRST, _FIRST_BITS = 2.0**-17, 2.0**-63, 64 << 23  # of the sec
 
 
 def decoded(byte: Tensor, state: int) -> Tensor:
-    """uint8 -> float32. state: 1 or 2."""
+    """uint8, of any shape -> float32. state: 1 or 2."""
     if state == 1:
         return (byte.to(torch.int16) << 8).view(torch.float16).to(torch.float32) / _SCALE
     return (((byte.to(torch.int32) << 21) + _FIRST_BITS).view(torch.float32) - _FIRST) / _SQUARES_SCALE
 
 
 def encoded(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, state: int) -> Tensor:
-    """The bytes of float32 numbers, which decode to `value` on average over keys. See `counter_rng.round_to_bfloat16`.
+    """uint8 of the shape of `value`, which decode to it on average over keys.
 
-    Args: state: 1 or 2; of 2 no number is negative.
+    Args:
+        value: float32, finite; of state 2 not negative.
+        row, column: int, as of `counter_rng.random_bits`; they broadcast to the shape of `value`.
+        state: 1 or 2.
     """
     draw = element_bits(key, row, column, 1)  # of both: the second's bits are the upper 21, the first's are lower but for five
     if state == 1:

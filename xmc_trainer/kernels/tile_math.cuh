@@ -411,6 +411,7 @@ struct Values { float weight, state0, state1; };
 
 // States in bytes, see eight_bits.py, are multiplied by these as long as they are here: it takes no instructions.
 constexpr float SCALE0 = 1 << 7, SCALE1 = 1.0f / (1 << 17);
+constexpr float FIRST_SQUARE = 0x1p-63f;  // what a second state has on top of that
 
 // Two first states, bytes 1 and 3 of a word, and back; `draws` are products of the elements' hashes.
 __device__ __forceinline__ uint32_t rounded_halves(float2 v, const uint32_t (&draws)[2]) {
@@ -419,11 +420,11 @@ __device__ __forceinline__ uint32_t rounded_halves(float2 v, const uint32_t (&dr
 
 // A second state; the byte is the lowest of a word.
 __device__ __forceinline__ float from_square(uint32_t byte) {
-    return __uint_as_float(byte * (1u << 21) + (64u << 23)) - 1.0842021724855044e-19f;  // 2^-63
+    return __uint_as_float(byte * (1u << 21) + (64u << 23)) - FIRST_SQUARE;
 }
 
 __device__ __forceinline__ uint32_t to_square(float value, uint32_t draw) {
-    return min((__float_as_uint(value + 1.0842021724855044e-19f) + (draw >> 11)) >> 21, 0x1FFu);  // 256 is 2^-63
+    return min((__float_as_uint(value + FIRST_SQUARE) + (draw >> 11)) >> 21, 0x1FFu);  // 256 is FIRST_SQUARE
 }
 
 // By the gradient `grad` times `scale`. What does not differ between elements is in brackets, worked out once. With ROWWISE state0 is

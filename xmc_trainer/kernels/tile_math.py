@@ -169,7 +169,7 @@ def store_rounded(pointer, value, mask, hashed, FACTOR: tl.constexpr, SQUARES: t
         bits = value.to(tl.uint32, bitcast=True) + ((hashed * FACTOR) >> 16)
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
     elif pointer.dtype.element_ty == tl.uint8:
-        draw = hashed * 0x846CA68B
+        draw = hashed * 0x846CA68B  # of both states: each has bits of its own
         if SQUARES:
             bits = (value * 2.0**-17 + 2.0**-63).to(tl.uint32, bitcast=True) - (64 << 23)
             value = tl.minimum((bits + (draw >> 11)) >> 21, 0xFF).to(tl.uint8)
