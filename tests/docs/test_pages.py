@@ -16,7 +16,18 @@ DOCS = ROOT / "docs"
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs pip install -e '.[docs]'")
 def test_the_site_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-f", DOCS / "site/mkdocs.yml", "-d", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "-f",
+        DOCS / "site/mkdocs.yml",
+        "-d",
+        tmp_path,
+    ]
     done = subprocess.run(command, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "api.html").read_text(encoding="utf-8")
@@ -46,5 +57,7 @@ def test_quoted_messages_are_in_the_code():
             for part in re.split(r"'\.\.\.'|\.\.\.|\b(?:N|M|NAME)\b", message):
                 if len(part.strip()) > 4:
                     checked += 1
-                    assert part.strip() in code, f"docs/troubleshooting.md quotes {part.strip()!r}, which the code does not say"
+                    assert part.strip() in code, (
+                        f"docs/troubleshooting.md quotes {part.strip()!r}, which the code does not say"
+                    )
     assert checked > 30

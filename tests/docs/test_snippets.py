@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from tests.data_helpers import instance, tiny_tokenizer, write_lf
+from tests.data_helpers import instance, tiny_tokenizer, write_lf, write_raw
 from tests.docs.preloaded import write_clients
 from tests.docs.snippets import Snippet, snippets_of
 from tests.integration.test_launchers import free_port
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-# In README's order: what one block makes the next ones use. Each page begins in a folder of its own.
-PAGES = ("README.md",)
+# The blocks of a page run one after another; each page begins in a folder of its own.
+PAGES = ("README.md", "docs/getting-started.md", "docs/data.md", "docs/api.md")
 EVERY_PAGE = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -32,7 +32,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("minilm")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=104, hidden_size=384, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=160
+        vocab_size=104,
+        hidden_size=384,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=160,
     )
     BertModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -56,7 +61,7 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def repository(folder: Path, encoder: Path) -> Path:
-    """A folder that looks like a checkout after the quick start, but for the size of the data."""
+    """A folder that looks like a checkout after README's quick start and own data, but for the size of the data."""
     for name in ("launchers", "ds_configs"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
@@ -66,12 +71,24 @@ def repository(folder: Path, encoder: Path) -> Path:
     texts = [instance(f"w{number % 8} w{draw.randrange(8, 90)}", [number % 8]) for number in range(64)]
     inside = write_lf(folder / "data" / "wordnet", train=texts, test=texts[:8], labels=labels)
     (inside / "filter_labels_test.txt").write_text("")
+    write_raw(
+        folder / "data" / "mine",
+        train=[(f"w{number}", f"tag{number % 3}") for number in range(9)],
+        test=[("w1", "tag1")],
+    )
+    (folder / "mine.yaml").write_text(
+        "{data: {dataset: mine, batch_size: 3}, model: {encoder: {encoder_model: data/minilm}}, training: {optimization: {epochs: 2}}}"
+    )
     return folder
 
 
 def on_own_ports(code: str) -> str:
     """The launchers' default ports may be taken by another test."""
-    for launcher, option in {"accelerate launch": "--main_process_port", "deepspeed --": "--master_port", "torchrun": "--master_port"}.items():
+    for launcher, option in {
+        "accelerate launch": "--main_process_port",
+        "deepspeed --": "--master_port",
+        "torchrun": "--master_port",
+    }.items():
         name = launcher.removesuffix(" --")
         code = code.replace(launcher, f"{name} {option} {free_port()}{launcher.removeprefix(name)}")
     return code
@@ -110,7 +127,12 @@ def test_the_blocks_of_a_page_run_one_after_another(page, encoder, clients, tmp_
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run(
-        ["bash", "-c", script_of(snippets, folder)], cwd=folder, env=environment, text=True, capture_output=True, timeout=300
+        ["bash", "-c", script_of(snippets, folder)],
+        cwd=folder,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     if page == "README.md":
