@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from xmc_trainer import __version__
 from xmc_trainer.errors import NothingToDo, UserError
 
 USAGE = """\
@@ -20,6 +21,7 @@ COMMANDS = {
     "sweep": ("xmc_trainer.sweep", "many trainings with several seeds, and their table"),
     "adjust": ("xmc_trainer.adjust", "rank a saved model's rare labels higher: what it would be worth, and do it"),
     "report": ("xmc_trainer.report", "runs side by side: a table and pictures"),
+    "doctor": ("xmc_trainer.doctor", "versions, GPUs, compilers, and which kernels will run: paste it into a bug report"),
     "wordnet": ("xmc_trainer.data.wordnet", "write the quick start's data set"),
     "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.bench.ranks", "what several ranks send each other; start it by torchrun"),
@@ -69,6 +71,9 @@ def main() -> None:
     )  # fmt: skip
     if words in (["-h"], ["--help"]):
         print(usage)
+        return
+    if words == ["--version"]:
+        print(f"xmc-trainer {__version__}")
         return
     print(f"error: no command {' '.join(words[:2])!r}" if words else "error: which command?", usage, sep="\n", file=sys.stderr)
     sys.exit(2)
