@@ -18,7 +18,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from xmc_trainer import yaml_nodes
@@ -718,7 +717,7 @@ def to_yaml(config: Any) -> str:
             return {name: tree(each) for name, each in value.items()}
         return escaped(value) if isinstance(value, str) else value
 
-    return yaml.safe_dump(tree(dataclasses.asdict(config)), default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return yaml_nodes.dump(tree(dataclasses.asdict(config)))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -40,14 +40,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml.nodes import MappingNode, Node, SequenceNode
 
-from xmc_trainer import resume
+from xmc_trainer import resume, yaml_nodes
 from xmc_trainer.cli import USAGE
-from xmc_trainer.config import Config, config_of_model, flatten, load_config, to_yaml
-from xmc_trainer.errors import UserError
+from xmc_trainer.config import Config, config_of_model, flatten, load_config, saved_settings
+from xmc_trainer.errors import UserError, shown
+from xmc_trainer.fields import settings_of
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 _FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
@@ -74,39 +73,18 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
 
     Args: more: settings of the command line, for every run.
     """
-    try:
-        tree = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or not tree["rows"]:
-        raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
-    if unknown := tree.keys() - {"settings", "seeds", "rows", "splits", "strengths"}:
-        raise UserError(f"{file}: {', '.join(map(str, unknown))}: write settings, seeds, rows, splits and strengths only")
-    lists = {name: tree.get(name) or [] for name in ("settings", "seeds", "splits", "strengths")}
-    lists |= {f"rows: {row}": own or [] for row, own in tree["rows"].items()}
-    for name, value in lists.items():
-        if not isinstance(value, list):
-            raise UserError(f"{file}: {name}: must be a list, in brackets or with a dash a line, not {value!r}")
-        if name.startswith(("settings", "rows")) and not all(isinstance(word, str) for word in value):
-            raise UserError(f"{file}: {name}: must hold key=value words only, not {value!r}")
-    seeds = lists["seeds"] or [42]
-    if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise UserError(f"{file}: seeds: must be different whole numbers, not {seeds}")
-    names = [re.sub(r"\W+", "_", str(row)) for row in tree["rows"]]
+    said = _read_plan(file)
+    seeds = [_seed(seed, file) for seed in said.seeds] or [42]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{file}: seeds: must be different whole numbers, not {shown(seeds)}")
+    names = [re.sub(r"\W+", "_", row) for row in said.rows]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: rows whose names differ in more than punctuation are needed; they name folders")
-    try:
-        views = Views([str(split) for split in lists["splits"]], [float(strength) for strength in lists["strengths"]])
-    except (TypeError, ValueError):
-        raise UserError(f"{file}: strengths: must be numbers, not {lists['strengths']}") from None
-    if not all(0 <= strength < math.inf for strength in views.strengths):
-        raise UserError(f"{file}: strengths: each is 0 or more")
+    views = Views(said.splits, [_strength(strength, file) for strength in said.strengths])
     runs = []
     for seed in seeds:
-        for (row, own), name in zip(tree["rows"].items(), names):
-            words = [*lists["settings"], *more, *(own or [])]
+        for (row, own), name in zip(said.rows.items(), names):
+            words = [*said.settings, *more, *own]
             try:
                 for word in words:
                     if word.startswith(_OURS):
@@ -115,9 +93,61 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
                 for split in views.splits or [None]:  # refuses what is wrong before anything runs
                     load_config([*words, *([] if split is None else [f"data.test_split={split}"])])
             except UserError as error:
-                raise UserError(f"{file}: row {str(row)!r}: {error}") from None
-            runs.append((str(row), seed, words))
+                raise UserError(f"{file}: row {shown(repr(row))}: {error}") from None
+            runs.append((row, seed, words))
     return runs, views
+
+
+@dataclass
+class _Plan:
+    """What a sweep's file says, as it is written."""
+
+    settings: list[str] = field(default_factory=list)
+    seeds: list[str] = field(default_factory=list)
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    splits: list[str] = field(default_factory=list)
+    strengths: list[str] = field(default_factory=list)
+
+
+def _read_plan(file: Path) -> _Plan:
+    root, said = yaml_nodes.read_file(file, "a sweep"), _Plan()
+    if isinstance(root, MappingNode):
+        for name, node in yaml_nodes.entries(root, str(file)):
+            if name not in _Plan.__dataclass_fields__:
+                raise UserError(f"{yaml_nodes.place(node, str(file))}: {shown(name)}: write settings, seeds, rows, splits and strengths only")
+            if name != "rows":
+                setattr(said, name, _words(node, name, file))
+            elif isinstance(node, MappingNode):
+                said.rows = {row: _words(own, f"rows: {shown(row)}", file) for row, own in yaml_nodes.entries(node, str(file))}
+    if not said.rows:
+        raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
+    return said
+
+
+def _words(node: Node, name: str, file: Path) -> list[str]:
+    if yaml_nodes.is_null(node):
+        return []
+    if not isinstance(node, SequenceNode):
+        place = yaml_nodes.place(node, str(file))
+        raise UserError(f"{place}: {name}: must be a list, in brackets or with a dash a line, not a {yaml_nodes.kind(node)}")
+    return [yaml_nodes.scalar(word, str(file)) for word in node.value]
+
+
+def _seed(text: str, file: Path) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise UserError(f"{file}: seeds: must be different whole numbers, not {shown(text)}")
+    return int(text)
+
+
+def _strength(text: str, file: Path) -> float:
+    domain = settings_of(Config)["model.ffi.logit_adjustment"].domain
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if strength not in domain:
+        raise UserError(f"{file}: strengths: must be numbers in {domain.text}, not {shown(text)}")
+    return strength
 
 
 def finished(config: Config) -> list[dict[str, Any]] | None:
@@ -138,8 +168,8 @@ def _differences(config: Config) -> list[str]:
     file = config.run_folder / "config.yaml"
     if not file.is_file():
         return []
-    there, here = (flatten(OmegaConf.to_container(tree)) for tree in (OmegaConf.load(file), OmegaConf.create(to_yaml(config))))
-    return [f"{name}={there.get(name)}, not {here.get(name)}" for name in here | there if there.get(name) != here.get(name)]
+    there, here = flatten(saved_settings(file)), flatten(asdict(config))
+    return [f"{name}={shown(there.get(name))}, not {shown(here.get(name))}" for name in here | there if there.get(name) != here.get(name)]
 
 
 def refuse_to_replace(runs: list[list[str]]) -> None:

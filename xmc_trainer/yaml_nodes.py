@@ -1,4 +1,4 @@
-"""YAML files that people write, read without a guess at types: scalars keep their source text, and nothing is constructed.
+"""YAML files that people write: read without a guess at types, for scalars keep their source text, and nothing is constructed.
 
 YAML decides by a word's looks what it is: `2026_1_11` is a number, `on` a truth value, `12:30:00` a number of base 60. Here
 whoever knows what a word is for decides. Errors name the file and the line.
@@ -38,15 +38,17 @@ class _Loader(yaml.SafeLoader):
 
 def read_file(path: Path, what: str) -> Node | None:
     """The document in a file; None if it is empty. UserError where it cannot be read; `what` says what the file is."""
+    content, problem = b"", "not a file"
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a file; name a YAML file of {what}")
-        with path.open("rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        if path.is_file() or not path.exists():  # a pipe could be waited for without end
+            with path.open("rb") as file:
+                content, problem = file.read(_MOST_BYTES + 1), ""
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; name a YAML file of {what}") from None
+        problem = str(error.strerror)
     except ValueError:
-        raise UserError(f"{path}: no file can have this name; name a YAML file of {what}") from None
+        problem = "no file can have this name"
+    if problem:
+        raise UserError(f"{path}: {problem}; name a YAML file of {what}")
     if len(content) > _MOST_BYTES:
         raise UserError(f"{path}: larger than {_MOST_BYTES >> 10} KiB; name a YAML file of {what}")
     try:
@@ -111,3 +113,20 @@ def is_null(node: Node) -> bool:
 def kind(node: Node) -> str:
     """What a node is called."""
     return "list" if isinstance(node, SequenceNode) else "mapping" if isinstance(node, MappingNode) else "word"
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+def _represent_text(dumper: _Dumper, text: str) -> ScalarNode:
+    # PyYAML takes some line separators for what they are not, unless they are escaped.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def dump(tree: dict[str, object]) -> str:
+    """Dicts, lists and scalars as YAML, in which every text is read as it was."""
+    return yaml.dump(tree, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
