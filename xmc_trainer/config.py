@@ -78,10 +78,13 @@ class EnvironmentConfig(Section, prefix="environment."):
             _check_folder(f"environment.env2path.{shown(machine)}", folder)
 
     def device_name(self) -> str:
-        """cpu or cuda:N, of a single process; whether there is such a GPU is torch's to say."""
+        """cpu or cuda:N, of a single process. UserError where there is no such GPU."""
         import torch  # takes seconds to import: settings that are wrong do not wait for it
 
         on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        if on_gpu and self.cuda_device_id >= torch.cuda.device_count():
+            number, remedy = torch.cuda.device_count(), "set environment.cuda_device_id, or environment.device=cpu"
+            raise UserError(f"environment.cuda_device_id={self.cuda_device_id}: there are {number} usable GPUs, numbered from 0; {remedy}")
         return f"cuda:{self.cuda_device_id}" if on_gpu else "cpu"
 
 

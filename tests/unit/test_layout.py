@@ -15,6 +15,7 @@ ALLOWED = {
     "ops": {"kernels"},
     "parallel": {"errors"},
     "errors": set(),
+    "finite": {"errors", "parallel"},
     "metrics": set(),
     "schedules": set(),
     "encoder": {"errors"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz import examples
 from xmc_trainer.config import Config, load_config, shipped_configs, to_yaml
+from xmc_trainer.engine import _let_deepspeed_check, deepspeed_settings
 from xmc_trainer.errors import UserError
 from xmc_trainer.fields import escaped, settings_of
 from xmc_trainer.sweep import plan
@@ -412,3 +414,71 @@ def test_hostile_sweeps_are_refused_in_a_line(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "sweep.yaml"
     file.write_bytes(content)
     refusal(plan, file, ["dataset_path=d"])
+
+
+def read_deepspeed_file(path):
+    _let_deepspeed_check(path, deepspeed_settings(path, "no", 1, 4, 1, 0.0))
+
+
+JSON_FRAGMENTS = st.sampled_from(
+    [
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b"null",
+        b"NaN",
+        b"-1",
+        b"true",
+        b'"auto"',
+        b'"x": 1,',
+        b"1e999",
+        b"\xff",
+        b"\0",
+        b'"\\ud800"',
+        b"[" * 5000,
+    ]
+)
+
+
+@st.composite
+def spoilt_json(draw):
+    """A shipped file with a value replaced, or with its bytes spoilt."""
+    content = draw(st.sampled_from([file.read_bytes() for file in sorted((ROOT / "ds_configs").glob("*.json"))]))
+    if draw(st.booleans()):
+        at, length = draw(st.integers(0, len(content))), draw(st.integers(0, 20))
+        return content[:at] + draw(JSON_FRAGMENTS) + content[at + length :]
+    tree = json.loads(content)
+    part = draw(st.sampled_from([tree, *(value for value in tree.values() if isinstance(value, dict))]))
+    names = st.sampled_from(
+        [
+            *part,
+            "offload_param",
+            "steps_per_print",
+            "bf16",
+            "fp16",
+            "loss_scale",
+            "zero_optimization",
+            "train_batch_size",
+            "tensorboard",
+        ]
+    )
+    scalars = (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats(allow_nan=False, allow_infinity=False)
+        | st.text(max_size=5)
+    )
+    part[draw(names)] = draw(
+        scalars | st.lists(scalars, max_size=2) | st.dictionaries(st.text(max_size=5), scalars, max_size=2)
+    )
+    return json.dumps(tree).encode()
+
+
+@fuzz(300)
+@given(spoilt_json())
+def test_hostile_deepspeed_files_are_refused_in_a_line(tmp_path_factory, content):
+    file = tmp_path_factory.getbasetemp() / "ds.json"
+    file.write_bytes(content)
+    refusal(read_deepspeed_file, str(file))
