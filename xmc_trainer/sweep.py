@@ -50,6 +50,12 @@ from xmc_trainer.fields import settings_of
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 _FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
+# Of a log's records, what is read and which types that may have.
+_RECORDS: dict[str, dict[str, Any]] = {
+    "start": {"head_bytes": int, "device": str, "torch": str, "version": str, "commit": str},
+    "evaluate": {"split": str, "step": int, "seconds": (int, float), "P@1": (int, float)},
+    "end": {"seconds": (int, float)},
+}
 _FAILURES = 3  # after so many, and no success, nothing more is tried
 _OURS = ("training.seed=", "log_fname=", "training.verbose.log_fname=", "training.resume=")
 
@@ -152,15 +158,34 @@ def _strength(text: str, file: Path) -> float:
 
 def finished(config: Config) -> list[dict[str, Any]] | None:
     """The log of a finished training with exactly this configuration; None if there is none."""
-    return None if _differences(config) else _ended_log(config.run_folder)
+    return None if _differences(config) else read_log(config.run_folder / "log.jsonl")
 
 
-def _ended_log(folder: Path) -> list[dict[str, Any]] | None:
+def read_log(file: Path) -> list[dict[str, Any]] | None:
+    """The records of a finished training, from "start" to "end"; None where there is none, or it is not finished.
+
+    Its last line may be torn, where the training was killed while it wrote. Any other fault is a UserError with the line.
+    """
     try:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+        lines = file.read_bytes().splitlines()
+    except OSError:
         return None
-    return log if log and log[-1]["event"] == "end" else None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            event = record["event"]
+            missing = [name for name, kinds in _RECORDS.get(event, {}).items() if not isinstance(record.get(name), kinds)]
+            missing += [name for name in METRICS if event == "evaluate" and not isinstance(record.get(name, 0.0), (int, float))]
+            problem = f"its {event} record has no valid {missing[0]}" if missing else ""
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            problem = "is no record of a training"
+        if problem and number == len(lines):
+            return None
+        if problem:
+            raise UserError(f"{file}, line {number}: {problem}; the log is damaged, remove {file.parent} and train again")
+        records.append(record)
+    return records if records and (records[0]["event"], records[-1]["event"]) == ("start", "end") else None
 
 
 def _differences(config: Config) -> list[str]:
@@ -178,7 +203,7 @@ def refuse_to_replace(runs: list[list[str]]) -> None:
     for words in runs:
         config = load_config(words)
         differences = _differences(config)
-        if differences and (_ended_log(config.run_folder) or resume.find(config.run_folder)):
+        if differences and (read_log(config.run_folder / "log.jsonl") or resume.find(config.run_folder)):
             others.append(f"{config.run_folder} ({'; '.join(differences[:3])})")
     if others:
         raise UserError(
@@ -191,9 +216,12 @@ def _known_figures(config: Config) -> dict[str, dict[str, dict[str, float]]]:
     """split -> strength -> metrics, of the model that was trained last in the run's folder."""
     try:
         known = json.loads((config.run_folder / _FIGURES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known["figures"] if known["log_sha256"] == _digest(config) else {}
+    # What is not as `run_one` writes it is made again.
+    if not isinstance(known, dict) or known.get("log_sha256") != _digest(config) or not isinstance(known.get("figures"), dict):
+        return {}
+    return {split: of_split for split, of_split in known["figures"].items() if isinstance(of_split, dict)}
 
 
 def _digest(config: Config) -> str:
@@ -253,6 +281,8 @@ def result(log: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run's log says: the last test metrics (0 to 1), head memory, time, and when P@1 was best."""
     start, end = log[0], log[-1]
     tests = [record for record in log if record["event"] == "evaluate" and record["split"] == "test"]
+    if not tests:
+        raise UserError("a finished run without an evaluation on its test set; train it again")
     best = max(tests, key=lambda record: record["P@1"])
     return {name: tests[-1][name] for name in METRICS if name in tests[-1]} | {
         "head_mib": start["head_bytes"] / 2**20,
@@ -309,11 +339,14 @@ def main() -> None:
         raise UserError(f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)")
     target = options.csv or Path(options.file.with_suffix(".csv").name)
     lines = [{"row": row, "seed": seed, "settings": " ".join(words)} | entry for row, seed, words, entries in done for entry in entries]
-    with target.open("w", newline="", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
-        writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
-        writer.writeheader()
-        writer.writerows(lines)
+    try:
+        with target.open("w", newline="", encoding="utf-8") as file:
+            columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
+            writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise UserError(f"--csv {target}: cannot be written ({error.strerror}); name another file") from None
     for split in dict.fromkeys(line.get("split") for line in lines):
         if split is not None:
             print(f"{split}:\n")
@@ -388,7 +421,11 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                 if finished(config) is None and resume.find(folder) is None:
                     shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was cut off at its very end
                 log = folder.with_name(f"{folder.name}.txt")
-                log.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    log.touch()
+                except OSError as error:
+                    raise UserError(f"{log}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
                 gpu = None
                 if len(gpus) > 1 and config.environment.cuda_device_id == 0:  # another number was chosen
                     gpu = min(gpus, key=[own for *_, own in live.values()].count)

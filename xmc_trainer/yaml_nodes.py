@@ -70,7 +70,7 @@ def parse(text: str, where: str) -> Node | None:
     except yaml.reader.ReaderError as error:
         line = f", line {text[: error.position].count(chr(10)) + 1}"
         said = f"holds the character U+{ord(text[error.position]):04X}, which YAML does not allow"
-    except ValueError as error:  # such as an escape beyond the last code point
+    except (ValueError, OverflowError) as error:  # such as an escape beyond the last code point
         line, said = "", str(error)
     raise UserError(f"{where}{line}: not YAML: {said}; correct it")
 

@@ -83,7 +83,7 @@ def check_text(setting, word, yaml_file, text):
         except UserError:
             # As a name, a path or a variable it could not stand.
             is_name = setting.name.rsplit(".", 1)[-1] in ("log_fname", "checkpoint_file") and (
-                text[0] == "." or "/" in text or len(text.encode()) > 200
+                text[:1] == "." or "/" in text or len(text.encode()) > 200
             )
             assert not text or "\0" in text or text.startswith("~") or is_name or setting in CHOICES
         else:
@@ -298,6 +298,7 @@ def test_hostile_yaml_files_are_refused_in_a_line(tmp_path_factory, content):
     (b"training:\n  optimization:\n    lr: quick\n", "line 3: training.optimization.lr=quick: must be a number"),
     (b"data: " + b"[" * 10_000, "nested too deeply"),
     (b"data: " + b"{a: " * 10_000, "nested too deeply"),
+    (b'data:\n  folder: "\\UFFFFFFFF"\n', "not YAML"),
     (b"#" * (1 << 19), "larger than 256 KiB"),
     (b"data:\n  folder: ${data.hf_source}\n  hf_source: ${data.folder}\n", "refers to itself"),
     (b"environment: {env2path: [a]}\n", "env2path: must be a mapping"),
