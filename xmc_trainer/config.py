@@ -628,7 +628,9 @@ def _told_by_word(word: str) -> Iterator[tuple[str, Said]]:
         raise UserError(_unknown(name))
     elif setting.type in (dict, list):
         node = yaml_nodes.parse(text, name)
-        yield from _told_by_node(setting, node or ScalarNode("tag:yaml.org,2002:str", ""), name)
+        if node is None:
+            raise UserError(f"{name}: is empty; give it a value, or leave it out for its default")
+        yield from _told_by_node(setting, node, name)
     else:
         yield name, Said(None if text == "null" and (setting.optional or setting.type is not str) else text)
 
