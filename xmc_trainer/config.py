@@ -3,73 +3,94 @@
 The vocabulary is Spartex's (NeurIPS 2024): a complete configuration file of that system loads unchanged. The tree is
 built once, by `load_config`, and read by builders only; the head, its kernels and the data code take plain arguments.
 
-Checks live in `__post_init__`: they run when OmegaConf turns the merged tree into objects, before any work, and each
-message names the field to change.
+Checks live in `__post_init__`: they run when the objects are made, before any work, and each message names the field to
+change. Every number has a domain beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from xmc_trainer.errors import UserError
+from xmc_trainer import yaml_nodes
+from xmc_trainer.errors import UserError, shown
+from xmc_trainer.fields import (
+    REQUIRED,
+    Said,
+    Section,
+    Setting,
+    build,
+    check_domain,
+    escaped,
+    near,
+    option,
+    plain,
+    resolve,
+    settings_of,
+    value_of,
+)
 from xmc_trainer.schedules import SCHEDULES
 
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its one-line description, which `xmc-trainer settings` lists."""
-    metadata = {"help": help}
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+# Counts of steps, labels and texts; of epochs; of texts in a batch; sizes of layers; factors and rates.
+_COUNT, _EPOCHS, _BATCH, _WIDTH, _RATE = "[1, 2147483647]", "[1, 100000]", "[1, 1048576]", "[1, 65536]", "[0, 1000]"
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise UserError(f"{name}={value!r}: choose one of {', '.join(allowed)}")
+        raise UserError(f"{name}={shown(repr(value))}: choose one of {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: float | None, lowest: float) -> None:
-    if value is not None and not value >= lowest:  # so that nan is refused too
-        raise UserError(f"{name}={value}: must be at least {lowest}")
+def _check_folder(name: str, text: str | None) -> None:
+    try:
+        Path(text or "").expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}={shown(text)}: nobody here has a home of that name; write the whole path") from None
 
 
-def _share(name: str, value: float, below_one: bool = False) -> None:
-    if not (0 <= value < 1 if below_one else 0 <= value <= 1):
-        raise UserError(f"{name}={value}: must be in [0, 1{')' if below_one else ']'}")
+def _check_name(name: str, text: str, taken: tuple[str, ...] = ()) -> None:
+    """Of a folder that will be made."""
+    if "/" in text or text.startswith(".") or text in taken:
+        other = f", other than {', '.join(taken)}" if taken else ""
+        raise UserError(f"{name}={shown(repr(text))}: a plain name{other}, which does not begin with a dot: it becomes a folder")
+    if len(text.encode()) > 200:
+        raise UserError(f"{name}={shown(repr(text))}: at most 200 bytes, file systems take no longer names")
 
 
 @dataclass
-class EnvironmentConfig:
+class EnvironmentConfig(Section, prefix="environment."):
     running_env: str = option("guest", "key of `environment.env2path` that stands in for a missing `dataset_path`")
     env2path: dict[str, str] = option({"guest": "./data"}, "root folder of the data sets on each machine of yours")
     device: str = option("auto", "auto, cuda or cpu; auto takes the GPU if there is one")
-    cuda_device_id: int = option(0, "GPU of a run without a launcher; launchers give each process its own")
+    cuda_device_id: int = option(0, "GPU of a run without a launcher; launchers give each process its own", "[0, 1023]")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("environment.device", self.device, ("auto", "cuda", "cpu"))
-        _at_least("environment.cuda_device_id", self.cuda_device_id, 0)
+        for machine, folder in self.env2path.items():
+            _check_folder(f"environment.env2path.{shown(machine)}", folder)
 
     def device_name(self) -> str:
-        """cpu or cuda:N, of a single process; whether there is such a GPU is torch's to say."""
+        """cpu or cuda:N, of a single process. UserError where there is no such GPU."""
         import torch  # takes seconds to import: settings that are wrong do not wait for it
 
         on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        if on_gpu and self.cuda_device_id >= torch.cuda.device_count():
+            number, remedy = torch.cuda.device_count(), "set environment.cuda_device_id, or environment.device=cpu"
+            raise UserError(f"environment.cuda_device_id={self.cuda_device_id}: there are {number} usable GPUs, numbered from 0; {remedy}")
         return f"cuda:{self.cuda_device_id}" if on_gpu else "cpu"
 
 
 @dataclass
-class DataConfig:
-    dataset: str = option(MISSING, "name of the data set; keys the shipped YAML files")
+class DataConfig(Section, prefix="data."):
+    dataset: str = option(REQUIRED, "name of the data set; keys the shipped YAML files")
     folder: str | None = option(None, "folder under `dataset_path`; default: the shipped one, else `data.dataset`")
     is_lf_data: bool = option(False, "label-feature layout (raw_text/trn.json ...) instead of raw text files")
     hf_source: str | None = option(
@@ -87,12 +108,12 @@ class DataConfig:
         False, "add each label's text as a training instance of that label (LF data, or raw with label_text_file)"
     )
     use_filter_eval: bool = option(False, "leave the pairs of raw_text/filter_labels_test.txt out of the ranking (LF data)")
-    num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused")
-    max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off")
-    num_workers: int = option(2, "data loader processes a rank")
-    batch_size: int = option(64, "texts a micro-batch over all ranks together")
-    test_batch_size: int = option(256, "texts an evaluation batch over all ranks together")
-    train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays")
+    num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused", _COUNT)
+    max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off", "[3, 1000000]")
+    num_workers: int = option(2, "data loader processes a rank", "[0, 1024]")
+    batch_size: int = option(64, "texts a micro-batch over all ranks together", _BATCH)
+    test_batch_size: int = option(256, "texts an evaluation batch over all ranks together", _BATCH)
+    train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays", _COUNT)
     length_grouped: bool = option(True, "batches of texts of similar length, in random order: less padding")
     cache_dir: str = option("~/.cache/xmc_trainer", "where tokenised data sets are kept, by content")
 
@@ -102,10 +123,8 @@ class DataConfig:
         return self.test_split if self.hf_source is None else self.hf_test_split
 
     def __post_init__(self) -> None:
-        for name in ("num_labels", "batch_size", "test_batch_size", "train_sample"):
-            _at_least(f"data.{name}", getattr(self, name), 1)
-        _at_least("data.max_len", self.max_len, 3)
-        _at_least("data.num_workers", self.num_workers, 0)
+        super().__post_init__()
+        _check_folder("data.cache_dir", self.cache_dir)
         if self.is_lf_data and self.hf_source:
             raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
         if self.label_text_file and (self.is_lf_data or self.hf_source):
@@ -120,13 +139,13 @@ class DataConfig:
 
 
 @dataclass
-class EncoderConfig:
+class EncoderConfig(Section, prefix="model.encoder."):
     encoder_model: str = option("bert-base-uncased", "Hugging Face model: hub id or folder")
     encoder_tokenizer: str = option("${model.encoder.encoder_model}", "Hugging Face tokenizer: hub id or folder")
-    encoder_ftr_dim: int | None = option(None, "hidden size of the encoder; checked against the model")
+    encoder_ftr_dim: int | None = option(None, "hidden size of the encoder; checked against the model", _WIDTH)
     pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
-    feature_layers: int = option(1, "n of last_nhidden_conlast")
-    embed_dropout: float = option(0.3, "dropout on the pooled embedding")
+    feature_layers: int = option(1, "n of last_nhidden_conlast", "[1, 1000]")
+    embed_dropout: float = option(0.3, "dropout on the pooled embedding", "[0, 1)")
     use_torch_compile: bool = option(
         False, "compile the encoder (torch.compile, for batches of any length; a minute or two at the start)"
     )
@@ -139,9 +158,8 @@ class EncoderConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("model.encoder.pool_mode", self.pool_mode, ("last_hidden_avg", "last_nhidden_conlast"))
-        _at_least("model.encoder.feature_layers", self.feature_layers, 1)
-        _share("model.encoder.embed_dropout", self.embed_dropout, below_one=True)
         if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
             raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
         if self.use_ngame_encoder_weights and not self.ngame_checkpoint:
@@ -149,32 +167,30 @@ class EncoderConfig:
 
 
 @dataclass
-class PenultimateConfig:
+class PenultimateConfig(Section, prefix="model.penultimate."):
     use_penultimate_layer: bool = option(False, "a linear layer between encoder and head, with its own learning rate")
-    penultimate_size: int = option(4096, "its width: the d that the head reads")
+    penultimate_size: int = option(4096, "its width: the d that the head reads", _WIDTH)
     penultimate_activation: str = option("relu", "relu, gelu, tanh or none")
 
     def __post_init__(self) -> None:
-        _at_least("model.penultimate.penultimate_size", self.penultimate_size, 1)
-        if self.penultimate_size > 1 << 16:
-            raise UserError(f"model.penultimate.penultimate_size={self.penultimate_size}: at most 65536")
+        super().__post_init__()
         _one_of(
             "model.penultimate.penultimate_activation", self.penultimate_activation, ("relu", "gelu", "tanh", "none")
         )
 
 
 @dataclass
-class FFIConfig:
+class FFIConfig(Section, prefix="model.ffi."):
     use_sparse_layer: bool = option(
         True, "fixed fan-in head; false: dense head, for which fan_in, index_init, pruning, growth and rewiring mean nothing"
     )
-    fan_in: int = option(128, "features that a label reads")
-    group_size: int = option(1, "consecutive labels that share one index row")
+    fan_in: int = option(128, "features that a label reads", _WIDTH)
+    group_size: int = option(1, "consecutive labels that share one index row", _BATCH)
     semantic_groups: bool = option(
         False, "put the labels in the order of the cluster file (auxiliary.group_y_group): a group's labels are neighbours"
     )
-    head_ratio: float = option(0.0, "share of the labels, the most frequent ones, that read head_fan_in features; the others fan_in")
-    head_fan_in: int | None = option(None, "features that each of these labels reads; default: all")
+    head_ratio: float = option(0.0, "share of the labels, the most frequent ones, that read head_fan_in features; the others fan_in", "[0, 1)")
+    head_fan_in: int | None = option(None, "features that each of these labels reads; default: all", _WIDTH)
     weight_dtype: str = option(
         "float32", "head weights and, but for adamw_8bit, optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
@@ -187,46 +203,43 @@ class FFIConfig:
         "those that tell them from the other texts best, the features' correlations considered",
     )
     discriminant_ridge: float = option(
-        0.5, "of discriminant: what the correlations are shrunk by, 0 to 1; 1: not considered, as informed"
+        0.5, "of discriminant: what the correlations are shrunk by, 0 to 1; 1: not considered, as informed",
+        "(0, 1]",
     )
     weight_init: str = option("random", "first weights: random, zero, or centroid: along the mean of the label's training texts")
-    centroid_scale: float = option(0.5, "length of the weights of weight_init=centroid, for features of deviation 1")
+    centroid_scale: float = option(0.5, "length of the weights of weight_init=centroid, for features of deviation 1", "(0, 1000]")
     logit_adjustment: float = option(
         0.0,
         "taken off a label's score: this times log(its training texts / an average label's): rare labels are found more often; "
         "what it does to P@1 xmc-trainer adjust says, on a dev split",
+        "[0, 100]",
     )
     backend: str = option(
         "auto", "auto, triton (GPU), reference (plain torch, CPU and GPU) or torch_sparse (PyG's); auto: triton where it runs"
     )
     tile_labels: int | None = option(
-        None, "labels a tile of the backends without triton: bounds its working memory; default 4096 on a CPU, 65536 on a GPU"
+        None, "labels a tile of the backends without triton: bounds its working memory; default 4096 on a CPU, 65536 on a GPU",
+        _COUNT,
     )
     prune_mode: str = option("threshold", "threshold (|w| below it) or fraction (the smallest share of each row)")
-    rewire_threshold: float = option(0.01, "threshold of prune_mode=threshold")
-    rewire_fraction: float = option(0.15, "share of prune_mode=fraction")
-    rewire_end_threshold: float = option(1e-4, "where the scheduled threshold ends")
+    rewire_threshold: float = option(0.01, "threshold of prune_mode=threshold", _RATE)
+    rewire_fraction: float = option(0.15, "share of prune_mode=fraction", "[0, 1]")
+    rewire_end_threshold: float = option(1e-4, "where the scheduled threshold ends", _RATE)
     growth_mode: str = option(
         "random", "random: uniform over the features that the row does not read; gradient: those of the largest gradient"
     )
-    growth_batches: int = option(16, "of growth_mode=gradient: latest steps over which the gradient is summed")
+    growth_batches: int = option(16, "of growth_mode=gradient: latest steps over which the gradient is summed", "[1, 10000]")
     growth_init_mode: str = option("zero", "grown weights start at zero, or at random like the first ones")
-    input_features: int | None = option(None, "d; checked against the encoder or the penultimate layer")
-    output_features: int | None = option(None, "number of labels; checked against the data")
-    rewire_interval: int = option(1000, "optimizer steps between two rewirings; 0: never")
+    input_features: int | None = option(None, "d; checked against the encoder or the penultimate layer", _WIDTH)
+    output_features: int | None = option(None, "number of labels; checked against the data", _COUNT)
+    rewire_interval: int = option(1000, "optimizer steps between two rewirings; 0: never", "[0, 2147483647]")
     use_rewire_scheduling: bool = option(True, "cosine decay: threshold to rewire_end_threshold, fraction to 0")
-    rewire_end_epoch: float = option(0.66, "share of the training after which the connectivity is frozen")
+    rewire_end_epoch: float = option(0.66, "share of the training after which the connectivity is frozen", "[0, 1]")
 
     def __post_init__(self) -> None:
-        for name in ("fan_in", "group_size", "tile_labels"):
-            _at_least(f"model.ffi.{name}", getattr(self, name), 1)
-        for name in ("rewire_interval", "rewire_threshold", "rewire_end_threshold"):
-            _at_least(f"model.ffi.{name}", getattr(self, name), 0)
-        _share("model.ffi.rewire_fraction", self.rewire_fraction)
-        _share("model.ffi.head_ratio", self.head_ratio, below_one=True)
+        super().__post_init__()
         if self.head_ratio and not self.use_sparse_layer:
             raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
-        _at_least("model.ffi.head_fan_in", self.head_fan_in, 1)
         if self.head_fan_in is not None and not self.head_ratio:
             raise UserError(f"model.ffi.head_fan_in={self.head_fan_in}: of the labels of model.ffi.head_ratio, which is 0; set that too")
         if self.group_size > 1 and not self.use_sparse_layer:
@@ -234,20 +247,13 @@ class FFIConfig:
                 f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or "
                 "use_sparse_layer=true"
             )
-        _share("model.ffi.rewire_end_epoch", self.rewire_end_epoch)
         _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
         _one_of("model.ffi.bias_init", self.bias_init, ("prior", "frequency", "zero"))
         _one_of("model.ffi.index_init", self.index_init, ("random", "informed", "discriminant"))
-        if not 0 < self.discriminant_ridge <= 1:
-            raise UserError(f"model.ffi.discriminant_ridge={self.discriminant_ridge}: must be above 0 and at most 1")
         _one_of("model.ffi.weight_init", self.weight_init, ("random", "zero", "centroid"))
-        if not self.centroid_scale > 0:
-            raise UserError(f"model.ffi.centroid_scale={self.centroid_scale}: must be above 0")
-        _at_least("model.ffi.logit_adjustment", self.logit_adjustment, 0)
         _one_of("model.ffi.backend", self.backend, ("auto", "triton", "reference", "torch_sparse"))
         _one_of("model.ffi.prune_mode", self.prune_mode, ("threshold", "fraction"))
         _one_of("model.ffi.growth_mode", self.growth_mode, ("random", "gradient"))
-        _at_least("model.ffi.growth_batches", self.growth_batches, 1)
         _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
         # What the shipped files and Spartex's never say together: whoever says it means something by it.
         if self.use_sparse_layer and self.growth_mode == "gradient" and self.rewire_interval == 0:
@@ -266,16 +272,14 @@ class FFIConfig:
 
 
 @dataclass
-class AuxiliaryConfig:
+class AuxiliaryConfig(Section, prefix="model.auxiliary."):
     use_meta_branch: bool = option(False, "also predict the labels' clusters, by a dense head of their own, at first")
-    group_y_group: int = option(0, "n of the data folder's cluster file label_group<n>.safetensors (xmc-trainer clusters)")
-    meta_cutoff_epoch: int = option(20, "epoch at which the weight of the meta branch has decayed to 0, by a cosine")
-    auxloss_scaling: float = option(0.4, "first weight of the meta branch's loss; the labels' loss has the rest of 1")
+    group_y_group: int = option(0, "n of the data folder's cluster file label_group<n>.safetensors (xmc-trainer clusters)", "[0, 2147483647]")
+    meta_cutoff_epoch: int = option(20, "epoch at which the weight of the meta branch has decayed to 0, by a cosine", _EPOCHS)
+    auxloss_scaling: float = option(0.4, "first weight of the meta branch's loss; the labels' loss has the rest of 1", "[0, 1)")
 
     def __post_init__(self) -> None:
-        _at_least("model.auxiliary.group_y_group", self.group_y_group, 0)
-        _at_least("model.auxiliary.meta_cutoff_epoch", self.meta_cutoff_epoch, 1)
-        _share("model.auxiliary.auxloss_scaling", self.auxloss_scaling, below_one=True)
+        super().__post_init__()
 
 
 @dataclass
@@ -287,11 +291,12 @@ class ModelConfig:
 
 
 @dataclass
-class AmpConfig:
+class AmpConfig(Section, prefix="training.amp."):
     enabled: bool = option(False, "mixed precision for the encoder")
     dtype: str = option("float16", "float16 or bfloat16")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _one_of("training.amp.dtype", self.dtype, ("float16", "bfloat16"))
 
     @property
@@ -301,39 +306,41 @@ class AmpConfig:
 
 
 @dataclass
-class OptimizationConfig:
+class OptimizationConfig(Section, prefix="training.optimization."):
     loss_fn: str = option("bce", "bce or squared_hinge, summed over labels")
     loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
     encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9)")
     xmc_optimizer: str = option(
         "sgd", "optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (states of a byte; meant for weight_dtype=bfloat16), or rowwise_rmsprop (one float of state a label)"
     )
-    xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state")
-    epochs: int = option(10, "passes over the training set")
-    max_steps: int | None = option(None, "end after this many optimizer steps, if that comes before `epochs`")
+    xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state", "[0, 1)")
+    epochs: int = option(10, "passes over the training set", _EPOCHS)
+    max_steps: int | None = option(None, "end after this many optimizer steps, if that comes before `epochs`", _COUNT)
     dense_epochs: int = option(
-        0, "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one"
+        0, "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one",
+        "[0, 100000]",
     )
-    grad_accum_step: int = option(1, "micro-batches an optimizer step")
-    encoder_lr: float = option(2e-5, "peak learning rate of the encoder")
-    penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer")
-    meta_lr: float = option(5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule")
-    lr: float = option(0.05, "peak learning rate of the head")
-    wd_encoder: float = option(0.01, "weight decay of encoder and penultimate layer (not on biases and norms)")
-    wd: float = option(1e-4, "weight decay of the head's weights")
+    grad_accum_step: int = option(1, "micro-batches an optimizer step", _BATCH)
+    encoder_lr: float = option(2e-5, "peak learning rate of the encoder", _RATE)
+    penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer", _RATE)
+    meta_lr: float = option(5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule", _RATE)
+    lr: float = option(0.05, "peak learning rate of the head", _RATE)
+    wd_encoder: float = option(0.01, "weight decay of encoder and penultimate layer (not on biases and norms)", _RATE)
+    wd: float = option(1e-4, "weight decay of the head's weights", _RATE)
     lr_scheduler: str = option(
         "CosineScheduleWithWarmup",
         "of encoder and penultimate layer: CosineScheduleWithWarmup, MultiStepLR or ReduceLROnPlateau",
     )
     lr_scheduler_xmc: str = option("CosineScheduleWithWarmup", "of the head: one of the same")
-    warmup_steps: int = option(500, "optimizer steps of linear warm-up, of every schedule")
-    lr_milestones: list[int] = option([], "of MultiStepLR: epochs after which the rate is multiplied by lr_gamma")
-    lr_gamma: float = option(0.1, "factor of MultiStepLR and ReduceLROnPlateau")
-    lr_patience: int = option(5, "of ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls")
-    training_steps: int = option(1, "computed at run time, as in the seed; leave it at 1 (see max_steps)")
-    max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping")
+    warmup_steps: int = option(500, "optimizer steps of linear warm-up, of every schedule", "[0, 2147483647]")
+    lr_milestones: list[int] = option([], "of MultiStepLR: epochs after which the rate is multiplied by lr_gamma", _EPOCHS)
+    lr_gamma: float = option(0.1, "factor of MultiStepLR and ReduceLROnPlateau", "[0, 1]")
+    lr_patience: int = option(5, "of ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls", "[0, 100000]")
+    training_steps: int = option(1, "computed at run time, as in the seed; leave it at 1 (see max_steps)", _COUNT)
+    max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping", "[0, 1000000]")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         section = "training.optimization"
         _one_of(f"{section}.loss_fn", self.loss_fn, ("bce", "squared_hinge"))
         _one_of(f"{section}.loss_reduction", self.loss_reduction, ("auto", "sum", "mean"))
@@ -352,16 +359,6 @@ class OptimizationConfig:
                 f"{section}.lr_milestones: no schedule reads them; set {section}.lr_scheduler or lr_scheduler_xmc to "
                 "MultiStepLR"
             )
-        for epoch in self.lr_milestones:
-            _at_least(f"{section}.lr_milestones", epoch, 1)
-        _share(f"{section}.lr_gamma", self.lr_gamma)
-        _at_least(f"{section}.lr_patience", self.lr_patience, 0)
-        _at_least(f"{section}.dense_epochs", self.dense_epochs, 0)
-        for name in ("epochs", "max_steps", "grad_accum_step"):
-            _at_least(f"{section}.{name}", getattr(self, name), 1)
-        for name in ("encoder_lr", "penultimate_lr", "meta_lr", "lr", "wd_encoder", "wd", "warmup_steps", "max_grad_norm"):
-            _at_least(f"{section}.{name}", getattr(self, name), 0)
-        _share(f"{section}.xmc_momentum", self.xmc_momentum, below_one=True)
         if self.xmc_optimizer != "sgd" and self.xmc_momentum != 0.9:
             raise UserError(
                 f"{section}.xmc_momentum={self.xmc_momentum}: of xmc_optimizer=sgd; set that, or leave it at 0.9"
@@ -380,47 +377,42 @@ class OptimizationConfig:
 
 
 @dataclass
-class EvaluationConfig:
+class EvaluationConfig(Section, prefix="training.evaluation."):
     train_evaluate: bool = option(False, "evaluate on (a test-sized part of) the training set too")
-    train_evaluate_every: int = option(10, "epochs between two evaluations on the training set")
+    train_evaluate_every: int = option(10, "epochs between two evaluations on the training set", _EPOCHS)
     test_evaluate_every: int = option(
-        1, "epochs between two evaluations on the test set; the last epoch is always evaluated"
+        1, "epochs between two evaluations on the test set; the last epoch is always evaluated",
+        _EPOCHS,
     )
-    A: float = option(0.55, "propensity constant")
-    B: float = option(1.5, "propensity constant")
+    A: float = option(0.55, "propensity constant", "[0, 10]")
+    B: float = option(1.5, "propensity constant", "[0.001, 1000]")
     eval_psp: bool = option(True, "report PSP@k and PSnDCG@k")
     early_stop_patience: int = option(
-        0, "end the training after this many test evaluations without a better early_stop_metric; 0: never"
+        0, "end the training after this many test evaluations without a better early_stop_metric; 0: never",
+        "[0, 100000]",
     )
-    early_stop_delta: float = option(5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)")
+    early_stop_delta: float = option(5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)", "[0, 1]")
     early_stop_metric: str = option("P@3", "P@1, P@3, P@5, or another metric of the test evaluation")
 
     def __post_init__(self) -> None:
-        for name in ("train_evaluate_every", "test_evaluate_every"):
-            _at_least(f"training.evaluation.{name}", getattr(self, name), 1)
-        _at_least("training.evaluation.B", self.B, 0)
-        _at_least("training.evaluation.early_stop_patience", self.early_stop_patience, 0)
-        _at_least("training.evaluation.early_stop_delta", self.early_stop_delta, 0)
+        super().__post_init__()
         kinds = ("P", "nDCG", "R", "PSP", "PSnDCG") if self.eval_psp else ("P", "nDCG", "R")
         names = tuple(f"{kind}@{k}" for kind in kinds for k in (1, 3, 5))
         _one_of("training.evaluation.early_stop_metric", self.early_stop_metric, names)
 
 
 @dataclass
-class VerboseConfig:
+class VerboseConfig(Section, prefix="training.verbose."):
     show_iter: bool = option(False, "print the loss every print_iter steps, beside the progress bar")
-    print_iter: int = option(2000, "optimizer steps between two printed lines")
+    print_iter: int = option(2000, "optimizer steps between two printed lines", _COUNT)
     use_wandb: bool = option(False, "also log to Weights & Biases")
     wandb_runname: str = option("none", "name of the run there")
     logging: bool = option(True, "write log.jsonl: a line for every optimizer step and evaluation")
     log_fname: str = option("run", "name of the run: its folder under `output_dir`")
 
     def __post_init__(self) -> None:
-        _at_least("training.verbose.print_iter", self.print_iter, 1)
-        if not self.log_fname or "/" in self.log_fname or self.log_fname.startswith("."):
-            raise UserError(
-                f"training.verbose.log_fname={self.log_fname!r}: a plain name, it becomes a folder of output_dir"
-            )
+        super().__post_init__()
+        _check_name("training.verbose.log_fname", self.log_fname)
 
 
 # What a run's folder holds beside training.checkpoint_file, and what stands there while a model is written.
@@ -430,8 +422,8 @@ _RUN_FILES = (
 
 
 @dataclass
-class TrainingConfig:
-    seed: int = option(42, "of everything random")
+class TrainingConfig(Section, prefix="training."):
+    seed: int = option(42, "of everything random", "[0, 4294967295]")
     amp: AmpConfig = field(default_factory=AmpConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -440,28 +432,21 @@ class TrainingConfig:
         False, "also keep the model with the best test P@1, in <run folder>/<checkpoint_file>"
     )
     checkpoint_file: str = option("best", "folder name of that model")
-    best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept")
+    best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept", "[0, 1]")
     checkpoint_interval: int = option(
-        1000, "optimizer steps between two checkpoints of the training, of which the last is kept until its end; 0: never"
+        1000, "optimizer steps between two checkpoints of the training, of which the last is kept until its end; 0: never",
+        "[0, 2147483647]",
     )
     resume: bool = option(False, "go on from the run's checkpoint; from the beginning where there is none")
 
     def __post_init__(self) -> None:
-        _at_least("training.checkpoint_interval", self.checkpoint_interval, 0)
-        _at_least("training.seed", self.seed, 0)
-        if self.seed >= 1 << 32:
-            raise UserError(f"training.seed={self.seed}: must be below 2^32")
-        _share("training.best_p1", self.best_p1)
-        if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", *_RUN_FILES):
-            raise UserError(
-                f"training.checkpoint_file={self.checkpoint_file!r}: a plain name for a folder, other than "
-                f"{', '.join(_RUN_FILES)}"
-            )
+        super().__post_init__()
+        _check_name("training.checkpoint_file", self.checkpoint_file, _RUN_FILES)
 
 
 @dataclass
-class Config:
-    dataset: str = option(MISSING, "name of a shipped data set, or a YAML file of yours")
+class Config(Section):
+    dataset: str = option(REQUIRED, "name of a shipped data set, or a YAML file of yours")
     dataset_path: str | None = option(None, "folder that holds the data sets' folders")
     log_fname: str | None = option(None, "short for training.verbose.log_fname")
     output_dir: str = option("./outputs", "where run folders are made")
@@ -471,6 +456,9 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_folder("dataset_path", self.dataset_path)
+        _check_folder("output_dir", self.output_dir)
         ffi, opt, env = self.model.ffi, self.training.optimization, self.environment
         if self.dataset_path is None and env.running_env not in env.env2path:
             raise UserError(
@@ -547,77 +535,169 @@ def shipped_configs() -> dict[str, Any]:
     return {item.name.removesuffix(".yaml"): item for item in folder.iterdir() if item.name.endswith(".yaml")}
 
 
-def _read_yaml(dataset: str) -> Any:
+def _told_by_file(dataset: str) -> dict[str, Said]:
+    """What the YAML file of a data set says, by setting."""
+    if dataset.endswith((".yaml", ".yml")):
+        return dict(_told_by_tree(yaml_nodes.read_file(Path(dataset), "settings"), dataset))
     shipped = shipped_configs()
-    if dataset in shipped:
-        text = shipped[dataset].read_text(encoding="utf-8")
-    elif dataset.endswith((".yaml", ".yml")):
-        try:
-            text = Path(dataset).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"dataset={dataset}: {error.strerror}") from None
-    else:
+    if dataset not in shipped:
         raise UserError(
-            f"dataset={dataset}: no such data set; shipped are {', '.join(sorted(shipped))}; or name a .yaml file"
+            f"dataset={shown(dataset)}: no such data set{near(dataset, shipped)}; shipped are {', '.join(sorted(shipped))}; or name "
+            "a .yaml file"
         )
-    # Spartex mounts this file under the key `dataset`, and its interpolations say so.
-    try:
-        tree = OmegaConf.create(text.replace("${dataset.", "${"))
-    except YAMLError as error:
-        raise UserError(f"dataset={dataset}: not YAML: {' '.join(str(error).split())}") from None
-    if not OmegaConf.is_dict(tree):
-        raise UserError(f"dataset={dataset}: must hold sections such as data, model and training")
-    return tree
+    return dict(_told_by_tree(yaml_nodes.parse(shipped[dataset].read_text(encoding="utf-8"), dataset), dataset))
 
 
-def _check_spelling(word: str) -> None:
-    """Refuse what is no `key=value`; hydra's spellings, which users of Spartex know, with the right one."""
-    plain = word.lstrip("+")
+_told_by_shipped_file = cache(_told_by_file)
+
+
+def _told_by_tree(root: Node | None, where: str, known_only: bool = True) -> Iterator[tuple[str, Said]]:
+    """(setting, what is said of it) of a whole file. UserError for a name that no setting has, unless `known_only` is False."""
+    if root is None or yaml_nodes.is_null(root):
+        return
+    if not isinstance(root, MappingNode):
+        raise UserError(f"{where}: must hold sections such as data, model and training; begin with a copy of a shipped file")
+    yield from _told_by_section(root, "", where, known_only)
+
+
+def _told_by_section(node: Node, prefix: str, where: str, known_only: bool) -> Iterator[tuple[str, Said]]:
+    settings = settings_of(Config)
+    for key, value in yaml_nodes.entries(node, where):
+        name, place = prefix + key, yaml_nodes.place(value, where)
+        is_section = any(setting.startswith(f"{name}.") for setting in settings)
+        if name in settings:
+            yield from _told_by_node(settings[name], value, where)
+        elif is_section and yaml_nodes.is_null(value):
+            continue  # a heading with nothing below it
+        elif isinstance(value, MappingNode) and (is_section or not known_only):
+            yield from _told_by_section(value, f"{name}.", where, known_only)
+        elif is_section:
+            raise UserError(f"{place}: {name}: is a section, and needs settings below it, not a {yaml_nodes.kind(value)}")
+        elif known_only:
+            raise UserError(f"{place}: {_unknown(name)}")
+        elif isinstance(value, ScalarNode):
+            yield name, Said(value.value)
+
+
+def _told_by_node(setting: Setting, node: Node, where: str) -> Iterator[tuple[str, Said]]:
+    """(setting, or entry of one that is a dict; what the node says of it)."""
+    name, place = setting.name, f"{yaml_nodes.place(node, where)}: "
+    if setting.type is dict:
+        if not isinstance(node, MappingNode):
+            raise UserError(f"{place}{name}: must be a mapping such as {{guest: ./data}}, not a {yaml_nodes.kind(node)}")
+        for key, value in yaml_nodes.entries(node, where):
+            yield f"{name}.{key}", Said(yaml_nodes.scalar(value, where), place)
+    elif setting.type is list and isinstance(node, SequenceNode):
+        yield name, Said([yaml_nodes.scalar(item, where) for item in node.value], place)
+    elif not isinstance(node, ScalarNode):
+        raise UserError(f"{place}{name}: needs one value, not a {yaml_nodes.kind(node)}; put it in quotes if it is text")
+    else:
+        text = yaml_nodes.scalar(node, where)
+        says_null = yaml_nodes.is_null(node) and (setting.optional or setting.type is not str)
+        yield name, Said(None if says_null else text, place)
+
+
+def _unknown(name: str) -> str:
+    settings = settings_of(Config)
+    return f"{shown(name)}: there is no such setting{near(name, settings) or '; xmc-trainer settings lists them'}"
+
+
+def _told_by_word(word: str) -> Iterator[tuple[str, Said]]:
+    """(setting, what is said of it) of a `key=value` word. Refuses hydra's spellings, which users of Spartex know, with the right one."""
+    bare = word.lstrip("+")
     if word.startswith("~"):
         key = word[1:].partition("=")[0]
-        raise UserError(f"argument {word!r}: settings cannot be removed; write {key}=null, or leave it at its default")
-    if plain.startswith("dataset."):
-        plain = plain.removeprefix("dataset.")
-    if plain != word:
-        raise UserError(f"argument {word!r}: write {plain}")
+        raise UserError(f"argument {shown(repr(word))}: settings cannot be removed; write {shown(key)}=null, or leave it at its default")
+    if bare.startswith("dataset."):
+        bare = bare.removeprefix("dataset.")
+    if bare != word:
+        raise UserError(f"argument {shown(repr(word))}: write {shown(bare)}")
     if "=" not in word:
-        raise UserError(f"argument {word!r}: write key=value, for example model.ffi.fan_in=64")
+        raise UserError(f"argument {shown(repr(word))}: write key=value, for example model.ffi.fan_in=64")
+    name, _, text = word.partition("=")
+    settings = settings_of(Config)
+    setting, owner = settings.get(name), settings.get(name.rpartition(".")[0])
+    for other in settings.values():
+        if other.type is dict and name.startswith(f"{other.name}."):
+            owner = other  # the keys of its entries may hold dots
+    if setting is None and owner is not None and owner.type is dict:
+        yield name, Said(text)
+    elif setting is None:
+        if any(other.startswith(f"{name}.") for other in settings):
+            raise UserError(f"argument {shown(repr(word))}: {name} is a section; set what is in it, such as {_first_of(name)}=...")
+        raise UserError(_unknown(name))
+    elif setting.type in (dict, list):
+        node = yaml_nodes.parse(text, name)
+        if node is None:
+            raise UserError(f"{name}: is empty; give it a value, or leave it out for its default")
+        yield from _told_by_node(setting, node, name)
+    else:
+        yield name, Said(None if text == "null" and (setting.optional or setting.type is not str) else text)
 
 
-@cache
-def _defaults() -> DictConfig:
-    """To be merged with others only, which copies it: made from the classes it takes longer than all the rest of `load_config`."""
-    return OmegaConf.structured(Config)
+def _first_of(section: str) -> str:
+    return next(name for name in settings_of(Config) if name.startswith(f"{section}."))
+
+
+def _told_by_defaults() -> dict[str, Said]:
+    told = {}
+    for setting in settings_of(Config).values():
+        value = setting.default
+        if setting.type is dict:
+            told |= {f"{setting.name}.{key}": Said(text) for key, text in value.items()}
+        elif value != REQUIRED:
+            told[setting.name] = Said(value if value is None or isinstance(value, list) else plain(value))
+    return told
+
+
+def _values(told: dict[str, Said], check: bool) -> dict[str, Any]:
+    """The value of every setting that something is said of, by name. UserError for what its type or domain does not allow."""
+    values: dict[str, Any] = {}
+    settings = settings_of(Config)
+    dicts = [setting for setting in settings.values() if setting.type is dict]
+    for name, said in told.items():
+        owner = next((each for each in dicts if name.startswith(f"{each.name}.")), None)
+        if owner is not None:
+            values.setdefault(owner.name, {})[name.removeprefix(f"{owner.name}.")] = said.text
+        elif name in settings:
+            values[name] = value_of(settings[name], said)
+            if check:
+                check_domain(f"{said.where}{name}", values[name], settings[name].domain)
+        else:
+            values[name] = said.text
+    return values
 
 
 def load_config(overrides: list[str]) -> Config:
     """The configuration of a run, from the command line's `key=value` words.
 
-    `dataset=` names the YAML to start from, the others are dotted overrides of single fields.
+    `dataset=` names the YAML to start from, the others are dotted overrides of single fields. `key=null` empties a setting
+    that may be empty; all else that a text setting is told, it takes letter by letter, but for references (`xmc_trainer.fields`).
     Raises UserError with the field to change: unknown keys, wrong types, impossible combinations.
     """
+    words: dict[str, Said] = {}
     for word in overrides:
-        _check_spelling(word)
-    try:
-        command_line = OmegaConf.from_dotlist(overrides)
-        dataset = command_line.get("dataset")
-        if not isinstance(dataset, str):
-            raise UserError(
-                f"dataset=NAME is missing; shipped are {', '.join(sorted(shipped_configs()))}; or name a .yaml file"
-            )
-        tree = OmegaConf.merge(_defaults(), _read_yaml(dataset), command_line)
-        if tree.log_fname is not None:
-            tree.training.verbose.log_fname = tree.log_fname
-        if OmegaConf.is_missing(tree.data, "dataset"):
-            tree.data.dataset = Path(dataset).stem
-        if tree.data.folder is None and tree.data.dataset in shipped_configs():
-            tree.data.folder = _read_yaml(tree.data.dataset).data.get("folder")
-        return OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or ""
-        meant = [name for name, *_ in describe() if isinstance(error, ConfigKeyError) and name.split(".")[-1] == key.split(".")[-1]]
-        hint = f"; write {' or '.join(meant)}" if meant else ""
-        raise UserError(f"{key}{': ' if key else ''}{str(error).splitlines()[0]}{hint}") from None
+        words.update(_told_by_word(word))
+    if "dataset" not in words:
+        raise UserError(f"dataset=NAME is missing; shipped are {', '.join(sorted(shipped_configs()))}; or name a .yaml file")
+    dataset = words["dataset"].text
+    shipped = shipped_configs()
+    told = {"data.dataset": Said(escaped(Path(dataset).stem))} | _told_by_defaults()
+    told |= (_told_by_shipped_file if dataset in shipped else _told_by_file)(dataset)
+    told |= words | {"dataset": Said(escaped(dataset))}
+    if told["log_fname"].text is not None:
+        told["training.verbose.log_fname"] = told["log_fname"]
+    values = _values(resolve(told), check=True)
+    if values["data.folder"] is None and values["data.dataset"] in shipped:
+        folder = _told_by_shipped_file(values["data.dataset"]).get("data.folder")
+        values["data.folder"] = folder and folder.text
+    return build(Config, values)
+
+
+def saved_settings(file: Path) -> dict[str, Any]:
+    """What a config.yaml of `to_yaml` says, by dotted name, of whatever version. UserError where it is damaged."""
+    root = yaml_nodes.read_file(file, "settings")
+    return _values(resolve(dict(_told_by_tree(root, str(file), known_only=False))), check=False)
 
 
 def config_of_model(folder: Path, overrides: list[str]) -> Config:
@@ -625,14 +705,24 @@ def config_of_model(folder: Path, overrides: list[str]) -> Config:
     for word in overrides:
         if not word.startswith(MODEL_SETTINGS):
             raise UserError(f"{word}: a saved model can be given only {', '.join(MODEL_SETTINGS)} settings")
-    if not (folder / "config.yaml").is_file():
+    try:
+        there = (folder / "config.yaml").is_file()
+    except (OSError, ValueError):
+        there = False
+    if not there:
         raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
     return load_config([f"dataset={folder / 'config.yaml'}", *overrides])
 
 
 def to_yaml(config: Any) -> str:
-    """A resolved configuration section as YAML."""
-    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config)))
+    """A resolved configuration section as YAML, which is read as the very same."""
+
+    def tree(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: tree(each) for name, each in value.items()}
+        return escaped(value) if isinstance(value, str) else value
+
+    return yaml_nodes.dump(tree(dataclasses.asdict(config)))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -643,20 +733,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def describe(section: Any = Config, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted name, default, description) of every setting under a section."""
-    rows = []
-    for item in dataclasses.fields(section):
-        if "help" in item.metadata:
-            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-            rows.append((prefix + item.name, str(default), item.metadata["help"]))
-        else:
-            rows += describe(item.default_factory, f"{prefix}{item.name}.")
-    return rows
-
-
 def settings_page() -> str:
-    """docs/settings.md: a table for each section, from `describe`."""
+    """docs/settings.md: a table for each section."""
     lines = [
         "# Settings",
         "",
@@ -664,18 +742,22 @@ def settings_page() -> str:
         "name (`model.ffi.fan_in=64`) or in a YAML file. [Choosing settings](choosing-settings.md) says which ones matter.",
     ]
     sections: dict[str, list[str]] = {}
-    for name, default, text in describe():
-        row = f"| `{name}` | `{default or chr(34) * 2}` | {text.replace('|', chr(92) + '|')} |"
+    for name, setting in settings_of(Config).items():
+        default = setting.default if setting.default != "" else chr(34) * 2
+        domain = f"`{setting.domain.text}`" if setting.domain else ""
+        row = f"| `{name}` | `{default}` | {domain} | {setting.help.replace('|', chr(92) + '|')} |"
         sections.setdefault(name.rpartition(".")[0] or "Run", []).append(row)
     for section, rows in sections.items():
-        lines += ["", f"## {section}", "", "| setting | default | meaning |", "|---|---|---|", *rows]
+        lines += ["", f"## {section}", "", "| setting | default | numbers in | meaning |", "|---|---|---|---|", *rows]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Every setting of a training: dotted name, default, meaning.")
+    parser = argparse.ArgumentParser(description="Every setting of a training: dotted name, default, for numbers the domain, and meaning.")
     parser.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
     if parser.parse_args().markdown:
         print(settings_page())
-    else:
-        print("\n".join(f"{name} = {default}\n    {text}" for name, default, text in describe()))
+        return
+    for name, setting in settings_of(Config).items():
+        domain = f"   in {setting.domain.text}" if setting.domain else ""
+        print(f"{name} = {setting.default}{domain}\n    {setting.help}")

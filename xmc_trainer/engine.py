@@ -7,11 +7,12 @@ the configuration, and is refused where the JSON says something else.
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 from torch import nn
 
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, shown
 from xmc_trainer.parallel import TIMEOUT, launched_processes
 
 # The dynamic loss scale of fp16 starts at 2^12, with DeepSpeed's scaler and with torch's.
 _INITIAL_SCALE_POWER = 12
+_LONGEST_JSON = 1 << 20  # bytes
 
 
 def build_accelerator(
@@ -69,6 +71,8 @@ def build_accelerator(
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif world_size == 1:
+        if cuda_device_id >= torch.cuda.device_count():
+            raise UserError(f"environment.cuda_device_id={cuda_device_id}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
         torch.cuda.set_device(cuda_device_id)
     elif cuda_device_id:
         raise UserError("environment.cuda_device_id: leave it at 0 with several processes; the launcher assigns GPUs")
@@ -85,6 +89,7 @@ def build_accelerator(
             _skip_shared_memory_build()
         if "LOCAL_RANK" not in os.environ:
             raise UserError(f"--deepspeed_config={path}: needs a launcher; start with deepspeed instead of python")
+        _let_deepspeed_check(path, settings)
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
     accelerator = Accelerator(
         cpu=on_cpu and path is None,  # accelerate drops DeepSpeed where it is told to use the CPU
@@ -162,6 +167,60 @@ def _skip_shared_memory_build() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def _read_json(path: str) -> Any:
+    """What a JSON file holds. UserError, with the line where there is one, for what is not JSON to the letter."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{path}: {shown(repr(twice))} stands there twice in one object; remove one")
+        return found
+
+    def finite(word: str) -> float:
+        number = float(word)
+        if not math.isfinite(number):
+            raise UserError(f"{path}: {shown(word)} is not a number of JSON; write a finite one")
+        return number
+
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LONGEST_JSON + 1)
+        if len(content) > _LONGEST_JSON:
+            raise UserError(f"--deepspeed_config={path}: larger than {_LONGEST_JSON >> 10} KiB; begin with one of ds_configs/")
+        return json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except OSError as error:
+        raise UserError(f"--deepspeed_config={path}: {error.strerror}; name a file of ds_configs/") from None
+    except UserError:
+        raise
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; convert the file") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; begin with one of ds_configs/") from None
+    except ValueError:  # more digits than Python reads, or a file name that cannot be
+        raise UserError(f"--deepspeed_config={path}: cannot be read, or holds a number of thousands of digits") from None
+
+
+def _let_deepspeed_check(path: str, settings: dict[str, Any]) -> None:
+    """UserError for what DeepSpeed would refuse of the file, which it reads only after the model is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    def chosen(value: Any) -> Any:
+        # accelerate fills in what is left to be chosen; the batch is of all ranks, of which DeepSpeed knows nothing yet.
+        if not isinstance(value, dict):
+            return copy.deepcopy(value)
+        return {name: chosen(each) for name, each in value.items() if each != "auto" and name != "train_batch_size"}
+
+    try:
+        DeepSpeedConfig(chosen(settings))
+    except Exception as error:  # the file is all that it was given: whatever it dislikes stands there
+        said = " ".join(str(error).split("[type=")[0].split())
+        raise UserError(f"{path}: DeepSpeed refuses it: {said or type(error).__name__}; begin with one of ds_configs/") from None
+
+
 def deepspeed_settings(
     path: str, mixed_precision: str, accumulation: int, rank_batch: int, ranks: int, max_grad_norm: float
 ) -> dict[str, Any]:
@@ -169,12 +228,7 @@ def deepspeed_settings(
 
     Args: rank_batch: texts a micro-batch of one of the `ranks`.
     """
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed_config={path}: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    settings = _read_json(path)
     sections = ("fp16", "bf16", "zero_optimization")
     if not isinstance(settings, dict) or not all(isinstance(settings.get(name, {}), dict) for name in sections):
         raise UserError(
@@ -193,7 +247,7 @@ def deepspeed_settings(
 
     def fill(section: dict[str, Any], key: str, value: Any, field: str) -> None:
         if section.get(key, "auto") not in ("auto", value):
-            raise UserError(f'{path}: {key}={section[key]} contradicts {field}={value}; write "auto" there')
+            raise UserError(f'{path}: {key}={shown(section[key])} contradicts {field}={value}; write "auto" there')
         section[key] = value
 
     fill(settings, "gradient_accumulation_steps", accumulation, "training.optimization.grad_accum_step")
@@ -205,8 +259,11 @@ def deepspeed_settings(
     settings["fp16"].setdefault("initial_scale_power", _INITIAL_SCALE_POWER)
     zero = settings.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage={stage}: write 0, 1, 2 or 3")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage={shown(stage)}: write 0, 1, 2 or 3")
+    for part in ("offload_optimizer", "offload_param"):
+        if not isinstance(zero.get(part, {}), dict):
+            raise UserError(f'{path}: zero_optimization.{part} must be a JSON object such as {{"device": "cpu"}}')
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # or saving fails, after all of the training
     # torch's optimizers with offloading too: DeepSpeed's own for the host is another one, and has to be compiled.

@@ -11,15 +11,22 @@ For a text with relevant labels Y, predictions p_1, p_2, ... and weights q_l (1,
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
 def inverse_propensity(label_counts: np.ndarray, texts: int, a: float, b: float) -> np.ndarray:
     """1 / propensity of each label (Jain et al., KDD 2016): 1 + C (n_l + B)^-A, C = (log N - 1)(B + 1)^A.
 
-    Args: label_counts: training texts a label, [L]; texts: N, training texts in all. Returns: float64 [L].
+    Below e texts C would be negative, and so a propensity be above 1: it is 0 there.
+
+    Args: label_counts: training texts a label, [L]; texts: N, training texts in all; a: A >= 0; b: B > 0.
+    Returns: float64 [L], finite and at least 1. Raises ValueError for constants that would not give that.
     """
-    c = (np.log(texts) - 1) * (b + 1) ** a
+    if not (0 <= a < math.inf and 0 < b < math.inf):
+        raise ValueError(f"a={a}, b={b}: a must be at least 0 and b above 0, both finite")
+    c = max(math.log(max(texts, 1)) - 1, 0.0) * (b + 1) ** a
     return 1 + c * (np.asarray(label_counts, dtype=np.float64) + b) ** -a
 
 

@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from xmc_trainer.config import flatten
+from xmc_trainer.config import flatten, saved_settings
 from xmc_trainer.errors import UserError
-from xmc_trainer.sweep import result, table
+from xmc_trainer.sweep import read_log, result, table
 
 # In which two runs of one line may differ.
 _OWN = (
@@ -47,20 +45,24 @@ class Run:
 
 
 def find_runs(folders: list[Path]) -> list[Run]:
-    """The finished runs in or below the folders. UserError if there are none."""
+    """The finished runs in or below the folders. UserError if there are none, or one is damaged."""
     runs = []
     for folder in folders:
         for file in sorted(folder.rglob("log.jsonl")):
-            try:
-                log = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            except ValueError:
-                continue  # being written
-            config = file.with_name("config.yaml")
-            if config.is_file() and log and (log[0]["event"], log[-1]["event"]) == ("start", "end"):
-                runs.append(Run(file.parent, flatten(OmegaConf.to_container(OmegaConf.load(config))), log))
+            log, config = read_log(file), file.with_name("config.yaml")
+            if log is not None and config.is_file():
+                runs.append(Run(file.parent, _settings(config), log))
     if not runs:
         raise UserError(f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl) in there")
     return runs
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    settings = flatten(saved_settings(file))
+    for name in ("training.seed", "data.dataset"):
+        if name not in settings:
+            raise UserError(f"{file}: says nothing of {name}; the file is damaged, leave {file.parent} out")
+    return settings
 
 
 def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run]]:
@@ -155,8 +157,8 @@ def main() -> None:
     if options.curves:
         picture(options.curves, lines, "minutes", _draw_curve)
     if options.against:
-        if options.against not in runs[0].settings:
-            raise UserError(f"--against {options.against}: no such setting; xmc-trainer settings lists them")
+        if any(options.against not in run.settings for run in runs):
+            raise UserError(f"--against {options.against}: no such setting in every run; xmc-trainer settings lists them")
         if len({run.settings[options.against] for run in runs}) == 1:
             raise UserError(f"--against {options.against}: is {runs[0].settings[options.against]} in every run; name a setting that differs")
 

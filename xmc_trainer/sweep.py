@@ -40,17 +40,22 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml.nodes import MappingNode, Node, SequenceNode
 
-from xmc_trainer import resume
+from xmc_trainer import resume, yaml_nodes
 from xmc_trainer.cli import USAGE
-from xmc_trainer.config import Config, config_of_model, flatten, load_config, to_yaml
-from xmc_trainer.errors import UserError
+from xmc_trainer.config import Config, config_of_model, flatten, load_config, saved_settings
+from xmc_trainer.errors import UserError, shown
+from xmc_trainer.fields import settings_of
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 _FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
+# Of a log's records, what is read and which types that may have.
+_RECORDS: dict[str, dict[str, Any]] = {
+    "start": {"head_bytes": int, "device": str, "torch": str, "version": str, "commit": str},
+    "evaluate": {"split": str, "step": int, "seconds": (int, float), "P@1": (int, float)},
+    "end": {"seconds": (int, float)},
+}
 _FAILURES = 3  # after so many, and no success, nothing more is tried
 _OURS = ("training.seed=", "log_fname=", "training.verbose.log_fname=", "training.resume=")
 
@@ -74,39 +79,18 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
 
     Args: more: settings of the command line, for every run.
     """
-    try:
-        tree = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("rows"), dict) or not tree["rows"]:
-        raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
-    if unknown := tree.keys() - {"settings", "seeds", "rows", "splits", "strengths"}:
-        raise UserError(f"{file}: {', '.join(map(str, unknown))}: write settings, seeds, rows, splits and strengths only")
-    lists = {name: tree.get(name) or [] for name in ("settings", "seeds", "splits", "strengths")}
-    lists |= {f"rows: {row}": own or [] for row, own in tree["rows"].items()}
-    for name, value in lists.items():
-        if not isinstance(value, list):
-            raise UserError(f"{file}: {name}: must be a list, in brackets or with a dash a line, not {value!r}")
-        if name.startswith(("settings", "rows")) and not all(isinstance(word, str) for word in value):
-            raise UserError(f"{file}: {name}: must hold key=value words only, not {value!r}")
-    seeds = lists["seeds"] or [42]
-    if not all(type(seed) is int for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise UserError(f"{file}: seeds: must be different whole numbers, not {seeds}")
-    names = [re.sub(r"\W+", "_", str(row)) for row in tree["rows"]]
+    said = _read_plan(file)
+    seeds = [_seed(seed, file) for seed in said.seeds] or [42]
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"{file}: seeds: must be different whole numbers, not {shown(seeds)}")
+    names = [re.sub(r"\W+", "_", row) for row in said.rows]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: rows whose names differ in more than punctuation are needed; they name folders")
-    try:
-        views = Views([str(split) for split in lists["splits"]], [float(strength) for strength in lists["strengths"]])
-    except (TypeError, ValueError):
-        raise UserError(f"{file}: strengths: must be numbers, not {lists['strengths']}") from None
-    if not all(0 <= strength < math.inf for strength in views.strengths):
-        raise UserError(f"{file}: strengths: each is 0 or more")
+    views = Views(said.splits, [_strength(strength, file) for strength in said.strengths])
     runs = []
     for seed in seeds:
-        for (row, own), name in zip(tree["rows"].items(), names):
-            words = [*lists["settings"], *more, *(own or [])]
+        for (row, own), name in zip(said.rows.items(), names):
+            words = [*said.settings, *more, *own]
             try:
                 for word in words:
                     if word.startswith(_OURS):
@@ -115,22 +99,93 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
                 for split in views.splits or [None]:  # refuses what is wrong before anything runs
                     load_config([*words, *([] if split is None else [f"data.test_split={split}"])])
             except UserError as error:
-                raise UserError(f"{file}: row {str(row)!r}: {error}") from None
-            runs.append((str(row), seed, words))
+                raise UserError(f"{file}: row {shown(repr(row))}: {error}") from None
+            runs.append((row, seed, words))
     return runs, views
+
+
+@dataclass
+class _Plan:
+    """What a sweep's file says, as it is written."""
+
+    settings: list[str] = field(default_factory=list)
+    seeds: list[str] = field(default_factory=list)
+    rows: dict[str, list[str]] = field(default_factory=dict)
+    splits: list[str] = field(default_factory=list)
+    strengths: list[str] = field(default_factory=list)
+
+
+def _read_plan(file: Path) -> _Plan:
+    root, said = yaml_nodes.read_file(file, "a sweep"), _Plan()
+    if isinstance(root, MappingNode):
+        for name, node in yaml_nodes.entries(root, str(file)):
+            if name not in _Plan.__dataclass_fields__:
+                raise UserError(f"{yaml_nodes.place(node, str(file))}: {shown(name)}: write settings, seeds, rows, splits and strengths only")
+            if name != "rows":
+                setattr(said, name, _words(node, name, file))
+            elif isinstance(node, MappingNode):
+                said.rows = {row: _words(own, f"rows: {shown(row)}", file) for row, own in yaml_nodes.entries(node, str(file))}
+    if not said.rows:
+        raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
+    return said
+
+
+def _words(node: Node, name: str, file: Path) -> list[str]:
+    if yaml_nodes.is_null(node):
+        return []
+    if not isinstance(node, SequenceNode):
+        place = yaml_nodes.place(node, str(file))
+        raise UserError(f"{place}: {name}: must be a list, in brackets or with a dash a line, not a {yaml_nodes.kind(node)}")
+    return [yaml_nodes.scalar(word, str(file)) for word in node.value]
+
+
+def _seed(text: str, file: Path) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise UserError(f"{file}: seeds: must be different whole numbers, not {shown(text)}")
+    return int(text)
+
+
+def _strength(text: str, file: Path) -> float:
+    domain = settings_of(Config)["model.ffi.logit_adjustment"].domain
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if strength not in domain:
+        raise UserError(f"{file}: strengths: must be numbers in {domain.text}, not {shown(text)}")
+    return strength
 
 
 def finished(config: Config) -> list[dict[str, Any]] | None:
     """The log of a finished training with exactly this configuration; None if there is none."""
-    return None if _differences(config) else _ended_log(config.run_folder)
+    return None if _differences(config) else read_log(config.run_folder / "log.jsonl")
 
 
-def _ended_log(folder: Path) -> list[dict[str, Any]] | None:
+def read_log(file: Path) -> list[dict[str, Any]] | None:
+    """The records of a finished training, from "start" to "end"; None where there is none, or it is not finished.
+
+    Its last line may be torn, where the training was killed while it wrote. Any other fault is a UserError with the line.
+    """
     try:
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
+        lines = file.read_bytes().splitlines()
+    except OSError:
         return None
-    return log if log and log[-1]["event"] == "end" else None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            event = record["event"]
+            missing = [name for name, kinds in _RECORDS.get(event, {}).items() if not isinstance(record.get(name), kinds)]
+            missing += [name for name in METRICS if event == "evaluate" and not isinstance(record.get(name, 0.0), (int, float))]
+            problem = f"its {event} record has no valid {missing[0]}" if missing else ""
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            problem = "is no record of a training"
+        if problem and number == len(lines):
+            return None
+        if problem:
+            raise UserError(f"{file}, line {number}: {problem}; the log is damaged, remove {file.parent} and train again")
+        records.append(record)
+    return records if records and (records[0]["event"], records[-1]["event"]) == ("start", "end") else None
 
 
 def _differences(config: Config) -> list[str]:
@@ -138,8 +193,8 @@ def _differences(config: Config) -> list[str]:
     file = config.run_folder / "config.yaml"
     if not file.is_file():
         return []
-    there, here = (flatten(OmegaConf.to_container(tree)) for tree in (OmegaConf.load(file), OmegaConf.create(to_yaml(config))))
-    return [f"{name}={there.get(name)}, not {here.get(name)}" for name in here | there if there.get(name) != here.get(name)]
+    there, here = flatten(saved_settings(file)), flatten(asdict(config))
+    return [f"{name}={shown(there.get(name))}, not {shown(here.get(name))}" for name in here | there if there.get(name) != here.get(name)]
 
 
 def refuse_to_replace(runs: list[list[str]]) -> None:
@@ -148,7 +203,7 @@ def refuse_to_replace(runs: list[list[str]]) -> None:
     for words in runs:
         config = load_config(words)
         differences = _differences(config)
-        if differences and (_ended_log(config.run_folder) or resume.find(config.run_folder)):
+        if differences and (read_log(config.run_folder / "log.jsonl") or resume.find(config.run_folder)):
             others.append(f"{config.run_folder} ({'; '.join(differences[:3])})")
     if others:
         raise UserError(
@@ -161,9 +216,12 @@ def _known_figures(config: Config) -> dict[str, dict[str, dict[str, float]]]:
     """split -> strength -> metrics, of the model that was trained last in the run's folder."""
     try:
         known = json.loads((config.run_folder / _FIGURES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known["figures"] if known["log_sha256"] == _digest(config) else {}
+    # What is not as `run_one` writes it is made again.
+    if not isinstance(known, dict) or known.get("log_sha256") != _digest(config) or not isinstance(known.get("figures"), dict):
+        return {}
+    return {split: of_split for split, of_split in known["figures"].items() if isinstance(of_split, dict)}
 
 
 def _digest(config: Config) -> str:
@@ -223,6 +281,8 @@ def result(log: list[dict[str, Any]]) -> dict[str, Any]:
     """What a run's log says: the last test metrics (0 to 1), head memory, time, and when P@1 was best."""
     start, end = log[0], log[-1]
     tests = [record for record in log if record["event"] == "evaluate" and record["split"] == "test"]
+    if not tests:
+        raise UserError("a finished run without an evaluation on its test set; train it again")
     best = max(tests, key=lambda record: record["P@1"])
     return {name: tests[-1][name] for name in METRICS if name in tests[-1]} | {
         "head_mib": start["head_bytes"] / 2**20,
@@ -279,11 +339,14 @@ def main() -> None:
         raise UserError(f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)")
     target = options.csv or Path(options.file.with_suffix(".csv").name)
     lines = [{"row": row, "seed": seed, "settings": " ".join(words)} | entry for row, seed, words, entries in done for entry in entries]
-    with target.open("w", newline="", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
-        writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
-        writer.writeheader()
-        writer.writerows(lines)
+    try:
+        with target.open("w", newline="", encoding="utf-8") as file:
+            columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
+            writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise UserError(f"--csv {target}: cannot be written ({error.strerror}); name another file") from None
     for split in dict.fromkeys(line.get("split") for line in lines):
         if split is not None:
             print(f"{split}:\n")
@@ -358,7 +421,11 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                 if finished(config) is None and resume.find(folder) is None:
                     shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was cut off at its very end
                 log = folder.with_name(f"{folder.name}.txt")
-                log.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    log.parent.mkdir(parents=True, exist_ok=True)
+                    log.touch()
+                except OSError as error:
+                    raise UserError(f"{log}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
                 gpu = None
                 if len(gpus) > 1 and config.environment.cuda_device_id == 0:  # another number was chosen
                     gpu = min(gpus, key=[own for *_, own in live.values()].count)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from xmc_trainer import resume
 from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
-from xmc_trainer.checkpoint import save_model
+from xmc_trainer.checkpoint import head_parts, save_model
 from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
@@ -33,8 +33,9 @@ from xmc_trainer.encoder import load_tokenizer
 from xmc_trainer.engine import leave, step_was_applied, whole_weights
 from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
+from xmc_trainer.finite import require_finite
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
-from xmc_trainer.head.losses import best_constant
+from xmc_trainer.head.losses import starting_bias
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.label_features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.meta_branch import MetaBranch
@@ -107,6 +108,12 @@ class Trainer:
         self._train_lengths = self.corpus.lengths("train")
         self._test_lengths = self.corpus.lengths("test")
         self.train_texts = len(self._train_lengths) if self.train_rows is None else len(self.train_rows)
+        most = math.ceil(self.train_texts / data.batch_size)
+        if optimization.grad_accum_step > most:
+            raise UserError(
+                f"training.optimization.grad_accum_step={optimization.grad_accum_step}: the {self.train_texts} training texts fill "
+                f"only {most} micro-batches of data.batch_size={data.batch_size}; set it to {most} at most"
+            )
         steps_per_epoch = math.ceil(self.train_texts / (data.batch_size * optimization.grad_accum_step))
         total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
         self.state = TrainerState(int(total_steps), steps_per_epoch)
@@ -304,6 +311,9 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write what an interrupted training goes on from; between two steps, every rank must call. See `xmc_trainer.resume`."""
         self._flush_losses()
+        # Of ZeRO 3 each rank looks at its own part.
+        own = ((name, getattr(p, "ds_tensor", p)) for name, p in self.encoder_module.named_parameters())
+        require_finite((*own, *self._head_tensors()), self.ranks, self.state.step, self.run_folder)
         resume.save(self)
 
     def _find_checkpoint(self) -> resume.Checkpoint | None:
@@ -361,10 +371,12 @@ class Trainer:
 
     def save(self, folder: Any) -> None:
         """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""
+        encoder_state = self.accelerator.get_state_dict(self.encoder)
+        require_finite((*encoder_state.items(), *self._head_tensors()), self.ranks, self.state.step, folder)
         save_model(
             folder,
             encoder=self.encoder_module,
-            encoder_state=self.accelerator.get_state_dict(self.encoder),
+            encoder_state=encoder_state,
             tokenizer=self.tokenizer,
             head=self.head,
             labels=self.corpus.labels,
@@ -373,6 +385,11 @@ class Trainer:
             config_yaml=to_yaml(self.config),
         )
         self.dispatch("on_save", folder)
+
+    def _head_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights and optimizer state of this rank's labels."""
+        heads = head_parts(self.head) + ([] if self.meta_branch is None else [("meta.", self.meta_branch.head)])
+        return ((f"head {prefix}{name}", value) for prefix, head in heads for name, value in head.state_dict().items())
 
     # Building -------------------------------------------------------------------------------------------------------
 
@@ -510,15 +527,8 @@ class Trainer:
 
     def _first_bias(self, counts: np.ndarray) -> Tensor:
         """float32, for each output by how many texts it is a positive of (`counts`)."""
-        init, outputs = self.config.model.ffi.bias_init, len(counts)
-        if init == "zero":
-            return torch.zeros(outputs)
-        mean = counts.sum() / (self.corpus.texts * outputs)
-        share = torch.full((outputs,), mean, dtype=torch.float64)
-        if init == "frequency":
-            # One more text, with an average set of labels: no share is 0 or 1.
-            share = (torch.from_numpy(counts) + share) / (self.corpus.texts + 1)
-        return best_constant(self.config.training.optimization.loss_fn, share).float()
+        loss, init = self.config.training.optimization.loss_fn, self.config.model.ffi.bias_init
+        return starting_bias(loss, init, torch.from_numpy(counts), self.corpus.texts)
 
     def _head_arguments(self) -> dict[str, Any]:
         """What the labels' head and the meta branch's have in common."""

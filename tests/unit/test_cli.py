@@ -35,7 +35,8 @@ def test_unknown_commands_are_answered_with_the_known_ones(words, said, monkeypa
 
 def test_settings_are_listed(monkeypatch, capsys):
     call(monkeypatch, "settings")
-    assert "model.ffi.fan_in = 128\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "model.ffi.fan_in = 128   in [1, 65536]\n" in out and "training.seed = 42   in [0, 4294967295]\n" in out
 
 
 def test_a_user_s_error_is_one_line(monkeypatch, capsys):

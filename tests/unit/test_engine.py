@@ -171,9 +171,49 @@ def test_a_deepspeed_json_that_is_none(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             deepspeed_settings(str(path), "no", 1, 4, 1, 0.0)
+    for content, message in [
+        (b"[" * 10_000, "nested too deeply"),
+        (b'{"a": \xff}', "not UTF-8"),
+        (b'{"a": NaN}', "NaN is not a number of JSON"),
+        (b'{"a": 1e999}', "1e999 is not a number of JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "thousands of digits"),
+        (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+        (b" " * (2 << 20), "larger than 1024 KiB"),
+        (b'{"zero_optimization": {"stage": true}}', "stage=True: write 0, 1, 2 or 3"),
+        (b'{"zero_optimization": {"offload_optimizer": "cpu"}}', "offload_optimizer must be a JSON object"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            deepspeed_settings(str(path), "no", 1, 4, 1, 0.0)
     path.write_text("{}")
     settings = deepspeed_settings(str(path), "bf16", 1, 4, 2, 0.5)
     assert settings["zero_optimization"] == {"stage": 0} and settings["bf16"]["enabled"] and settings["train_batch_size"] == 8
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}}, "zero2.json: DeepSpeed refuses it: .* overlap_comm"),
+    ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com Extra inputs are not permitted"),
+    ({"fp16": {"initial_scale_power": []}}, "initial_scale_power"),
+])  # fmt: skip
+def test_what_deepspeed_refuses_is_said_before_the_model_is_loaded(change, message, tmp_path, environment, started):
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps(json.loads(Path(ZERO2).read_text()) | change))
+    environment(ACCELERATE | {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    with pytest.raises(UserError, match=message) as error:
+        build()
+    assert str(error.value).isprintable() and not started
+
+
+def test_the_shipped_deepspeed_files_pass(tmp_path, environment, started):
+    for path in (ROOT / "ds_configs").glob("*.json"):
+        environment(ACCELERATE | {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+        build()
+        assert "zero_optimization" in started["deepspeed_plugin"]
+    # What accelerate fills in from the model.
+    path = tmp_path / "auto.json"
+    path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}')
+    environment({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
+    build()
 
 
 def test_fp16_needs_hardware(environment, started, monkeypatch):
@@ -204,6 +244,7 @@ def test_the_loss_scale_starts_at_4096_with_and_without_deepspeed(precision, fir
     given = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
         engine, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1)
     )
@@ -220,9 +261,12 @@ def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(environment, monkeyp
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(engine, "Accelerator", lambda **kwargs: SimpleNamespace(num_processes=1))
     build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})
     assert chosen == [3]
+    with pytest.raises(UserError, match="environment.cuda_device_id=4: there are 4 GPUs, numbered from 0"):
+        build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 4})
     environment(TWO)
     with pytest.raises(UserError, match="environment.cuda_device_id: leave it at 0 with several processes"):
         build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})

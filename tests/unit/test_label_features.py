@@ -10,7 +10,7 @@ from tests.head_helpers import OneOf
 from xmc_trainer import label_features
 from xmc_trainer.data import Ragged
 from xmc_trainer.head import FixedFanInHead, SplitHead
-from xmc_trainer.head.losses import best_constant
+from xmc_trainer.head.losses import best_constant, starting_bias
 from xmc_trainer.label_features import LabelSums, whitener
 
 TEXTS, LABELS, D = 60, 31, 20
@@ -167,3 +167,18 @@ def test_the_best_constant_has_no_slope(loss):
     logit = best_constant(loss, share)
     up, down = (LOSSES[loss](logit, torch.full_like(logit, positive, dtype=torch.bool))[1] for positive in (True, False))
     torch.testing.assert_close(share * up + (1 - share) * down, torch.zeros(3), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts, texts, init, odds", [
+    ([4, 4], 4, "prior", [8.5 / 0.5] * 2),  # every output is a positive of every text
+    ([0, 0], 4, "prior", [0.5 / 8.5] * 2),
+    ([4, 4], 4, "frequency", [89] * 2),  # (4 + 8.5 / 9) of 5
+    ([4, 0], 4, "frequency", [9, 1 / 9]),  # (4 + 0.5) and 0.5 of 5
+    ([3], 4, "zero", [1]),
+])  # fmt: skip
+def test_where_biases_start(counts, texts, init, odds):
+    odds = torch.tensor(odds)
+    torch.testing.assert_close(starting_bias("bce", init, torch.tensor(counts), texts), odds.log())
+    expected = torch.zeros(len(counts)) if init == "zero" else 2 * odds / (1 + odds) - 1
+    torch.testing.assert_close(starting_bias("squared_hinge", init, torch.tensor(counts), texts), expected)
+    assert starting_bias("bce", init, torch.full((3,), 10**7), 10**7).isfinite().all()

@@ -80,6 +80,18 @@ def test_inverse_propensity_by_hand():
     assert 1 / got[1] == pytest.approx(1 / (1 + c * math.exp(-a * math.log(10 + b))))
 
 
+def test_propensities_are_at_most_one():
+    counts = np.array([0, 1, 10**9])
+    for texts in (0, 1, 2, 3, 10**9):
+        for a, b in ((0.0, 0.001), (10.0, 0.001), (10.0, 1000.0), (0.55, 1.5)):  # the bounds of the settings
+            weight = inverse_propensity(counts, texts, a, b)
+            assert np.isfinite(weight).all() and (weight >= 1).all() and (np.diff(weight) <= 0).all()
+    assert inverse_propensity(counts, 2, 0.55, 0.001).tolist() == [1, 1, 1]
+    for a, b in ((math.nan, 1.5), (0.55, 0.0), (0.55, math.nan), (math.inf, 1.5), (-1.0, 1.5)):
+        with pytest.raises(ValueError, match="must be at least 0"):
+            inverse_propensity(counts, 10, a, b)
+
+
 def test_missing_predictions_are_misses():
     metrics = RankingMetrics(np.ones(4))
     metrics.add(np.array([[3, -1, -1, -1, -1]]), np.array([0, 3]), np.array([2]))

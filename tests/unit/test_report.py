@@ -106,3 +106,31 @@ def test_a_setting_that_all_runs_share_is_no_axis(make_run, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(UserError, match="optimization.lr: is 0.002 in every run"):
         main()
+
+
+def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp_path):
+    make_run("whole")
+    make_run("damaged")
+    log = tmp_path / "damaged" / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for torn in (b'{"event": "en', b"", b"\xff\n", b"[" * 10_000, b'{"event": "end"}\n', b"7\n"):
+        log.write_bytes(b"".join(lines[:-1]) + torn)
+        assert [run.folder.name for run in find_runs([tmp_path])] == ["whole"]
+    for number, line, said in [
+        (1, b'{"event": "st', "line 1: is no record of a training"),
+        (1, b"\xff", "line 1: is no record of a training"),
+        (1, b'{"event": "start", "head_bytes": "many"}', "line 1: its start record has no valid head_bytes"),
+        (3, b"[]", "line 3: is no record of a training"),
+        (3, b'{"event": ["evaluate"]}', "line 3: is no record of a training"),
+        (3, b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": null}', "line 3: its evaluate record has no valid P@1"),
+        (3, b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": 1, "PSP@1": "x"}', "no valid PSP@1"),
+    ]:
+        log.write_bytes(b"".join([*lines[: number - 1], line + b"\n", *lines[number:]]))
+        with pytest.raises(UserError, match=said) as error:
+            find_runs([tmp_path])
+        assert str(log) in str(error.value)
+    log.write_bytes(b"".join(lines))
+    for content, said in ((b"\xff", "config.yaml, line 1: not UTF-8"), (b"a: [", "config.yaml, line 1: not YAML"), (b"a: 1", "says nothing of training.seed")):
+        (tmp_path / "damaged" / "config.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=said):
+            find_runs([tmp_path])

@@ -35,3 +35,24 @@ def best_constant(loss: str, positive_share: Tensor) -> Tensor:
     if loss == "bce":
         return torch.logit(positive_share)
     return 2 * positive_share - 1
+
+
+def starting_bias(loss: str, init: str, counts: Tensor, texts: int) -> Tensor:
+    """Where the biases of a head begin.
+
+    Args:
+        init: "prior": the best constant for the mean share of positives, the same for all; "frequency": of each output's own
+            share; "zero".
+        counts: int [L], texts of which each output is a positive.
+        texts: how many there are.
+    Returns: float32 [L], finite whatever the counts: every share is shrunk away from 0 and 1, where the best constant of
+        the binary cross-entropy is infinite.
+    """
+    if init == "zero":
+        return torch.zeros(len(counts))
+    counts = counts.double()
+    # One more pair of a text and an output, half of a positive one.
+    mean = (counts.sum() + 0.5) / (texts * len(counts) + 1)
+    # One more text, with an average set of positives.
+    share = (counts + mean) / (texts + 1) if init == "frequency" else mean.expand(len(counts))
+    return best_constant(loss, share).float()

@@ -1,0 +1,76 @@
+"""A training keeps to numbers: it starts from finite ones, and what is none is not saved over what is good."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data_helpers import write_raw
+from xmc_trainer.config import load_config
+from xmc_trainer.errors import UserError
+from xmc_trainer.hooks import Hook
+from xmc_trainer.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.mark.parametrize("loss, init", [("bce", "prior"), ("bce", "frequency"), ("squared_hinge", "prior")])
+def test_labels_of_every_text_can_be_trained(loss, init, toy_settings, tmp_path):
+    write_raw(tmp_path / "toy", train=[(f"w{n} w{n + 1}", "a b") for n in range(12)], test=[("w3", "a b")])
+    words = ["data.num_labels=2", "data.label_text_file=null", "data.batch_size=4", "training.optimization.epochs=1"]
+    words += [f"dataset_path={tmp_path}", f"training.optimization.loss_fn={loss}", f"model.ffi.bias_init={init}"]
+    trainer = Trainer(load_config([*toy_settings, *words]))
+    assert trainer.head.bias.isfinite().all() and (trainer.head.bias > 0).all()
+    assert (
+        trainer._first_bias(np.array([12, 12, 12])).isfinite().all()
+    )  # as of the meta branch, whose clusters are in every text
+    assert trainer.train()["P@1"] == 1
+    records = [json.loads(line) for line in (trainer.run_folder / "log.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["event"] == "step"]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+def test_weights_that_are_no_numbers_are_not_saved(toy_settings):
+    class Spoil(Hook):
+        tried = 0
+
+        def on_step_end(self, trainer):
+            """After the second step: a checkpoint and a model that are good, and then weights that are not."""
+            if trainer.state.step != 2:
+                return
+            model = trainer.run_folder / "model"
+            trainer.save_checkpoint()
+            trainer.save(model)
+            good = {path: path.read_bytes() for path in trainer.run_folder.rglob("*.*") if path.name != "log.jsonl"}
+            backbone = next(trainer.encoder_module.parameters())
+            for name, tensor, value in (
+                ("head weight", trainer.head.weight, torch.nan),
+                ("backbone", backbone, torch.inf),
+            ):
+                kept = tensor.detach().clone()
+                tensor.detach().view(-1)[3] = value
+                for save in (trainer.save_checkpoint, lambda: trainer.save(model)):
+                    said = f"not written at step 2, for weights are not finite any more .*{name}.*encoder_lr"
+                    with pytest.raises(UserError, match=said):
+                        save()
+                    assert all(path.read_bytes() == content for path, content in good.items())
+                    self.tried += 1
+                tensor.detach().copy_(kept)
+
+    hook = Spoil()
+    trainer = Trainer(load_config([*toy_settings, "training.optimization.max_steps=3"]), hooks=[hook])
+    trainer.train()
+    assert hook.tried == 4 and (trainer.run_folder / "model" / "manifest.json").is_file()
+
+
+def test_a_step_has_no_more_micro_batches_than_the_texts_fill(toy_settings):
+    # 611 texts are 20 micro-batches of 32.
+    with pytest.raises(
+        UserError,
+        match="grad_accum_step=99999: the 611 training texts fill only 20 micro-batches .* set it to 20 at most",
+    ):
+        Trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=99999"]))
+    assert Trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=20"])).state.steps_per_epoch == 1
