@@ -14,12 +14,9 @@ texts and the random draws, follows from seed, epoch, step and rank.
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,54 +31,21 @@ from xmc_trainer.checkpoint import (
     shard_ranges,
     verify_files,
 )
-from xmc_trainer.config import Config, flatten, to_yaml
+from xmc_trainer.config import to_yaml
 from xmc_trainer.engine_state import EncoderState
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import FixedFanInHead
+from xmc_trainer.run_folder import CHECKPOINT
 
 if TYPE_CHECKING:
     from xmc_trainer.trainer import Trainer
 
 FORMAT = 1
-FOLDER = "checkpoint"  # in the run's folder
-# What a training may go on with otherwise than it began: places, and what does not change what is learned.
-_FREE = (
-    "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.num_workers", "data.cache_dir",
-    "data.test_batch_size", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer", "model.encoder.ngame_checkpoint",
-    "model.encoder.use_torch_compile", "model.ffi.backend", "model.ffi.tile_labels", "training.verbose", "training.resume",
-    "training.checkpoint_interval", "training.use_checkpoint", "training.checkpoint_file", "training.best_p1",
-)  # fmt: skip
-
-
-def find(run_folder: Path) -> Checkpoint | None:
-    """The run's last whole checkpoint."""
-    # Cut off between two renamings, the one before has stepped aside.
-    for name in (FOLDER, f"{FOLDER}.old"):
-        if (run_folder / name / "manifest.json").is_file():
-            folder = run_folder / name
-            return Checkpoint(folder, read_manifest(folder, FORMAT, "a checkpoint"))
-    return None
-
-
-def remove(run_folder: Path) -> None:
-    for name in (FOLDER, f"{FOLDER}.old", f"{FOLDER}.partial"):
-        shutil.rmtree(run_folder / name, ignore_errors=True)
-
-
-def differences(config: Config, file: Path) -> list[str]:
-    """In which settings that matter to what is learned a run's config.yaml differs from `config`: "name=there, not here"."""
-    there, here = (
-        {name: str(value) for name, value in flatten(OmegaConf.to_container(tree)).items()}
-        for tree in (OmegaConf.load(file), OmegaConf.create(to_yaml(config)))
-    )
-    names = [name for name in here | there if not any(f"{name}.".startswith(f"{free}.") for free in _FREE)]
-    # A setting that one version does not know is at its default there.
-    return [f"{name}={there[name]}, not {here[name]}" for name in names if name in here and name in there and here[name] != there[name]]
 
 
 def save(trainer: Trainer) -> None:
     """Write the training's checkpoint, between two optimizer steps; every rank must call."""
-    folder, ranks, state = trainer.run_folder / FOLDER, trainer.ranks, trainer.state
+    folder, ranks, state = trainer.run_folder / CHECKPOINT, trainer.ranks, trainer.state
     partial = begin_folder(folder, ranks)
     encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
     tensors = {}
@@ -133,63 +97,47 @@ def _heads(trainer: Trainer) -> list[tuple[str, FixedFanInHead]]:
     return head_parts(trainer.head) + branch
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    folder: Path
-    manifest: dict[str, Any]
+def restore(folder: Path, trainer: Trainer) -> None:
+    """Bring a trainer that was just built to where the checkpoint was made; on every rank."""
+    manifest, corpus, ranks = read_manifest(folder, FORMAT, "a checkpoint"), trainer.corpus, trainer.ranks
+    if ranks.rank == 0:
+        verify_files(folder, manifest, f"put it back, or remove {folder} to begin anew")
+    ranks.barrier()
+    if manifest["corpus"] != corpus.fingerprint:
+        raise UserError(f"{folder}: was made with other texts, or another tokenizer; put them back, or name another run by log_fname")
+    if manifest["label_order"] != corpus.label_order:
+        raise UserError(f"{folder}: was made with other label clusters; put {trainer.config.cluster_file} back")
+    encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
+    saved = manifest["encoder"]
+    with safe_open(folder / "encoder.safetensors", framework="pt") as file:
+        known = set(file.keys())
 
-    @property
-    def step(self) -> int:
-        return self.manifest["step"]
+        def get(name: str) -> Tensor:
+            if name not in known:
+                raise ValueError(f"{name} is not in it")
+            return file.get_tensor(name)
 
-    def check_settings(self, config: Config) -> None:
-        """UserError if `config` would train something else."""
-        if differ := differences(config, self.folder / "config.yaml"):
-            raise UserError(
-                f"{self.folder}: was made with {'; '.join(differ)}; set that again, name another run by log_fname, or remove {self.folder} to begin anew"
-            )
-
-    def restore(self, trainer: Trainer) -> None:
-        """Bring a trainer that was just built to where the checkpoint was made; on every rank."""
-        manifest, corpus, ranks = self.manifest, trainer.corpus, trainer.ranks
-        if ranks.rank == 0:
-            verify_files(self.folder, manifest, f"put it back, or remove {self.folder} to begin anew")
-        ranks.barrier()
-        if manifest["corpus"] != corpus.fingerprint:
-            raise UserError(f"{self.folder}: was made with other texts, or another tokenizer; put them back, or name another run by log_fname")
-        if manifest["label_order"] != corpus.label_order:
-            raise UserError(f"{self.folder}: was made with other label clusters; put {trainer.config.cluster_file} back")
-        encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
-        saved = manifest["encoder"]
-        with safe_open(self.folder / "encoder.safetensors", framework="pt") as file:
-            known = set(file.keys())
-
-            def get(name: str) -> Tensor:
-                if name not in known:
-                    raise ValueError(f"{name} is not in it")
-                return file.get_tensor(name)
-
-            try:
-                encoder.load(get, tuple(saved["states"]), saved["steps"])
-            except ValueError as error:
-                raise UserError(f"{self.folder}: is of another encoder ({error}); set model.encoder.encoder_model to it") from None
-        encoder.load_loss_scale(saved["loss_scale"])
-        recent = load_file(self.folder / "recent.safetensors")
-        for (prefix, head), described in zip(_heads(trainer), manifest["heads"], strict=True):
-            if described["fan_in"] is not None and head.index is None:
-                head.become_sparse(described["fan_in"], described["group_size"])
-            load_shards(head, self.folder, prefix, described["shards"], head.state_dict())
-            head.steps = described["steps"]
-            head.skipped.fill_(described["skipped"])
-            names = ("features", "labels", "rows")
-            head.load_recent_steps(
-                [{name: recent[f"{prefix}{number}.{name}"] for name in names} for number in range(described["recent"])]
-            )
-        trainer.state.step, trainer.state.epoch = manifest["step"], manifest["epoch"]
-        trainer.not_finite, trainer.metrics = manifest["not_finite"], manifest["metrics"]
-        states = list(manifest["hooks"])
-        for hook in trainer.hooks:
-            # By name and in order: hooks may have come or gone.
-            number = next((i for i, (name, _) in enumerate(states) if name == type(hook).__name__), None)
-            if number is not None:
-                hook.load_state_dict(states.pop(number)[1])
+        try:
+            encoder.load(get, tuple(saved["states"]), saved["steps"])
+        except ValueError as error:
+            raise UserError(f"{folder}: is of another encoder ({error}); set model.encoder.encoder_model to it") from None
+    encoder.load_loss_scale(saved["loss_scale"])
+    recent = load_file(folder / "recent.safetensors")
+    for (prefix, head), described in zip(_heads(trainer), manifest["heads"], strict=True):
+        if described["fan_in"] is not None and head.index is None:
+            head.become_sparse(described["fan_in"], described["group_size"])
+        load_shards(head, folder, prefix, described["shards"], head.state_dict())
+        head.steps = described["steps"]
+        head.skipped.fill_(described["skipped"])
+        names = ("features", "labels", "rows")
+        head.load_recent_steps(
+            [{name: recent[f"{prefix}{number}.{name}"] for name in names} for number in range(described["recent"])]
+        )
+    trainer.state.step, trainer.state.epoch = manifest["step"], manifest["epoch"]
+    trainer.not_finite, trainer.metrics = manifest["not_finite"], manifest["metrics"]
+    states = list(manifest["hooks"])
+    for hook in trainer.hooks:
+        # By name and in order: hooks may have come or gone.
+        number = next((i for i, (name, _) in enumerate(states) if name == type(hook).__name__), None)
+        if number is not None:
+            hook.load_state_dict(states.pop(number)[1])

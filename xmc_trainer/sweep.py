@@ -44,10 +44,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from xmc_trainer import resume
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, config_of_model, flatten, load_config, to_yaml
 from xmc_trainer.errors import UserError
+from xmc_trainer.run_folder import find_checkpoint
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 _FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
@@ -148,7 +148,7 @@ def refuse_to_replace(runs: list[list[str]]) -> None:
     for words in runs:
         config = load_config(words)
         differences = _differences(config)
-        if differences and (_ended_log(config.run_folder) or resume.find(config.run_folder)):
+        if differences and (_ended_log(config.run_folder) or find_checkpoint(config.run_folder)):
             others.append(f"{config.run_folder} ({'; '.join(differences[:3])})")
     if others:
         raise UserError(
@@ -335,7 +335,7 @@ def visible_gpus() -> list[str]:
 def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     """Train and evaluate the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
     waiting = [words for words in runs if results(load_config(words), views) is None]
-    going_on = sum(resume.find(load_config(words).run_folder) is not None for words in waiting)
+    going_on = sum(find_checkpoint(load_config(words).run_folder) is not None for words in waiting)
     also = f", {going_on} with a checkpoint" if going_on else ""
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
     if waiting:
@@ -355,7 +355,7 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                 words = waiting.pop(0)
                 config = load_config(words)
                 folder = config.run_folder
-                if finished(config) is None and resume.find(folder) is None:
+                if finished(config) is None and find_checkpoint(folder) is None:
                     shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was cut off at its very end
                 log = folder.with_name(f"{folder.name}.txt")
                 log.parent.mkdir(parents=True, exist_ok=True)

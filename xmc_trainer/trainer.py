@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
-import os
-import shutil
-import socket
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xmc_trainer import resume
+from xmc_trainer import resume, run_folder
 from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.checkpoint import save_model
 from xmc_trainer.clusters import LabelClusters
@@ -31,7 +26,7 @@ from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder import load_tokenizer
 from xmc_trainer.engine import leave, step_was_applied, whole_weights
-from xmc_trainer.errors import NothingToDo, UserError
+from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
 from xmc_trainer.head.losses import best_constant
@@ -82,7 +77,7 @@ class Trainer:
         self.accelerator = accelerator_of(config, deepspeed_config)
         self.ranks, self.device = Ranks(), self.accelerator.device
         self.run_folder = config.run_folder
-        self._checkpoint = self._find_checkpoint()
+        self._checkpoint = run_folder.checkpoint_to_resume(config)
         # What can be refused is refused before anything is loaded.
         try:
             select_backend(config.model.ffi.backend, self.device)
@@ -142,13 +137,14 @@ class Trainer:
         self._losses_read = time.monotonic()
         self.not_finite = 0  # latest steps in a row whose loss is not
         if self._checkpoint is not None:
-            self._checkpoint.restore(self)
+            resume.restore(self._checkpoint, self)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
-        with self._own_run_folder():
+        main = self.accelerator.is_main_process
+        with run_folder.own(self.config, goes_on=self._checkpoint is not None) if main else nullcontext():
             self.ranks.barrier()
             self.dispatch("on_train_start")
             while not self.state.finished:
@@ -158,8 +154,8 @@ class Trainer:
                 self.state.epoch += 1
             self.save(self.run_folder / "model")
             self.dispatch("on_train_end")
-            if self.accelerator.is_main_process:
-                resume.remove(self.run_folder)
+            if main:
+                run_folder.remove_checkpoint(self.run_folder)
         return self.metrics["test"]
 
     def _train_epoch(self) -> None:
@@ -305,59 +301,6 @@ class Trainer:
         """Write what an interrupted training goes on from; between two steps, every rank must call. See `xmc_trainer.resume`."""
         self._flush_losses()
         resume.save(self)
-
-    def _find_checkpoint(self) -> resume.Checkpoint | None:
-        """The one to go on from. UserError rather than a run that would undo what another has done."""
-        folder, found = self.run_folder, resume.find(self.run_folder)
-        if not self.config.training.resume:
-            if found is not None:
-                raise UserError(
-                    f"{folder}: holds a run that was interrupted after step {found.step}; go on with training.resume=true, name "
-                    f"another run by log_fname, or remove {found.folder}"
-                )
-            return None
-        if found is not None:
-            found.check_settings(self.config)
-        elif (folder / "model" / "manifest.json").is_file() and not resume.differences(self.config, folder / "config.yaml"):
-            raise NothingToDo(f"{folder}: this run is finished; training.resume=false would train it anew, in its place")
-        return found
-
-    @contextmanager
-    def _own_run_folder(self) -> Iterator[None]:
-        """Make the run's folder ready. UserError where another training is at work in it."""
-        if not self.accelerator.is_main_process:
-            yield
-            return
-        folder, there = self.run_folder, self.run_folder.exists()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
-        with lock:
-            try:
-                # It goes with the process, however that ends.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise UserError(
-                    f"{folder}: another training is at work in it ({lock.read().strip()}); end it first (a launcher that was "
-                    "killed leaves its processes behind), or name this run otherwise by log_fname"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            if self._checkpoint is None and self.config.training.resume:
-                print(f"{folder}: no checkpoint to go on from; the training begins", flush=True)
-            if self._checkpoint is None and there:
-                print(f"{folder}: replaces an earlier run; name another by log_fname", flush=True)
-                for name in ("model", self.config.training.checkpoint_file):
-                    if (folder / name / "manifest.json").is_file():
-                        shutil.rmtree(folder / name)  # or it would pass for this run's
-            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-            yield
 
     def save(self, folder: Any) -> None:
         """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""

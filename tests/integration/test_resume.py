@@ -12,10 +12,10 @@ import torch
 
 from tests.integration.test_launchers import launch, run_here, start_command
 from tests.integration.test_training import log_of, train
-from xmc_trainer import resume
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
+from xmc_trainer.run_folder import find_checkpoint
 from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -134,7 +134,7 @@ def run_message_of(settings):
 
 
 def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
-    assert "interrupted after step 7; go on with training.resume=true" in message_of(interrupted)
+    assert "interrupted; go on with training.resume=true" in message_of(interrupted)
     new_process()
     train([*interrupted, "training.resume=true"])
     new_process()
@@ -179,7 +179,7 @@ def test_two_trainings_do_not_share_a_folder(interrupted):
 
     with pytest.raises(PowerCut):
         train([*interrupted, "training.resume=true"], hooks=[Second()])
-    assert resume.find(load_config(interrupted).run_folder).step == 7
+    assert find_checkpoint(load_config(interrupted).run_folder).name == "checkpoint"
     new_process()
     file = load_config(interrupted).run_folder / "log.jsonl"
     assert "cannot be written (Not a directory); set output_dir" in run_message_of([*interrupted, f"output_dir={file}"])
@@ -196,7 +196,7 @@ def test_a_checkpoint_that_was_being_replaced_is_found(interrupted):
     folder = load_config(interrupted).run_folder
     (folder / "checkpoint").rename(folder / "checkpoint.old")
     (folder / "checkpoint.partial").mkdir()
-    assert resume.find(folder).step == 7
+    assert find_checkpoint(folder).name == "checkpoint.old"
     trainer, _ = train([*interrupted, "training.resume=true"])
     assert not list(folder.glob("checkpoint*")) and trainer.state.step == 60
 

@@ -25,7 +25,8 @@ ALLOWED = {
     "engine": {"errors", "parallel"},
     "checkpoint": {"encoder", "head", "parallel", "errors"},
     "engine_state": set(),
-    "resume": {"checkpoint", "config", "engine_state", "errors", "head", "trainer"},  # the trainer only as a type
+    "run_folder": {"config", "errors"},
+    "resume": {"checkpoint", "config", "engine_state", "errors", "head", "run_folder", "trainer"},  # the trainer only as a type
 }
 
 
