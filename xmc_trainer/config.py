@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -22,6 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
 from xmc_trainer.errors import UserError
+from xmc_trainer.saved_folder import verify_file
 from xmc_trainer.schedules import SCHEDULES
 
 
@@ -423,10 +425,10 @@ class VerboseConfig:
             )
 
 
-# What a run's folder holds beside training.checkpoint_file, and what stands there while a model is written.
-_RUN_FILES = (
-    "model", "model.partial", "model.old", "checkpoint", "checkpoint.partial", "checkpoint.old", "config.yaml", "log.jsonl", "wandb",
-)  # fmt: skip
+# What a run's folder holds beside training.checkpoint_file, and what stands there while folders are written and removed.
+_RUN_FILES = re.compile(
+    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|figures\.json|wandb|.*\.(partial|old|removed)", re.DOTALL
+)
 
 
 @dataclass
@@ -442,20 +444,26 @@ class TrainingConfig:
     checkpoint_file: str = option("best", "folder name of that model")
     best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept")
     checkpoint_interval: int = option(
-        1000, "optimizer steps between two checkpoints of the training, of which the last is kept until its end; 0: never"
+        1000, "optimizer steps between two checkpoints of the training, which are removed at its end; 0: never"
     )
+    checkpoints_kept: int = option(1, "the last so many checkpoints are kept until the training's end; the best model is kept apart")
     resume: bool = option(False, "go on from the run's checkpoint; from the beginning where there is none")
+    overwrite: bool = option(
+        False, "replace the earlier run of that name, which otherwise is refused; it is removed once this one is finished"
+    )
 
     def __post_init__(self) -> None:
         _at_least("training.checkpoint_interval", self.checkpoint_interval, 0)
+        _at_least("training.checkpoints_kept", self.checkpoints_kept, 1)
         _at_least("training.seed", self.seed, 0)
         if self.seed >= 1 << 32:
             raise UserError(f"training.seed={self.seed}: must be below 2^32")
         _share("training.best_p1", self.best_p1)
-        if not self.checkpoint_file or "/" in self.checkpoint_file or self.checkpoint_file in (".", "..", *_RUN_FILES):
+        name = self.checkpoint_file
+        if not name or "/" in name or _RUN_FILES.fullmatch(name) or len(name.encode()) > 200:
             raise UserError(
-                f"training.checkpoint_file={self.checkpoint_file!r}: a plain name for a folder, other than "
-                f"{', '.join(_RUN_FILES)}"
+                f"training.checkpoint_file={name!r}: a plain name for a folder, of at most 200 bytes, and none that a run uses "
+                "otherwise, such as model, checkpoint or config.yaml"
             )
 
 
@@ -625,9 +633,7 @@ def config_of_model(folder: Path, overrides: list[str]) -> Config:
     for word in overrides:
         if not word.startswith(MODEL_SETTINGS):
             raise UserError(f"{word}: a saved model can be given only {', '.join(MODEL_SETTINGS)} settings")
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
-    return load_config([f"dataset={folder / 'config.yaml'}", *overrides])
+    return load_config([f"dataset={verify_file(folder, 'config.yaml')}", *overrides])
 
 
 def to_yaml(config: Any) -> str:

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -47,6 +46,7 @@ from yaml import YAMLError
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, config_of_model, flatten, load_config, to_yaml
 from xmc_trainer.errors import UserError
+from xmc_trainer.files import replacing, write_text
 from xmc_trainer.run_folder import find_checkpoint
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
@@ -213,10 +213,7 @@ def run_one(words: list[str], views: Views) -> None:
         corpus = corpus_of_saved(saved, of_model)
         found = figures(saved, of_model, corpus, [strength for _, strength in of_split], device)
         known.setdefault(split, {}).update({f"{strength:g}": metrics for strength, metrics in found.items()})
-    file = config.run_folder / _FIGURES
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps({"log_sha256": _digest(config), "figures": known}) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(config.run_folder / _FIGURES, json.dumps({"log_sha256": _digest(config), "figures": known}) + "\n")
 
 
 def result(log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -279,7 +276,7 @@ def main() -> None:
         raise UserError(f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)")
     target = options.csv or Path(options.file.with_suffix(".csv").name)
     lines = [{"row": row, "seed": seed, "settings": " ".join(words)} | entry for row, seed, words, entries in done for entry in entries]
-    with target.open("w", newline="", encoding="utf-8") as file:
+    with replacing(target, newline="") as file:
         columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
         writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
         writer.writeheader()
@@ -355,8 +352,6 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                 words = waiting.pop(0)
                 config = load_config(words)
                 folder = config.run_folder
-                if finished(config) is None and find_checkpoint(folder) is None:
-                    shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was cut off at its very end
                 log = folder.with_name(f"{folder.name}.txt")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 gpu = None

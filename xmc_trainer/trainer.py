@@ -6,8 +6,7 @@ import hashlib
 import math
 import tempfile
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xmc_trainer import resume, run_folder
+from xmc_trainer import resume
 from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.checkpoint import save_model
 from xmc_trainer.clusters import LabelClusters
@@ -35,6 +34,7 @@ from xmc_trainer.label_features import LabelSums, encode_training_texts, whitene
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
+from xmc_trainer.run_folder import MODEL, RunFolder
 
 _ENCODER_OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -73,11 +73,12 @@ class Trainer:
 
     def __init__(self, config: Config, *, deepspeed_config: str | None = None, hooks: list[Hook] | None = None) -> None:
         optimization, data = config.training.optimization, config.data
-        self.config = config
+        # Of this start alone: whoever starts from this run's config.yaml replaces nothing.
+        self.config = replace(config, training=replace(config.training, overwrite=False))
         self.accelerator = accelerator_of(config, deepspeed_config)
         self.ranks, self.device = Ranks(), self.accelerator.device
-        self.run_folder = config.run_folder
-        self._checkpoint = run_folder.checkpoint_to_resume(config)
+        self._folder = RunFolder(config, self.ranks)
+        self.run_folder, self._checkpoint = self._folder.path, self._folder.checkpoint
         # What can be refused is refused before anything is loaded.
         try:
             select_backend(config.model.ffi.backend, self.device)
@@ -143,19 +144,15 @@ class Trainer:
 
     def train(self) -> dict[str, float]:
         """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
-        main = self.accelerator.is_main_process
-        with run_folder.own(self.config, goes_on=self._checkpoint is not None) if main else nullcontext():
-            self.ranks.barrier()
+        with self._folder.at_work():
             self.dispatch("on_train_start")
             while not self.state.finished:
                 self._train_epoch()
                 self._flush_losses()
                 self.dispatch("on_epoch_end")
                 self.state.epoch += 1
-            self.save(self.run_folder / "model")
+            self.save(self.run_folder / MODEL)
             self.dispatch("on_train_end")
-            if main:
-                run_folder.remove_checkpoint(self.run_folder)
         return self.metrics["test"]
 
     def _train_epoch(self) -> None:

@@ -20,13 +20,15 @@ ALLOWED = {
     "encoder": {"errors"},
     "head": {"head", "ops", "kernels", "parallel"},
     "data": {"data", "errors"},
-    "config": {"errors", "schedules"},
+    "config": {"errors", "saved_folder", "schedules"},
+    "files": {"errors"},
+    "saved_folder": {"errors", "files", "parallel"},  # the ranks only as a type
     "meta_branch": {"head"},
     "engine": {"errors", "parallel"},
-    "checkpoint": {"encoder", "head", "parallel", "errors"},
+    "checkpoint": {"encoder", "errors", "files", "head", "parallel", "saved_folder"},
     "engine_state": set(),
-    "run_folder": {"config", "errors"},
-    "resume": {"checkpoint", "config", "engine_state", "errors", "head", "run_folder", "trainer"},  # the trainer only as a type
+    "run_folder": {"config", "errors", "files", "parallel", "saved_folder"},
+    "resume": {"checkpoint", "config", "engine_state", "errors", "files", "head", "run_folder", "saved_folder", "trainer"},  # the trainer only as a type
 }
 
 
