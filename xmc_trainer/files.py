@@ -115,7 +115,6 @@ def put_in_place(partial: Path, folder: Path) -> None:
         if old.exists():
             remove([old])
         os.rename(folder, old)
-        sync(folder.parent)
     os.rename(partial, folder)
     sync(folder.parent)
     if old.exists():

@@ -64,7 +64,7 @@ def new_process() -> None:
 
 
 def settings_of(toy_settings, name, *more):
-    return [*toy_settings, f"log_fname={name}", "training.checkpoint_interval=7", "training.optimization.epochs=3", *more]
+    return [*toy_settings, f"log_fname={name}", "training.checkpoint_interval=7", "training.optimization.epochs=3", "training.overwrite=false", *more]
 
 
 CASES = {

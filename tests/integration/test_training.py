@@ -200,7 +200,7 @@ def test_label_features_augmentation_and_filter(toy_settings, tmp_path):
     trainer, metrics = train(lf)
     assert len(trainer.corpus.train) == 123 + 41 and metrics["P@1"] > 0.9
     AcceleratorState._reset_state(reset_partial_state=True)
-    _, filtered = train(lf, "data.use_filter_eval=true", "training.optimization.max_steps=3", "log_fname=filtered")
+    _, filtered = train(lf, "data.use_filter_eval=true", "training.optimization.max_steps=3")
     assert filtered["P@5"] == 0
 
 
@@ -293,7 +293,7 @@ def test_a_run_leaves_no_model_of_an_earlier_one(toy_settings):
     first, _ = train(short, "log_fname=again")
     assert (first.run_folder / "best").is_dir()
     (first.run_folder / "notes").mkdir()
-    train(short, "log_fname=again", "training.best_p1=1.0", "training.overwrite=true")
+    train(short, "log_fname=again", "training.best_p1=1.0")
     assert {path.name for path in first.run_folder.iterdir()} == {".lock", "config.yaml", "log.jsonl", "model", "notes"}
 
 
@@ -343,7 +343,7 @@ def test_the_meta_branch_helps_along_and_fades(toy_settings, clusters):
     assert weights[39] > 0 and set(weights[40:]) == {0.0}
     assert trainer.meta_branch.head.steps == 40 and trainer.head.steps == 160
     # Without weight it is as if it were not there.
-    _, _, without = run("model.auxiliary.auxloss_scaling=0.0", "training.optimization.max_steps=5", "log_fname=without")
+    _, _, without = run("model.auxiliary.auxloss_scaling=0.0", "training.optimization.max_steps=5")
     plain = log_of(train(toy_settings, "training.optimization.max_steps=5", "log_fname=plain")[0], "step")
     assert [record["loss"] for record in without] == [record["loss"] for record in plain]
 
