@@ -75,7 +75,7 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_settings_in(
     toy_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Path], list[str]]:
-    """A function: settings that train on it in seconds, in runs below a folder; a later setting of the same field wins."""
+    """A function: settings that train on it in seconds, in runs below a folder, which replace each other; a later setting of a field wins."""
 
     def write(folder: Path) -> list[str]:
         yaml = folder / "toy.yaml"
@@ -86,6 +86,7 @@ model:
   encoder: {{encoder_model: {tiny_encoder}, embed_dropout: 0.0}}
   ffi: {{fan_in: 12, tile_labels: 16, rewire_interval: 5, rewire_threshold: 0.05}}
 training:
+  overwrite: true
   optimization: {{xmc_optimizer: adamw, encoder_lr: 2.0e-3, lr: 2.0e-2, epochs: 8, warmup_steps: 5}}
 """
         )

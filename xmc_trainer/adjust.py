@@ -17,12 +17,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from xmc_trainer.checkpoint import FORMAT, SavedModel, begin_folder, finish_folder, head_parts, read_manifest
+from xmc_trainer.checkpoint import MODEL, SavedModel, head_parts, save_tensors
 from xmc_trainer.config import MODEL_SETTINGS, Config, config_of_model, to_yaml
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder import TextEncoder
@@ -30,6 +31,7 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of_saved, evaluate, loader_of_tests, metrics_of
 from xmc_trainer.metrics import table
 from xmc_trainer.model import XMCModel
+from xmc_trainer.saved_folder import MANIFEST, read_folder, save_folder
 
 
 def figures(
@@ -72,24 +74,27 @@ def _add_to_biases(saved: SavedModel, added: Tensor) -> None:
 
 def keep(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> None:
     """Write the model's folder anew, whole or not at all, with the biases of that strength."""
-    folder, ranks = saved.folder, saved.head.ranks
-    manifest = read_manifest(folder, FORMAT, "a saved model")
-    partial = begin_folder(folder, ranks)
-    shutil.copytree(folder, partial, dirs_exist_ok=True)
+    folder = saved.folder
+    manifest = read_folder(folder, MODEL)
     added = (config.model.ffi.logit_adjustment - strength) * torch.from_numpy(corpus.log_frequency())
-    first = 0  # label of a head that counts from 0
-    for head in manifest["heads"]:
-        for shard in head["shards"]:
-            tensors = load_file(partial / shard["file"])
-            start, stop = (first + label for label in shard["labels"])
-            tensors[head["prefix"] + "bias"] += added[start:stop]
-            save_file(tensors, partial / shard["file"])
-        first += head["arguments"]["num_labels"]
     ffi = dataclasses.replace(config.model.ffi, logit_adjustment=strength)
     yaml = to_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
-    (partial / "config.yaml").write_text(yaml, encoding="utf-8")
-    (partial / "manifest.json").unlink()
-    finish_folder(partial, folder, ranks, manifest | {"config_sha256": hashlib.sha256(yaml.encode()).hexdigest()})
+
+    def write(partial: Path) -> dict[str, Any]:
+        shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        first = 0  # label of a head that counts from 0
+        for head in manifest["heads"]:
+            for shard in head["shards"]:
+                tensors = load_file(partial / shard["file"])
+                start, stop = (first + label for label in shard["labels"])
+                tensors[head["prefix"] + "bias"] += added[start:stop]
+                save_tensors(tensors, partial / shard["file"])
+            first += head["arguments"]["num_labels"]
+        (partial / "config.yaml").write_text(yaml, encoding="utf-8")
+        own = {name: manifest[name] for name in MODEL.shape}
+        return own | {"config_sha256": hashlib.sha256(yaml.encode()).hexdigest()}
+
+    save_folder(folder, saved.head.ranks, MODEL, write)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """The saved model: a folder of safetensors, JSON, YAML and Parquet. No pickle.
 
-manifest.json              format, shapes, label range and checksum of every file: the first thing read
+manifest.json              format, shapes, label ranges and checksums, see `saved_folder`: the first thing read
 config.yaml                the resolved configuration of the run
 encoder/                   Hugging Face layout, and penultimate.safetensors if there is such a layer
 tokenizer/                 Hugging Face layout
@@ -11,9 +11,6 @@ labels.parquet             id and text of every label
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +24,24 @@ from torch import Tensor
 
 import xmc_trainer
 from xmc_trainer.errors import UserError
+from xmc_trainer.files import sync
 from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
+from xmc_trainer.head.losses import LOSSES
+from xmc_trainer.head.rewire import index_dtype
 from xmc_trainer.parallel import Ranks
+from xmc_trainer.saved_folder import (
+    NAME,
+    SHA256,
+    TEXT,
+    Kind,
+    ListOf,
+    one_of,
+    or_null,
+    read_folder,
+    save_folder,
+    tensor_header,
+    whole,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,17 +49,59 @@ if TYPE_CHECKING:
 
     from xmc_trainer.encoder import TextEncoder
 
-FORMAT = 3  # 2: every row of the index is ascending; 3: a list of heads
 _HEAD_TENSORS = ("weight", "index", "bias")
 _FREQUENT = "frequent."  # prefix of a split head's first part
+# What safetensors calls the types of tensors that a head has.
+STORED_DTYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8",
+    torch.int8: "I8",
+}  # fmt: skip
+SHARDS = ListOf({"file": NAME, "labels": (whole(0), whole(1))})
+_HEAD = {
+    "prefix": one_of("", _FREQUENT),
+    "arguments": {
+        "in_features": whole(1, 1 << 16),
+        "num_labels": whole(1),
+        "fan_in": or_null(whole(1, 1 << 16)),
+        "group_size": whole(1),
+        "bias": one_of(True, False),
+        "loss": one_of(*LOSSES),
+        "weight_dtype": one_of("float32", "bfloat16"),
+    },
+    "shards": SHARDS,
+}
+MODEL = Kind(
+    name="a saved model",
+    formats=(3, 4),  # 3: a list of heads, every row of the index ascending; 4: a digest of the manifest
+    signed=4,
+    shape={
+        "xmc_trainer": TEXT,
+        "step": whole(0),
+        "max_len": whole(1),
+        "config_sha256": SHA256,
+        "encoder": {
+            "pool_mode": one_of("last_hidden_avg", "last_nhidden_conlast"),
+            "feature_layers": whole(1),
+            "penultimate_size": or_null(whole(1, 1 << 16)),
+            "penultimate_activation": one_of("relu", "gelu", "tanh", "none"),
+        },
+        "heads": ListOf(_HEAD),
+    },
+    files=lambda manifest: [
+        "config.yaml",
+        "labels.parquet",
+        "encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+        *(["encoder/penultimate.safetensors"] if manifest["encoder"]["penultimate_size"] else []),
+        *(shard["file"] for head in manifest["heads"] for shard in head["shards"]),
+    ],
+)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file, and wait until the disk has it."""
+    save_file(tensors, path)
+    sync(path)
 
 
 def save_model(
@@ -67,27 +122,26 @@ def save_model(
         encoder_state: the full state dict of `encoder`, on the main rank.
         labels: columns id and text, in label order.
         max_len: tokens a text is cut to.
+    Raises CannotWrite, on all ranks, if the disk fails one of them.
     """
-    ranks = head.ranks
-    partial = begin_folder(folder, ranks)
+    ranks, parts = head.ranks, head_parts(head)
     shards = shard_names(ranks)
-    parts = head_parts(head)
-    tensors = {
-        prefix + name: tensor.contiguous()
-        for prefix, part in parts
-        for name, tensor in zip(_HEAD_TENSORS, (part.weight, part.index, part.ranking_bias), strict=True)
-        if tensor is not None
-    }
-    save_file(tensors, partial / shards[ranks.rank])
-    manifest: dict[str, Any] = {}
-    if ranks.rank == 0:
+
+    def write(partial: Path) -> dict[str, Any] | None:
+        tensors = {
+            prefix + name: tensor.contiguous()
+            for prefix, part in parts
+            for name, tensor in zip(_HEAD_TENSORS, (part.weight, part.index, part.ranking_bias), strict=True)
+            if tensor is not None
+        }
+        save_tensors(tensors, partial / shards[ranks.rank])
+        if ranks.rank:
+            return None
         encoder.save_pretrained(partial / "encoder", encoder_state)
         tokenizer.save_pretrained(partial / "tokenizer")
         pyarrow.parquet.write_table(labels.with_format("arrow")[:], partial / "labels.parquet")
         (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        penultimate = encoder.penultimate is not None
-        manifest = {
-            "format": FORMAT,
+        return {
             "xmc_trainer": xmc_trainer.__version__,
             "step": step,
             "max_len": max_len,
@@ -95,66 +149,13 @@ def save_model(
             "encoder": {
                 "pool_mode": encoder.pool_mode,
                 "feature_layers": encoder.feature_layers,
-                "penultimate_size": encoder.out_features if penultimate else None,
+                "penultimate_size": encoder.out_features if encoder.penultimate is not None else None,
                 "penultimate_activation": encoder.penultimate_activation,
             },
             "heads": [_description(prefix, part, shards) for prefix, part in parts],
         }
-    finish_folder(partial, folder, ranks, manifest)
 
-
-def begin_folder(folder: Path, ranks: Ranks) -> Path:
-    """Where the ranks write what is to be `folder`, on one file system; empty."""
-    partial = folder.with_name(folder.name + ".partial")
-    if ranks.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    ranks.barrier()
-    return partial
-
-
-def finish_folder(partial: Path, folder: Path, ranks: Ranks, manifest: dict[str, Any]) -> None:
-    """Put the folder in its place, whole, once every rank has written its files.
-
-    Args: manifest: rank 0's; the checksums of all files are added to it.
-    """
-    ranks.barrier()
-    if ranks.rank == 0:
-        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-        manifest = manifest | {"sha256": {str(path.relative_to(partial)): _sha256(path) for path in files}}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        mask = os.umask(0)
-        os.umask(mask)
-        for path in files:
-            path.chmod(0o666 & ~mask)  # safetensors' files would be for their writer alone
-        _swap_in(partial, folder)
-    ranks.barrier()
-
-
-def read_manifest(folder: Path, known_format: int, what: str) -> dict[str, Any]:
-    """The manifest of `finish_folder`. UserError if there is none, or of another format; `what` the folder should be."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        inside = folder / "model"
-        found = f", such as {inside}" if (inside / "manifest.json").is_file() else ""
-        raise UserError(f"{path}: {error.strerror}; name the folder of {what}{found}") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error.msg}); {what} has to be saved again") from None
-    if manifest.get("format") != known_format:
-        raise UserError(f"{path}: format {manifest.get('format')}, this version reads {known_format}")
-    return manifest
-
-
-def verify_files(folder: Path, manifest: dict[str, Any], remedy: str = "copy or save the whole folder again") -> None:
-    """UserError for a file that is missing or whose checksum is another."""
-    for name, expected in manifest["sha256"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: missing; {remedy}")
-        if _sha256(path) != expected:
-            raise UserError(f"{path}: damaged, its checksum differs from manifest.json; {remedy}")
+    save_folder(folder, ranks, MODEL, write)
 
 
 def shard_names(ranks: Ranks) -> list[str]:
@@ -209,16 +210,6 @@ def _description(prefix: str, head: FixedFanInHead, shards: list[str]) -> dict[s
     }
 
 
-def _swap_in(partial: Path, folder: Path) -> None:
-    # At every moment one of the three names has a whole folder.
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @dataclass(frozen=True)
 class SavedModel:
     """What `load_model` gives: ready for inference on one device."""
@@ -235,28 +226,119 @@ class SavedModel:
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedModel:
     """Read a folder of `save_model`, whatever number of ranks wrote it; of the labels those of this rank.
 
-    Raises UserError if the folder is not a model, is of another format, or a file does not match its checksum.
+    Raises UserError if the folder is not a model, is of another format, or a file is not what the manifest says.
     """
     # It imports transformers, which takes seconds: who only looks for checkpoints, as a sweep does, need not wait for it.
     from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
 
     folder = Path(folder)
-    manifest = read_manifest(folder, FORMAT, "a saved model")
-    verify_files(folder, manifest)
+    manifest = read_folder(folder, MODEL)
+    described = manifest["heads"]
+    try:
+        _check_heads(folder, manifest)
+        labels = _read_labels(folder / "labels.parquet", sum(each["arguments"]["num_labels"] for each in described))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}; save the model again") from None
     encoder = TextEncoder(load_backbone(str(folder / "encoder")), **manifest["encoder"])
+    _check_encoder(encoder, folder, described[0]["arguments"]["in_features"])
     encoder.load_penultimate(folder / "encoder")
-    heads = [_load_head(folder, description, device) for description in manifest["heads"]]
+    heads = [_load_head(folder, description, device) for description in described]
     head = SplitHead(*heads) if len(heads) > 1 else heads[0]
-    table = pyarrow.parquet.read_table(folder / "labels.parquet")
     return SavedModel(
         encoder=encoder.to(device).eval(),
         tokenizer=load_tokenizer(str(folder / "tokenizer")),
         head=head.eval(),
-        label_ids=table["id"],
-        label_texts=table["text"],
+        label_ids=labels["id"],
+        label_texts=labels["text"],
         max_len=manifest["max_len"],
         folder=folder,
     )
+
+
+def _check_heads(folder: Path, manifest: dict[str, Any]) -> None:
+    """ValueError where the heads cannot be made of their files: what was said about them, before memory is taken."""
+    described = manifest["heads"]
+    prefixes = [each["prefix"] for each in described]
+    if prefixes not in ([""], [_FREQUENT, ""]):
+        raise ValueError(f"heads {prefixes}: there must be one, or the frequent labels' and the others'")
+    if len({(each["arguments"]["in_features"], each["arguments"]["loss"]) for each in described}) > 1:
+        raise ValueError("its two heads differ in in_features or loss")
+    headers: dict[str, dict[str, Any]] = {}
+    for each in described:
+        options = each["arguments"]
+        d, fan_in = options["in_features"], options["fan_in"]
+        if fan_in is not None and fan_in > d:
+            raise ValueError(f"fan_in {fan_in} of {d} features")
+        group = 1 if fan_in is None else options["group_size"]
+        rows = {
+            "weight": (STORED_DTYPES[getattr(torch, options["weight_dtype"])], [1, fan_in or d]),
+            "index": None if fan_in is None else (STORED_DTYPES[index_dtype(d)], [group, fan_in]),
+            "bias": ("F32", [1]) if options["bias"] else None,
+        }
+        check_shards(folder, each["shards"], options["num_labels"], options["group_size"], each["prefix"], rows, headers)
+    if left := [name for file, header in headers.items() for name in header]:
+        raise ValueError(f"a head's file holds {left[0]!r}, which nobody reads")
+
+
+def check_shards(
+    folder: Path,
+    shards: list[dict[str, Any]],
+    labels: int,
+    group_size: int,
+    prefix: str,
+    rows: dict[str, tuple[str, list[int]] | None],
+    headers: dict[str, dict[str, Any]],
+) -> None:
+    """ValueError unless the files' ranges are 0 to `labels`, one after another, cut between groups, and the tensors fit them.
+
+    Args:
+        rows: name -> (dtype as safetensors calls it, [labels that share a row, columns ...]) of each tensor; None: there is none.
+        headers: file name -> `tensor_header`, filled here; what was looked at is taken out.
+    """
+    at = 0
+    for shard in shards:
+        name, (start, stop) = shard["file"], shard["labels"]
+        if start != at or stop <= start or stop > labels or (stop % group_size and stop != labels):
+            raise ValueError(f"{name} has the labels {start} to {stop} of {labels}, after those to {at}: they must be cut between groups of {group_size}")
+        at = stop
+        header = headers.setdefault(name, tensor_header(folder / name))
+        for tensor, row in rows.items():
+            found = header.pop(prefix + tensor, None)
+            expected = row and (row[0], [-(-(stop - start) // row[1][0]), *row[1][1:]])
+            if found != expected:
+                raise ValueError(f"{name}: {prefix + tensor} is {_said(found)}, must be {_said(expected)}")
+    if at != labels:
+        raise ValueError(f"its files have {at} of {labels} labels")
+
+
+def _said(tensor: tuple[str, list[int]] | None) -> str:
+    return "missing" if tensor is None else f"{tensor[0]} {tensor[1]}"
+
+
+def _check_encoder(encoder: TextEncoder, folder: Path, features: int) -> None:
+    """UserError where the backbone, what was said of it and the head's `features` do not fit."""
+    layers, given = getattr(encoder.backbone.config, "num_hidden_layers", encoder.feature_layers), encoder.out_features
+    if encoder.feature_layers > layers or given != features:
+        raise UserError(
+            f"{folder}: the encoder has {layers} layers and gives {given} features, the model reads {encoder.feature_layers} and "
+            f"{features}; save the model again"
+        )
+    if encoder.penultimate is not None:
+        own = {f"penultimate.{name}": list(value.shape) for name, value in encoder.penultimate.state_dict().items()}
+        path = folder / "encoder" / "penultimate.safetensors"
+        if own != {name: shape for name, (_, shape) in tensor_header(path).items()}:
+            raise UserError(f"{path}: is not of this model, which has {own}; save the model again")
+
+
+def _read_labels(path: Path, count: int) -> Any:
+    """The table of label ids and texts. ValueError if it is of another number of labels."""
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if file.metadata.num_rows != count or {"id", "text"} - set(file.schema_arrow.names):
+            raise ValueError(f"{path.name} has the columns {file.schema_arrow.names} of {file.metadata.num_rows} labels, the heads have {count}")
+        return file.read(["id", "text"])
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path.name} cannot be read ({error})") from None
 
 
 def _load_head(folder: Path, description: dict[str, Any], device: str | torch.device) -> FixedFanInHead:
@@ -266,4 +348,11 @@ def _load_head(folder: Path, description: dict[str, Any], device: str | torch.de
     head = FixedFanInHead(**options, optimizer=SGD(), device="meta").to_empty(device=device)
     head.skipped.zero_()
     load_shards(head, folder, prefix, description["shards"], _HEAD_TENSORS)
+    check_index(head, folder)
     return head
+
+
+def check_index(head: FixedFanInHead, folder: Path) -> None:
+    """UserError where a label reads a feature that there is not: kernels would read foreign memory."""
+    if head.index is not None and not 0 <= int(head.index.min()) <= int(head.index.max()) < head.in_features:
+        raise UserError(f"{folder}: its index names features beyond the {head.in_features} that there are; save it again")

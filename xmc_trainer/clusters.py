@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,10 +37,11 @@ from xmc_trainer.data import Corpus, sample_rows
 from xmc_trainer.encoder import TextEncoder, load_tokenizer
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
+from xmc_trainer.files import PARTIAL, sync, writing
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
 from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
 
-_FORMAT = "1"
+_FORMAT = "2"  # 2: a checksum
 _REMEDY = "make it by xmc-trainer clusters, with the settings of this run"
 
 
@@ -58,14 +60,19 @@ class LabelClusters:
         return out
 
     def save(self, path: Path, label_ids: Iterable[str]) -> None:
-        """Write a safetensors file that remembers which labels it is of."""
-        metadata = {"format": _FORMAT, "labels_sha256": _digest(label_ids)}
-        partial = path.with_name(path.name + ".partial")
-        try:
-            save_file({"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}, partial, metadata)
-            partial.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: cannot be written ({reason(error)}); name another file by --output") from None
+        """Write a safetensors file that remembers which labels it is of, and vouches for itself."""
+        tensors = {"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}
+        labels = _digest(label_ids)
+        metadata = {"format": _FORMAT, "labels_sha256": labels, "sha256": _checksum(labels, **tensors)}
+        partial = path.with_name(path.name + PARTIAL)
+        with writing(path, "name another file by --output"):
+            try:
+                save_file(tensors, partial, metadata)
+                sync(partial)
+                os.replace(partial, path)
+                sync(path.parent)
+            finally:
+                partial.unlink(missing_ok=True)
 
     @staticmethod
     def require(path: Path) -> None:
@@ -81,11 +88,25 @@ class LabelClusters:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 order, offsets = file.get_tensor("order"), file.get_tensor("offsets")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a file of label clusters ({error}); {_REMEDY}") from None
-        if metadata.get("format") != _FORMAT or metadata.get("labels_sha256") != _digest(label_ids):
+        found, labels = metadata.get("format"), _digest(label_ids)
+        if found not in ("1", _FORMAT):
+            raise UserError(f"{path}: format {found} of label clusters, this version reads 1 and {_FORMAT}; {_REMEDY}")
+        if metadata.get("labels_sha256") != labels:
             raise UserError(f"{path}: of other labels than this data set's; {_REMEDY}")
+        if found == _FORMAT and metadata.get("sha256") != _checksum(labels, order, offsets):
+            raise UserError(f"{path}: damaged, it differs from its checksum; {_REMEDY}")
+        whole = order.dtype == np.int32 and offsets.dtype == np.int64 and order.ndim == offsets.ndim == 1 and len(offsets) > 1
+        if not whole or not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise UserError(f"{path}: does not hold each of its labels once; {_REMEDY}")
+        if offsets[0] != 0 or offsets[-1] != len(order) or (np.diff(offsets) <= 0).any():
+            raise UserError(f"{path}: its clusters do not follow each other; {_REMEDY}")
         return cls(order, offsets)
+
+
+def _checksum(labels_sha256: str, order: np.ndarray, offsets: np.ndarray) -> str:
+    return hashlib.sha256(labels_sha256.encode() + order.tobytes() + offsets.tobytes()).hexdigest()
 
 
 def _digest(label_ids: Iterable[str]) -> str:

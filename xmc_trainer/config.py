@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,6 +38,7 @@ from xmc_trainer.fields import (
     settings_of,
     value_of,
 )
+from xmc_trainer.saved_folder import verify_file
 from xmc_trainer.schedules import SCHEDULES
 
 # Counts of steps, labels and texts; of epochs; of texts in a batch; sizes of layers; factors and rates.
@@ -55,11 +57,14 @@ def _check_folder(name: str, text: str | None) -> None:
         raise UserError(f"{name}={shown(text)}: nobody here has a home of that name; write the whole path") from None
 
 
-def _check_name(name: str, text: str, taken: tuple[str, ...] = ()) -> None:
-    """Of a folder that will be made."""
-    if "/" in text or text.startswith(".") or text in taken:
-        other = f", other than {', '.join(taken)}" if taken else ""
-        raise UserError(f"{name}={shown(repr(text))}: a plain name{other}, which does not begin with a dot: it becomes a folder")
+def _check_name(name: str, text: str, taken: re.Pattern[str] | None = None) -> None:
+    """UserError unless a folder can be made under that name, and a run does not use it otherwise (`taken`)."""
+    used = taken is not None and taken.fullmatch(text)
+    if "/" in text or text.startswith(".") or used:
+        other = ", and none that a run uses otherwise, such as model, checkpoint or config.yaml" if used else ""
+        raise UserError(
+            f"{name}={shown(repr(text))}: must be a plain name that does not begin with a dot{other}; it becomes a folder"
+        )
     if len(text.encode()) > 200:
         raise UserError(f"{name}={shown(repr(text))}: at most 200 bytes, file systems take no longer names")
 
@@ -415,10 +420,10 @@ class VerboseConfig(Section, prefix="training.verbose."):
         _check_name("training.verbose.log_fname", self.log_fname)
 
 
-# What a run's folder holds beside training.checkpoint_file, and what stands there while a model is written.
-_RUN_FILES = (
-    "model", "model.partial", "model.old", "checkpoint", "checkpoint.partial", "checkpoint.old", "config.yaml", "log.jsonl", "wandb",
-)  # fmt: skip
+# What a run's folder holds beside training.checkpoint_file, and what stands there while folders are written and removed.
+_RUN_FILES = re.compile(
+    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|figures\.json|wandb|.*\.(partial|old|removed)", re.DOTALL
+)
 
 
 @dataclass
@@ -434,10 +439,16 @@ class TrainingConfig(Section, prefix="training."):
     checkpoint_file: str = option("best", "folder name of that model")
     best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept", "[0, 1]")
     checkpoint_interval: int = option(
-        1000, "optimizer steps between two checkpoints of the training, of which the last is kept until its end; 0: never",
+        1000, "optimizer steps between two checkpoints of the training, which are removed at its end; 0: never",
         "[0, 2147483647]",
     )
+    checkpoints_kept: int = option(
+        1, "how many of the last checkpoints are kept until the training ends; the best model is kept apart", "[1, 1000]"
+    )
     resume: bool = option(False, "go on from the run's checkpoint; from the beginning where there is none")
+    overwrite: bool = option(
+        False, "replace the earlier run of that name, which otherwise is refused; it is removed once this one is finished"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -705,13 +716,7 @@ def config_of_model(folder: Path, overrides: list[str]) -> Config:
     for word in overrides:
         if not word.startswith(MODEL_SETTINGS):
             raise UserError(f"{word}: a saved model can be given only {', '.join(MODEL_SETTINGS)} settings")
-    try:
-        there = (folder / "config.yaml").is_file()
-    except (OSError, ValueError):
-        there = False
-    if not there:
-        raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
-    return load_config([f"dataset={folder / 'config.yaml'}", *overrides])
+    return load_config([f"dataset={verify_file(folder, 'config.yaml')}", *overrides])
 
 
 def to_yaml(config: Any) -> str:

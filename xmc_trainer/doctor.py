@@ -19,7 +19,7 @@ from xmc_trainer.errors import reason
 
 _LIBRARIES = (
     "torch", "triton", "deepspeed", "accelerate", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "scipy",
-    "safetensors", "omegaconf", "torch_sparse",
+    "safetensors", "pyyaml", "torch_sparse",
 )  # fmt: skip
 _OPTIONAL = ("triton", "torch_sparse")
 _VARIABLES = (

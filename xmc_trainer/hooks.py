@@ -15,8 +15,9 @@ import math
 import os
 import subprocess
 import time
+from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -25,9 +26,11 @@ from xmc_trainer import __version__
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig
 from xmc_trainer.engine import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
+from xmc_trainer.files import sync, writing
 from xmc_trainer.head import RewireReport, RewireRule
 from xmc_trainer.head.rewire import scheduled_amount
 from xmc_trainer.metrics import table
+from xmc_trainer.run_folder import ELSEWHERE, LOG
 from xmc_trainer.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
@@ -314,28 +317,35 @@ class JsonLogHook(Hook):
     """
 
     def __init__(self) -> None:
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
         self._start = time.monotonic()
         self._kept_bytes: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._file is None else {"bytes": self._file.tell(), "seconds": time.monotonic() - self._start}
+        if self._file is None:
+            return {}
+        os.fsync(self._file.fileno())
+        return {"bytes": self._file.tell(), "seconds": time.monotonic() - self._start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._kept_bytes, self._start = state.get("bytes"), time.monotonic() - state.get("seconds", 0.0)
 
     def write(self, record: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record | {"seconds": round(time.monotonic() - self._start, 3)}) + "\n")
-            self._file.flush()
+            with writing(Path(self._file.name), ELSEWHERE):
+                line = json.dumps(record | {"seconds": round(time.monotonic() - self._start, 3)}).encode() + b"\n"
+                while line:  # a disk that is nearly full takes a part
+                    line = line[self._file.write(line) :]
 
     def on_train_start(self, trainer: Trainer) -> None:
         all_bytes = int(trainer.ranks.sum(torch.tensor(head_bytes(trainer), device=trainer.device)))
         if trainer.accelerator.is_main_process:
-            path = trainer.run_folder / "log.jsonl"
-            if self._kept_bytes is not None and path.is_file():
-                os.truncate(path, min(self._kept_bytes, path.stat().st_size))
-            self._file = open(path, "w" if self._kept_bytes is None else "a", encoding="utf-8")
+            path = trainer.run_folder / LOG
+            with writing(path, ELSEWHERE):
+                if self._kept_bytes is not None and path.is_file():
+                    os.truncate(path, min(self._kept_bytes, path.stat().st_size))
+                self._file = open(path, "wb" if self._kept_bytes is None else "ab", buffering=0)
+                sync(trainer.run_folder)
             on_gpu = trainer.device.type == "cuda"
             device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
@@ -362,7 +372,9 @@ class JsonLogHook(Hook):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._file is not None:
             self.write({"event": "end", "step": trainer.state.step})
-            self._file.close()
+            with writing(Path(self._file.name), ELSEWHERE):
+                os.fsync(self._file.fileno())
+                self._file.close()
 
 
 class WandbHook(Hook):

@@ -135,6 +135,21 @@ class Ranks:
         return box[0]
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """Every rank runs the block, and waits for the others; where it ends in a UserError on one, it does on all."""
+        own: UserError | None = None
+        try:
+            yield
+        except UserError as error:
+            own = error
+        every = [own]
+        if self.size > 1:
+            every = [None] * self.size
+            dist.all_gather_object(every, own)
+        if failed := [error for error in (own, *every) if error is not None]:
+            raise failed[0]
+
+    @contextmanager
     def one_a_machine_first(self) -> Iterator[None]:
         """One process a machine runs the block, then the others do, which find what it left. It may take an hour."""
         if self.size == 1:

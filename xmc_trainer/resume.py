@@ -1,6 +1,6 @@
 """Checkpoints of a training under way: what an interrupted run goes on from, as if nothing had happened.
 
-A folder that appears whole or not at all; each replaces the one before. No pickle.
+A folder that appears whole or not at all, see `saved_folder`, and of which the last `training.checkpoints_kept` are kept. No pickle.
 
 manifest.json              format, where training was, the state of the hooks, checksums
 config.yaml                the run's configuration
@@ -14,96 +14,114 @@ texts and the random draws, follows from seed, epoch, step and rank.
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from xmc_trainer.checkpoint import (
-    begin_folder,
-    finish_folder,
+    SHARDS,
+    STORED_DTYPES,
+    check_index,
+    check_shards,
     head_parts,
     load_shards,
-    read_manifest,
+    save_tensors,
     shard_names,
     shard_ranges,
-    verify_files,
 )
-from xmc_trainer.config import Config, flatten, to_yaml
+from xmc_trainer.config import to_yaml
 from xmc_trainer.engine_state import EncoderState
 from xmc_trainer.errors import UserError
+from xmc_trainer.files import writing
 from xmc_trainer.head import FixedFanInHead
+from xmc_trainer.run_folder import ELSEWHERE, checkpoint_folder, remove_checkpoints
+from xmc_trainer.saved_folder import (
+    NUMBER,
+    TEXT,
+    Entry,
+    Kind,
+    ListOf,
+    MapOf,
+    or_null,
+    read_folder,
+    save_folder,
+    whole,
+)
 
 if TYPE_CHECKING:
     from xmc_trainer.trainer import Trainer
 
-FORMAT = 1
-FOLDER = "checkpoint"  # in the run's folder
-# What a training may go on with otherwise than it began: places, and what does not change what is learned.
-_FREE = (
-    "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.num_workers", "data.cache_dir",
-    "data.test_batch_size", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer", "model.encoder.ngame_checkpoint",
-    "model.encoder.use_torch_compile", "model.ffi.backend", "model.ffi.tile_labels", "training.verbose", "training.resume",
-    "training.checkpoint_interval", "training.use_checkpoint", "training.checkpoint_file", "training.best_p1",
+_LOSS_SCALE = Entry(
+    "null, or numbers with scale and good_steps among them",
+    lambda value: value is None
+    or isinstance(value, dict) and value.keys() >= {"scale", "good_steps"} and all(NUMBER.holds(each) for each in value.values()),
 )  # fmt: skip
-
-
-def find(run_folder: Path) -> Checkpoint | None:
-    """The run's last whole checkpoint."""
-    # Cut off between two renamings, the one before has stepped aside.
-    for name in (FOLDER, f"{FOLDER}.old"):
-        if (run_folder / name / "manifest.json").is_file():
-            folder = run_folder / name
-            return Checkpoint(folder, read_manifest(folder, FORMAT, "a checkpoint"))
-    return None
-
-
-def remove(run_folder: Path) -> None:
-    for name in (FOLDER, f"{FOLDER}.old", f"{FOLDER}.partial"):
-        shutil.rmtree(run_folder / name, ignore_errors=True)
-
-
-def differences(config: Config, file: Path) -> list[str]:
-    """In which settings that matter to what is learned a run's config.yaml differs from `config`: "name=there, not here"."""
-    there, here = (
-        {name: str(value) for name, value in flatten(OmegaConf.to_container(tree)).items()}
-        for tree in (OmegaConf.load(file), OmegaConf.create(to_yaml(config)))
-    )
-    names = [name for name in here | there if not any(f"{name}.".startswith(f"{free}.") for free in _FREE)]
-    # A setting that one version does not know is at its default there.
-    return [f"{name}={there[name]}, not {here[name]}" for name in names if name in here and name in there and here[name] != there[name]]
+CHECKPOINT = Kind(
+    name="a checkpoint",
+    formats=(1, 2),  # 2: a digest of the manifest
+    signed=2,
+    shape={
+        "step": whole(0),
+        "epoch": whole(0),
+        "not_finite": whole(0),
+        "metrics": MapOf(TEXT, MapOf(TEXT, NUMBER)),
+        "corpus": TEXT,
+        "label_order": TEXT,
+        "encoder": {"states": ListOf(TEXT), "steps": NUMBER, "loss_scale": _LOSS_SCALE},
+        "heads": ListOf(
+            {
+                "prefix": TEXT,
+                "fan_in": or_null(whole(1, 1 << 16)),
+                "group_size": whole(1),
+                "steps": whole(0),
+                "skipped": whole(0),
+                "recent": whole(0),
+                "shards": SHARDS,
+            }
+        ),
+        "hooks": ListOf((TEXT, Entry("an object", lambda value: isinstance(value, dict)))),
+    },
+    files=lambda manifest: [
+        "config.yaml",
+        "encoder.safetensors",
+        "recent.safetensors",
+        *(shard["file"] for head in manifest["heads"] for shard in head["shards"]),
+    ],
+)
 
 
 def save(trainer: Trainer) -> None:
-    """Write the training's checkpoint, between two optimizer steps; every rank must call."""
-    folder, ranks, state = trainer.run_folder / FOLDER, trainer.ranks, trainer.state
-    partial = begin_folder(folder, ranks)
+    """Write the training's checkpoint, between two optimizer steps; every rank must call.
+
+    Those that it makes superfluous go once it is on the disk. Raises CannotWrite, on all ranks, if the disk fails one of them.
+    """
+    ranks, state = trainer.ranks, trainer.state
     encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
     tensors = {}
     for name, value in encoder.tensors():
         if ranks.rank == 0:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
     heads, shards = _heads(trainer), shard_names(ranks)
-    own = {prefix + name: value.contiguous() for prefix, head in heads for name, value in head.state_dict().items()}
-    save_file(own, partial / shards[ranks.rank])
-    manifest: dict[str, Any] = {}
-    if ranks.rank == 0:
-        save_file(tensors, partial / "encoder.safetensors")
+
+    def write(partial: Path) -> dict[str, Any] | None:
+        own = {prefix + name: value.contiguous() for prefix, head in heads for name, value in head.state_dict().items()}
+        save_tensors(own, partial / shards[ranks.rank])
+        if ranks.rank:
+            return None
+        save_tensors(tensors, partial / "encoder.safetensors")
         recent = {
             f"{prefix}{number}.{name}": value.contiguous()
             for prefix, head in heads
             for number, step in enumerate(head.recent_steps())
             for name, value in step.items()
         }
-        save_file(recent, partial / "recent.safetensors")
+        save_tensors(recent, partial / "recent.safetensors")
         (partial / "config.yaml").write_text(to_yaml(trainer.config), encoding="utf-8")
-        manifest = {
-            "format": FORMAT,
+        return {
             "step": state.step,
             "epoch": state.epoch,
             "not_finite": trainer.not_finite,
@@ -125,7 +143,11 @@ def save(trainer: Trainer) -> None:
             ],
             "hooks": [[type(hook).__name__, hook.state_dict()] for hook in trainer.hooks],
         }
-    finish_folder(partial, folder, ranks, manifest)
+
+    save_folder(checkpoint_folder(trainer.run_folder, state.step), ranks, CHECKPOINT, write)
+    with ranks.together(), writing(trainer.run_folder, ELSEWHERE):
+        if ranks.rank == 0:
+            remove_checkpoints(trainer.run_folder, trainer.config.training.checkpoints_kept)
 
 
 def _heads(trainer: Trainer) -> list[tuple[str, FixedFanInHead]]:
@@ -133,63 +155,100 @@ def _heads(trainer: Trainer) -> list[tuple[str, FixedFanInHead]]:
     return head_parts(trainer.head) + branch
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    folder: Path
-    manifest: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return self.manifest["step"]
-
-    def check_settings(self, config: Config) -> None:
-        """UserError if `config` would train something else."""
-        if differ := differences(config, self.folder / "config.yaml"):
-            raise UserError(
-                f"{self.folder}: was made with {'; '.join(differ)}; set that again, name another run by log_fname, or remove {self.folder} to begin anew"
-            )
-
-    def restore(self, trainer: Trainer) -> None:
-        """Bring a trainer that was just built to where the checkpoint was made; on every rank."""
-        manifest, corpus, ranks = self.manifest, trainer.corpus, trainer.ranks
+def restore(folder: Path, trainer: Trainer) -> None:
+    """Bring a trainer that was just built to where the checkpoint was made; on every rank."""
+    corpus, ranks, manifest = trainer.corpus, trainer.ranks, None
+    with ranks.together():
         if ranks.rank == 0:
-            verify_files(self.folder, manifest, f"put it back, or remove {self.folder} to begin anew")
-        ranks.barrier()
-        if manifest["corpus"] != corpus.fingerprint:
-            raise UserError(f"{self.folder}: was made with other texts, or another tokenizer; put them back, or name another run by log_fname")
-        if manifest["label_order"] != corpus.label_order:
-            raise UserError(f"{self.folder}: was made with other label clusters; put {trainer.config.cluster_file} back")
-        encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
-        saved = manifest["encoder"]
-        with safe_open(self.folder / "encoder.safetensors", framework="pt") as file:
-            known = set(file.keys())
+            manifest = read_folder(folder, CHECKPOINT, f"put it back, or remove {folder} to go on without it")
+    manifest = ranks.broadcast(manifest)
+    if manifest["corpus"] != corpus.fingerprint:
+        raise UserError(
+            f"{folder}: was made with other texts, or another tokenizer; put them back, or name another run by log_fname"
+        )
+    if manifest["label_order"] != corpus.label_order:
+        raise UserError(f"{folder}: was made with other label clusters; put {trainer.config.cluster_file} back")
+    try:
+        _restore_state(folder, manifest, trainer)
+        _restore_heads(folder, manifest["heads"], trainer)
+    except ValueError as error:
+        raise UserError(f"{folder}: is not of this training ({error}); remove {folder} to go on without it") from None
+    try:
+        _restore_encoder(folder, manifest["encoder"], trainer)
+    except ValueError as error:
+        raise UserError(f"{folder}: is of another encoder ({error}); set model.encoder.encoder_model to it") from None
+    states = list(manifest["hooks"])
+    for hook in trainer.hooks:
+        # By name and in order: hooks may have come or gone.
+        number = next((i for i, (name, _) in enumerate(states) if name == type(hook).__name__), None)
+        if number is not None:
+            hook.load_state_dict(states.pop(number)[1])
 
-            def get(name: str) -> Tensor:
-                if name not in known:
-                    raise ValueError(f"{name} is not in it")
-                return file.get_tensor(name)
 
-            try:
-                encoder.load(get, tuple(saved["states"]), saved["steps"])
-            except ValueError as error:
-                raise UserError(f"{self.folder}: is of another encoder ({error}); set model.encoder.encoder_model to it") from None
-        encoder.load_loss_scale(saved["loss_scale"])
-        recent = load_file(self.folder / "recent.safetensors")
-        for (prefix, head), described in zip(_heads(trainer), manifest["heads"], strict=True):
-            if described["fan_in"] is not None and head.index is None:
-                head.become_sparse(described["fan_in"], described["group_size"])
-            load_shards(head, self.folder, prefix, described["shards"], head.state_dict())
-            head.steps = described["steps"]
-            head.skipped.fill_(described["skipped"])
-            names = ("features", "labels", "rows")
-            head.load_recent_steps(
-                [{name: recent[f"{prefix}{number}.{name}"] for name in names} for number in range(described["recent"])]
+def _restore_state(folder: Path, manifest: dict[str, Any], trainer: Trainer) -> None:
+    state, step, epoch = trainer.state, manifest["step"], manifest["epoch"]
+    if step > state.total_steps or not 0 <= step - epoch * state.steps_per_epoch <= state.steps_per_epoch:
+        raise ValueError(
+            f"step {step} in epoch {epoch + 1}, and there are {state.total_steps} steps, {state.steps_per_epoch} an epoch"
+        )
+    state.step, state.epoch = step, epoch
+    trainer.not_finite, trainer.metrics = manifest["not_finite"], manifest["metrics"]
+
+
+def _restore_encoder(folder: Path, saved: dict[str, Any], trainer: Trainer) -> None:
+    encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
+    with safe_open(folder / "encoder.safetensors", framework="pt") as file:
+        left = set(file.keys())
+
+        def get(name: str) -> Tensor:
+            if name not in left:
+                raise ValueError(f"{name} is not in it")
+            left.remove(name)
+            return file.get_tensor(name)
+
+        encoder.load(get, tuple(saved["states"]), saved["steps"])
+    if left:
+        raise ValueError(f"it has {min(left)}, which nobody reads")
+    encoder.load_loss_scale(saved["loss_scale"])
+
+
+def _restore_heads(folder: Path, described: list[dict[str, Any]], trainer: Trainer) -> None:
+    """ValueError where the files are not of the trainer's heads."""
+    heads = _heads(trainer)
+    if [each["prefix"] for each in described] != [prefix for prefix, _ in heads]:
+        raise ValueError(f"it has the heads {[each['prefix'] for each in described]}")
+    headers: dict[str, dict[str, Any]] = {}
+    recent = load_file(folder / "recent.safetensors")
+    for (prefix, head), each in zip(heads, described):
+        if each["fan_in"] is not None and head.index is None:
+            head.become_sparse(min(each["fan_in"], head.in_features), each["group_size"])
+        if (each["fan_in"], each["group_size"]) != (head.fan_in, head.group_size):
+            raise ValueError(
+                f"fan_in {each['fan_in']} in groups of {each['group_size']}, not {head.fan_in} of {head.group_size}"
             )
-        trainer.state.step, trainer.state.epoch = manifest["step"], manifest["epoch"]
-        trainer.not_finite, trainer.metrics = manifest["not_finite"], manifest["metrics"]
-        states = list(manifest["hooks"])
-        for hook in trainer.hooks:
-            # By name and in order: hooks may have come or gone.
-            number = next((i for i, (name, _) in enumerate(states) if name == type(hook).__name__), None)
-            if number is not None:
-                hook.load_state_dict(states.pop(number)[1])
+        state = head.state_dict()
+        rows = {
+            name: (STORED_DTYPES[value.dtype], [head.group_size if name == "index" else 1, *value.shape[1:]])
+            for name, value in state.items()
+        }
+        check_shards(folder, each["shards"], head.num_labels, head.group_size, prefix, rows, headers)
+        load_shards(head, folder, prefix, each["shards"], state)
+        check_index(head, folder)
+        head.steps = each["steps"]
+        head.skipped.fill_(each["skipped"])
+        head.load_recent_steps([_recent_step(recent, f"{prefix}{number}.", head) for number in range(each["recent"])])
+    if recent:
+        raise ValueError(f"it has {min(recent)}, which nobody reads")
+
+
+def _recent_step(recent: dict[str, Tensor], prefix: str, head: FixedFanInHead) -> dict[str, Tensor]:
+    """What `FixedFanInHead.load_recent_steps` takes, taken out of `recent`."""
+    if missing := {f"{prefix}{name}" for name in ("features", "labels", "rows")} - recent.keys():
+        raise ValueError(f"{min(missing)} is not in it")
+    step = {name: recent.pop(prefix + name) for name in ("features", "labels", "rows")}
+    features, labels, rows = step.values()
+    fits = features.ndim == 2 and features.shape[1] == head.in_features and features.dtype == head.product_dtype
+    fits = fits and labels.shape == rows.shape == (len(rows),) and labels.dtype == rows.dtype == torch.int64
+    if not fits or len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(features):
+        raise ValueError(f"{prefix}features, labels and rows do not fit each other or the head")
+    return step

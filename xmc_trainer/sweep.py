@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import statistics
 import subprocess
@@ -42,11 +41,13 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from xmc_trainer import resume, yaml_nodes
+from xmc_trainer import yaml_nodes
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, config_of_model, flatten, load_config, saved_settings
 from xmc_trainer.errors import UserError, shown
 from xmc_trainer.fields import settings_of
+from xmc_trainer.files import replacing, write_text
+from xmc_trainer.run_folder import find_checkpoint
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
 _FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
@@ -203,7 +204,7 @@ def refuse_to_replace(runs: list[list[str]]) -> None:
     for words in runs:
         config = load_config(words)
         differences = _differences(config)
-        if differences and (read_log(config.run_folder / "log.jsonl") or resume.find(config.run_folder)):
+        if differences and (read_log(config.run_folder / "log.jsonl") or find_checkpoint(config.run_folder)):
             others.append(f"{config.run_folder} ({'; '.join(differences[:3])})")
     if others:
         raise UserError(
@@ -271,10 +272,7 @@ def run_one(words: list[str], views: Views) -> None:
         corpus = corpus_of_saved(saved, of_model)
         found = figures(saved, of_model, corpus, [strength for _, strength in of_split], device)
         known.setdefault(split, {}).update({f"{strength:g}": metrics for strength, metrics in found.items()})
-    file = config.run_folder / _FIGURES
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps({"log_sha256": _digest(config), "figures": known}) + "\n", encoding="utf-8")
-    partial.replace(file)
+    write_text(config.run_folder / _FIGURES, json.dumps({"log_sha256": _digest(config), "figures": known}) + "\n")
 
 
 def result(log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -339,14 +337,11 @@ def main() -> None:
         raise UserError(f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)")
     target = options.csv or Path(options.file.with_suffix(".csv").name)
     lines = [{"row": row, "seed": seed, "settings": " ".join(words)} | entry for row, seed, words, entries in done for entry in entries]
-    try:
-        with target.open("w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
-            writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
-            writer.writeheader()
-            writer.writerows(lines)
-    except OSError as error:
-        raise UserError(f"--csv {target}: cannot be written ({error.strerror}); name another file") from None
+    with replacing(target, newline="") as file:
+        columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
+        writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
+        writer.writeheader()
+        writer.writerows(lines)
     for split in dict.fromkeys(line.get("split") for line in lines):
         if split is not None:
             print(f"{split}:\n")
@@ -398,7 +393,7 @@ def visible_gpus() -> list[str]:
 def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     """Train and evaluate the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
     waiting = [words for words in runs if results(load_config(words), views) is None]
-    going_on = sum(resume.find(load_config(words).run_folder) is not None for words in waiting)
+    going_on = sum(find_checkpoint(load_config(words).run_folder) is not None for words in waiting)
     also = f", {going_on} with a checkpoint" if going_on else ""
     print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
     if waiting:
@@ -418,8 +413,6 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                 words = waiting.pop(0)
                 config = load_config(words)
                 folder = config.run_folder
-                if finished(config) is None and resume.find(folder) is None:
-                    shutil.rmtree(folder / "model", ignore_errors=True)  # of a run that was cut off at its very end
                 log = folder.with_name(f"{folder.name}.txt")
                 try:
                     log.parent.mkdir(parents=True, exist_ok=True)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
-import os
-import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +26,7 @@ from xmc_trainer.config import Config, to_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder import load_tokenizer
 from xmc_trainer.engine import leave, step_was_applied, whole_weights
-from xmc_trainer.errors import NothingToDo, UserError
+from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.finite import require_finite
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
@@ -41,6 +36,7 @@ from xmc_trainer.label_features import LabelSums, encode_training_texts, whitene
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
+from xmc_trainer.run_folder import MODEL, RunFolder
 
 _ENCODER_OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -79,11 +75,12 @@ class Trainer:
 
     def __init__(self, config: Config, *, deepspeed_config: str | None = None, hooks: list[Hook] | None = None) -> None:
         optimization, data = config.training.optimization, config.data
-        self.config = config
+        # Of this start alone: whoever starts from this run's config.yaml replaces nothing.
+        self.config = replace(config, training=replace(config.training, overwrite=False))
         self.accelerator = accelerator_of(config, deepspeed_config)
         self.ranks, self.device = Ranks(), self.accelerator.device
-        self.run_folder = config.run_folder
-        self._checkpoint = self._find_checkpoint()
+        self._folder = RunFolder(config, self.ranks)
+        self.run_folder, self._checkpoint = self._folder.path, self._folder.checkpoint
         # What can be refused is refused before anything is loaded.
         try:
             select_backend(config.model.ffi.backend, self.device)
@@ -149,24 +146,21 @@ class Trainer:
         self._losses_read = time.monotonic()
         self.not_finite = 0  # latest steps in a row whose loss is not
         if self._checkpoint is not None:
-            self._checkpoint.restore(self)
+            resume.restore(self._checkpoint, self)
 
     # The loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
-        with self._own_run_folder():
-            self.ranks.barrier()
+        with self._folder.at_work():
             self.dispatch("on_train_start")
             while not self.state.finished:
                 self._train_epoch()
                 self._flush_losses()
                 self.dispatch("on_epoch_end")
                 self.state.epoch += 1
-            self.save(self.run_folder / "model")
+            self.save(self.run_folder / MODEL)
             self.dispatch("on_train_end")
-            if self.accelerator.is_main_process:
-                resume.remove(self.run_folder)
         return self.metrics["test"]
 
     def _train_epoch(self) -> None:
@@ -315,59 +309,6 @@ class Trainer:
         own = ((name, getattr(p, "ds_tensor", p)) for name, p in self.encoder_module.named_parameters())
         require_finite((*own, *self._head_tensors()), self.ranks, self.state.step, self.run_folder)
         resume.save(self)
-
-    def _find_checkpoint(self) -> resume.Checkpoint | None:
-        """The one to go on from. UserError rather than a run that would undo what another has done."""
-        folder, found = self.run_folder, resume.find(self.run_folder)
-        if not self.config.training.resume:
-            if found is not None:
-                raise UserError(
-                    f"{folder}: holds a run that was interrupted after step {found.step}; go on with training.resume=true, name "
-                    f"another run by log_fname, or remove {found.folder}"
-                )
-            return None
-        if found is not None:
-            found.check_settings(self.config)
-        elif (folder / "model" / "manifest.json").is_file() and not resume.differences(self.config, folder / "config.yaml"):
-            raise NothingToDo(f"{folder}: this run is finished; training.resume=false would train it anew, in its place")
-        return found
-
-    @contextmanager
-    def _own_run_folder(self) -> Iterator[None]:
-        """Make the run's folder ready. UserError where another training is at work in it."""
-        if not self.accelerator.is_main_process:
-            yield
-            return
-        folder, there = self.run_folder, self.run_folder.exists()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / ".lock", "a+", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
-        with lock:
-            try:
-                # It goes with the process, however that ends.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise UserError(
-                    f"{folder}: another training is at work in it ({lock.read().strip()}); end it first (a launcher that was "
-                    "killed leaves its processes behind), or name this run otherwise by log_fname"
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-            if self._checkpoint is None and self.config.training.resume:
-                print(f"{folder}: no checkpoint to go on from; the training begins", flush=True)
-            if self._checkpoint is None and there:
-                print(f"{folder}: replaces an earlier run; name another by log_fname", flush=True)
-                for name in ("model", self.config.training.checkpoint_file):
-                    if (folder / name / "manifest.json").is_file():
-                        shutil.rmtree(folder / name)  # or it would pass for this run's
-            (folder / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-            yield
 
     def save(self, folder: Any) -> None:
         """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""

@@ -20,13 +20,14 @@ from tests.integration.test_launchers import (
     train_in_turn,
 )
 from xmc_trainer.config import load_config
+from xmc_trainer.run_folder import find_checkpoint
 
 # The engine's own precision: its copies, and fp16's loss scale.
 STAGES = {"bfloat16": "3"} | ({"float16": "2"} if FLOAT16 else {})
 
 
 def checkpoint_step(settings: list[str]) -> int:
-    return json.loads((load_config(settings).run_folder / "checkpoint" / "manifest.json").read_text())["step"]
+    return json.loads((find_checkpoint(load_config(settings).run_folder) / "manifest.json").read_text())["step"]
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import torch
 
 from tests.integration.test_launchers import launch, run_here, start_command
 from tests.integration.test_training import log_of, train
-from xmc_trainer import resume
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
+from xmc_trainer.run_folder import checkpoints, find_checkpoint
 from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -64,7 +64,7 @@ def new_process() -> None:
 
 
 def settings_of(toy_settings, name, *more):
-    return [*toy_settings, f"log_fname={name}", "training.checkpoint_interval=7", "training.optimization.epochs=3", *more]
+    return [*toy_settings, f"log_fname={name}", "training.checkpoint_interval=7", "training.optimization.epochs=3", "training.overwrite=false", *more]
 
 
 CASES = {
@@ -134,20 +134,61 @@ def run_message_of(settings):
 
 
 def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
-    assert "interrupted after step 7; go on with training.resume=true" in message_of(interrupted)
+    held = "cut: holds a run that was interrupted (checkpoint-7); go on with training.resume=true"
+    other = "name this one otherwise (log_fname=cut-2)"
+    assert held in (message := message_of(interrupted)) and other in message
     new_process()
-    train([*interrupted, "training.resume=true"])
+    trainer, _ = train([*interrupted, "training.resume=true"])
     new_process()
+    before = {path: path.read_bytes() for path in trainer.run_folder.rglob("*") if path.is_file() and path.name != ".lock"}
     done = run_here("launchers/train.py", *interrupted, "training.resume=true")  # by a script that is always started again
     assert not done.returncode and "this run is finished" in done.stdout and "step" not in done.stdout
-    train([*interrupted, "training.optimization.epochs=1", "training.resume=true"])  # another run: begins
+    shorter = [*interrupted, "training.optimization.epochs=1"]
+    assert "cut: holds a finished run; " in (message := message_of(shorter)) and other in message
+    new_process()
+    assert "a finished run with training.optimization.epochs=3, not 1; set that again" in message_of([*shorter, "training.resume=true"])
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_what_is_replaced_stays_until_the_new_run_is_finished(interrupted):
+    """A finished run, then an interrupted one in its place, then a third."""
+    folder = load_config(interrupted).run_folder
+    train([*interrupted, "training.resume=true"])
+    finished = (folder / "model" / "manifest.json").read_bytes()
+    again = [*interrupted, "training.overwrite=true", "training.optimization.epochs=2"]
+    for cut, aside in ((9, "replaced"), (8, "replaced-2")):
+        new_process()
+        with pytest.raises(PowerCut):
+            train(again, hooks=[CutAfter(cut)])
+        assert not (folder / "model").exists() and find_checkpoint(folder).name == "checkpoint-7"
+        assert (folder / aside).is_dir() and (folder / "replaced" / "model" / "manifest.json").read_bytes() == finished
+    new_process()
+    train([*again, "training.resume=true"])
+    assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml", "log.jsonl", "model"}
+    assert json.loads((folder / "model" / "manifest.json").read_text())["step"] == 40
+    # Whoever starts from that file replaces nothing.
+    new_process()
+    message = message_of([f"dataset={folder / 'model' / 'config.yaml'}", "training.resume=false", "training.optimization.epochs=1"])
+    assert "holds a finished run" in message
+
+
+def test_the_last_checkpoints_are_kept(toy_settings):
+    settings = settings_of(toy_settings, "kept", "training.checkpoints_kept=2", "training.checkpoint_interval=2")
+    with pytest.raises(PowerCut):
+        train(settings, hooks=[CutAfter(9)])
+    folder = load_config(settings).run_folder
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-8"]
+    shutil.rmtree(folder / "checkpoint-8")
+    new_process()
+    trainer, _ = train([*settings, "training.resume=true"])
+    assert log_of(trainer, "resume")[0]["step"] == 6 and not checkpoints(folder)
 
 
 def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     again = [*interrupted, "training.resume=true"]
     for more, message in {
-        "model.ffi.fan_in=9": "was made with model.ffi.fan_in=12, not 9; set that again",
-        "training.optimization.epochs=4": "was made with training.optimization.epochs=3, not 4",
+        "model.ffi.fan_in=9": "(checkpoint-7) with model.ffi.fan_in=12, not 9; set that again",
+        "training.optimization.epochs=4": "with training.optimization.epochs=3, not 4",
     }.items():
         assert message in message_of([*again, more])
         new_process()
@@ -156,18 +197,13 @@ def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     (other / "test_labels.txt").write_text((other / "test_labels.txt").read_text().replace("tag01", "tag02"))
     assert "other texts" in message_of([*again, f"dataset_path={other.parent}"])
     new_process()
-    folder = load_config(interrupted).run_folder / "checkpoint"
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    assert "format 99, this version reads" in message_of(again)
-    new_process()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    folder = find_checkpoint(load_config(interrupted).run_folder)
     file = folder / "encoder.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     message = message_of(again)
-    assert "encoder.safetensors: damaged" in message and f"remove {folder} to begin anew" in message
+    assert "encoder.safetensors: damaged" in message and f"remove {folder} to go on without it" in message
 
 
 def test_two_trainings_do_not_share_a_folder(interrupted):
@@ -179,10 +215,10 @@ def test_two_trainings_do_not_share_a_folder(interrupted):
 
     with pytest.raises(PowerCut):
         train([*interrupted, "training.resume=true"], hooks=[Second()])
-    assert resume.find(load_config(interrupted).run_folder).step == 7
+    assert find_checkpoint(load_config(interrupted).run_folder).name == "checkpoint-7"
     new_process()
     file = load_config(interrupted).run_folder / "log.jsonl"
-    assert "cannot be written (Not a directory); set output_dir" in run_message_of([*interrupted, f"output_dir={file}"])
+    assert "cannot be written (Not a directory); remove the file that stands where a folder must be, or set output_dir to another folder" in run_message_of([*interrupted, f"output_dir={file}"])
 
 
 def test_what_may_change_does(interrupted):
@@ -192,12 +228,16 @@ def test_what_may_change_does(interrupted):
     assert [record["step"] for record in log_of(trainer, "step")] == list(range(1, 61))
 
 
-def test_a_checkpoint_that_was_being_replaced_is_found(interrupted):
+def test_a_checkpoint_of_the_version_before_goes_on(interrupted):
+    """Its name, and its manifest, which did not vouch for itself."""
     folder = load_config(interrupted).run_folder
-    (folder / "checkpoint").rename(folder / "checkpoint.old")
+    manifest = json.loads((folder / "checkpoint-7" / "manifest.json").read_text())
+    del manifest["manifest_sha256"]
+    (folder / "checkpoint-7" / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    (folder / "checkpoint-7").rename(folder / "checkpoint.old")  # cut off between two renamings
     (folder / "checkpoint.partial").mkdir()
-    assert resume.find(folder).step == 7
     trainer, _ = train([*interrupted, "training.resume=true"])
+    assert log_of(trainer, "resume")[0]["step"] == 7
     assert not list(folder.glob("checkpoint*")) and trainer.state.step == 60
 
 

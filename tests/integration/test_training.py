@@ -357,6 +357,12 @@ class FirstOfTen(Ranks):
     def one_a_machine_first(self):
         return nullcontext()
 
+    def together(self):
+        return nullcontext()
+
+    def broadcast(self, value):
+        return value
+
 
 @pytest.mark.parametrize(
     "more, message",

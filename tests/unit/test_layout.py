@@ -23,12 +23,15 @@ ALLOWED = {
     "data": {"data", "errors"},
     "yaml_nodes": {"errors"},
     "fields": {"errors"},
-    "config": {"errors", "fields", "schedules", "yaml_nodes"},
+    "config": {"errors", "fields", "saved_folder", "schedules", "yaml_nodes"},
+    "files": {"errors"},
+    "saved_folder": {"errors", "files", "parallel"},  # the ranks only as a type
     "meta_branch": {"head"},
     "engine": {"errors", "parallel"},
-    "checkpoint": {"encoder", "head", "parallel", "errors"},
+    "checkpoint": {"encoder", "errors", "files", "head", "parallel", "saved_folder"},
     "engine_state": set(),
-    "resume": {"checkpoint", "config", "engine_state", "errors", "head", "trainer"},  # the trainer only as a type
+    "run_folder": {"config", "errors", "files", "parallel", "saved_folder"},
+    "resume": {"checkpoint", "config", "engine_state", "errors", "files", "head", "run_folder", "saved_folder", "trainer"},  # the trainer only as a type
 }
 
 

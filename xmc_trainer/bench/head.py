@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xmc_trainer.files import replacing
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.kernels.tuning import keep_busy
 
@@ -201,7 +202,7 @@ def main() -> None:
         measure(f"G={group}, feature gradient only", head_step(options.fan_in, group, "sgd", False), **settings)
         measure(f"G={group}, top 10 of 256 texts", ranking(options.fan_in, group), **settings)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
+    with replacing(Path(options.csv), newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)

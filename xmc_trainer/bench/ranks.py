@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from xmc_trainer.files import replacing
 from xmc_trainer.head import SGD, FixedFanInHead
 from xmc_trainer.parallel import Ranks, joined_ranks
 
@@ -111,7 +112,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         if ranks.rank == 0:
             print(f"{labels:9,d}{batch:8d}{features:10d}{row['sent_bytes']:22,d}{held:20.2f}{row['ms']:8.1f}{row['exchange_ms']:14.2f}", flush=True)
     if ranks.rank == 0:
-        with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
+        with replacing(Path(options.csv), newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)

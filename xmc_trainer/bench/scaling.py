@@ -32,6 +32,7 @@ from torch import Tensor
 from xmc_trainer.bench.ranks import CountingRanks
 from xmc_trainer.bench.zero import random_encoder
 from xmc_trainer.engine import build_accelerator, leave
+from xmc_trainer.files import replacing
 from xmc_trainer.head import SGD, FixedFanInHead
 
 _LAUNCHERS = ("accelerate", "deepspeed")
@@ -130,7 +131,7 @@ def main() -> None:
 
 
 def write(rows: list[dict[str, Any]], path: str) -> None:
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    with replacing(Path(path), newline="") as file:
         writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row))
         writer.writeheader()
         writer.writerows(rows)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from xmc_trainer.files import replacing
+
 if TYPE_CHECKING:
     from xmc_trainer.encoder import TextEncoder
 
@@ -47,7 +49,7 @@ def main() -> None:
         return
     files = options.files or [_NO_DEEPSPEED, *map(str, sorted(Path("ds_configs").glob("*.json")))]
     columns = None
-    with Path(options.csv).open("w", newline="", encoding="utf-8") as file:
+    with replacing(Path(options.csv), newline="") as file:
         for name in files:
             words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
             done = subprocess.run(

@@ -1,0 +1,223 @@
+"""A run's folder: whose it is, what lies in it, and what a training that is to begin there may do.
+
+config.yaml       the run's configuration
+log.jsonl         what happened, a JSON object a line
+checkpoint-1000/  where the training was after that step, until it is finished; see `resume`
+model/            what it came to; see `checkpoint`
+best/             training.checkpoint_file: the best model so far
+replaced/         the earlier run that this one replaces, until this one is finished
+.lock             held by the training that is at work
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from xmc_trainer.config import Config, flatten, saved_settings, to_yaml
+from xmc_trainer.errors import NothingToDo, UserError
+from xmc_trainer.files import CannotWrite, remove, settle, sync, write_text, writing
+from xmc_trainer.saved_folder import MANIFEST, verify_file
+
+if TYPE_CHECKING:
+    from xmc_trainer.parallel import Ranks
+
+MODEL, LOG = "model", "log.jsonl"
+ELSEWHERE = "set output_dir to another folder"  # of `files.writing`
+_CHECKPOINT = re.compile(r"checkpoint(?:-(\d+))?")  # without a number: of an earlier version
+# What a training may go on with otherwise than it began: places, and what does not change what is learned.
+_FREE = (
+    "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.num_workers", "data.cache_dir",
+    "data.test_batch_size", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer", "model.encoder.ngame_checkpoint",
+    "model.encoder.use_torch_compile", "model.ffi.backend", "model.ffi.tile_labels", "training.verbose", "training.resume",
+    "training.overwrite", "training.checkpoint_interval", "training.checkpoints_kept", "training.use_checkpoint", "training.checkpoint_file", "training.best_p1",
+)  # fmt: skip
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / f"checkpoint-{step}"
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """The run's whole checkpoints, the earliest first."""
+    found = (path.parent for path in run_folder.glob(f"checkpoint*/{MANIFEST}"))
+    numbers = {path: int(match[1] or 0) for path in found if (match := _CHECKPOINT.fullmatch(path.name))}
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+def find_checkpoint(run_folder: Path) -> Path | None:
+    """The run's last whole checkpoint."""
+    return next(reversed(checkpoints(run_folder)), None)
+
+
+def remove_checkpoints(run_folder: Path, kept: int) -> None:
+    """All but the last `kept`, the earliest first."""
+    found = checkpoints(run_folder)
+    remove(found[: len(found) - kept])
+
+
+def differences(config: Config, file: Path) -> list[str]:
+    """In which settings that matter to what is learned a run's config.yaml differs from `config`: "name=there, not here"."""
+    there, here = flatten(saved_settings(file)), flatten(asdict(config))
+    names = [name for name in here | there if not any(f"{name}.".startswith(f"{free}.") for free in _FREE)]
+    # A setting that one version does not know is at its default there.
+    return [
+        f"{name}={there[name]}, not {here[name]}"
+        for name in names
+        if name in here and name in there and here[name] != there[name]
+    ]
+
+
+class RunFolder:
+    """The folder of a training, which holds it from the first look into it to its end; every rank must call.
+
+    Attributes: checkpoint: what the training goes on from. None: it begins.
+
+    Raises UserError, on all ranks, where another training is at work in it, where the folder cannot be written, or rather than
+    undo what another run has done; NothingToDo where the run is finished and `training.resume` asks for no more.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.path, self.checkpoint = config.run_folder, None
+        self._config, self._ranks = config, ranks
+        self._lock: TextIO | None = None
+        with ranks.together():
+            if ranks.rank == 0:
+                with writing(self.path, ELSEWHERE):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    self._lock = _locked(self.path)
+                    settle(
+                        self.path,
+                        re.compile(
+                            f"model|checkpoint(-[0-9]+)?|replaced(-[0-9]+)?|{re.escape(config.training.checkpoint_file)}"
+                        ),
+                    )
+                self.checkpoint = self._to_go_on_from()
+        self.checkpoint = ranks.broadcast(self.checkpoint)
+
+    def _results(self) -> list[Path]:
+        """Saved models."""
+        found = sorted(path.parent for path in self.path.glob(f"*/{MANIFEST}"))
+        return [path for path in found if not _CHECKPOINT.fullmatch(path.name)]
+
+    def _to_go_on_from(self) -> Path | None:
+        training, found, results = self._config.training, find_checkpoint(self.path), self._results()
+        held = found or next((path for path in results if path.name == MODEL), None) or next(iter(results), None)
+        if held is None:
+            return None
+        what, differ = "a finished run" if found is None else f"a run that was interrupted ({found.name})", []
+        if training.resume:
+            remedy = f"put it back, or remove {held} if it is of no more use"
+            differ = differences(self._config, verify_file(held, "config.yaml", remedy=remedy))
+            if found is not None and not differ:
+                return found
+            if held.name == MODEL and not differ and _ended(self.path / LOG):
+                raise NothingToDo(
+                    f"{self.path}: this run is finished; training.overwrite=true without training.resume trains it anew"
+                )
+            if not differ:
+                return None  # cut off at its very end
+            what += f" with {'; '.join(differ)}"
+        if training.overwrite:
+            return None
+        other = f"name this one otherwise (log_fname={_free(self.path).name}), or give that one up by training.overwrite=true"
+        go_on = (
+            "go on with training.resume=true, "
+            if found is not None and not differ
+            else "set that again, "
+            if differ
+            else ""
+        )
+        raise UserError(f"{self.path}: holds {what}; {go_on}{other}")
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The training. What it leaves behind is either finished, or can be gone on from."""
+        try:
+            self._do(self._begin)
+            yield
+            self._do(self._finish)
+        except CannotWrite as error:
+            last = find_checkpoint(self.path)
+            go_on = (
+                f"training.resume=true then goes on from {last.name}, which is whole" if last else "then start again"
+            )
+            raise UserError(f"{error}; {go_on}") from None
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+
+    def _do(self, work: Callable[[], None]) -> None:
+        with self._ranks.together():
+            if self._ranks.rank == 0:
+                with writing(self.path, ELSEWHERE):
+                    work()
+
+    def _begin(self) -> None:
+        if self.checkpoint is None:
+            if self._config.training.resume:
+                print(f"{self.path}: no checkpoint to go on from; the training begins", flush=True)
+            if held := [*checkpoints(self.path), *self._results()]:
+                self._set_aside(held)
+        write_text(self.path / "config.yaml", to_yaml(self._config))
+
+    def _set_aside(self, held: list[Path]) -> None:
+        aside = _free(self.path / "replaced")
+        aside.mkdir()
+        sync(self.path)
+        for each in (*held, self.path / "config.yaml", self.path / LOG):
+            if each.exists():
+                os.rename(each, aside / each.name)
+        sync(aside)
+        sync(self.path)
+        print(f"{self.path}: replaces an earlier run, which stays in {aside} until this one is finished", flush=True)
+
+    def _finish(self) -> None:
+        # Cut off in between, the training goes on from its last checkpoint and finishes again.
+        remove(sorted(self.path.glob("replaced*/")))
+        remove_checkpoints(self.path, kept=0)
+
+
+def _locked(folder: Path) -> TextIO:
+    """The lock, taken. It goes with this process, however that ends, and with no other: forked loaders do not have it."""
+    lock = open(folder / ".lock", "a+", encoding="utf-8")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        with lock:
+            raise UserError(
+                f"{folder}: another training is at work in it ({lock.read().strip()}); end it first (a launcher that was "
+                "killed leaves its processes behind), or name this run otherwise by log_fname"
+            ) from None
+    except OSError:
+        pass  # a file system without locks
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def _free(path: Path) -> Path:
+    """The path, or its name with the first number from 2 on that is not taken."""
+    stem, number = re.fullmatch(r"(?s)(.*?)(?:-(\d{1,9}))?", path.name).groups()
+    others = (path.with_name(f"{stem}-{n}") for n in count(int(number or 1) + 1))
+    return next(each for each in chain([path], others) if not each.exists())
+
+
+def _ended(log: Path) -> bool:
+    """Whether a run's log ends as that of a finished training; so does none."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 4096))
+            return b'"event": "end"' in file.read().rpartition(b"\n{")[2]
+    except FileNotFoundError:
+        return True
