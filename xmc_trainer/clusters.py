@@ -32,7 +32,7 @@ from tqdm import tqdm
 from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
-from xmc_trainer.data import Corpus, sample_rows
+from xmc_trainer.data import Corpus, batch_of_texts, sample_rows
 from xmc_trainer.encoder import TextEncoder, load_tokenizer
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
@@ -254,9 +254,9 @@ def label_vectors(
         out = np.memmap(folder / "labels", np.float16, "w+", shape=(len(texts), width))
         for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
             part = texts[at : at + batch_size]
-            tokens = tokenizer(part, truncation=True, max_length=config.data.max_len, padding=True, return_tensors="pt")
+            batch = batch_of_texts(tokenizer, part, config.data.max_len)
             with torch.no_grad():
-                out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"]).cpu().numpy()
+                out[at : at + len(part)] = encode(**batch).cpu().numpy()
         return out
     rows = sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
     encoded = encode_training_texts(

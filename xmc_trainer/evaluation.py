@@ -78,7 +78,7 @@ def loader_of(
     plan: list[MicroBatch],
     *,
     rank: int,
-    pad_token_id: int,
+    pad_token_id: int | None,
     workers: int,
     device: torch.device,
 ) -> DataLoader:
