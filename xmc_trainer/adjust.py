@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xmc_trainer.checkpoint import FORMAT, SavedModel, begin_folder, finish_folder, head_parts, read_manifest
-from xmc_trainer.config import MODEL_SETTINGS, Config, config_of_model, to_yaml
+from xmc_trainer.config import MODEL_SETTINGS, Config, config_of_model, portable_yaml
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.errors import UserError
@@ -86,7 +86,7 @@ def keep(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> 
             save_file(tensors, partial / shard["file"])
         first += head["arguments"]["num_labels"]
     ffi = dataclasses.replace(config.model.ffi, logit_adjustment=strength)
-    yaml = to_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
+    yaml = portable_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
     (partial / "config.yaml").write_text(yaml, encoding="utf-8")
     (partial / "manifest.json").unlink()
     finish_folder(partial, folder, ranks, manifest | {"config_sha256": hashlib.sha256(yaml.encode()).hexdigest()})

@@ -238,19 +238,22 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     Raises UserError if the folder is not a model, is of another format, or a file does not match its checksum.
     """
     # It imports transformers, which takes seconds: who only looks for checkpoints, as a sweep does, need not wait for it.
-    from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
+    from xmc_trainer.encoder import TextEncoder, check_tokens_fit, load_backbone, load_tokenizer
 
     folder = Path(folder)
     manifest = read_manifest(folder, FORMAT, "a saved model")
     verify_files(folder, manifest)
-    encoder = TextEncoder(load_backbone(str(folder / "encoder")), **manifest["encoder"])
+    backbone, tokenizer = load_backbone(str(folder / "encoder"), saved=True), load_tokenizer(str(folder / "tokenizer"), saved=True)
+    max_len_is = f"{folder}: max_len={manifest['max_len']} in manifest.json"
+    check_tokens_fit(backbone, tokenizer, manifest["max_len"], tokenizer_is=str(folder / "tokenizer"), max_len_is=max_len_is)
+    encoder = TextEncoder(backbone, **manifest["encoder"])
     encoder.load_penultimate(folder / "encoder")
     heads = [_load_head(folder, description, device) for description in manifest["heads"]]
     head = SplitHead(*heads) if len(heads) > 1 else heads[0]
     table = pyarrow.parquet.read_table(folder / "labels.parquet")
     return SavedModel(
         encoder=encoder.to(device).eval(),
-        tokenizer=load_tokenizer(str(folder / "tokenizer")),
+        tokenizer=tokenizer,
         head=head.eval(),
         label_ids=table["id"],
         label_texts=table["text"],

@@ -29,9 +29,21 @@ COMMANDS = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, NothingToDo a line and 0, Ctrl-C status 130; no traceback."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2, NothingToDo a line and 0, Ctrl-C status 130; no traceback.
+
+    Where nobody reads standard output any more (`| head`) it ends quietly with status 141, as a shell says of a broken pipe.
+    """
     try:
         main()
+        _flush()
+    except BrokenPipeError:
+        try:
+            _flush()
+        except BrokenPipeError:
+            # What is still to be written has nowhere to go, and Python would say so at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+        raise  # another pipe
     except NothingToDo as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, flush=True)
@@ -43,6 +55,11 @@ def run(main: Callable[[], None]) -> None:
         said = "what was written so far stays; the same command goes on from there, a training with training.resume=true from its last checkpoint"
         print(f"interrupted: {said}", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _call(name: str) -> None:

@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
+from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of, tokenizer_of
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus, batch_of_texts, sample_rows
-from xmc_trainer.encoder import TextEncoder, load_tokenizer
+from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
@@ -283,8 +283,8 @@ def label_vectors(
 def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelClusters, list[str]]:
     """The clusters of a configuration's data set and encoder, and the label ids."""
     device = accelerator_of(config).device
-    tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
-    encoder = encoder_of(config, device).to(device)
+    tokenizer = tokenizer_of(config)
+    encoder = encoder_of(config, tokenizer, device).to(device)
     corpus = corpus_of(config, tokenizer)
     labels = corpus.num_labels
     count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size
@@ -392,7 +392,7 @@ def main() -> None:
         raise UserError("--import-npy: the file has its clusters; leave --clusters and --features out")
     output, report = _output(config, options.output), {}
     if options.import_npy:
-        corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
+        corpus = corpus_of(config, tokenizer_of(config))
         ids = corpus.labels["id"]
         order = options.npy_order or ("ours" if config.data.is_lf_data else None)
         found, report["read_as"] = import_npy(options.import_npy, ids, order)

@@ -123,6 +123,9 @@ class DataConfig:
 class EncoderConfig:
     encoder_model: str = option("bert-base-uncased", "Hugging Face model: hub id or folder")
     encoder_tokenizer: str = option("${model.encoder.encoder_model}", "Hugging Face tokenizer: hub id or folder")
+    trust_remote_code: bool = option(
+        False, "run the Python code that encoder_model or encoder_tokenizer brings; a saved model's is never run"
+    )
     encoder_ftr_dim: int | None = option(None, "hidden size of the encoder; checked against the model")
     pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
     feature_layers: int = option(1, "n of last_nhidden_conlast")
@@ -627,7 +630,40 @@ def config_of_model(folder: Path, overrides: list[str]) -> Config:
             raise UserError(f"{word}: a saved model can be given only {', '.join(MODEL_SETTINGS)} settings")
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder / 'config.yaml'}: missing; name the folder of a saved model")
-    return load_config([f"dataset={folder / 'config.yaml'}", *overrides])
+    config = load_config([f"dataset={folder / 'config.yaml'}", *overrides])
+    try:
+        # Where the model still lies in its run's folder, that knows the paths which the model does not hold.
+        of_run = load_config([f"dataset={folder.absolute().parent / 'config.yaml'}"])
+    except UserError:
+        return config  # no run's folder
+    paths = _whole_paths(dataclasses.asdict(config), dataclasses.asdict(of_run))
+    return load_config([f"dataset={folder / 'config.yaml'}", *paths, *overrides])
+
+
+def portable(tree: Any) -> Any:
+    """`tree` (dicts, lists and values of a configuration) with the last part of each absolute path alone.
+
+    For what leaves this machine: a saved model, or what is logged elsewhere.
+    """
+    if isinstance(tree, dict):
+        return {name: portable(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [portable(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and Path(tree).is_absolute() else tree
+
+
+def portable_yaml(config: Config) -> str:
+    """A configuration for a saved model's folder: without absolute paths, and without leave to run anybody's code."""
+    encoder = dataclasses.replace(config.model.encoder, trust_remote_code=False)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder))
+    return OmegaConf.to_yaml(OmegaConf.create(portable(dataclasses.asdict(config))))
+
+
+def _whole_paths(own: dict[str, Any], of_run: dict[str, Any]) -> list[str]:
+    """Settings of a model, as key=value words, whose absolute paths the configuration of its run still has."""
+    own, of_run = flatten(own), flatten(of_run)
+    names = [name for name in own if name in of_run and of_run[name] != own[name] == portable(of_run[name])]
+    return [f"{name}={of_run[name]}" for name in names if name.startswith(MODEL_SETTINGS)]
 
 
 def to_yaml(config: Any) -> str:
