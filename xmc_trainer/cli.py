@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -35,15 +36,14 @@ def run(main: Callable[[], None]) -> None:
     """
     try:
         main()
-        _flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
-        try:
-            _flush()
-        except BrokenPipeError:
-            # What is still to be written has nowhere to go, and Python would say so at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(141)
-        raise  # another pipe
+        if not _nobody_reads_stdout():
+            raise
+        # What is still to be written has nowhere to go, and Python would say so at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except NothingToDo as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, flush=True)
@@ -57,9 +57,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _flush() -> None:
-    if sys.stdout is not None:
-        sys.stdout.flush()
+def _nobody_reads_stdout() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, AttributeError):  # no file, or closed
+        return False
 
 
 def _call(name: str) -> None:
