@@ -138,7 +138,7 @@ def read_manifest(folder: Path, known_format: int, what: str) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         inside = folder / "model"
-        found = f", such as {inside}" if (inside / "manifest.json").is_file() else ""
+        found = f", such as {inside}" if os.path.isfile(inside / "manifest.json") else ""  # whatever the name
         raise UserError(f"{path}: {error.strerror}; name the folder of {what}{found}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error.msg}); {what} has to be saved again") from None

@@ -54,7 +54,7 @@ def test_fuzzed_files_are_predicted_or_refused(model, content, end, front, name,
         except UserError as error:
             assert "\n" not in str(error) and not list(folder.glob("out*"))
             return
-    text = (content + end if front == b"\xef\xbb\xbf" else front + content + end).decode().removeprefix("\ufeff")
+    text = (front + content + end).decode("utf-8-sig")
     lines = text.removesuffix("\n").split("\n") if text else []
     found = [json.loads(line) for line in out.read_bytes().decode().split("\n")[:-1]]
     assert len(found) == len(lines)
