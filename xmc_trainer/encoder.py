@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -117,10 +116,15 @@ class TextEncoder(nn.Module):
             save_file(rest, folder / "penultimate.safetensors")
 
     def load_penultimate(self, folder: Path) -> None:
-        """Read what `save_pretrained` wrote beside the backbone."""
-        if self.penultimate is not None:
-            state = load_file(folder / "penultimate.safetensors")
+        """Read what `save_pretrained` wrote beside the backbone. UserError if it is another layer's, or none."""
+        if self.penultimate is None:
+            return
+        path = folder / "penultimate.safetensors"
+        try:
+            state = load_file(path)
             self.penultimate.load_state_dict({k.removeprefix("penultimate."): v for k, v in state.items()})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{path}: does not hold the penultimate layer ({reason(error)}); save the model again") from None
 
 
 def _load(loader: type, name: str, where: str, trust_remote_code: bool, **options: Any) -> Any:
@@ -342,13 +346,14 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
     """
     field = f"model.encoder.ngame_checkpoint={path}"
     try:
-        if not Path(path).stat().st_size:
-            raise UserError(f"{field}: the file is empty; copy it again")
-        state = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        empty = not Path(path).stat().st_size
+        state = {} if empty else load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{field}: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # what the libraries raise for a damaged file is of many kinds
         raise UserError(f"{field}: not a file of tensors alone ({reason(error)})") from None
+    if empty:
+        raise UserError(f"{field}: the file is empty; copy it again")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{field}: must hold a state dict: names and tensors")
     if not state:

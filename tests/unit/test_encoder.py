@@ -127,6 +127,19 @@ def test_tokenizer_and_longest_position_fit(tmp_path):
             check_tokens_fit(backbone, grown, 8, **words)
 
 
+def test_a_penultimate_layer_is_read_whole_or_refused(tmp_path):
+    backbone = load_backbone(str(save_encoder("bert", tmp_path / "a")))
+    encoder = TextEncoder(backbone, penultimate_size=8)
+    encoder.save_pretrained(tmp_path / "b", encoder.state_dict())
+    again = TextEncoder(backbone, penultimate_size=8)
+    again.load_penultimate(tmp_path / "b")
+    assert torch.equal(again.penultimate[0].weight, encoder.penultimate[0].weight)
+    with pytest.raises(UserError, match="penultimate.safetensors: does not hold the penultimate layer"):
+        TextEncoder(backbone, penultimate_size=9).load_penultimate(tmp_path / "b")
+    with pytest.raises(UserError, match="penultimate.safetensors: does not hold the penultimate layer"):
+        again.load_penultimate(tmp_path / "a")
+
+
 # Nobody's code --------------------------------------------------------------------------------------------------------
 
 EVIL = """

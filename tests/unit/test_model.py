@@ -14,9 +14,11 @@ from tokenizers import processors
 from tests.data_helpers import UNK, tiny_tokenizer, write_raw
 from tests.encoders import READ, WORDS, save_untrained
 from tests.fuzz import examples
+from xmc_trainer.config import config_of_model
 from xmc_trainer.data import TextBatches, batch_of_texts, load_corpus, plan_eval
 from xmc_trainer.data.texts import encode_texts
 from xmc_trainer.errors import UserError
+from xmc_trainer.evaluation import evaluate_saved
 from xmc_trainer.model import XMCModel
 
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -152,6 +154,10 @@ def test_scores_that_are_not_finite_are_not_given(tmp_path):
     model.saved.head.weight[3, 0] = float("nan")
     with pytest.raises(UserError, match="model: gives scores that are not finite"):
         model.predict(["w1"])
+    write_raw(tmp_path / "d", [("w1", f"tag{n}") for n in range(7)], [("w1", "tag1"), ("w2 w3", "tag3")])
+    words = ["data.is_lf_data=false", f"dataset_path={tmp_path}", "data.folder=d", "data.max_len=20", f"data.cache_dir={tmp_path}"]
+    with pytest.raises(UserError, match="evaluation: 2 of 2 texts have features or scores that are not finite"):
+        evaluate_saved(model.saved, config_of_model(model.saved.folder, words), model.device)
 
 
 # Fuzz -----------------------------------------------------------------------------------------------------------------
