@@ -66,7 +66,11 @@ REFUSED = {
         hf.ViTConfig,
         {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4},
     ),
-    "convbert": (hf.ConvBertModel, hf.ConvBertConfig, _BERT | {"embedding_size": 16, "head_ratio": 1, "conv_kernel_size": 3}),
+    "convbert": (
+        hf.ConvBertModel,
+        hf.ConvBertConfig,
+        _BERT | {"embedding_size": 16, "head_ratio": 1, "conv_kernel_size": 3},
+    ),
 }
 
 
@@ -83,7 +87,9 @@ def save_encoder(name: str, folder: Path, **more: Any) -> Path:
     return folder
 
 
-def save_untrained(name: str, folder: Path, *, pool_mode: str = "last_hidden_avg", labels: int = 7, **tokenizer: Any) -> Path:
+def save_untrained(
+    name: str, folder: Path, *, pool_mode: str = "last_hidden_avg", labels: int = 7, **tokenizer: Any
+) -> Path:
     """A saved model, of an encoder of `READ`. Args: tokenizer: attributes of the tokenizer, such as padding_side."""
     encoder = TextEncoder(load_backbone(str(save_encoder(name, folder / "source"))), pool_mode=pool_mode)
     words = tiny_tokenizer(WORDS)
@@ -97,7 +103,9 @@ def save_untrained(name: str, folder: Path, *, pool_mode: str = "last_hidden_avg
         encoder_state=encoder.state_dict(),
         tokenizer=words,
         head=head,
-        labels=Dataset.from_dict({"id": [f"tag{n}" for n in range(labels)], "text": [f"name of {n}" for n in range(labels)]}),
+        labels=Dataset.from_dict(
+            {"id": [f"tag{n}" for n in range(labels)], "text": [f"name of {n}" for n in range(labels)]}
+        ),
         max_len=20,
         step=0,
         config_yaml="dataset: toy\n",

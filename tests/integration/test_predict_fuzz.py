@@ -33,7 +33,9 @@ _LINE = st.sampled_from(
     [b"w1 w2", b"", b"  ", b"w3\r", b"\0", b"\xff", b"\xef\xbb\xbfw4", b"\xc2\x85", b"w" * 70_000, b'{"text": "w1"}', b'{"text": ""}', b'{"text": null}',
      b'{"text": "\\ud83d"}', b'{"text": "a", "text": "b"}', b"[" * 5000, b"9" * 5000, b'{"text": NaN}', b"null", b'{"a": 1e999}', b"{}"]
 )  # fmt: skip
-_CONTENT = st.lists(_LINE | st.binary(max_size=20) | st.text(max_size=20).map(lambda text: text.encode()), max_size=6).map(b"\n".join)
+_CONTENT = st.lists(
+    _LINE | st.binary(max_size=20) | st.text(max_size=20).map(lambda text: text.encode()), max_size=6
+).map(b"\n".join)
 
 
 @settings(max_examples=examples(100), **QUICK)

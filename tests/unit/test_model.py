@@ -42,7 +42,9 @@ def scores_of(predictions) -> np.ndarray:
 def test_a_score_depends_on_its_text_alone(name, side, pool_mode, tmp_path):
     model = XMCModel.load(save_untrained(name, tmp_path, pool_mode=pool_mode, padding_side=side), "cpu")
     drawn = np.random.default_rng(0)
-    texts = [" ".join(f"w{word}" for word in drawn.integers(WORDS, size=size)) for size in (0, 1, 2, 3, 5, 8, 13, 18, 30)]
+    texts = [
+        " ".join(f"w{word}" for word in drawn.integers(WORDS, size=size)) for size in (0, 1, 2, 3, 5, 8, 13, 18, 30)
+    ]
     alone = scores_of([model.predict([text], k=7)[0] for text in texts])
     assert np.ptp(alone, axis=0).min() > 1e-3  # texts are told apart
     for batch_size in (2, 3, len(texts)):
@@ -53,7 +55,12 @@ def test_a_score_depends_on_its_text_alone(name, side, pool_mode, tmp_path):
     # Evaluation reads the same texts from a corpus.
     write_raw(tmp_path / "d", [(text, "a") for text in texts], [("w1", "a")])
     corpus = load_corpus(
-        folder=tmp_path / "d", layout="raw", tokenizer=model.saved.tokenizer, max_len=20, cache_dir=tmp_path / "c", progress=False
+        folder=tmp_path / "d",
+        layout="raw",
+        tokenizer=model.saved.tokenizer,
+        max_len=20,
+        cache_dir=tmp_path / "c",
+        progress=False,
     )
     plan = plan_eval(corpus.lengths("train"), batch_size=4, world_size=1)
     batches = TextBatches(corpus.train, plan, rank=0, pad_token_id=model.saved.tokenizer.pad_token_id)
@@ -67,7 +74,9 @@ def test_tokenizers_without_a_padding_token_or_any_token(tmp_path):
     model = XMCModel.load(save_untrained("bert", tmp_path, pad_token=None), "cpu")
     assert model.saved.tokenizer.pad_token_id is None
     together = scores_of(model.predict(["w1 w2 w3", "w4"], k=7))
-    assert together == pytest.approx(scores_of([model.predict([text], k=7)[0] for text in ("w1 w2 w3", "w4")]), abs=1e-5)
+    assert together == pytest.approx(
+        scores_of([model.predict([text], k=7)[0] for text in ("w1 w2 w3", "w4")]), abs=1e-5
+    )
     bare = tiny_tokenizer(WORDS)
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     assert encode_texts(bare, ["", "w0 w1"], 8) == [[UNK], [4, 5]]
@@ -130,7 +139,11 @@ def test_what_is_no_text_is_refused_by_its_position(model, texts, message):
         model.predict(texts)
 
 
-@pytest.mark.parametrize("value", [0, -1, True, 2.0, "2", None, float("nan"), np.bool_(True), -(10**5000)], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [0, -1, True, 2.0, "2", None, float("nan"), np.bool_(True), -(10**5000)],
+    ids=lambda value: type(value).__name__,
+)
 @pytest.mark.parametrize("name", ["k", "batch_size"])
 def test_counts_are_whole_numbers(model, name, value):
     with pytest.raises(UserError, match=f"{name}=.*: must be a whole number, "):
@@ -155,14 +168,22 @@ def test_scores_that_are_not_finite_are_not_given(tmp_path):
     with pytest.raises(UserError, match="model: gives scores that are not finite"):
         model.predict(["w1"])
     write_raw(tmp_path / "d", [("w1", f"tag{n}") for n in range(7)], [("w1", "tag1"), ("w2 w3", "tag3")])
-    words = ["data.is_lf_data=false", f"dataset_path={tmp_path}", "data.folder=d", "data.max_len=20", f"data.cache_dir={tmp_path}"]
+    words = [
+        "data.is_lf_data=false",
+        f"dataset_path={tmp_path}",
+        "data.folder=d",
+        "data.max_len=20",
+        f"data.cache_dir={tmp_path}",
+    ]
     with pytest.raises(UserError, match="evaluation: 2 of 2 texts have features or scores that are not finite"):
         evaluate_saved(model.saved, config_of_model(model.saved.folder, words), model.device)
 
 
 # Fuzz -----------------------------------------------------------------------------------------------------------------
 
-_TEXT = st.text(st.characters(exclude_categories=())) | st.sampled_from(["", " ", "\0", "\ufeff", "w1", "w1 \x1b[2J", "w" * 5000])
+_TEXT = st.text(st.characters(exclude_categories=())) | st.sampled_from(
+    ["", " ", "\0", "\ufeff", "w1", "w1 \x1b[2J", "w" * 5000]
+)
 _ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.binary() | _TEXT | st.lists(_TEXT, max_size=2)
 
 
