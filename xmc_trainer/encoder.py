@@ -127,7 +127,7 @@ class TextEncoder(nn.Module):
             raise UserError(f"{path}: does not hold the penultimate layer ({reason(error)}); save the model again") from None
 
 
-def _load(loader: type, name: str, where: str, trust_remote_code: bool, **options: Any) -> Any:
+def _load(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bool, **options: Any) -> Any:
     """What `loader.from_pretrained` gives. UserError, which begins with `where`, for whatever a folder or the hub does to it."""
     disable_progress_bar()  # its bars are of a second's work, here and when saving
     path = Path(name)
@@ -139,10 +139,10 @@ def _load(loader: type, name: str, where: str, trust_remote_code: bool, **option
         return loader.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # what the libraries raise for a damaged file is of many kinds
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{where}: brings Python code of its own, which is not run; for a training that you want to run it set "
-                "model.encoder.trust_remote_code=true, else choose another encoder"
-            ) from None
+            remedy = "train an encoder of a kind that transformers knows" if saved else (
+                "to run it in this training set model.encoder.trust_remote_code=true, else choose another encoder"
+            )  # fmt: skip
+            raise UserError(f"{where}: brings Python code of its own, which is not run; {remedy}") from None
         raise UserError(
             f"{where}: cannot be loaded; name a folder that holds the model, or a hub id that is reachable or in the local "
             f"Hugging Face cache ({reason(error)})"
@@ -161,10 +161,10 @@ def load_backbone(
     Raises UserError if it is not to be had (offline, for example), is not an encoder of texts, or if its files lack weights.
     """
     where = name if saved else f"model.encoder.encoder_model={name}"
-    config = _load(AutoConfig, name, where, trust_remote_code)
+    config = _load(AutoConfig, name, where, trust_remote_code, saved)
     _check_reads_both_ways(config, where)
     loader = _encoder_class(config) or AutoModel
-    backbone = _load_whole(loader, name, where, trust_remote_code, {"use_safetensors": True} if saved else {})
+    backbone = _load_whole(loader, name, where, trust_remote_code, saved)
     if loader is AutoModel and getattr(config, "is_encoder_decoder", False):
         backbone = backbone.get_encoder()
     _check_inputs(backbone, where)
@@ -211,10 +211,12 @@ def _encoder_class(config: PreTrainedConfig) -> Any:
         return type(AutoModel.from_config(config, trust_remote_code=False).get_encoder())
 
 
-def _load_whole(loader: Any, name: str, where: str, trust_remote_code: bool, options: dict[str, Any]) -> PreTrainedModel:
+def _load_whole(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bool) -> PreTrainedModel:
     """The model with every weight from its files, which transformers would make up at random where it is missing."""
-    options = options | {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    backbone, found = _load(loader, name, where, trust_remote_code, **options)
+    options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if saved:
+        options["use_safetensors"] = True
+    backbone, found = _load(loader, name, where, trust_remote_code, saved, **options)
     missing = _own(backbone, found["missing_keys"])
     prefixes = _prefixes(missing, found["unexpected_keys"])
     if len(prefixes) == 1:
@@ -222,7 +224,7 @@ def _load_whole(loader: Any, name: str, where: str, trust_remote_code: bool, opt
         if os.environ.get("RANK", "0") == "0":
             print(f"{where}: its weights are named {prefix}...; loaded without that prefix", flush=True)
         options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
-        backbone, found = _load(loader, name, where, trust_remote_code, **options)
+        backbone, found = _load(loader, name, where, trust_remote_code, saved, **options)
         missing = _own(backbone, found["missing_keys"])
     if missing:
         others = sorted(found["unexpected_keys"])
@@ -382,4 +384,4 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False, saved: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; arguments and errors as of `load_backbone`."""
     where = name if saved else f"model.encoder.encoder_tokenizer={name}"
-    return _load(AutoTokenizer, name, where, trust_remote_code)
+    return _load(AutoTokenizer, name, where, trust_remote_code, saved)

@@ -180,7 +180,7 @@ def test_code_that_comes_with_a_model_is_not_run(hostile, tmp_path, kind, saved)
         try:
             load(str(hostile), saved=saved)
         except UserError as error:
-            assert "Python code of its own, which is not run" in str(error)
+            assert "Python code of its own, which is not run; " in str(error) and ("trust_remote_code=true" in str(error)) != saved
             assert kind == "evil" or load is load_tokenizer
     assert not (tmp_path / "was_run").exists()
     if kind == "evil" and not saved:
