@@ -5,7 +5,8 @@
     torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # the processes share the labels
 
 Input: a text file with one text a line, JSON lines with a field "text" (the name ends in .jsonl or .json), or standard
-input (one text a line). Output: JSON lines, labels best first:
+input (one text a line), in UTF-8. An empty line is an empty text, predicted from no words. Output: JSON lines in UTF-8,
+labels best first:
 
     {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]}
 """
@@ -17,12 +18,14 @@ import json
 import sys
 from collections import deque
 from collections.abc import Iterator
-from itertools import islice
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from xmc_trainer.cli import run
 from xmc_trainer.errors import UserError
+from xmc_trainer.files import replacing
 
 if TYPE_CHECKING:
     from xmc_trainer.model import XMCModel
@@ -33,34 +36,22 @@ _CHUNK = 4096
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """The texts of the input, with an error that names the line for one that is none."""
+    """The texts of the input, with an error that names the line for one that is none. They are read as training files are."""
+    from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object
+
+    name = "standard input" if path == "-" else path
     try:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield _text_of(line, f"{'standard input' if path == '-' else path}, line {number}", path)
+            for number, line in decoded_lines(file, name):
+                text, where = line, f"{name}, line {number}"
+                if path.endswith((".jsonl", ".json")):
+                    text = json_object(line, where).get("text")
+                    if not isinstance(text, str):
+                        raise UserError(f'{where}: write an object with a string field "text"')
+                    check_unicode(text, where)
+                yield text
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-def _text_of(line: bytes, where: str, path: str) -> str:
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-        if path.endswith((".jsonl", ".json")):
-            record = json.loads(text)
-            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-                raise UserError(f'{where}: write an object with a string field "text"')
-            text = record["text"]
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: not UTF-8; convert the file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg})") from None
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, which is no character; correct the text") from None
-    if not text.strip():
-        raise UserError(f"{where}: the text is empty; remove the line")
-    return text
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
 
 
 def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
@@ -81,6 +72,17 @@ def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
         yield chunk
 
 
+@contextmanager
+def opened(path: str) -> Iterator[TextIO]:
+    """The output, in UTF-8. A plain file appears whole or not at all; a pipe or a device is written to as it is."""
+    if path == "-":
+        sys.stdout.reconfigure(encoding="utf-8")
+        yield sys.stdout
+    else:
+        with replacing(Path(path)) as out:
+            yield out
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
@@ -88,24 +90,39 @@ def main() -> None:
     parser.add_argument("--output", default="-", help="file to write; - (the default) is standard output")
     parser.add_argument("-k", type=int, default=5, help="labels a text (default 5)")
     parser.add_argument("--batch_size", type=int, default=256, help="texts a batch (default 256)")
-    parser.add_argument("--device", help="cuda or cpu; default: the GPU if there is one")
+    parser.add_argument("--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: the GPU if there is one")
     arguments = parser.parse_intermixed_args()
     for name in ("k", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{'-k' if name == 'k' else '--batch_size'}={getattr(arguments, name)}: must be at least 1")
-    if arguments.output != "-" and Path(arguments.output).resolve() == Path(arguments.input).resolve():
-        raise UserError(f"--output={arguments.output}: is the input file; name another")
-    if arguments.output != "-" and not Path(arguments.output).absolute().parent.is_dir():
-        raise UserError(f"--output={arguments.output}: there is no such folder; make it first")
+    _check_streams(arguments.input, arguments.output)
 
-    import torch
-
-    from xmc_trainer.model import XMCModel
+    # Imported here, for torch and transformers take seconds: what stands above does not wait for them.
+    from xmc_trainer.model import XMCModel, device_of
     from xmc_trainer.parallel import joined_ranks
 
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with joined_ranks(device) as own_device:
+    with joined_ranks(device_of(arguments.device)) as own_device:
         predict(XMCModel.load(arguments.model, own_device), arguments)
+
+
+def _check_streams(source: str, output: str) -> None:
+    """UserError for an output that cannot be written, or would replace the input."""
+    if source == "-" and sys.stdin is None:
+        raise UserError("standard input: is closed; name a file with the texts")
+    if output == "-" and sys.stdout is None:
+        raise UserError("standard output: is closed; name a file by --output")
+    if output == "-":
+        return
+    try:
+        path = Path(output)
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"--output={output}: there is no such folder; make it first")
+        if path.is_dir():
+            raise UserError(f"--output={output}: is a folder; name a file in it")
+        if source != "-" and path.is_file() and Path(source).is_file() and path.samefile(source):
+            raise UserError(f"--output={output}: is the input file; name another")
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written ({error.strerror}); name another file") from None
 
 
 def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
@@ -119,18 +136,18 @@ def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
     first = next(predictions, None)  # before the output is opened: a bad input leaves no empty file behind
     if first is None:
         print(f"{'standard input' if arguments.input == '-' else arguments.input}: no texts", file=sys.stderr)
-    partial = Path(f"{arguments.output}.partial")
     try:
-        with sys.stdout if arguments.output == "-" else partial.open("w", encoding="utf-8") as out:
-            while first is not None:
-                for text, labels in zip(*first):
+        with opened(arguments.output) as out:
+            for texts, labels_of_texts in chain([first] if first else [], predictions):
+                for text, labels in zip(texts, labels_of_texts, strict=True):
                     record = {"text": text, "labels": [label._asdict() for label in labels]}
                     out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                first = next(predictions, None)
-        if arguments.output != "-":
-            partial.replace(arguments.output)  # whole, or not at all
-    finally:
-        partial.unlink(missing_ok=True)
+                out.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and arguments.output == "-":
+            raise  # nobody reads on
+        where = "standard output" if arguments.output == "-" else f"--output={arguments.output}"
+        raise UserError(f"{where}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

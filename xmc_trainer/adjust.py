@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xmc_trainer.checkpoint import MODEL, SavedModel, head_parts, save_tensors
-from xmc_trainer.config import MODEL_SETTINGS, Config, config_of_model, to_yaml
+from xmc_trainer.config import MODEL_SETTINGS, Config, config_of_model, portable_yaml
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.errors import UserError
@@ -78,7 +78,7 @@ def keep(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> 
     manifest = read_folder(folder, MODEL)
     added = (config.model.ffi.logit_adjustment - strength) * torch.from_numpy(corpus.log_frequency())
     ffi = dataclasses.replace(config.model.ffi, logit_adjustment=strength)
-    yaml = to_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
+    yaml = portable_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
 
     def write(partial: Path) -> dict[str, Any]:
         shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))

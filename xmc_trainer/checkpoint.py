@@ -229,7 +229,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     Raises UserError if the folder is not a model, is of another format, or a file is not what the manifest says.
     """
     # It imports transformers, which takes seconds: who only looks for checkpoints, as a sweep does, need not wait for it.
-    from xmc_trainer.encoder import TextEncoder, load_backbone, load_tokenizer
+    from xmc_trainer.encoder import TextEncoder, check_tokens_fit, load_backbone, load_tokenizer
 
     folder = Path(folder)
     manifest = read_folder(folder, MODEL)
@@ -239,14 +239,17 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
         labels = _read_labels(folder / "labels.parquet", sum(each["arguments"]["num_labels"] for each in described))
     except ValueError as error:
         raise UserError(f"{folder}: {error}; save the model again") from None
-    encoder = TextEncoder(load_backbone(str(folder / "encoder")), **manifest["encoder"])
+    backbone, tokenizer = load_backbone(str(folder / "encoder"), saved=True), load_tokenizer(str(folder / "tokenizer"), saved=True)
+    max_len_is = f"{folder}: max_len={manifest['max_len']} in manifest.json"
+    check_tokens_fit(backbone, tokenizer, manifest["max_len"], tokenizer_is=str(folder / "tokenizer"), max_len_is=max_len_is)
+    encoder = TextEncoder(backbone, **manifest["encoder"])
     _check_encoder(encoder, folder, described[0]["arguments"]["in_features"])
     encoder.load_penultimate(folder / "encoder")
     heads = [_load_head(folder, description, device) for description in described]
     head = SplitHead(*heads) if len(heads) > 1 else heads[0]
     return SavedModel(
         encoder=encoder.to(device).eval(),
-        tokenizer=load_tokenizer(str(folder / "tokenizer")),
+        tokenizer=tokenizer,
         head=head.eval(),
         label_ids=labels["id"],
         label_texts=labels["text"],

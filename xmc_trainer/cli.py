@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable
 
@@ -31,9 +32,20 @@ COMMANDS = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, NothingToDo a line and 0, Ctrl-C status 130; no traceback."""
+    """Call `main`; a UserError becomes one line on stderr and exit status 2, NothingToDo a line and 0, Ctrl-C status 130; no traceback.
+
+    Where nobody reads standard output any more (`| head`) it ends quietly with status 141, as a shell says of a broken pipe.
+    """
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        # What is still to be written has nowhere to go, and Python would say so at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except NothingToDo as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, flush=True)
@@ -45,6 +57,15 @@ def run(main: Callable[[], None]) -> None:
         said = "what was written so far stays; the same command goes on from there, a training with training.resume=true from its last checkpoint"
         print(f"interrupted: {said}", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _nobody_reads_stdout() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (OSError, AttributeError):  # no file, or closed
+        return False
 
 
 def _call(name: str) -> None:

@@ -30,11 +30,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
+from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of, tokenizer_of
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
-from xmc_trainer.data import Corpus, sample_rows
-from xmc_trainer.encoder import TextEncoder, load_tokenizer
+from xmc_trainer.data import Corpus, batch_of_texts, sample_rows
+from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.files import PARTIAL, sync, writing
@@ -275,9 +275,9 @@ def label_vectors(
         out = np.memmap(folder / "labels", np.float16, "w+", shape=(len(texts), width))
         for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
             part = texts[at : at + batch_size]
-            tokens = tokenizer(part, truncation=True, max_length=config.data.max_len, padding=True, return_tensors="pt")
+            batch = batch_of_texts(tokenizer, part, config.data.max_len)
             with torch.no_grad():
-                out[at : at + len(part)] = encode(tokens["input_ids"], tokens["attention_mask"]).cpu().numpy()
+                out[at : at + len(part)] = encode(**batch).cpu().numpy()
         return out
     rows = sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
     encoded = encode_training_texts(
@@ -304,8 +304,8 @@ def label_vectors(
 def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelClusters, list[str]]:
     """The clusters of a configuration's data set and encoder, and the label ids."""
     device = accelerator_of(config).device
-    tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
-    encoder = encoder_of(config, device).to(device)
+    tokenizer = tokenizer_of(config)
+    encoder = encoder_of(config, tokenizer, device).to(device)
     corpus = corpus_of(config, tokenizer)
     labels = corpus.num_labels
     count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size
@@ -413,7 +413,7 @@ def main() -> None:
         raise UserError("--import-npy: the file has its clusters; leave --clusters and --features out")
     output, report = _output(config, options.output), {}
     if options.import_npy:
-        corpus = corpus_of(config, load_tokenizer(config.model.encoder.encoder_tokenizer))
+        corpus = corpus_of(config, tokenizer_of(config))
         ids = corpus.labels["id"]
         order = options.npy_order or ("ours" if config.data.is_lf_data else None)
         found, report["read_as"] = import_npy(options.import_npy, ids, order)

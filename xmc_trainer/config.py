@@ -147,6 +147,9 @@ class DataConfig(Section, prefix="data."):
 class EncoderConfig(Section, prefix="model.encoder."):
     encoder_model: str = option("bert-base-uncased", "Hugging Face model: hub id or folder")
     encoder_tokenizer: str = option("${model.encoder.encoder_model}", "Hugging Face tokenizer: hub id or folder")
+    trust_remote_code: bool = option(
+        False, "run the Python code that encoder_model or encoder_tokenizer brings; a saved model's is never run"
+    )
     encoder_ftr_dim: int | None = option(None, "hidden size of the encoder; checked against the model", _WIDTH)
     pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
     feature_layers: int = option(1, "n of last_nhidden_conlast", "[1, 1000]")
@@ -716,18 +719,54 @@ def config_of_model(folder: Path, overrides: list[str]) -> Config:
     for word in overrides:
         if not word.startswith(MODEL_SETTINGS):
             raise UserError(f"{word}: a saved model can be given only {', '.join(MODEL_SETTINGS)} settings")
-    return load_config([f"dataset={verify_file(folder, 'config.yaml')}", *overrides])
+    own_file = verify_file(folder, "config.yaml")
+    config = load_config([f"dataset={own_file}", *overrides])
+    try:
+        # Where the model still lies in its run's folder, that knows the paths which the model does not hold.
+        of_run = load_config([f"dataset={folder.absolute().parent / 'config.yaml'}"])
+    except UserError:
+        return config  # no run's folder
+    paths = _whole_paths(dataclasses.asdict(config), dataclasses.asdict(of_run))
+    return load_config([f"dataset={own_file}", *paths, *overrides])
+
+
+def portable(tree: Any) -> Any:
+    """`tree` (dicts, lists and values of a configuration) with the last part of each absolute path alone.
+
+    For what leaves this machine: a saved model, or what is logged elsewhere.
+    """
+    if isinstance(tree, dict):
+        return {name: portable(value) for name, value in tree.items()}
+    if isinstance(tree, list):
+        return [portable(value) for value in tree]
+    return Path(tree).name if isinstance(tree, str) and Path(tree).is_absolute() else tree
+
+
+def portable_yaml(config: Config) -> str:
+    """A configuration for a saved model's folder: without absolute paths, and without leave to run anybody's code."""
+    encoder = dataclasses.replace(config.model.encoder, trust_remote_code=False)
+    return _yaml(portable(dataclasses.asdict(dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder)))))
+
+
+def _whole_paths(own: dict[str, Any], of_run: dict[str, Any]) -> list[str]:
+    """Settings of a model, as key=value words, whose absolute paths the configuration of its run still has."""
+    own, of_run = flatten(own), flatten(of_run)
+    names = [name for name in own if name in of_run and of_run[name] != own[name] == portable(of_run[name])]
+    return [f"{name}={escaped(of_run[name])}" for name in names if name.startswith(MODEL_SETTINGS)]
 
 
 def to_yaml(config: Any) -> str:
     """A resolved configuration section as YAML, which is read as the very same."""
+    return _yaml(dataclasses.asdict(config))
 
-    def tree(value: Any) -> Any:
+
+def _yaml(tree: Any) -> str:
+    def written(value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: tree(each) for name, each in value.items()}
+            return {name: written(each) for name, each in value.items()}
         return escaped(value) if isinstance(value, str) else value
 
-    return yaml_nodes.dump(tree(dataclasses.asdict(config)))
+    return yaml_nodes.dump(written(tree))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

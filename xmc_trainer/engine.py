@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
-from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, GradScalerKwargs
 from torch import nn
 
 from xmc_trainer.errors import UserError, shown
@@ -104,6 +104,16 @@ def build_accelerator(
             "--config_file launchers/accelerate_zero2.yaml, or by deepspeed launchers/train.py --deepspeed_config FILE"
         )
     return accelerator
+
+
+def drives_by_ddp(accelerator: Accelerator) -> bool:
+    """Whether torch's DistributedDataParallel, which waits for every parameter's gradient, will drive the encoder."""
+    return accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def let_ddp_find_unused_parameters(accelerator: Accelerator) -> None:
+    """Of what `prepare` will be given; costs a pass over the graph each step."""
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
 
 
 def _cpu_takes_fp16() -> bool:

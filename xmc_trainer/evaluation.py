@@ -34,17 +34,25 @@ def evaluate(
         encode: (input_ids, attention_mask) -> features.
         batches: of `TextBatches`, this rank's; every rank must have the same number of them.
         metrics: empty.
+    Raises UserError, on every rank, where features or scores are not finite: they would count as a ranking.
     """
     ranks = head.ranks
+    not_finite = torch.zeros((), dtype=torch.int64, device=device)  # texts
     for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
         rows, pairs = batch["rank_sizes"]
         batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
         counts = batch["label_counts"]
         features = encode(batch["input_ids"], batch["attention_mask"])[: counts.shape[0]]
-        _, predicted = head.topk(features, metrics.k, batch.get("filter_ids"), batch.get("filter_counts"))
+        scores, predicted = head.topk(features, metrics.k, batch.get("filter_ids"), batch.get("filter_counts"))
+        not_finite += (scores.isnan().any(1) | ~features.isfinite().all(1)).sum()
         label_ids = ranks.gather_rows(batch["label_ids"], pairs)
         predicted, counts = ranks.gather_rows(predicted, rows), ranks.gather_rows(counts, rows)
         metrics.add(predicted.cpu().numpy(), label_ids.cpu().numpy(), counts.cpu().numpy())
+    if ranks.sum(not_finite):
+        raise UserError(
+            f"evaluation: {int(not_finite)} of {metrics.texts} texts have features or scores that are not finite; train again "
+            "with a lower training.optimization.encoder_lr or lr, or training.amp.dtype=bfloat16 in place of float16"
+        )
     return metrics.result()
 
 
@@ -78,7 +86,7 @@ def loader_of(
     plan: list[MicroBatch],
     *,
     rank: int,
-    pad_token_id: int,
+    pad_token_id: int | None,
     workers: int,
     device: torch.device,
 ) -> DataLoader:

@@ -82,11 +82,11 @@ def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 
     What is no plain file (a device, a pipe) is written to as it is.
     """
-    path = path.resolve()  # where a link points
-    if path.exists() and not path.is_file():
+    if path.exists() and not path.is_file():  # before links are followed: /dev/stdout leads to a name that is no file's
         with writing(path), open(path, "w", encoding="utf-8", newline=newline) as file:
             yield file
         return
+    path = path.resolve()  # where a link points
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
         try:

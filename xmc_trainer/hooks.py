@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from xmc_trainer import __version__
-from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig
+from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig, portable
 from xmc_trainer.engine import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.files import sync, writing
@@ -403,7 +403,9 @@ class WandbHook(Hook):
             id=self._id,  # of the run that was interrupted, if there was one
             resume="allow",
             dir=str(trainer.run_folder),
-            config=dataclasses.asdict(self.config),
+            config=portable(dataclasses.asdict(self.config)),
+            # What it collects by itself, and what is printed, names folders of this machine.
+            settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
         )
         self._id = self._run.id
 

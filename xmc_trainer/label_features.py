@@ -32,7 +32,7 @@ def encode_training_texts(
     *,
     width: int,
     batch_size: int,
-    pad_token_id: int,
+    pad_token_id: int | None,
     workers: int,
     device: torch.device,
     rows: np.ndarray | None = None,

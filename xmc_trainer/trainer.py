@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xmc_trainer import resume
-from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
+from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of, tokenizer_of
 from xmc_trainer.checkpoint import head_parts, save_model
 from xmc_trainer.clusters import LabelClusters
-from xmc_trainer.config import Config, to_yaml
+from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
-from xmc_trainer.encoder import load_tokenizer
-from xmc_trainer.engine import leave, step_was_applied, whole_weights
+from xmc_trainer.encoder import has_unused_parameters
+from xmc_trainer.engine import drives_by_ddp, leave, let_ddp_find_unused_parameters, step_was_applied, whole_weights
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.finite import require_finite
@@ -97,8 +97,10 @@ class Trainer:
         if config.needs_clusters:
             LabelClusters.require(config.cluster_file)
         set_seed(config.training.seed)
-        self.tokenizer = load_tokenizer(config.model.encoder.encoder_tokenizer)
-        self.encoder_module = encoder_of(config, self.device)
+        self.tokenizer = tokenizer_of(config)
+        self.encoder_module = encoder_of(config, self.tokenizer, self.device)
+        if drives_by_ddp(self.accelerator) and has_unused_parameters(self.encoder_module):
+            let_ddp_find_unused_parameters(self.accelerator)
         self.corpus = self._load_corpus()
         cluster_of = self._order_labels()
         self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
@@ -323,7 +325,7 @@ class Trainer:
             labels=self.corpus.labels,
             max_len=self.config.data.max_len,
             step=self.state.step,
-            config_yaml=to_yaml(self.config),
+            config_yaml=portable_yaml(self.config),
         )
         self.dispatch("on_save", folder)
 

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from tests.encoders import save_encoder
 from tests.integration.test_launchers import (
     FLOAT16,
     assert_same,
@@ -123,13 +124,20 @@ def test_a_head_starts_from_texts_under_zero_3(two_under_deepspeed, short, folde
     assert_same(outcome_of(folder / "start-here", 1), outcome_of(folder / "start-3", 2))
 
 
-def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, tmp_path):
+def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, tiny_encoder, tmp_path):
     # The 256 texts of an evaluation's batch divide by 3 no more than these 10, of which the last batch has one text.
     without = {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]}
     under = {"settings": [*short, *UNEVEN, "log_fname=three-3"], "deepspeed_config": "ds_configs/zero3.json"}
     moving = [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
     begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 9}
-    train_in_turn("torchrun", 3, [without, under, begun, failing([*short, *UNEVEN], "torchrun", "kill")], tmp_path)
+    # Longformer trains weights of global attention that no text here uses: no process waits for their gradients.
+    encoder = save_encoder("longformer", tmp_path / "long", vocab_size=94, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    unused = [*short, *UNEVEN, f"model.encoder.encoder_model={encoder}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
+    unused += ["training.optimization.max_steps=4"]
+    long = {"settings": [*unused, "log_fname=long"]}
+    train_in_turn("torchrun", 3, [without, under, begun, long, failing([*short, *UNEVEN], "torchrun", "kill")], tmp_path)
+    train_here([*unused, "log_fname=long-here"])
+    assert losses_of(folder / "long") == pytest.approx(losses_of(folder / "long-here"), rel=1e-5)
     for name in ("three", "three-3"):
         assert_same(one, outcome_of(folder / name, 3))
     train_here(moving)

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -49,11 +50,18 @@ def launch(*command: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-class Kept(io.StringIO):
-    """What was written stays to be read when a script closes it."""
+class Kept(io.TextIOWrapper):
+    """Standard output: what was written stays to be read when a script closes it."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), encoding="utf-8")
 
     def close(self) -> None:
         pass
+
+    def getvalue(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode()
 
 
 def run_here(script: str, *words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -241,12 +249,14 @@ def test_predict_reads_files_and_standard_input(model, tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.txt", b"w1\n\nw2\n", "a.txt, line 2: the text is empty"),
         ("b.txt", b"w1\n\xff\n", "b.txt, line 2: not UTF-8"),
+        ("a.txt", b"\xff\xfew\x001\x00", "a.txt, line 1: not UTF-8"),
         ("c.jsonl", b'{"text": "w1"}\n{"text": 3}\n', "c.jsonl, line 2: write an object"),
+        ("f.json", b"[" * 100_000, "f.json, line 1: not valid JSON"),
+        ("g.json", b'{"text": ' + b"9" * 5000 + b"}", "g.json, line 1: not valid JSON"),
         ("d.jsonl", b'{"text": "w1"\n', "d.jsonl, line 1: not valid JSON"),
         ("e.jsonl", b'{"text": "w1 \\ud83d"}\n', "e.jsonl, line 1: holds half of a surrogate pair"),
-        (None, b"", "missing.txt: No such file"),
+        (None, b"", "missing.txt: cannot be read (No such file"),
     ],
 )
 def test_predict_refuses_bad_input_and_writes_nothing(model, tmp_path, name, content, message):
@@ -341,12 +351,51 @@ def test_evaluate_refuses_labels_of_other_names(model, toy_data, tmp_path):
 
 
 def test_predict_writes_all_or_nothing(model, tmp_path):
-    (tmp_path / "texts.txt").write_text("w1\n" * 4097 + "\n")
+    (tmp_path / "texts.txt").write_bytes(b"w1\n" * 4097 + b"\xff\n")
     done = predict(model[0], tmp_path / "texts.txt", "--output", tmp_path / "out.jsonl")
     assert done.returncode == 2 and [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
-    assert_one_line(done.stderr, "line 4098: the text is empty")
+    assert_one_line(done.stderr, "line 4098: not UTF-8")
     done = predict(model[0], tmp_path / "texts.txt", "--output", tmp_path / "texts.txt")
     assert done.returncode == 2 and (tmp_path / "texts.txt").stat().st_size > 4097
+
+
+def test_predict_reads_lines_as_the_training_files_are_read(model, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfw3 w60\r\n\r\nw7\x00 w50\xc2\x85\n  \nw11")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf")
+    done = predict(model[0], tmp_path / "a.txt", "-k", "1")
+    records = [json.loads(line) for line in done.stdout.split("\n")[:-1]]
+    assert [record["text"] for record in records] == ["w3 w60", "", "w7\x00 w50\x85", "  ", "w11"]
+    assert records[0]["labels"][0]["id"] == "tag03" and records[1]["labels"][0]["id"] == records[3]["labels"][0]["id"]
+    for path in (tmp_path / "b.txt", os.devnull):
+        done = predict(model[0], path)
+        assert (done.returncode, done.stdout, done.stderr.endswith(f"{path}: no texts\n")) == (0, "", True)
+
+
+def test_only_a_plain_file_is_replaced(model, tmp_path):
+    (tmp_path / "texts.txt").write_text("w3\n")
+    (tmp_path / "plain").write_text("before")
+    (tmp_path / "link").symlink_to(tmp_path / "plain")
+    os.mkfifo(tmp_path / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()), daemon=True)
+    reader.start()
+    for name in ("link", "pipe"):
+        done = predict(model[0], tmp_path / "texts.txt", "-k", "1", "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    reader.join(timeout=60)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert [(tmp_path / "plain").read_text()] == read and json.loads(read[0])["text"] == "w3"
+    for output, message in [
+        ("/dev/full", "--output=/dev/full: cannot be written (No space left on device)"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "out", "there is no such folder"),
+        (tmp_path / ("x" * 300), "cannot be written (File name too long)"),
+        (tmp_path / "texts.txt", "is the input file"),
+    ]:
+        done = predict(model[0], tmp_path / "texts.txt", "--output", output)
+        assert done.returncode == 2
+        assert_one_line(done.stderr, message)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_print_config_and_refusals(toy_settings, tmp_path):

@@ -211,9 +211,3 @@ def test_missing_clusters_are_noticed_before_the_texts_are_read(toy_settings, mo
     monkeypatch.setattr("xmc_trainer.trainer.corpus_of", lambda *_, **__: pytest.fail("texts were read"))
     with pytest.raises(UserError, match="label_group7.safetensors: no such label clusters; make it by xmc-trainer clusters"):
         train(toy_settings, *PLAIN, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=7")
-
-
-@pytest.mark.parametrize("texts", ["kettle", [None], ["a", 1]])
-def test_what_is_no_list_of_texts_is_not_predicted(texts):
-    with pytest.raises(UserError, match="texts must be a list of strings"):
-        XMCModel(None, torch.device("cpu")).predict(texts)

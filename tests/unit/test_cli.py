@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
 import sys
 
 import pytest
 
-from xmc_trainer.cli import COMMANDS, main
+from xmc_trainer.cli import COMMANDS, main, run
 
 
 def call(monkeypatch, *words):
@@ -50,3 +51,20 @@ def test_commands_work_in_one_process(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=wordnet")
     assert "xmc-trainer clusters: works in one process, 2 were started; start it without a launcher" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    """As `xmc-trainer settings | head -1` does, with more to say than a pipe holds."""
+    code = "from xmc_trainer.cli import run; run(lambda: print('x' * 10**6))"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.read(1)
+    child.stdout.close()
+    assert child.stderr.read() == b"" and child.wait(60) == 141
+
+
+def test_another_broken_pipe_is_an_error_of_ours(capsys):
+    def broken():
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run(broken)

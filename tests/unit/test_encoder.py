@@ -1,15 +1,206 @@
-"""The encoder's optimizer groups, whole and as ZeRO-3 leaves them, and weights from elsewhere."""
+"""The encoder: which architectures, whole or refused; nobody's code; optimizer groups; and weights from elsewhere."""
 
 from __future__ import annotations
 
+import io
+import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from xmc_trainer.encoder import TextEncoder, load_backbone, load_state_dict_file
+from tests.data_helpers import tiny_tokenizer
+from tests.encoders import READ, REFUSED, WORDS, save_encoder
+from xmc_trainer.encoder import (
+    TextEncoder,
+    check_padding_is_hidden,
+    check_tokens_fit,
+    has_unused_parameters,
+    load_backbone,
+    load_state_dict_file,
+    load_tokenizer,
+)
 from xmc_trainer.errors import UserError
+
+# Architectures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", READ)
+def test_an_encoder_is_loaded_whole_saved_and_loaded_again(name, tmp_path):
+    backbone = load_backbone(str(save_encoder(name, tmp_path / "a")), for_cpu=True)
+    encoder = TextEncoder(backbone, pool_mode="last_nhidden_conlast", feature_layers=2)
+    check_padding_is_hidden(encoder, 16, name)
+    encoder.save_pretrained(tmp_path / "b", encoder.state_dict())
+    again = load_backbone(str(tmp_path / "b"), saved=True)
+    assert type(again) is type(backbone) and "decoder" not in " ".join(again.state_dict())
+    written = load_file(tmp_path / "a" / "model.safetensors").values()
+    assert again.state_dict().keys() == backbone.state_dict().keys()
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, backbone.state_dict()[key]), key
+        assert value.ndim < 2 or any(torch.equal(value, own) for own in written), key  # nothing was made up
+    assert has_unused_parameters(encoder) == (name in ("xlnet", "longformer"))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_encoder_of_masked_texts_is_refused(name, tmp_path):
+    said = {"fnet": "takes no attention_mask", "vit": "takes no input_ids", "convbert": "other features where it is padded"}
+    with pytest.raises(UserError, match=said.get(name, "a decoder .*name an encoder")):
+        encoder = TextEncoder(load_backbone(str(save_encoder(name, tmp_path))))
+        check_padding_is_hidden(encoder, 16, name)
+
+
+def test_a_dropped_layer_has_no_gradient_either(tmp_path):
+    assert has_unused_parameters(TextEncoder(load_backbone(str(save_encoder("bart", tmp_path, encoder_layerdrop=0.1)))))
+
+
+# Weights --------------------------------------------------------------------------------------------------------------
+
+
+def renamed(folder: Path, rename) -> None:
+    """The weights of a folder under other names; None leaves one out."""
+    state = load_file(folder / "model.safetensors")
+    save_file({rename(name): value for name, value in state.items() if rename(name)}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "encoder.", "module._orig_mod.", "model.encoder.", "_orig_mod.module.encoder.bert."])
+@pytest.mark.parametrize("name", ["bert", "t5 encoder"])
+def test_a_prefix_before_all_weights_is_stripped_and_said(name, prefix, tmp_path, capsys):
+    plain = load_backbone(str(save_encoder(name, tmp_path))).state_dict()
+    assert capsys.readouterr().out == ""
+    renamed(tmp_path, lambda weight: prefix + weight)
+    found = load_backbone(str(tmp_path)).state_dict()
+    assert all(torch.equal(value, found[key]) for key, value in plain.items() if "pooler" not in key)
+    assert prefix in capsys.readouterr().out
+
+
+def test_weights_that_are_not_there_are_never_made_up(tmp_path):
+    folder = str(tmp_path)
+    for rename, message in [
+        (lambda name: None if "layer.1.output.dense" in name else name, "lack 2 of the encoder's .* weights, such as encoder.layer.1.output.dense.bias"),
+        (lambda name: f"x.{name}" if "layer.0" in name else f"y.{name}", "lack .*it has others, such as x.encoder"),
+        (lambda name: name.replace("embeddings", "embedded"), "lack 5 of"),
+    ]:  # fmt: skip
+        save_encoder("bert", tmp_path)
+        renamed(tmp_path, rename)
+        for saved in (False, True):
+            with pytest.raises(UserError, match=message):
+                load_backbone(folder, saved=saved)
+    save_encoder("bert", tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    two = {f"{prefix}{name}": value for name, value in state.items() for prefix in ("query.", "passage.")}
+    save_file({name: value.clone() for name, value in two.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lack .* such as passage"):  # which of the two?
+        load_backbone(folder)
+    save_encoder("bert", tmp_path)
+    renamed(tmp_path, lambda name: None if "pooler" in name else name)
+    load_backbone(folder)  # pooling is ours
+    save_file(state | {"embeddings.LayerNorm.weight": torch.ones(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"embeddings.LayerNorm.weight has the shape \[3\] in its files, by config.json it is \[16\]"):
+        load_backbone(folder)
+
+
+@pytest.mark.parametrize("file, content", [("model.safetensors", b""), ("model.safetensors", b"x" * 99), ("config.json", b"{"), ("config.json", b"[]"),
+                                           ("config.json", b'{"model_type": "bert", "hidden_size": "a"}'), ("config.json", b'{"model_type": "none"}'),
+                                           ("config.json", b"\xff")])  # fmt: skip
+def test_damaged_files_are_a_sentence(file, content, tmp_path):
+    save_encoder("bert", tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded|lack") as error:
+        load_backbone(str(tmp_path))
+    assert str(error.value).isprintable()
+
+
+def test_tokenizer_and_longest_position_fit(tmp_path):
+    words = {"tokenizer_is": "T", "max_len_is": "M"}
+    for name, longest in (("bert", 26), ("roberta", 24), ("bart", 24), ("xlnet", 10**6), ("t5", 10**6)):
+        backbone = load_backbone(str(save_encoder(name, tmp_path / name)))
+        check_tokens_fit(backbone, tiny_tokenizer(WORDS), longest, **words)
+        if longest < 10**6:
+            with pytest.raises(UserError, match=f"M: this encoder reads at most {longest} tokens"):
+                check_tokens_fit(backbone, tiny_tokenizer(WORDS), longest + 1, **words)
+        grown = tiny_tokenizer(WORDS)
+        grown.add_tokens(["<new>"])
+        with pytest.raises(UserError, match="T: its token '<new>' is number 64, and the encoder has embeddings of 64"):
+            check_tokens_fit(backbone, grown, 8, **words)
+
+
+def test_a_penultimate_layer_is_read_whole_or_refused(tmp_path):
+    backbone = load_backbone(str(save_encoder("bert", tmp_path / "a")))
+    encoder = TextEncoder(backbone, penultimate_size=8)
+    encoder.save_pretrained(tmp_path / "b", encoder.state_dict())
+    again = TextEncoder(backbone, penultimate_size=8)
+    again.load_penultimate(tmp_path / "b")
+    assert torch.equal(again.penultimate[0].weight, encoder.penultimate[0].weight)
+    with pytest.raises(UserError, match="penultimate.safetensors: does not hold the penultimate layer"):
+        TextEncoder(backbone, penultimate_size=9).load_penultimate(tmp_path / "b")
+    with pytest.raises(UserError, match="penultimate.safetensors: does not hold the penultimate layer"):
+        again.load_penultimate(tmp_path / "a")
+
+
+# Nobody's code --------------------------------------------------------------------------------------------------------
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).touch()
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+class Config(BertConfig):
+    model_type = "evil"
+class Model(BertModel):
+    config_class = Config
+class Words(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch) -> Path:
+    """A folder of an encoder and its tokenizer with code of their own, and somebody who says yes to everything."""
+    folder = save_encoder("bert", tmp_path / "hostile")
+    tiny_tokenizer(WORDS).save_pretrained(folder)
+    (folder / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "was_run")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"y\n" * 99)))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return folder
+
+
+def change(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("kind", ["evil", "bert"])
+def test_code_that_comes_with_a_model_is_not_run(hostile, tmp_path, kind, saved):
+    names = {"AutoConfig": "evil.Config", "AutoModel": "evil.Model", "AutoTokenizer": [None, "evil.Words"]}
+    change(hostile / "config.json", model_type=kind, auto_map=names, architectures=["Model"])
+    change(hostile / "tokenizer_config.json", auto_map=names, tokenizer_class="Words")
+    for load in (load_backbone, load_tokenizer):
+        try:
+            load(str(hostile), saved=saved)
+        except UserError as error:
+            assert "Python code of its own, which is not run; " in str(error) and ("trust_remote_code=true" in str(error)) != saved
+            assert kind == "evil" or load is load_tokenizer
+    assert not (tmp_path / "was_run").exists()
+    if kind == "evil" and not saved:
+        load_backbone(str(hostile), trust_remote_code=True)  # who wants it
+        assert (tmp_path / "was_run").exists()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_pickled_weights_run_nothing(hostile, tmp_path, saved):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was_run",))
+
+    (hostile / "model.safetensors").unlink()
+    torch.save({"embeddings.LayerNorm.weight": Evil()}, hostile / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_backbone(str(hostile), saved=saved)
+    assert not (tmp_path / "was_run").exists()
+
+
+# Optimizer groups, and weights from elsewhere -------------------------------------------------------------------------
 
 
 def test_matrices_decay_and_vectors_do_not_at_every_stage(tiny_encoder: Path):

@@ -1,7 +1,17 @@
 """Data: sources (files and hub) -> corpus (tokenised, memory-mapped) -> batches (planned, padded)."""
 
-from xmc_trainer.data.batches import MicroBatch, TextBatches, plan_epoch, plan_eval, sample_rows
+from xmc_trainer.data.batches import MicroBatch, TextBatches, batch_of_texts, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.data.corpus import Corpus, load_corpus
 from xmc_trainer.data.sources import Ragged
 
-__all__ = ["Corpus", "MicroBatch", "Ragged", "TextBatches", "load_corpus", "plan_epoch", "plan_eval", "sample_rows"]
+__all__ = [
+    "Corpus",
+    "MicroBatch",
+    "Ragged",
+    "TextBatches",
+    "batch_of_texts",
+    "load_corpus",
+    "plan_epoch",
+    "plan_eval",
+    "sample_rows",
+]

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from xmc_trainer.data.corpus import flatten_lists
 from xmc_trainer.data.sources import Ragged
+from xmc_trainer.data.texts import encode_texts
 from xmc_trainer.errors import UserError
 
 _LENGTH_STEP = 8
@@ -96,6 +99,30 @@ def plan_eval(
     return [MicroBatch(tuple(np.array_split(part, world_size)), len(part)) for part in parts]
 
 
+def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None) -> dict[str, Tensor]:
+    """What the encoder reads of some texts: {"input_ids", "attention_mask"}, int64 [b, T]. Every batch is made here.
+
+    Padding stands on the right, whatever side a tokenizer prefers: T is the length of the longest text, rounded up to a
+    multiple of 8, but never beyond `longest`.
+
+    Args: pad_token_id: None: 0, for the mask hides it.
+    """
+    lengths = np.diff(tokens.offsets)
+    # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
+    width = min(-(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP, longest)
+    mask = np.arange(width) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_token_id or 0, dtype=np.int64)
+    input_ids[mask] = tokens.ids
+    return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
+
+
+def batch_of_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> dict[str, Tensor]:
+    """The same of texts that are not part of a corpus: one or more, cut to `max_len` tokens."""
+    ids = encode_texts(tokenizer, texts, max_len)
+    tokens = Ragged(np.concatenate(ids), np.cumsum([0, *map(len, ids)]))
+    return padded(tokens, longest=max_len, pad_token_id=tokenizer.pad_token_id)
+
+
 def _list_lengths(dataset: Dataset, column: str) -> np.ndarray:
     return np.concatenate([chunk.value_lengths().to_numpy() for chunk in dataset.data.column(column).chunks])
 
@@ -104,14 +131,13 @@ class TextBatches(torch.utils.data.Dataset):
     """One rank's batches of a plan; for `DataLoader(TextBatches(...), batch_size=None)`.
 
     An item is a dict:
-        input_ids, attention_mask: int64 [max(b, 1), T], padded to this batch's own longest text, that rounded up
-            to a multiple of 8, but never beyond the longest text of all.
+        input_ids, attention_mask: int64 [max(b, 1), T], of `padded`, never beyond the longest text of the data set.
         label_counts: int32 [b]; label_ids: int32 [sum of label_counts].
         filter_counts, filter_ids: the same of the filter pairs, if there are any.
         rows: int64 [b], rows of the data set.
         rows_in_step: int, texts of the whole optimizer step.
         rank_sizes: (texts, labels) of every rank's part of the micro-batch, two lists of int.
-    A rank without rows in a micro-batch (b = 0) gets one text of one padding token, so that the encoder can run; take
+    A rank without rows in a micro-batch (b = 0) gets a text of one padding token, so that the encoder can run; take
     features[:b].
     """
 
@@ -121,7 +147,7 @@ class TextBatches(torch.utils.data.Dataset):
         plan: list[MicroBatch],
         *,
         rank: int,
-        pad_token_id: int,
+        pad_token_id: int | None,
         places: np.ndarray | None = None,
         filter_pairs: Ragged | None = None,
     ) -> None:
@@ -141,19 +167,11 @@ class TextBatches(torch.utils.data.Dataset):
             table = self._dataset[rows]
             tokens, labels = flatten_lists(table.column("input_ids")), flatten_lists(table.column("labels"))
         else:
-            tokens = Ragged(np.array([self._pad_token_id]), np.array([0, 1]))
+            tokens = Ragged(np.array([self._pad_token_id or 0]), np.array([0, 1]))
             labels = Ragged(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
         if self._places is not None:
             labels = Ragged(self._places[labels.ids], labels.offsets)
-        lengths = np.diff(tokens.offsets)
-        # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
-        width = min(-(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP, self._longest)
-        mask = np.arange(max(width, 1)) < lengths[:, None]
-        input_ids = np.full(mask.shape, self._pad_token_id, dtype=np.int64)
-        input_ids[mask] = tokens.ids
-        batch = {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
+        batch = padded(tokens, longest=self._longest, pad_token_id=self._pad_token_id) | {
             "rows": torch.from_numpy(rows.copy()),  # the plan's own array stays out of the caller's reach
             "rows_in_step": micro.rows_in_step,
             # Every rank knows the plan: nobody has to ask the others how much they bring.

@@ -20,12 +20,12 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from xmc_trainer.data.sources import Contents, Ragged, Row, Source, lf_source, raw_source
 from xmc_trainer.data.sources import hf_source as open_hf
+from xmc_trainer.data.texts import encode_texts
 from xmc_trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -275,10 +275,7 @@ def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrain
     stream = Dataset.from_file(str(raw))
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer(
-            batch["text"], truncation=True, max_length=max_len, return_attention_mask=False, return_token_type_ids=False
-        )
-        ids = encoded["input_ids"]
+        ids = encode_texts(tokenizer, batch["text"], max_len)
         return {"input_ids": ids, "labels": batch["labels"], "length": [len(row) for row in ids]}
 
     processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)), len(stream) // _ROWS_A_BATCH)
@@ -293,11 +290,6 @@ def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrain
         cache_file_name=str(folder / f"{split}_tokens.arrow"),
         desc=f"tokenise {split}",
     )
-    if len(tokenised) and not pc.min(tokenised.data.column("length")).as_py():
-        raise UserError(
-            f"{split} set: this tokenizer gives no token for a text; remove empty texts, or name another in "
-            "model.encoder.encoder_tokenizer"
-        )
     tokenised.save_to_disk(str(folder / split))
     size = len(tokenised)
     del stream, tokenised
