@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data_helpers import instance, json_lines, real_data, write_lf, write_raw
-from xmc_trainer.data.sources import Ragged, hf_source, lf_source, raw_source, read_lines
+from xmc_trainer.data.hugging_face import hf_source
+from xmc_trainer.data.sources import Ragged, lf_source, raw_source, read_lines
 from xmc_trainer.errors import UserError
 
 
