@@ -7,11 +7,20 @@ import re
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
+def printable(text: str) -> str:
+    """The text with control characters, line breaks and the like spelled out ("\\x1b")."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(ValueError):
     """Something that the user can mend: the message is one line that names the field, or the file and line, to change.
 
-    The launchers print it without a traceback and exit with status 2.
+    The launchers print it without a traceback and exit with status 2. Messages quote files of anyone's: what a terminal would
+    obey, or a line break, is spelled out.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class NothingToDo(UserError):
