@@ -12,6 +12,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def quoted(text: str) -> str:
+    """What a file holds, in quotation marks, for a message: of a long text the first 60 characters."""
+    return repr(text) if len(text) <= 60 else f"{text[:60]!r}..."
+
+
 class UserError(ValueError):
     """Something that the user can mend: the message is one line that names the field, or the file and line, to change.
 

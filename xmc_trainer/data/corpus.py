@@ -29,7 +29,7 @@ from xmc_trainer.data.cache import Damaged, locked, making, seal, unseal
 from xmc_trainer.data.hugging_face import hf_source as open_hf
 from xmc_trainer.data.sources import Contents, Ragged, Row, Source, lf_source, raw_source
 from xmc_trainer.data.tokenise import ROWS_A_BATCH, tokenised
-from xmc_trainer.errors import UserError, reason
+from xmc_trainer.errors import UserError, printable, reason
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def load_corpus(
     _check_num_labels(num_labels, corpus.num_labels)
     if progress:
         for note in notes:
-            logger.warning("%s", note)
+            logger.warning("%s", printable(note))
     return corpus
 
 

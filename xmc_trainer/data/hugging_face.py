@@ -17,9 +17,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, json_lines
+from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, json_lines, shown
 from xmc_trainer.data.texts import check_unicode
-from xmc_trainer.errors import UserError, reason
+from xmc_trainer.errors import UserError, quoted, reason
 
 _ROWS_A_READ = 2000
 _KINDS = (".parquet", ".jsonl", ".jsonl.gz")
@@ -155,7 +155,7 @@ class _Column:
         if self._commas > _ODD_SHARE * self._strings:
             notes["label commas"] = (
                 f"{where}: {self._commas} of {self._strings} rows are one string with a comma or semicolon, like "
-                f"{self._example[:80]!r}, which is read as one label; if it is several, write a list of strings"
+                f"{quoted(self._example)}, which is read as one label; if it is several, write a list of strings"
             )
 
     def names(self, value: Any, where: str) -> list[str]:
@@ -186,7 +186,7 @@ class _Column:
                     raise UserError(f"{where} holds an empty label name; remove it, or write null or [] for no label")
             elif self._class_names is not None and not 0 <= entry < len(self._class_names):
                 raise UserError(
-                    f"{where}: label {entry} is out of range: there are {len(self._class_names)} class labels; correct it"
+                    f"{where}: label {shown(entry)} is out of range: there are {len(self._class_names)} class labels; correct it"
                 )
         return entries
 
@@ -269,8 +269,9 @@ def _find_files(folder: Path, split: str) -> list[Path]:
 def _check_columns(found: Iterable[str], columns: list[str], where: str) -> None:
     for column in columns:
         if column not in found:
+            names = ", ".join(found)
             raise UserError(
-                f"{where}: has no column {column!r}, only {', '.join(found)}; set data.text_column and "
+                f"{where}: has no column {column!r}, only {names if len(names) < 500 else f'{names[:500]}...'}; set data.text_column and "
                 "data.label_column"
             )
 

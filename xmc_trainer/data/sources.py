@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, quoted
 
 # With a comma at the end of more than this share of the labels, commas seem to stand between them.
 _ODD_SHARE = 0.01
@@ -247,7 +247,7 @@ def _names_and_line_count(texts: Path, labels: Path, notes: dict[str, str]) -> s
         raise UserError(f"{labels}: a label file with no labels; write each text's label names on its line")
     if odd > _ODD_SHARE * total:
         notes[f"{labels.name} commas"] = (
-            f"{labels}: {odd} of {total} labels end in a comma or semicolon, like {example!r}, which is read as part of "
+            f"{labels}: {odd} of {total} labels end in a comma or semicolon, like {quoted(example)}, which is read as part of "
             "the name; if it separates labels, write spaces alone between them"
         )
     return names
@@ -273,18 +273,18 @@ def _label_texts(path: Path, labels: list[str], label_file: Path, notes: dict[st
         nobody.sort(key=lambda name: _fold(name) not in folded)
         here, there = nobody[0], folded.get(_fold(nobody[0]), labels[0])
     if len(nobody) == len(table):
-        found = f"it has {here!r}, {label_file} has {there!r}" if nobody else "it is empty"
+        found = f"it has {quoted(here)}, {label_file} has {quoted(there)}" if nobody else "it is empty"
         raise UserError(
             f"{path}: none of its {len(table)} names is a label of the training set: {found}; names must be equal, blanks "
             "and case included: correct the file, or remove data.label_text_file"
         )
     said = [f"{path}: {len(labels) - len(without)} of {len(labels)} labels have a text"]
     if without:
-        said.append(f"{len(without)} have none, like {without[0]!r}")
+        said.append(f"{len(without)} have none, like {quoted(without[0])}")
     if nobody:
-        said.append(f"{len(nobody)} names are no label of the training set, like {here!r}")
+        said.append(f"{len(nobody)} names are no label of the training set, like {quoted(here)}")
     if repeated:
-        said.append(f"{len(repeated)} lines repeat a name, like {repeated[0]!r}: its last text counts")
+        said.append(f"{len(repeated)} lines repeat a name, like {quoted(repeated[0])}: its last text counts")
     notes["label texts"] = "; ".join(said)
     return table
 
@@ -384,14 +384,14 @@ def _lf_rows(path: Path, label_file: Path, num_labels: int) -> Iterator[NamedRow
         for label in target:
             if not 0 <= label < num_labels:
                 raise UserError(
-                    f"{where}: label {_shown(label)} is out of range: {label_file} has {num_labels} labels; correct "
+                    f"{where}: label {shown(label)} is out of range: {label_file} has {num_labels} labels; correct "
                     "target_ind, which counts its lines from 0"
                 )
         parts = _text_field(record, "title", where), _text_field(record, "content", where)
         yield where, " ".join(part for part in parts if part), sorted(set(target))
 
 
-def _shown(number: int | str) -> str:
+def shown(number: int | str) -> str:
     """A number in a message: of thousands of digits, the first ones."""
     digits = str(number)
     return digits if len(digits) <= _MOST_DIGITS else f"{digits[:_MOST_DIGITS]}..."
@@ -408,7 +408,7 @@ def _filter_pairs(path: Path, test_file: Path, num_labels: int) -> Ragged:
         for what, word, size, counted in zip(("row", "label"), words, (num_rows, num_labels), ("test rows", "labels")):
             if len(word) > _MOST_DIGITS or int(word) >= size:
                 raise UserError(
-                    f"{path}, line {number}: {what} {_shown(word)} is out of range, there are {size} {counted}; "
+                    f"{path}, line {number}: {what} {shown(word)} is out of range, there are {size} {counted}; "
                     "correct the line, both count from 0"
                 )
         flat.extend(map(int, words))
