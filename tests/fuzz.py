@@ -1,4 +1,4 @@
-"""How many examples the fuzzers try: few in the suite, many where XMC_FUZZ_EXAMPLES says so."""
+"""How long the fuzzers run: seconds in the suite; an hour with, say, XMC_FUZZ_EXAMPLES=100000."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import math
+import pickle
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ from xmc_trainer.encoder import TextEncoder, load_tokenizer
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
-from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
+from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, array_on_disk, encode_training_texts
 
-_FORMAT = "1"
+_FORMAT = "2"
 _REMEDY = "make it by xmc-trainer clusters, with the settings of this run"
 
 
@@ -59,10 +60,11 @@ class LabelClusters:
 
     def save(self, path: Path, label_ids: Iterable[str]) -> None:
         """Write a safetensors file that remembers which labels it is of."""
-        metadata = {"format": _FORMAT, "labels_sha256": _digest(label_ids)}
+        order, offsets = self.order.astype(np.int32), self.offsets.astype(np.int64)
+        metadata = {"format": _FORMAT, "labels_sha256": _digest(label_ids), "content_sha256": _content_digest(order, offsets)}
         partial = path.with_name(path.name + ".partial")
         try:
-            save_file({"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}, partial, metadata)
+            save_file({"order": order, "offsets": offsets}, partial, metadata)
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path}: cannot be written ({reason(error)}); name another file by --output") from None
@@ -81,15 +83,26 @@ class LabelClusters:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 order, offsets = file.get_tensor("order"), file.get_tensor("offsets")
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a file of label clusters ({error}); {_REMEDY}") from None
-        if metadata.get("format") != _FORMAT or metadata.get("labels_sha256") != _digest(label_ids):
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a file of label clusters ({reason(error)}); {_REMEDY}") from None
+        if metadata.get("format") != _FORMAT:
+            raise UserError(f"{path}: of another version of this program, or damaged; {_REMEDY}")
+        if metadata.get("content_sha256") != _content_digest(order, offsets):
+            raise UserError(f"{path}: damaged; {_REMEDY}")
+        if metadata.get("labels_sha256") != _digest(label_ids):
             raise UserError(f"{path}: of other labels than this data set's; {_REMEDY}")
         return cls(order, offsets)
 
 
 def _digest(label_ids: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(label_ids).encode()).hexdigest()
+
+
+def _content_digest(order: np.ndarray, offsets: np.ndarray) -> str:
+    digest = hashlib.sha256(f"{order.dtype} {offsets.dtype} {len(order)}".encode())
+    digest.update(order.tobytes())
+    digest.update(offsets.tobytes())
+    return digest.hexdigest()
 
 
 # The tree: a pure function of the sizes. Only which label stands where depends on the vectors.
@@ -251,7 +264,7 @@ def label_vectors(
     batch_size = config.data.test_batch_size
     if features == "labels":
         texts = corpus.labels["text"]
-        out = np.memmap(folder / "labels", np.float16, "w+", shape=(len(texts), width))
+        out = array_on_disk(folder / "labels.npy", (len(texts), width))
         for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
             part = texts[at : at + batch_size]
             batch = batch_of_texts(tokenizer, part, config.data.max_len)
@@ -272,7 +285,7 @@ def label_vectors(
         progress=True,
     )
     of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows)
-    out = np.memmap(folder / "labels", np.float16, "w+", shape=(corpus.num_labels, width))
+    out = array_on_disk(folder / "labels.npy", (corpus.num_labels, width))
     for at in range(0, corpus.num_labels, ROWS_AT_ONCE):
         stop = min(at + ROWS_AT_ONCE, corpus.num_labels)
         total, counts = of_label.sums(range(at, stop))
@@ -303,10 +316,33 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]
 
 
+class _ArraysOnly(pickle.Unpickler):
+    """Knows the few names that an array of objects needs, so that a file can run nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "ndarray") or (module, name) == ("numpy", "dtype"):
+            return getattr(np, name)
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            return super().find_class("numpy._core.multiarray", name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _load_npy(path: Path) -> Any:
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if not dtype.hasobject:
+            return np.load(path, allow_pickle=False)
+        return np.asarray(_ArraysOnly(file).load(), dtype=object).reshape(shape)
+
+
 def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClusters, str]:
     """Spartex's or LightXML's `label_group*.npy`: an array with one list a cluster, of label names or of whole numbers.
 
-    It is a pickle: whoever made the file can run code here, so this happens on request only.
+    An array of lists is a pickle, of which nothing but arrays, lists, strings and numbers is read.
 
     Args:
         ids: names of the data's labels, in their order.
@@ -316,7 +352,7 @@ def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClus
     Raises UserError if the file is something else, or its numbers may mean either.
     """
     try:
-        groups = np.load(path, allow_pickle=True)
+        groups = _load_npy(path)
     except OSError as error:
         raise UserError(f"--import-npy {path}: {error.strerror or error}") from None
     except Exception as error:  # a pickle can raise anything
@@ -377,7 +413,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, help="of the meta branch; default: the power of two that gives about 64 labels each")
     parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
     parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
-    parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")
+    parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead")
     parser.add_argument(
         "--npy-order",
         choices=("sorted", "ours"),

@@ -67,6 +67,16 @@ def test_files_remember_their_labels(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             LabelClusters.load(tmp_path / path, labels)
+    good = (tmp_path / "c.safetensors").read_bytes()
+    for bit in range(0, len(good) * 8, 7):  # what is damaged is never loaded as other clusters
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "c.safetensors").write_bytes(bad)
+        try:
+            again = LabelClusters.load(tmp_path / "c.safetensors", ids)
+            assert np.array_equal(again.order, made.order) and np.array_equal(again.offsets, made.offsets)
+        except UserError as error:
+            assert "make it by xmc-trainer clusters" in str(error)
     (tmp_path / "c.safetensors").write_bytes(b"not clusters")
     with pytest.raises(UserError, match="not a file of label clusters"):
         LabelClusters.load(tmp_path / "c.safetensors", ids)
@@ -129,3 +139,20 @@ def test_other_files_are_refused_in_one_line(content, said, tmp_path):
     with pytest.raises(UserError, match=said) as error:
         import_npy(file, IDS, None)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_imported_file_runs_nothing(tmp_path):
+    hostile = np.empty(1, dtype=object)
+    hostile[0] = Trap(str(tmp_path / "caught"))
+    np.save(tmp_path / "g.npy", hostile, allow_pickle=True)
+    with pytest.raises(UserError, match=r"not a .npy file \(it asks for \w+.open\)"):
+        import_npy(tmp_path / "g.npy", IDS, None)
+    assert not (tmp_path / "caught").exists()
+
+
+class Trap:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
