@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import processors
 
-from tests.data_helpers import CLS, SEP, UNK, instance, real_data, tiny_tokenizer, write_lf, write_raw
+from tests.data_helpers import CLS, SEP, UNK, instance, json_lines, real_data, tiny_tokenizer, write_lf, write_raw
 from xmc_trainer.data import Corpus, corpus, load_corpus, tokenise
 from xmc_trainer.data.corpus import flatten_lists
 from xmc_trainer.errors import UserError
@@ -71,6 +71,25 @@ def test_an_empty_text_is_its_special_tokens(tmp_path):
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     found = load(folder, tmp_path / "cache", tokenizer=bare)
     assert found.train[1]["input_ids"] == [UNK] and min(found.lengths("train")) == 1  # what stands in for no token
+
+
+@pytest.mark.parametrize("layout", ["raw", "lf", "hf"])
+def test_marks_of_files_are_no_text_in_any_layout(tmp_path, layout):
+    """Nor in a prediction, which asks the same function."""
+    marked = ["\ufeffw0 w1", "w0 w1\r", "\ufeff", "w0 w1"]
+    folder, options = tmp_path / "d", {}
+    if layout == "raw":
+        write_raw(folder, [(text, "a") for text in marked], [("w0", "a")])
+    elif layout == "lf":
+        write_lf(folder, [instance(text, [0]) for text in marked])
+    else:
+        folder.mkdir()
+        lines = json_lines({"text": f"{text}\n", "labels": "a"} for text in marked)
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
+        options = {"hf_source": str(folder)}
+    words, nothing = [CLS, 4, 5, SEP], [CLS, SEP]
+    assert load(folder, tmp_path / "c", layout, **options).train["input_ids"][:] == [words, words, nothing, words]
 
 
 def test_label_feature_content_with_filter_and_augmentation(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object
+from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object, without_marks
 from xmc_trainer.errors import UserError, quoted
 
 # With a comma at the end of more than this share of the labels, commas seem to stand between them.
@@ -153,7 +153,7 @@ def count_empty(rows: Iterable[NamedRow], split: str, notes: dict[str, str]) -> 
     """(text, labels) of every row, with a note about empty texts."""
     empty, first = 0, ""
     for where, text, labels in rows:
-        if not text.strip():
+        if not without_marks(text).strip():
             empty, first = empty + 1, first or where
         yield text, labels
     if empty:

@@ -55,8 +55,14 @@ def check_unicode(text: str, where: str) -> None:
         raise UserError(f"{where}: holds half of a surrogate pair, which is no character; correct the text") from None
 
 
+def without_marks(text: str) -> str:
+    """A text without what belongs to a file: a byte order mark before it, a line end behind it."""
+    return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
+
+
 def readable(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The part of a text that is ever read: its first 524,288 characters, or its last where the tokenizer cuts off the left."""
+    """What is read of a text at most: its first 524,288 characters, or its last where the tokenizer cuts off the left."""
+    text = without_marks(text)
     return text[-MOST_CHARACTERS:] if tokenizer.truncation_side == "left" else text[:MOST_CHARACTERS]
 
 
