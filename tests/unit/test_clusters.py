@@ -67,16 +67,6 @@ def test_files_remember_their_labels(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             LabelClusters.load(tmp_path / path, labels)
-    good = (tmp_path / "c.safetensors").read_bytes()
-    for bit in range(0, len(good) * 8, 7):  # what is damaged is never loaded as other clusters
-        bad = bytearray(good)
-        bad[bit // 8] ^= 1 << bit % 8
-        (tmp_path / "c.safetensors").write_bytes(bad)
-        try:
-            again = LabelClusters.load(tmp_path / "c.safetensors", ids)
-            assert np.array_equal(again.order, made.order) and np.array_equal(again.offsets, made.offsets)
-        except UserError as error:
-            assert "make it by xmc-trainer clusters" in str(error)
     (tmp_path / "c.safetensors").write_bytes(b"not clusters")
     with pytest.raises(UserError, match="not a file of label clusters"):
         LabelClusters.load(tmp_path / "c.safetensors", ids)

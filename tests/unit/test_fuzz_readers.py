@@ -62,7 +62,7 @@ def check(make_source, folder: Path, train_rows: int | None = None) -> None:
         contents = source.read()
         train, test = list(contents.train()), list(contents.test())
     except UserError as error:
-        assert str(error).isprintable() and 10 < len(str(error)) < 2500
+        assert str(error).isprintable() and 10 < len(str(error)) < 5000
         return
     for name, text in contents.labels:
         (name + text).encode()

@@ -97,7 +97,7 @@ def test_raw_label_texts_are_counted(tmp_path):
     labels, _, _, notes = read_with_notes(raw_source(folder, "names.tsv"))
     assert labels == [("a", "Alpha one"), ("b", "b"), ("c", "c")]
     assert notes == (
-        f"{folder}/names.tsv: 1 of 3 labels have a text; 2 have none, like 'b'; 2 names are no label of the training set, "
+        "names.tsv: 1 of 3 labels have a text; 2 have none, like 'b'; 2 names are no label of the training set, "
         "like 'C'; 1 lines repeat a name, like 'a': its last text counts"
     )
 
@@ -135,7 +135,7 @@ def test_raw_labels_are_split_at_spaces_and_tabs_alone(tmp_path):
 def test_raw_labels_that_end_in_a_comma(tmp_path, line, warned):
     folder = write_raw(tmp_path, [("t", line)], [("t", line)])
     notes = read_with_notes(raw_source(folder))[3]
-    said = f"{folder}/train_labels.txt: 1 of 2 labels end in a comma or semicolon, like {line.split()[0]!r}"
+    said = f"train_labels.txt: 1 of 2 labels end in a comma or semicolon, like {line.split()[0]!r}"
     assert (said in notes and "write spaces alone between them" in notes) == warned and bool(notes) == warned
 
 
@@ -188,15 +188,16 @@ def test_empty_texts_stay_and_are_counted(tmp_path, layout, blank):
     train, test = [("w0", "a"), (blank, "b"), (blank, "b")], [("w1", "a"), (blank, "b")]
     if layout == "raw":
         source = raw_source(write_raw(tmp_path, train, test))
-        where = f"{tmp_path}/train_raw_texts.txt, line 2"
+        where = "'train_raw_texts.txt, line 2'"
     elif layout == "lf":
         rows = [[instance(text, ["ab".index(label)]) for text, label in split] for split in (train, test)]
-        where = f"{write_lf(tmp_path, *rows)}/trn.json, line 2"
+        write_lf(tmp_path, *rows)
+        where = "'trn.json, line 2'"
         source = lf_source(tmp_path)
     else:
         columns = [{"text": [text for text, _ in split], "labels": [[label] for _, label in split]} for split in (train, test)]
         source = hf_source(str(write_hf(tmp_path, layout, *columns)), "train", "test", "text", "labels")
-        where = f"{tmp_path}/train"
+        where = "'train"
     _, train, test, notes = read_with_notes(source)
     assert [labels for _, labels in train] == [[0], [1], [1]] and [labels for _, labels in test] == [[0], [1]]
     assert [text.strip() for text, _ in train] == ["w0", "", ""] and test[1][0].strip() == ""

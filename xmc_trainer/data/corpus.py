@@ -29,7 +29,7 @@ from xmc_trainer.data.cache import Damaged, locked, making, seal, unseal
 from xmc_trainer.data.hugging_face import hf_source as open_hf
 from xmc_trainer.data.sources import Contents, Ragged, Row, Source, lf_source, raw_source
 from xmc_trainer.data.tokenise import ROWS_A_BATCH, tokenised
-from xmc_trainer.errors import UserError, printable, reason
+from xmc_trainer.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def load_corpus(
     _check_num_labels(num_labels, corpus.num_labels)
     if progress:
         for note in notes:
-            logger.warning("%s", printable(note))
+            logger.warning("%s", note)
     return corpus
 
 
@@ -238,7 +238,7 @@ def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase
     for path in source.files:
         try:
             with open(path, "rb") as file:
-                digest.update(f"\0{path.name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+                digest.update(b"\0%b\0%d\0" % (os.fsencode(path.name), os.fstat(file.fileno()).st_size))
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:

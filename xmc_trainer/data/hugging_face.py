@@ -17,9 +17,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, json_lines, shown
+from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, json_lines
 from xmc_trainer.data.texts import check_unicode
-from xmc_trainer.errors import UserError, quoted, reason
+from xmc_trainer.errors import UserError, reason, shown
 
 _ROWS_A_READ = 2000
 _KINDS = (".parquet", ".jsonl", ".jsonl.gz")
@@ -128,7 +128,8 @@ class _Column:
 
     def settle(self, where: str, notes: dict[str, str]) -> None:
         """Decide what the column is, after all scans."""
-        where = f"{where}: column {self.name!r}"
+        column = f"column {self.name!r}"
+        where = f"{where}: {column}"
         if self._only_bits and max(self._lengths, default=0) > 1:
             classes = None if self._class_names is None else len(self._class_names)
             if len(self._lengths) > 1:
@@ -154,8 +155,8 @@ class _Column:
                     )
         if self._commas > _ODD_SHARE * self._strings:
             notes["label commas"] = (
-                f"{where}: {self._commas} of {self._strings} rows are one string with a comma or semicolon, like "
-                f"{quoted(self._example)}, which is read as one label; if it is several, write a list of strings"
+                f"{column}: {self._commas} of {self._strings} rows are one string with a comma or semicolon, like "
+                f"{shown(self._example)!r}, which is read as one label; if it is several, write a list of strings"
             )
 
     def names(self, value: Any, where: str) -> list[str]:
@@ -271,7 +272,7 @@ def _check_columns(found: Iterable[str], columns: list[str], where: str) -> None
         if column not in found:
             names = ", ".join(found)
             raise UserError(
-                f"{where}: has no column {column!r}, only {names if len(names) < 500 else f'{names[:500]}...'}; set data.text_column and "
+                f"{where}: has no column {column!r}, only {names}; set data.text_column and "
                 "data.label_column"
             )
 

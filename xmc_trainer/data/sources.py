@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object, without_marks
-from xmc_trainer.errors import UserError, quoted
+from xmc_trainer.errors import UserError, shown
 
 # With a comma at the end of more than this share of the labels, commas seem to stand between them.
 _ODD_SHARE = 0.01
-_MOST_DIGITS = 40  # of a number in a file
+_MOST_DIGITS = 40  # of a row or label: int() refuses thousands
 
 
 class Row(NamedTuple):
@@ -57,7 +57,8 @@ class Contents:
     test: Callable[[], Iterator[Row]]
     filter_pairs: Ragged | None = None  # labels to leave out of the ranking of each test row
     augmented: int = 0  # training rows made from label texts; they come last
-    # What the user should know, by subject, a line each: complete after a pass over train and test.
+    # What the user should know, by subject, a line each: complete after a pass over train and test. They name files without
+    # folders, for the same content may lie elsewhere the next time.
     notes: dict[str, str] = field(default_factory=dict)
 
 
@@ -154,10 +155,10 @@ def count_empty(rows: Iterable[NamedRow], split: str, notes: dict[str, str]) -> 
     empty, first = 0, ""
     for where, text, labels in rows:
         if not without_marks(text).strip():
-            empty, first = empty + 1, first or where
+            empty, first = empty + 1, first or os.path.basename(where)
         yield text, labels
     if empty:
-        notes[f"{split} texts"] = f"{split} set: {empty} texts are empty, the first at {first}; they stay, as texts without words"
+        notes[f"{split} texts"] = f"{split} set: {empty} texts are empty, the first at {first!r}; they stay, as texts without words"
 
 
 def count_unlabelled(rows: Iterable[Row], notes: dict[str, str]) -> Iterator[Row]:
@@ -247,7 +248,7 @@ def _names_and_line_count(texts: Path, labels: Path, notes: dict[str, str]) -> s
         raise UserError(f"{labels}: a label file with no labels; write each text's label names on its line")
     if odd > _ODD_SHARE * total:
         notes[f"{labels.name} commas"] = (
-            f"{labels}: {odd} of {total} labels end in a comma or semicolon, like {quoted(example)}, which is read as part of "
+            f"{labels.name}: {odd} of {total} labels end in a comma or semicolon, like {shown(example)!r}, which is read as part of "
             "the name; if it separates labels, write spaces alone between them"
         )
     return names
@@ -273,18 +274,18 @@ def _label_texts(path: Path, labels: list[str], label_file: Path, notes: dict[st
         nobody.sort(key=lambda name: _fold(name) not in folded)
         here, there = nobody[0], folded.get(_fold(nobody[0]), labels[0])
     if len(nobody) == len(table):
-        found = f"it has {quoted(here)}, {label_file} has {quoted(there)}" if nobody else "it is empty"
+        found = f"it has {shown(here)!r}, {label_file} has {shown(there)!r}" if nobody else "it is empty"
         raise UserError(
             f"{path}: none of its {len(table)} names is a label of the training set: {found}; names must be equal, blanks "
             "and case included: correct the file, or remove data.label_text_file"
         )
-    said = [f"{path}: {len(labels) - len(without)} of {len(labels)} labels have a text"]
+    said = [f"{path.name}: {len(labels) - len(without)} of {len(labels)} labels have a text"]
     if without:
-        said.append(f"{len(without)} have none, like {quoted(without[0])}")
+        said.append(f"{len(without)} have none, like {shown(without[0])!r}")
     if nobody:
-        said.append(f"{len(nobody)} names are no label of the training set, like {quoted(here)}")
+        said.append(f"{len(nobody)} names are no label of the training set, like {shown(here)!r}")
     if repeated:
-        said.append(f"{len(repeated)} lines repeat a name, like {quoted(repeated[0])}: its last text counts")
+        said.append(f"{len(repeated)} lines repeat a name, like {shown(repeated[0])!r}: its last text counts")
     notes["label texts"] = "; ".join(said)
     return table
 
@@ -329,7 +330,7 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
                 "them, or set it to false"
             )
         repeated = len(labels) - len({name for name, _ in labels})
-        notes["label texts"] = f"{paths['lbl']}: {texts} of {len(labels)} labels have a text" + (
+        notes["label texts"] = f"{paths['lbl'].name}: {texts} of {len(labels)} labels have a text" + (
             f"; {repeated} lines repeat a uid" if repeated else ""
         )
 
@@ -389,12 +390,6 @@ def _lf_rows(path: Path, label_file: Path, num_labels: int) -> Iterator[NamedRow
                 )
         parts = _text_field(record, "title", where), _text_field(record, "content", where)
         yield where, " ".join(part for part in parts if part), sorted(set(target))
-
-
-def shown(number: int | str) -> str:
-    """A number in a message: of thousands of digits, the first ones."""
-    digits = str(number)
-    return digits if len(digits) <= _MOST_DIGITS else f"{digits[:_MOST_DIGITS]}..."
 
 
 def _filter_pairs(path: Path, test_file: Path, num_labels: int) -> Ragged:
