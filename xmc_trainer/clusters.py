@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.files import PARTIAL, sync, writing
 from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
-from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
+from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, array_on_disk, encode_training_texts
 
 _FORMAT = "2"  # 2: a checksum
 _REMEDY = "make it by xmc-trainer clusters, with the settings of this run"
@@ -272,7 +273,7 @@ def label_vectors(
     batch_size = config.data.test_batch_size
     if features == "labels":
         texts = corpus.labels["text"]
-        out = np.memmap(folder / "labels", np.float16, "w+", shape=(len(texts), width))
+        out = array_on_disk(folder / "labels.npy", (len(texts), width))
         for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
             part = texts[at : at + batch_size]
             batch = batch_of_texts(tokenizer, part, config.data.max_len)
@@ -293,7 +294,7 @@ def label_vectors(
         progress=True,
     )
     of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows)
-    out = np.memmap(folder / "labels", np.float16, "w+", shape=(corpus.num_labels, width))
+    out = array_on_disk(folder / "labels.npy", (corpus.num_labels, width))
     for at in range(0, corpus.num_labels, ROWS_AT_ONCE):
         stop = min(at + ROWS_AT_ONCE, corpus.num_labels)
         total, counts = of_label.sums(range(at, stop))
@@ -324,10 +325,33 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]
 
 
+class _ArraysOnly(pickle.Unpickler):
+    """Knows the few names that an array of objects needs, so that a file can run nothing."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("numpy", "ndarray") or (module, name) == ("numpy", "dtype"):
+            return getattr(np, name)
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            return super().find_class("numpy._core.multiarray", name)
+        if (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _load_npy(path: Path) -> Any:
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if not dtype.hasobject:
+            return np.load(path, allow_pickle=False)
+        return np.asarray(_ArraysOnly(file).load(), dtype=object).reshape(shape)
+
+
 def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClusters, str]:
     """Spartex's or LightXML's `label_group*.npy`: an array with one list a cluster, of label names or of whole numbers.
 
-    It is a pickle: whoever made the file can run code here, so this happens on request only.
+    An array of lists is a pickle, of which nothing but arrays, lists, strings and numbers is read.
 
     Args:
         ids: names of the data's labels, in their order.
@@ -337,7 +361,7 @@ def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClus
     Raises UserError if the file is something else, or its numbers may mean either.
     """
     try:
-        groups = np.load(path, allow_pickle=True)
+        groups = _load_npy(path)
     except OSError as error:
         raise UserError(f"--import-npy {path}: {error.strerror or error}") from None
     except Exception as error:  # a pickle can raise anything
@@ -398,7 +422,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, help="of the meta branch; default: the power of two that gives about 64 labels each")
     parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
     parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
-    parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead; trust its maker")
+    parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead")
     parser.add_argument(
         "--npy-order",
         choices=("sorted", "ours"),

@@ -7,6 +7,7 @@ discriminant first indices and weights along centroids are made of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xmc_trainer.data import Corpus, MicroBatch, Ragged, plan_eval
+from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import loader_of
 from xmc_trainer.parallel import Ranks
 
 # Rows of features in memory at a time, in float32: at 768 features 0.4 GiB.
 ROWS_AT_ONCE = 1 << 17
 _ROUNDING = 2**-11  # of float16, half of the step between two numbers
+
+
+def array_on_disk(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    """A float16 array of zeros, memory-mapped to a file that is made here. UserError if it cannot be.
+
+    Its room is taken at once: a disk found full by the first write to a page would end the process without a word.
+    """
+    try:
+        out = np.lib.format.open_memmap(file, "w+", np.float16, shape)
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    except OSError as error:
+        size = 2 * shape[0] * shape[1] / 2**30
+        raise UserError(
+            f"{file.parent}: no room for features of {shape[0]} texts or labels, {size:.1f} GiB ({error.strerror or error}); set "
+            "TMPDIR to a folder with room"
+        ) from None
+    return out
 
 
 def encode_training_texts(
@@ -55,7 +75,7 @@ def encode_training_texts(
     batches += [nothing] * (-len(batches) % ranks.size)
     plan = [MicroBatch(tuple(batches[at : at + ranks.size]), 0) for at in range(0, len(batches), ranks.size)]
     loader = loader_of(corpus, "train", plan, rank=ranks.rank, pad_token_id=pad_token_id, workers=workers, device=device)
-    out = np.lib.format.open_memmap(file, "w+", np.float16, (len(lengths), width))
+    out = array_on_disk(file, (len(lengths), width))
     for micro, batch in zip(plan, tqdm(loader, desc="encode texts", unit="batch", disable=not progress)):
         with torch.no_grad():
             features = encode(batch["input_ids"].to(device), batch["attention_mask"].to(device))

@@ -129,3 +129,20 @@ def test_other_files_are_refused_in_one_line(content, said, tmp_path):
     with pytest.raises(UserError, match=said) as error:
         import_npy(file, IDS, None)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_imported_file_runs_nothing(tmp_path):
+    hostile = np.empty(1, dtype=object)
+    hostile[0] = Trap(str(tmp_path / "caught"))
+    np.save(tmp_path / "g.npy", hostile, allow_pickle=True)
+    with pytest.raises(UserError, match=r"not a .npy file \(it asks for \w+.open\)"):
+        import_npy(tmp_path / "g.npy", IDS, None)
+    assert not (tmp_path / "caught").exists()
+
+
+class Trap:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
+import resource
+import time
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import processors
 
-from tests.data_helpers import CLS, SEP, UNK, instance, real_data, tiny_tokenizer, write_lf, write_raw
-from xmc_trainer.data import Corpus, corpus, load_corpus
+from tests.data_helpers import CLS, SEP, UNK, instance, json_lines, real_data, tiny_tokenizer, write_lf, write_raw
+from xmc_trainer.data import Corpus, corpus, load_corpus, tokenise
 from xmc_trainer.data.corpus import flatten_lists
 from xmc_trainer.errors import UserError
 
@@ -54,7 +56,12 @@ def test_content(tmp_path):
     assert found.lengths("train").tolist() == [4, 8, 3] and found.lengths("test").tolist() == [3, 3]
     assert found.test_labels().ids.tolist() == [0, 1, 2] and found.test_labels().offsets.tolist() == [0, 1, 3]
     assert entries(tmp_path / "cache") == [found.fingerprint]
-    assert sorted(os.listdir(tmp_path / "cache" / found.fingerprint)) == ["labels", "test", "texts", "train"]
+    assert sorted(os.listdir(tmp_path / "cache" / found.fingerprint)) == [
+        "labels.arrow",
+        "manifest.json",
+        "test.arrow",
+        "train.arrow",
+    ]
 
 
 def test_an_empty_text_is_its_special_tokens(tmp_path):
@@ -64,6 +71,25 @@ def test_an_empty_text_is_its_special_tokens(tmp_path):
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     found = load(folder, tmp_path / "cache", tokenizer=bare)
     assert found.train[1]["input_ids"] == [UNK] and min(found.lengths("train")) == 1  # what stands in for no token
+
+
+@pytest.mark.parametrize("layout", ["raw", "lf", "hf"])
+def test_marks_of_files_are_no_text_in_any_layout(tmp_path, layout):
+    """Nor in a prediction, which asks the same function."""
+    marked = ["\ufeffw0 w1", "w0 w1\r", "\ufeff", "w0 w1"]
+    folder, options = tmp_path / "d", {}
+    if layout == "raw":
+        write_raw(folder, [(text, "a") for text in marked], [("w0", "a")])
+    elif layout == "lf":
+        write_lf(folder, [instance(text, [0]) for text in marked])
+    else:
+        folder.mkdir()
+        lines = json_lines({"text": f"{text}\n", "labels": "a"} for text in marked)
+        for split in ("train", "test"):
+            (folder / f"{split}.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
+        options = {"hf_source": str(folder)}
+    words, nothing = [CLS, 4, 5, SEP], [CLS, SEP]
+    assert load(folder, tmp_path / "c", layout, **options).train["input_ids"][:] == [words, words, nothing, words]
 
 
 def test_label_feature_content_with_filter_and_augmentation(tmp_path):
@@ -92,7 +118,9 @@ def test_hugging_face_content(tmp_path):
 
 
 def test_many_rows_in_several_processes_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_ROWS_A_BATCH", 100)
+    monkeypatch.setattr(corpus, "ROWS_A_BATCH", 100)
+    monkeypatch.setattr(tokenise, "ROWS_A_BATCH", 100)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
     rng = np.random.default_rng(0)
     words = [rng.integers(0, 100, rng.integers(1, 12)) for _ in range(1009)]
     labels = [np.unique(rng.integers(0, 37, rng.integers(1, 5))) for _ in words]
@@ -197,18 +225,18 @@ def test_truncated_gzip_leaves_nothing(tmp_path):
     assert entries(tmp_path / "c") == []
 
 
-@pytest.mark.parametrize("stage", ["_tokenise", "os.replace"])
+@pytest.mark.parametrize("stage", ["_write_tokens", "os.replace"])
 def test_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, stage):
     folder = write_raw(tmp_path / "d")
-    tokenise = corpus._tokenise
+    write_tokens = corpus._write_tokens
 
     def interrupt(*arguments):
-        if stage == "_tokenise" and arguments[1] == "train":  # so that there is something to leave behind
-            return tokenise(*arguments)
+        if stage == "_write_tokens" and arguments[0].name == "train.arrow":  # so that there is something to leave behind
+            return write_tokens(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus if stage == "_tokenise" else corpus.os, stage.removeprefix("os."), interrupt)
+        patch.setattr(corpus if stage == "_write_tokens" else corpus.os, stage.removeprefix("os."), interrupt)
         with pytest.raises(KeyboardInterrupt):
             load(folder, tmp_path / "c")
     assert entries(tmp_path / "c") == []
@@ -217,14 +245,27 @@ def test_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path, monkeypa
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.cache_dir=.*/file/c: Not a directory; name a folder"):
-        load(write_raw(tmp_path / "d"), tmp_path / "file" / "c")
+    folder = write_raw(tmp_path / "d")
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*/file/c: cannot be written \(Not a directory\); name a folder"):
+        load(folder, tmp_path / "file" / "c")
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*: cannot be written \(File name too long\); name a folder"):
+        load(folder, tmp_path / ("c" * 300))
+    for name in ("~nobody-here/c", "a\0b", "\ud800"):
+        with pytest.raises(UserError, match=r"data\.cache_dir=.*: no name of a folder"):
+            load(folder, name)
 
 
-def test_progress_bars_come_back(tmp_path):
-    shown = not datasets.are_progress_bars_disabled()
-    load(write_raw(tmp_path / "d"), tmp_path / "c")
-    assert shown == (not datasets.are_progress_bars_disabled())
+def test_a_disk_that_is_full(tmp_path):
+    """Here the largest file that a process may write: the system says so in the same place as for a full disk."""
+    folder = write_raw(tmp_path / "d", [(f"w{n}", "a") for n in range(5000)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"data\.cache_dir=.*/c: cannot be written \(.*\); .* and has room"):
+            load(folder, tmp_path / "c")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert entries(tmp_path / "c") == []
 
 
 # Several processes ----------------------------------------------------------------------------------------------------
@@ -254,18 +295,106 @@ def test_two_processes_at_once(tmp_path):
     assert entries(tmp_path / "c") == [found[0][0]]
 
 
-def test_the_slower_of_two_processes_takes_the_faster_ones_corpus(tmp_path, monkeypatch):
-    folder, replace = write_raw(tmp_path / "d"), os.replace
+def build_slowly(folder, cache, begun):
+    def slow(*arguments):
+        begun.set()
+        time.sleep(60)
 
-    def be_late(source, target):
-        monkeypatch.setattr(corpus.os, "replace", replace)
+    corpus._write_tokens = slow
+    load(folder, cache)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_a_dead_builder_left_goes_and_a_live_one_is_not_disturbed(tmp_path):
+    cache, context = tmp_path / "c", multiprocessing.get_context("fork")
+    folders = [write_raw(tmp_path / name, [(name, "a")], [(name, "a")]) for name in ("w1", "w2", "w3")]
+    builders = []
+    for folder in folders[:2]:
+        begun = context.Event()
+        builders.append(context.Process(target=build_slowly, args=(folder, cache, begun), daemon=True))
+        builders[-1].start()
+        assert begun.wait(20)
+    dead, live = builders
+    dead.kill(), dead.join()
+    assert len(entries(cache)) == 4  # of each a partial folder and a lock
+    found = load(folders[2], cache)
+    live_name = next(name.split(".")[0] for name in entries(cache) if name.endswith(".lock"))
+    assert [name.split(".")[0] for name in entries(cache)].count(live_name) == 2 and len(entries(cache)) == 3
+    live.kill(), live.join()
+    assert entries(cache).count(found.fingerprint) == 1
+    for folder in folders[:2]:  # the same data again
+        load(folder, cache)
+    assert len(entries(cache)) == 3 and not [name for name in entries(cache) if "." in name]
+
+
+# What lies in the cache is verified -----------------------------------------------------------------------------------
+
+
+def content_of(found: Corpus):
+    pairs = found.filter_pairs
+    return found.train[:], found.test[:], found.labels[:], found.texts, pairs.ids.tolist(), pairs.offsets.tolist()
+
+
+def test_flipped_bits_and_truncated_files_are_made_again(tmp_path, caplog):
+    inside = write_lf(tmp_path / "d")
+    (inside / "filter_labels_test.txt").write_text("1 2\n")
+
+    def again():
+        return load(tmp_path / "d", tmp_path / "c", "lf", use_filter_eval=True)
+
+    first = again()
+    expected, rng = content_of(first), random.Random(0)
+    entry = tmp_path / "c" / first.fingerprint
+    good = {file.name: file.read_bytes() for file in entry.iterdir()}
+    assert len(good) == 6
+    for name, content in good.items():
+        for how in [*rng.sample(range(len(content) * 8), 12), "truncated", "longer", "empty", "gone", "a folder"]:
+            file = entry / name
+            bad = bytearray(content)
+            if isinstance(how, int):
+                bad[how // 8] ^= 1 << how % 8
+            changed = {"truncated": content[:-1], "longer": content + b"\0", "empty": b""}.get(how, bytes(bad))
+            file.unlink()  # what is mapped stays
+            if how == "a folder":
+                file.mkdir()
+            elif how != "gone":
+                file.write_bytes(changed)
+            caplog.clear()
+            assert content_of(again()) == expected
+            (said,) = caplog.messages
+            assert str(file) in said and said.endswith("; the texts are tokenised again")
+            assert {file.name: file.read_bytes() for file in entry.iterdir()} == good
+            assert entries(tmp_path / "c") == [first.fingerprint]
+    caplog.clear()
+    assert content_of(again()) == expected and not caplog.messages
+
+
+def test_a_damaged_cache_that_cannot_be_made_again(tmp_path, monkeypatch):
+    folder = write_raw(tmp_path / "d")
+    monkeypatch.setattr(corpus, "seal", lambda *arguments: None)  # nothing that is written reads back
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*manifest.json: No such file or directory, just after"):
         load(folder, tmp_path / "c")
-        replace(source, target)
 
-    monkeypatch.setattr(corpus.os, "replace", be_late)
-    found = load(folder, tmp_path / "c")
-    assert found.train["labels"][:] == [[0, 1], [2]]
-    assert entries(tmp_path / "c") == [found.fingerprint]
+
+def test_what_the_source_noticed_is_said_at_every_start(tmp_path, caplog):
+    folder = write_raw(tmp_path / "d", [("w0", "a"), ("", "b")], [("w3", "a z")])
+    (folder / "names.tsv").write_text("a\tA\n")
+    said = []
+    for progress in (False, True, True):
+        caplog.clear()
+        load_corpus(
+            folder=folder, layout="raw", tokenizer=tiny_tokenizer(), max_len=8, cache_dir=tmp_path / "c",
+            label_text_file="names.tsv", progress=progress,
+        )  # fmt: skip
+        said.append(caplog.messages)
+    assert said[0] == [] and said[1] == said[2] and len(said[1]) == 3
+    assert "1 of 2 labels have a text" in said[1][0] and "1 texts are empty" in said[1][1] and "dropped 1 labels" in said[1][2]
 
 
 # Real data ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from tests.head_helpers import OneOf
 from xmc_trainer import label_features
 from xmc_trainer.data import Ragged
+from xmc_trainer.errors import UserError
 from xmc_trainer.head import FixedFanInHead, SplitHead
 from xmc_trainer.head.losses import best_constant, starting_bias
 from xmc_trainer.label_features import LabelSums, whitener
@@ -48,6 +49,15 @@ def test_sums_and_moments(texts, rows):
             own = [row for row in counted if label in lists[row]]
             assert counts[place] == len(own)
             np.testing.assert_allclose(total[place], features[own].astype(np.float64).sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_features_that_find_no_room(tmp_path):
+    """The room is taken before the first page is written: a full disk is a sentence, no signal."""
+    array = label_features.array_on_disk(tmp_path / "f.npy", (1000, 8))
+    assert (array.dtype, array.shape) == (np.float16, (1000, 8)) and not array.any()
+    assert (tmp_path / "f.npy").stat().st_blocks * 512 >= 16_000
+    with pytest.raises(UserError, match=r": no room for features of 1000000000000 texts or labels, .*; set TMPDIR to"):
+        label_features.array_on_disk(tmp_path / "g.npy", (10**12, 768))
 
 
 def test_a_constant_that_float16_rounds_up_and_down_is_constant(texts):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
+import subprocess
+import sys
 import time
 
 import datasets
@@ -14,13 +15,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data_helpers import instance, json_lines, real_data, write_lf, write_raw
-from xmc_trainer.data.sources import Ragged, hf_source, lf_source, raw_source, read_lines
+from xmc_trainer.data.hugging_face import hf_source
+from xmc_trainer.data.sources import Ragged, lf_source, raw_source, read_lines
 from xmc_trainer.errors import UserError
 
 
 def read_all(source):
+    return read_with_notes(source)[:3]
+
+
+def read_with_notes(source):
     contents = source.read()
-    return contents.labels, [tuple(row) for row in contents.train()], [tuple(row) for row in contents.test()]
+    rows = [tuple(row) for row in contents.train()], [tuple(row) for row in contents.test()]
+    return contents.labels, *rows, "\n".join(contents.notes.values())
 
 
 def message_of(call) -> str:
@@ -70,24 +77,66 @@ def test_raw_second_file_name_and_fresh_passes(tmp_path):
     assert list(contents.train()) == list(contents.train()) != []
 
 
-def test_raw_drops_unseen_test_labels_and_counts_them(tmp_path, caplog):
+def test_raw_drops_unseen_test_labels_and_counts_them(tmp_path):
     folder = write_raw(tmp_path, [("t", "a")], [("kept", "a new"), ("gone", "new other"), ("bare", "")])
-    with caplog.at_level(logging.WARNING):
-        assert read_all(raw_source(folder))[2] == [("kept", [0])]
-    assert "dropped 3 labels never seen in training and 2 texts" in caplog.text
+    _, _, test, notes = read_with_notes(raw_source(folder))
+    assert test == [("kept", [0])]
+    assert "dropped 3 labels never seen in training and 2 texts" in notes
 
 
-def test_raw_keeps_training_texts_without_labels_and_counts_them(tmp_path, caplog):
+def test_raw_keeps_training_texts_without_labels_and_counts_them(tmp_path):
     folder = write_raw(tmp_path, [("t", "a"), ("bare", ""), ("blank", " ")], [("t", "a")])
-    with caplog.at_level(logging.WARNING):
-        assert read_all(raw_source(folder))[1] == [("t", [0]), ("bare", []), ("blank", [])]
-    assert "2 texts have no label" in caplog.text
+    _, train, _, notes = read_with_notes(raw_source(folder))
+    assert train == [("t", [0]), ("bare", []), ("blank", [])]
+    assert "2 texts have no label" in notes
 
 
-def test_raw_label_texts(tmp_path):
+def test_raw_label_texts_are_counted(tmp_path):
     folder = write_raw(tmp_path, [("t", "a b c")], [("t", "a")])
-    (folder / "names.tsv").write_text("a\tAlpha one\nb\t\nz\tunused\n")
-    assert read_all(raw_source(folder, "names.tsv"))[0] == [("a", "Alpha one"), ("b", "b"), ("c", "c")]
+    (folder / "names.tsv").write_text("a\tAlpha\nb\t\nz\tunused\nC\tother case\na\tAlpha one\n")
+    labels, _, _, notes = read_with_notes(raw_source(folder, "names.tsv"))
+    assert labels == [("a", "Alpha one"), ("b", "b"), ("c", "c")]
+    assert notes == (
+        "names.tsv: 1 of 3 labels have a text; 2 have none, like 'b'; 2 names are no label of the training set, "
+        "like 'C'; 1 lines repeat a name, like 'a': its last text counts"
+    )
+
+
+@pytest.mark.parametrize(
+    "table, said",
+    [("Net\tN\nx \tX\n", "it has 'Net'"), ("x\tX\nnet \tN\n", "it has 'net '"), ("", "it is empty")],
+)
+def test_raw_label_texts_that_name_nobody(tmp_path, table, said):
+    folder = write_raw(tmp_path, [("t", "net web")], [("t", "net")])
+    (folder / "names.tsv").write_text(table)
+    message = message_of(lambda: raw_source(folder, "names.tsv").read())
+    assert f"{folder}/names.tsv: none of its {table.count(chr(10))} names is a label of the training set: {said}" in message
+    assert "correct the file, or remove data.label_text_file" in message
+    if table:
+        assert f"{folder}/train_labels.txt has 'net'" in message  # the one that is meant
+
+
+def test_lf_label_texts_are_counted(tmp_path):
+    write_lf(tmp_path, labels=[{"uid": "L0", "title": "w0"}, {"uid": "L1"}, {"uid": "L0", "title": "w2"}])
+    assert read_with_notes(lf_source(tmp_path))[3].endswith("lbl.json: 2 of 3 labels have a text; 1 lines repeat a uid")
+    write_lf(tmp_path, labels=[{"uid": f"L{n}", "name": "of another field"} for n in range(3)])
+    assert "0 of 3 labels have a text" in read_with_notes(lf_source(tmp_path))[3]
+    with pytest.raises(UserError, match="lbl.json: no label has a title or a content, which data.augment_label_data=true"):
+        lf_source(tmp_path, augment=True).read()
+
+
+def test_raw_labels_are_split_at_spaces_and_tabs_alone(tmp_path):
+    odd = ["no\u00a0break", "ideo\u3000graphic", "line\u2028feed", "x\x0by", "\x85", "z\x1c"]
+    folder = write_raw(tmp_path, [("t", "  ".join(odd) + " \t a\tb ")], [("t", "a")])
+    assert [name for name, _ in read_all(raw_source(folder))[0]] == sorted([*odd, "a", "b"])
+
+
+@pytest.mark.parametrize("line, warned", [("net, web", True), ("net; web", True), ("1,2-dichlor web", False)])
+def test_raw_labels_that_end_in_a_comma(tmp_path, line, warned):
+    folder = write_raw(tmp_path, [("t", line)], [("t", line)])
+    notes = read_with_notes(raw_source(folder))[3]
+    said = f"train_labels.txt: 1 of 2 labels end in a comma or semicolon, like {line.split()[0]!r}"
+    assert (said in notes and "write spaces alone between them" in notes) == warned and bool(notes) == warned
 
 
 def test_raw_augment_adds_the_texts_that_labels_have(tmp_path):
@@ -124,14 +173,35 @@ def test_raw_label_file_with_no_labels(tmp_path, split):
     assert f"{folder}/{split}_labels.txt: a label file with no labels; write" in message
 
 
-@pytest.mark.parametrize("blank", ["", " \t", "\u3000"])
-def test_raw_empty_texts_stay_and_are_counted(tmp_path, blank, caplog):
-    folder = write_raw(tmp_path, [("w0", "a"), (blank, "a b"), (blank, "b")], [("w1", "a"), ("w2", "b"), (blank, "b")])
-    with caplog.at_level(logging.WARNING):
-        _, train, test = read_all(raw_source(folder))
-    assert train == [("w0", [0]), (blank, [0, 1]), (blank, [1])] and test[-1] == (blank, [1])
-    assert f"{folder}/train_raw_texts.txt: 2 texts are empty, the first in line 2" in caplog.text
-    assert f"{folder}/test_raw_texts.txt: 1 texts are empty, the first in line 3" in caplog.text
+# A text without words, as each layout may hold it. What one reads, all read: rows and their numbers stay.
+EMPTY = {
+    "raw": ("", " \t", "\u3000"),
+    "lf": ("", " ", None),
+    "saved": ("", " ", None),
+    "parquet": ("", "\n", None),
+    "jsonl": ("", "\u3000", None),
+}
+
+
+@pytest.mark.parametrize("layout, blank", [(layout, blank) for layout, blanks in EMPTY.items() for blank in blanks])
+def test_empty_texts_stay_and_are_counted(tmp_path, layout, blank):
+    train, test = [("w0", "a"), (blank, "b"), (blank, "b")], [("w1", "a"), (blank, "b")]
+    if layout == "raw":
+        source = raw_source(write_raw(tmp_path, train, test))
+        where = "'train_raw_texts.txt, line 2'"
+    elif layout == "lf":
+        rows = [[instance(text, ["ab".index(label)]) for text, label in split] for split in (train, test)]
+        write_lf(tmp_path, *rows)
+        where = "'trn.json, line 2'"
+        source = lf_source(tmp_path)
+    else:
+        columns = [{"text": [text for text, _ in split], "labels": [[label] for _, label in split]} for split in (train, test)]
+        source = hf_source(str(write_hf(tmp_path, layout, *columns)), "train", "test", "text", "labels")
+        where = "'train"
+    _, train, test, notes = read_with_notes(source)
+    assert [labels for _, labels in train] == [[0], [1], [1]] and [labels for _, labels in test] == [[0], [1]]
+    assert [text.strip() for text, _ in train] == ["w0", "", ""] and test[1][0].strip() == ""
+    assert f"training set: 2 texts are empty, the first at {where}" in notes and "test set: 1 texts are empty" in notes
 
 
 def test_raw_undecodable_bytes(tmp_path):
@@ -253,13 +323,7 @@ def test_lf_wrong_type_of_text_and_half_surrogates(tmp_path):
     message = message_of(lambda: list(contents.train()))
     assert f"{inside}/trn.json, line 1: title must be a string, not list" in message
     message = message_of(lambda: list(contents.test()))
-    assert f"{inside}/tst.json, line 1: title is not valid Unicode" in message and "correct" in message
-
-
-def test_lf_empty_text(tmp_path):
-    inside = write_lf(tmp_path, train=[instance("w0", [0]), instance(" ", [0])])
-    message = message_of(lambda: list(lf_source(tmp_path).read().train()))
-    assert f"{inside}/trn.json, line 2: title and content are empty; give" in message
+    assert f"{inside}/tst.json, line 1: title: holds half of a surrogate pair" in message and "correct" in message
 
 
 @pytest.mark.parametrize("line", ["{", "", "[" * 100_000, '{"title": 1' + "0" * 5000 + "}", "nonsense"])
@@ -399,21 +463,90 @@ def test_hf_missing_column(tmp_path, kind, file):
 @pytest.mark.parametrize(
     "text, labels, said",
     [
-        (["x", " "], [["a"], ["a"]], "the text is empty; remove"),
-        (["x", None], [["a"], ["a"]], "column 'text' must hold strings; set data.text_column"),
-        (["x", "y"], [None, [1.5]], "column 'labels' must hold a list of names or whole numbers; set"),
-        (["x", "y"], [["a"], ["a", None]], "column 'labels' must hold a list of names or whole numbers; set"),
+        ([["x"], ["y"]], [["a"], ["a"]], "column 'text' must hold strings; set data.text_column"),
+        (["x", "y"], [None, [1.5]], "column 'labels' must hold names or whole numbers, one or a list of them, not float in a list"),
+        (["x", "y"], [None, 0.5], "column 'labels' must hold names or whole numbers, one or a list of them, not float;"),
+        (["x", "y"], [None, [True]], "not bool in a list; write the whole numbers 0 and 1 for multi-hot"),
+        (["x", "y"], [["a"], ["a", None]], "one or a list of them, not null in a list"),
+        (["x", "y"], [[], [["a"]]], "one or a list of them, not list in a list"),
+        (["x", "y"], [["a"], ["b", " "]], "holds an empty label name; remove it"),
     ],
 )
 def test_hf_bad_row(tmp_path, kind, row, text, labels, said):
     message = message_of(lambda: read_hf(write_hf(tmp_path / "d", kind, {"text": text, "labels": labels})))
-    assert f"{tmp_path}/d/train" in message and f"{row}: {said}" in message
+    row = row.replace("2", "1") if text == [["x"], ["y"]] else row
+    assert f"{tmp_path}/d/train" in message and f"{row}: " in message and said in message
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet", "jsonl"])
-def test_hf_labels_that_are_no_lists(tmp_path, kind):
-    message = message_of(lambda: read_hf(write_hf(tmp_path / "d", kind, {"text": ["x"], "labels": ["a"]})))
-    assert "column 'labels' must hold a list of names" in message and "data.label_column" in message
+@pytest.mark.parametrize("labels", [["b x", "a"], [2, 1]])
+def test_hf_one_label_a_row_is_a_list_of_one(tmp_path, kind, labels):
+    train = {"text": ["one", "two"], "labels": labels}
+    names, rows, _ = read_hf(write_hf(tmp_path / "d", kind, train, train))
+    assert [name for name, _ in names] == sorted(map(str, labels)) and rows == [("one", [1]), ("two", [0])]
+
+
+def class_labels(tmp_path, kind, feature, labels):
+    features = datasets.Features({"text": datasets.Value("string"), "labels": feature})
+    data = datasets.Dataset.from_dict({"text": [f"w{n}" for n in range(len(labels))], "labels": labels}, features=features)
+    if kind == "saved":
+        datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path)
+    else:
+        data.to_parquet(tmp_path / "train.parquet"), data.to_parquet(tmp_path / "test.parquet")
+    names, rows, _ = read_hf(tmp_path)
+    return [name for name, _ in names], [row[1] for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_hf_one_class_label_a_row(tmp_path, kind):
+    names = datasets.ClassLabel(names=["zeta", "alpha", "unused"])
+    assert class_labels(tmp_path, kind, names, [1, 0]) == (["zeta", "alpha", "unused"], [[1], [0]])
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_hf_multi_hot_class_labels(tmp_path, kind):
+    feature = datasets.List(datasets.ClassLabel(names=["zeta", "alpha", "unused"]))
+    assert class_labels(tmp_path, kind, feature, [[1, 1, 0], [0, 0, 0]]) == (["zeta", "alpha", "unused"], [[0, 1], []])
+    with pytest.raises(UserError, match="lists of 4 times 0 or 1, and there are 3 class labels; write one number for each"):
+        class_labels(tmp_path / "four", kind, feature, [[1, 1, 0, 0], [0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "labels, names, rows",
+    [
+        ([[0, 1, 0], [1, 0, 1]], ["0", "1", "2"], [[1], [0, 2]]),  # multi-hot: three numbers, two values
+        ([[0, 1], [1, 1]], ["0", "1"], [[1], [0, 1]]),  # a list of labels would not repeat one
+        ([[0, 1, 0], None], ["0", "1", "2"], [[1], []]),
+        ([[0], [1]], ["0", "1"], [[0], [1]]),  # one label a row
+        ([[0, 1], [1]], ["0", "1"], [[0, 1], [1]]),  # lists of labels
+        ([[0, 1], [1, 2]], ["0", "1", "2"], [[0, 1], [1, 2]]),
+    ],
+)
+def test_hf_lists_of_whole_numbers(tmp_path, labels, names, rows):
+    data = {"text": ["one", "two"], "labels": labels}
+    found, train, _ = read_hf(write_hf(tmp_path, "parquet", data, data))
+    assert [name for name, _ in found] == names and [row[1] for row in train] == rows
+
+
+@pytest.mark.parametrize(
+    "train, test, said",
+    [
+        ([[0, 1]], [[1, 0]], r"holds \[0, 1\] or \[1, 0\] in every row, which may be .* write the labels' names"),
+        ([[0, 1, 0]], [[1, 0]], "lists of 0 and 1 of different lengths; write one number for each class"),
+    ],
+)
+def test_hf_whole_numbers_in_doubt(tmp_path, train, test, said):
+    folder = write_hf(tmp_path, "jsonl", *({"text": ["x"], "labels": labels} for labels in (train, test)))
+    with pytest.raises(UserError, match=said):
+        read_hf(folder)
+
+
+def test_hf_strings_that_seem_to_be_lists(tmp_path):
+    data = {"text": ["x", "y"], "labels": ["net,web", "net"]}
+    folder = write_hf(tmp_path, "jsonl", data, data)
+    labels, _, _, notes = read_with_notes(hf_source(str(folder), "train", "test", "text", "labels"))
+    assert [name for name, _ in labels] == ["net", "net,web"]
+    assert "2 of 4 rows are one string with a comma or semicolon, like 'net,web'" in notes and "write a list" in notes
 
 
 def test_hf_no_labels_at_all(tmp_path):
@@ -432,6 +565,112 @@ def test_hf_damaged_files(tmp_path):
     folder = write_hf(tmp_path / "s", "saved")
     (folder / "train" / "state.json").write_text("{")
     assert f"{folder}/train: tried" in message_of(lambda: read_hf(folder))
+
+
+def write_parts(folder, names):
+    """One row a file, numbered in the order of `names`; returns what reading them gives."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = {"text": [f"row {number}"], "labels": [["a"]]}
+        if path.suffix == ".parquet":
+            pq.write_table(pa.table(rows), path)
+        else:
+            content = json_lines([{"text": f"row {number}", "labels": ["a"]}])
+            path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return [(f"row {number}", [0]) for number in range(len(names))]
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], "test-00000-of-00001.parquet"),
+        (["data/train-00000-of-00002-0a1b.parquet", "data/train-00001-of-00002-2c3d.parquet"], "data/test-00000-of-00001-ff.parquet"),
+        (["train_2.jsonl", "train_10.jsonl"], "test.jsonl.gz"),
+        (["train-0.jsonl.gz", "train-1.jsonl.gz"], "test-0.jsonl"),
+        (["train/a.jsonl", "train/b.jsonl"], "test/anything.parquet"),
+        (["data/train/a.parquet", "data/train/b.parquet"], "data/test.parquet"),
+        (["train.parquet/part-0.parquet", "train.parquet/part-1.parquet"], "default/test-00000-of-00001.parquet"),
+    ],
+)
+def test_hf_parts_as_the_hub_stores_them(tmp_path, train, test):
+    expected = write_parts(tmp_path, train)
+    write_parts(tmp_path, [test])
+    # What belongs to neither split.
+    write_parts(tmp_path, [".cache/train.jsonl", "training.jsonl", "train_small.jsonl", "deep/er/and/train.jsonl", "data/test2.parquet"])
+    labels, rows, _ = read_hf(tmp_path)
+    assert rows == expected and labels == [("a", "a")]
+
+
+def test_hf_parts_that_are_not_whole_or_not_one_set(tmp_path):
+    write_parts(tmp_path / "gap", ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test.jsonl"])
+    message = message_of(lambda: read_hf(tmp_path / "gap"))
+    assert "train is not whole, it has train-00000-of-00003.parquet, train-00002-of-00003.parquet; fetch" in message
+    write_parts(tmp_path / "two", ["en/train-00000-of-00001.parquet", "de/train-00000-of-00001.parquet"])
+    message = message_of(lambda: read_hf(tmp_path / "two"))
+    assert f"train may be {tmp_path}/two/de/*.parquet and {tmp_path}/two/en/*.parquet; name the folder of one" in message
+
+
+def test_hf_reads_two_columns_alone(tmp_path):
+    """Whatever else a file holds: types and features that the library does not know are no matter."""
+    odd = pa.array([b"\xff\xd8"], pa.binary()), pa.array([{"a": [1]}]), pa.array([12345], pa.duration("us"))
+    table = pa.table({"image": odd[0], "text": ["one"], "meta": odd[1], "took": odd[2], "labels": [["a"]]})
+    features = {"image": {"_type": "Hologram"}, "labels": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}}
+    table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    assert read_hf(tmp_path)[1] == [("one", [0])]
+    images = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string"), "labels": datasets.Value("string")})
+    data = datasets.Dataset.from_dict({"image": [None], "text": ["one"], "labels": ["a"]}, features=images)
+    data = data.cast_column("image", datasets.Image())
+    datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "saved")
+    assert read_hf(tmp_path / "saved")[1] == [("one", [0])]
+
+
+def test_hf_runs_nothing_that_comes_with_a_data_set(tmp_path):
+    """A loading script, and a pickle: neither is opened. Class names and columns with escape codes are printed as text."""
+    trap = f"open({str(tmp_path / 'caught')!r}, 'w')"
+    folder = tmp_path / "hostile"
+    (folder / "train").mkdir(parents=True)
+    for name in ("hostile.py", "train.py", "train/train.py"):
+        (folder / name).write_text(trap)
+    for name in ("train.pkl", "train/data.pkl"):
+        (folder / name).write_bytes(f"cbuiltins\neval\n(S{trap!r}\ntR.".encode())
+    for name in (folder, folder / "hostile.py", folder / "train"):
+        message_of(lambda name=name: read_hf(name))
+    assert not (tmp_path / "caught").exists()
+    assert int(datasets.__version__.split(".")[0]) >= 4  # the versions without loading scripts
+    write_hf(folder, "jsonl", {"text": ["x"], "\x1b[2J": [["a"]]})
+    assert "\x1b" not in message_of(lambda: read_hf(folder))
+
+
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_hf_flipped_bits_never_crash(tmp_path, kind):
+    """Memory-mapped Arrow with a damaged offset would end the process: run in one of its own."""
+    rows = {"text": [f"text {n}" for n in range(50)], "labels": [[f"l{n % 7}"] for n in range(50)]}
+    folder = write_hf(tmp_path / "d", kind, rows, rows)
+    file = next((folder / "train").glob("*.arrow")) if kind == "saved" else folder / "train.parquet"
+    code = """
+import pathlib, random, sys
+from xmc_trainer.data.hugging_face import hf_source
+from xmc_trainer.errors import UserError
+folder, file = sys.argv[1], pathlib.Path(sys.argv[2])
+good, rng, refused = file.read_bytes(), random.Random(0), 0
+for _ in range(150):
+    bad = bytearray(good)
+    bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+    file.unlink()  # what is mapped stays
+    file.write_bytes(bad)
+    try:
+        contents = hf_source(folder, "train", "test", "text", "labels").read()
+        assert len(list(contents.train())) <= 50
+    except UserError:
+        refused += 1
+print(refused)
+"""
+    done = subprocess.run([sys.executable, "-c", code, folder, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 10
 
 
 def test_hf_missing_split_says_what_was_looked_for(tmp_path):

@@ -158,3 +158,9 @@ def test_the_real_dictionary(tmp_path, monkeypatch, capsys):
     entity = next(text for text in train if text.startswith("physical entity:"))
     assert entity == "physical entity: an entity that has physical existence"
     assert "n00001740" in [names[label] for label in train[entity]]
+
+
+def test_a_folder_that_cannot_be_written(dictionary, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"/file/out: cannot be written \(Not a directory\); name a folder"):
+        wordnet.build(tmp_path / "file" / "out", dictionary)

@@ -1,4 +1,8 @@
-"""The corpus: a source, tokenised once, as memory-mapped Arrow files that are found again by content."""
+"""The corpus: a source, tokenised once, as memory-mapped Arrow files that are found again by content.
+
+A folder of the cache, named by the fingerprint, holds train.arrow, test.arrow, labels.arrow, filter_ids.npy and
+filter_offsets.npy (if there are pairs to leave out), and manifest.json with their hashes.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +12,31 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from xmc_trainer.data.cache import Damaged, locked, making, seal, unseal
+from xmc_trainer.data.hugging_face import hf_source as open_hf
 from xmc_trainer.data.sources import Contents, Ragged, Row, Source, lf_source, raw_source
-from xmc_trainer.data.sources import hf_source as open_hf
-from xmc_trainer.data.texts import encode_texts
-from xmc_trainer.errors import UserError
+from xmc_trainer.data.tokenise import ROWS_A_BATCH, tokenised
+from xmc_trainer.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
 # Changes whenever the files of the cache change their meaning.
-_CACHE_FORMAT = 3
+_CACHE_FORMAT = 4
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
-_ROWS_A_BATCH = 2000
-_MOST_PROCESSES = 16
+_LABEL_FEATURES = Features({"id": Value("string"), "text": Value("string")})
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def load_corpus(
 ) -> Corpus:
     """The tokenised data set, from the cache if the same content was tokenised the same way before.
 
+    What is in the cache is verified, and made again if it is damaged.
+
     Args:
         folder: of layout "raw" or "lf"; "hf" reads `hf_source` instead (see `xmc_trainer.data.sources`).
         label_text_file, test_split: layout "raw" only.
@@ -151,7 +155,7 @@ def load_corpus(
         use_filter_eval: layout "lf" only.
         max_len: tokens a text is cut to.
         num_labels: what the data must say; None: anything.
-        progress: show progress bars.
+        progress: show progress bars, and say what the source noticed: empty texts, unused label texts and the like.
     Raises UserError for whatever is wrong with the files; the cache then stays as it was.
     """
     folder = Path(folder)
@@ -164,25 +168,61 @@ def load_corpus(
     else:
         raise ValueError(f"layout={layout!r}, hf_source={hf_source!r}: choose raw, lf, or hf with hf_source")
     fingerprint = _fingerprint(source, layout, tokenizer, max_len)
-    target = Path(cache_dir).expanduser() / fingerprint
-    if not target.is_dir():
+
+    def make(part: Path) -> None:
         contents = source.read()
         _check_num_labels(num_labels, len(contents.labels))
-        with _progress_bars(progress):
-            _build(target, contents, folder if layout != "hf" else hf_source, tokenizer, max_len)
-    train, test, labels = (datasets.load_from_disk(str(target / name)) for name in ("train", "test", "labels"))
-    _check_num_labels(num_labels, len(labels))
+        _build(part, contents, folder if layout != "hf" else hf_source, tokenizer, max_len, progress)
+
+    corpus, notes = _open_or_make(_cache_folder(cache_dir) / fingerprint, make)
+    _check_num_labels(num_labels, corpus.num_labels)
+    if progress:
+        for note in notes:
+            logger.warning("%s", note)
+    return corpus
+
+
+def _cache_folder(name: str | Path) -> Path:
+    try:
+        folder = Path(name).expanduser()
+        os.path.realpath(folder)
+    except (RuntimeError, ValueError) as error:  # ~ of a user that there is not; a zero byte, half a surrogate pair
+        raise UserError(f"data.cache_dir={name}: no name of a folder ({error}); name another") from None
+    return folder
+
+
+def _open_or_make(target: Path, make: Callable[[Path], None]) -> tuple[Corpus, list[str]]:
+    """The corpus in the cache folder `target`, and what its source had to say. `make` fills an empty folder with it."""
+    with suppress(Damaged):
+        return _open(target)
+    try:
+        with locked(target):
+            try:
+                return _open(target)  # another process made it meanwhile
+            except Damaged as error:
+                if os.path.lexists(target):
+                    logger.warning("%s; the texts are tokenised again", error)
+            with making(target) as part:
+                make(part)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir={target.parent}: cannot be written ({error.strerror or reason(error)}); name a folder that "
+            "can be written and has room"
+        ) from None
+    try:
+        return _open(target)
+    except Damaged as error:
+        raise UserError(f"data.cache_dir={target.parent}: {error}, just after it was written; name a folder on another disk") from None
+
+
+def _open(folder: Path) -> tuple[Corpus, list[str]]:
+    """What `_build` wrote. Raises Damaged if it is not all there as it was written."""
+    facts = unseal(folder)
+    train, test, labels = (Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("train", "test", "labels"))
     filter_pairs = None
-    if (target / "filter_ids.npy").is_file():
-        filter_pairs = Ragged(np.load(target / "filter_ids.npy"), np.load(target / "filter_offsets.npy"))
-    return Corpus(
-        train=train,
-        test=test,
-        labels=labels,
-        filter_pairs=filter_pairs,
-        fingerprint=fingerprint,
-        texts=int((target / "texts").read_text()),
-    )
+    if (folder / "filter_ids.npy").is_file():
+        filter_pairs = Ragged(np.load(folder / "filter_ids.npy"), np.load(folder / "filter_offsets.npy"))
+    return Corpus(train, test, labels, filter_pairs, fingerprint=folder.name, texts=facts["texts"]), facts["notes"]
 
 
 def _check_num_labels(wanted: int | None, found: int) -> None:
@@ -198,7 +238,7 @@ def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase
     for path in source.files:
         try:
             with open(path, "rb") as file:
-                digest.update(f"\0{path.name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+                digest.update(b"\0%b\0%d\0" % (os.fsencode(path.name), os.fstat(file.fileno()).st_size))
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:
@@ -217,82 +257,58 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     return [type(tokenizer).__name__, tokenizer.truncation_side, content]
 
 
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """Hides the bars of the datasets library, which has one switch for all of a process."""
-    hide = not shown and not datasets.are_progress_bars_disabled()
-    if hide:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            datasets.enable_progress_bars()
-
-
 def _build(
-    target: Path, contents: Contents, origin: Path | str, tokenizer: PreTrainedTokenizerBase, max_len: int
+    folder: Path, contents: Contents, origin: Path | str, tokenizer: PreTrainedTokenizerBase, max_len: int, progress: bool
 ) -> None:
-    """Write the cache folder `target`, whole or not at all."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Its name is unique, so processes that build the same corpus at once do not meet before the end.
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir={target.parent}: {error.strerror}; name a folder that can be written"
-        ) from None
-    try:
-        partial.chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp's is for one user only
-        sizes = {}
-        for split, rows in (("train", contents.train()), ("test", contents.test())):
-            sizes[split] = _tokenise(partial, split, rows, tokenizer, max_len)
-            if not sizes[split]:
-                raise UserError(f"{origin}: the {split} set has no texts with labels; check its files")
-        (partial / "texts").write_text(str(sizes["train"] - contents.augmented))
-        table = {"id": [name for name, _ in contents.labels], "text": [text for _, text in contents.labels]}
-        Dataset.from_dict(table).save_to_disk(str(partial / "labels"))
-        if contents.filter_pairs is not None:
-            np.save(partial / "filter_ids.npy", contents.filter_pairs.ids)
-            np.save(partial / "filter_offsets.npy", contents.filter_pairs.offsets)
-        try:
-            os.replace(partial, target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    """Write everything that the cache keeps of a data set into an empty folder."""
+    sizes = {}
+    for split, rows in (("train", contents.train()), ("test", contents.test())):
+        with tqdm(desc=f"tokenise {split}", unit="text", disable=not progress) as bar:
+            sizes[split] = _write_tokens(folder / f"{split}.arrow", rows, tokenizer, max_len, bar)
+        if not sizes[split]:
+            raise UserError(f"{origin}: the {split} set has no texts with labels; check its files")
+    with _arrow_writer(folder / "labels.arrow", _LABEL_FEATURES.arrow_schema) as writer:
+        for start in range(0, len(contents.labels), ROWS_A_BATCH):
+            columns = [pa.array(column) for column in zip(*contents.labels[start : start + ROWS_A_BATCH])]
+            writer.write_batch(pa.record_batch(columns, schema=_LABEL_FEATURES.arrow_schema))
+    if contents.filter_pairs is not None:
+        np.save(folder / "filter_ids.npy", contents.filter_pairs.ids)
+        np.save(folder / "filter_offsets.npy", contents.filter_pairs.offsets)
+    seal(folder, {"texts": sizes["train"] - contents.augmented, "notes": list(contents.notes.values())})
 
 
-def _tokenise(folder: Path, split: str, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase, max_len: int) -> int:
-    """Stream rows to disk and tokenise them in parallel from there into `folder / split`; returns their number."""
-    raw = folder / f"{split}.arrow"
-    schema = pa.schema([("text", pa.large_string()), ("labels", pa.list_(pa.int32()))])
-    with pa.OSFile(str(raw), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(rows, _ROWS_A_BATCH)):
-            columns = [pa.array(column, field.type) for column, field in zip(zip(*batch), schema)]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    stream = Dataset.from_file(str(raw))
+@contextmanager
+def _arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchStreamWriter]:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        yield writer
 
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        ids = encode_texts(tokenizer, batch["text"], max_len)
-        return {"input_ids": ids, "labels": batch["labels"], "length": [len(row) for row in ids]}
 
-    processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)), len(stream) // _ROWS_A_BATCH)
-    tokenised = stream.map(
-        encode,
-        batched=True,
-        batch_size=_ROWS_A_BATCH,
-        writer_batch_size=_ROWS_A_BATCH,
-        remove_columns=["text", "labels"],
-        features=_FEATURES,
-        num_proc=processes if processes > 1 else None,
-        cache_file_name=str(folder / f"{split}_tokens.arrow"),
-        desc=f"tokenise {split}",
-    )
-    tokenised.save_to_disk(str(folder / split))
-    size = len(tokenised)
-    del stream, tokenised
-    for file in folder.glob(f"{split}*.arrow"):
-        file.unlink()
-    return size
+def _write_tokens(
+    path: Path, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase, max_len: int, bar: tqdm
+) -> int:
+    """Tokenise rows as they come into an Arrow file; returns their number."""
+    written = 0
+    waiting: list[tuple[Ragged, list[list[int]]]] = []
+    with _arrow_writer(path, _FEATURES.arrow_schema) as writer:
+        for tokens, labels in tokenised(rows, tokenizer, max_len):
+            waiting.append((tokens, labels))
+            written += len(labels)
+            bar.update(len(labels))
+            # Batches of long texts have few rows, and a file of many small record batches is slow to read.
+            if sum(len(labels) for _, labels in waiting) >= ROWS_A_BATCH:
+                writer.write_batch(_record_batch(waiting))
+                waiting = []
+        if waiting:
+            writer.write_batch(_record_batch(waiting))
+    return written
+
+
+def _record_batch(parts: list[tuple[Ragged, list[list[int]]]]) -> pa.RecordBatch:
+    lengths = np.concatenate([np.diff(tokens.offsets) for tokens, _ in parts])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    columns = [
+        pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([tokens.ids for tokens, _ in parts]))),
+        pa.array(list(chain.from_iterable(labels for _, labels in parts)), pa.list_(pa.int32())),
+        pa.array(lengths.astype(np.int32)),
+    ]
+    return pa.record_batch(columns, schema=_FEATURES.arrow_schema)

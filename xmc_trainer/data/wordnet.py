@@ -69,7 +69,8 @@ def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Count
     """Write `out/raw_text`, whole or not at all, in place of the one that may be there.
 
     Texts without labels are left out, and so are labels that no training text has.
-    Raises UserError if a database file is missing or damaged, or if the counts are not the expected ones.
+    Raises UserError if a database file is missing or damaged, if the counts are not the expected ones, or if `out` cannot be
+    written.
     """
     synsets = [s for part, names in _FILES.items() for name in names for s in _read(dict_folder / name, part)]
     lemmas = {synset.id: synset.lemmas for synset in synsets}
@@ -90,24 +91,35 @@ def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Count
             target = sorted(number[label] for label in links[s.id] if label in number)
             yield {"uid": s.id, "title": "", "content": f"{s.lemmas}: {s.gloss}", "target_ind": target}
 
+    files = {
+        "trn.json": map(_json_line, instances(train_rows)),
+        "tst.json": map(_json_line, instances(test_rows)),
+        "lbl.json": (_json_line({"uid": label, "title": lemmas[label], "content": ""}) for label in labels),
+        "filter_labels_test.txt": (f"{row} {number[s.id]}\n" for row, s in enumerate(test_rows) if s.id in number),
+    }
+    try:
+        _write(out, files)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); name a folder that can be written and has room") from None
+    return counts
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _write(out: Path, files: dict[str, Iterable[str]]) -> None:
+    """Put a folder of these files, given as their lines, in the place of `out/raw_text`."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".wordnet.", dir=out) as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
         new.mkdir()
-        _write(new / "trn.json", instances(train_rows))
-        _write(new / "tst.json", instances(test_rows))
-        _write(new / "lbl.json", ({"uid": label, "title": lemmas[label], "content": ""} for label in labels))
-        itself = [f"{row} {number[s.id]}\n" for row, s in enumerate(test_rows) if s.id in number]
-        (new / "filter_labels_test.txt").write_text("".join(itself), encoding="utf-8")
+        for name, lines in files.items():
+            with open(new / name, "w", encoding="utf-8") as file:
+                file.writelines(lines)
         if (out / "raw_text").exists():
             os.replace(out / "raw_text", old)
         os.replace(new, out / "raw_text")
-    return counts
-
-
-def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def default_dict_folder() -> Path:
