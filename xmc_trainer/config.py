@@ -41,8 +41,8 @@ from xmc_trainer.fields import (
 from xmc_trainer.saved_folder import verify_file
 from xmc_trainer.schedules import SCHEDULES
 
-# Counts of steps, labels and texts; of epochs; of texts in a batch; sizes of layers; factors and rates.
-_COUNT, _EPOCHS, _BATCH, _WIDTH, _RATE = "[1, 2147483647]", "[1, 100000]", "[1, 1048576]", "[1, 65536]", "[0, 1000]"
+# Counts of steps, labels and texts; of epochs; of texts in a batch; sizes of layers; rates, which float32 must hold.
+_COUNT, _EPOCHS, _BATCH, _WIDTH, _RATE = "[1, 2147483647]", "[1, 100000]", "[1, 1048576]", "[1, 65536]", "[0, 1e38]"
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -345,7 +345,7 @@ class OptimizationConfig(Section, prefix="training.optimization."):
     lr_gamma: float = option(0.1, "factor of MultiStepLR and ReduceLROnPlateau", "[0, 1]")
     lr_patience: int = option(5, "of ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls", "[0, 100000]")
     training_steps: int = option(1, "computed at run time, as in the seed; leave it at 1 (see max_steps)", _COUNT)
-    max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping", "[0, 1000000]")
+    max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping", _RATE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -399,7 +399,7 @@ class EvaluationConfig(Section, prefix="training.evaluation."):
         0, "end the training after this many test evaluations without a better early_stop_metric; 0: never",
         "[0, 100000]",
     )
-    early_stop_delta: float = option(5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)", "[0, 1]")
+    early_stop_delta: float = option(5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)", "[0, 10]")
     early_stop_metric: str = option("P@3", "P@1, P@3, P@5, or another metric of the test evaluation")
 
     def __post_init__(self) -> None:

@@ -12,13 +12,16 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.parallel import Ranks
 
 
-def require_finite(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks, step: int, folder: Path) -> None:
+def require_finite(
+    tensors: Iterable[tuple[str, Tensor]], ranks: Ranks, device: torch.device, step: int, folder: Path
+) -> None:
     """UserError, on every rank, if a floating-point tensor of any rank holds NaN or an infinity; every rank must call.
 
     One reduction a tensor on its own device, and a single wait for them all.
 
     Args:
         tensors: this rank's, by name; may be none.
+        device: this rank's, by which ranks talk to each other.
         step: optimizer steps made, for the message.
         folder: what would have been written.
     """
@@ -26,9 +29,8 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], ranks: Ranks, step: in
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
             names.append(name)
-            extremes.append(torch.stack(torch.aminmax(tensor.detach())).float())  # of NaN both are NaN
-    device = extremes[0].device if extremes else torch.device("cpu")
-    finite = torch.stack([each.to(device) for each in extremes]).isfinite().all(1).tolist() if extremes else []
+            extremes.append(torch.stack(torch.aminmax(tensor.detach())).float().to(device))  # of NaN both are NaN
+    finite = torch.stack(extremes).isfinite().all(1).tolist() if extremes else []
     bad = [name for name, good in zip(names, finite) if not good]
     if any(ranks.sizes(len(bad), device)):
         which = f" ({bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''})" if bad else ""

@@ -309,13 +309,14 @@ class Trainer:
         self._flush_losses()
         # Of ZeRO 3 each rank looks at its own part.
         own = ((name, getattr(p, "ds_tensor", p)) for name, p in self.encoder_module.named_parameters())
-        require_finite((*own, *self._head_tensors()), self.ranks, self.state.step, self.run_folder)
+        require_finite((*own, *self._head_tensors()), self.ranks, self.device, self.state.step, self.run_folder)
         resume.save(self)
 
     def save(self, folder: Any) -> None:
         """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""
         encoder_state = self.accelerator.get_state_dict(self.encoder)
-        require_finite((*encoder_state.items(), *self._head_tensors()), self.ranks, self.state.step, folder)
+        own = (*(encoder_state or {}).items(), *self._head_tensors())  # ZeRO 3 gives it to the main rank alone
+        require_finite(own, self.ranks, self.device, self.state.step, folder)
         save_model(
             folder,
             encoder=self.encoder_module,
