@@ -131,7 +131,9 @@ class CrashDisk:
         if random and changes:
             one = random.randrange(len(changes))
             some = [change for change in changes if random.random() < 0.5]
-            changes = random.choice([[], changes, changes[:one], changes[one:], changes[:one] + changes[one + 1 :], some])
+            changes = random.choice(
+                [[], changes, changes[:one], changes[one:], changes[:one] + changes[one + 1 :], some]
+            )
         for change in changes:
             change.apply(entries)
         paths: dict[Node, Path] = {}

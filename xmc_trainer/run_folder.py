@@ -89,19 +89,26 @@ class RunFolder:
         self.path, self.checkpoint = config.run_folder, None
         self._config, self._ranks = config, ranks
         self._lock: TextIO | None = None
-        with ranks.together():
-            if ranks.rank == 0:
-                with writing(self.path, ELSEWHERE):
-                    self.path.mkdir(parents=True, exist_ok=True)
-                    self._lock = _locked(self.path)
-                    settle(
-                        self.path,
-                        re.compile(
-                            f"model|checkpoint(-[0-9]+)?|replaced(-[0-9]+)?|{re.escape(config.training.checkpoint_file)}"
-                        ),
-                    )
-                self.checkpoint = self._to_go_on_from()
+        self._do(self._look)
         self.checkpoint = ranks.broadcast(self.checkpoint)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        with self._ranks.together():
+            if self._ranks.rank == 0:
+                with writing(self.path, ELSEWHERE):
+                    work()
+
+    def _look(self) -> None:
+        if not self.path.exists():
+            _try_to_make(self.path)  # that it is there is for a training to say that was not refused
+            return
+        self._take()
+        self.checkpoint = self._to_go_on_from()
+
+    def _take(self) -> None:
+        self._lock = _locked(self.path)
+        best = re.escape(self._config.training.checkpoint_file)
+        settle(self.path, re.compile(rf"model|(checkpoint|replaced)(-\d+)?|{best}"))
 
     def _results(self) -> list[Path]:
         """Saved models."""
@@ -113,30 +120,26 @@ class RunFolder:
         held = found or next((path for path in results if path.name == MODEL), None) or next(iter(results), None)
         if held is None:
             return None
-        what, differ = "a finished run" if found is None else f"a run that was interrupted ({found.name})", []
+        what = "a finished run" if held.name == MODEL else "the best model of a run that was interrupted"
+        remedies = []
+        if found is not None:
+            what, remedies = f"a run that was interrupted ({found.name})", ["go on with training.resume=true"]
         if training.resume:
             remedy = f"put it back, or remove {held} if it is of no more use"
             differ = differences(self._config, verify_file(held, "config.yaml", remedy=remedy))
-            if found is not None and not differ:
-                return found
             if held.name == MODEL and not differ and _ended(self.path / LOG):
                 raise NothingToDo(
                     f"{self.path}: this run is finished; training.overwrite=true without training.resume trains it anew"
                 )
             if not differ:
-                return None  # cut off at its very end
-            what += f" with {'; '.join(differ)}"
+                return found  # None: it was cut off at its very end, or had no checkpoints
+            what, remedies = f"{what} with {'; '.join(differ)}", ["set that again"]
         if training.overwrite:
             return None
-        other = f"name this one otherwise (log_fname={_free(self.path).name}), or give that one up by training.overwrite=true"
-        go_on = (
-            "go on with training.resume=true, "
-            if found is not None and not differ
-            else "set that again, "
-            if differ
-            else ""
+        remedies.append(f"name this one otherwise (log_fname={_free(self.path).name})")
+        raise UserError(
+            f"{self.path}: holds {what}; {', '.join(remedies)}, or give that one up by training.overwrite=true"
         )
-        raise UserError(f"{self.path}: holds {what}; {go_on}{other}")
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -148,20 +151,19 @@ class RunFolder:
         except CannotWrite as error:
             last = find_checkpoint(self.path)
             go_on = (
-                f"training.resume=true then goes on from {last.name}, which is whole" if last else "then start again"
+                f"training.resume=true then goes on from {last.name}, which is whole" if last else "start again then"
             )
             raise UserError(f"{error}; {go_on}") from None
         finally:
             if self._lock is not None:
                 self._lock.close()
 
-    def _do(self, work: Callable[[], None]) -> None:
-        with self._ranks.together():
-            if self._ranks.rank == 0:
-                with writing(self.path, ELSEWHERE):
-                    work()
-
     def _begin(self) -> None:
+        if self._lock is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            if self._to_go_on_from() is not None:
+                raise UserError(f"{self.path}: another training was at work in it meanwhile; start again")
         if self.checkpoint is None:
             if self._config.training.resume:
                 print(f"{self.path}: no checkpoint to go on from; the training begins", flush=True)
@@ -182,8 +184,19 @@ class RunFolder:
 
     def _finish(self) -> None:
         # Cut off in between, the training goes on from its last checkpoint and finishes again.
-        remove(sorted(self.path.glob("replaced*/")))
+        remove([path for path in sorted(self.path.iterdir()) if re.fullmatch(r"replaced(-\d+)?", path.name)])
         remove_checkpoints(self.path, kept=0)
+
+
+def _try_to_make(folder: Path) -> None:
+    """Raises what making it will raise, and leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        try:
+            path.rmdir()
+        except OSError:
+            return  # somebody else uses it
 
 
 def _locked(folder: Path) -> TextIO:
