@@ -33,7 +33,7 @@ def main() -> None:
     from xmc_trainer.model import XMCModel
     from xmc_trainer.parallel import joined_ranks
 
-    with joined_ranks(torch.device(config.environment.device_name())) as own_device:
+    with joined_ranks(torch.device(config.environment.device_name()), config.environment.timeout) as own_device:
         model = XMCModel.load(folder, own_device)
         metrics, corpus = evaluate_saved(model.saved, config, model.device)
     if os.environ.get("RANK", "0") != "0":

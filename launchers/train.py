@@ -3,6 +3,9 @@
 python launchers/train.py dataset=wordnet dataset_path=./data
 accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py dataset=wordnet dataset_path=./data
 deepspeed launchers/train.py --deepspeed_config ds_configs/zero2.json dataset=wordnet dataset_path=./data
+
+SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1, to any rank or launcher, ends the training after the step that is under way, with
+a checkpoint (training.resume=true goes on from it) and exit status 128 + signal. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -37,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="before the first step; the run's folder is as it was")

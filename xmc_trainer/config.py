@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -55,9 +56,17 @@ class EnvironmentConfig:
     device: str = option("auto", "auto, cuda or cpu; auto takes the GPU if there is one")
     cuda_device_id: int = option(0, "GPU of a run without a launcher; launchers give each process its own")
 
+    timeout_minutes: float = option(10.0, "end the job when one of its processes has given no sign of life for this long")
+
     def __post_init__(self) -> None:
         _one_of("environment.device", self.device, ("auto", "cuda", "cpu"))
         _at_least("environment.cuda_device_id", self.cuda_device_id, 0)
+        if not 0.05 <= self.timeout_minutes <= 60 * 24:
+            raise UserError(f"environment.timeout_minutes={self.timeout_minutes}: must be between 0.05 and 1440 (a day)")
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.timeout_minutes)
 
     def device_name(self) -> str:
         """cpu or cuda:N, of a single process; whether there is such a GPU is torch's to say."""
@@ -442,12 +451,17 @@ class TrainingConfig:
     checkpoint_file: str = option("best", "folder name of that model")
     best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept")
     checkpoint_interval: int = option(
-        1000, "optimizer steps between two checkpoints of the training, of which the last is kept until its end; 0: never"
+        1000, "optimizer steps between two checkpoints of the training, of which the last is kept until its end; 0: not by steps"
+    )
+    checkpoint_minutes: float = option(
+        10.0, "minutes between two checkpoints, whichever comes first; 0: not by time. With both at 0 a signal leaves none either"
     )
     resume: bool = option(False, "go on from the run's checkpoint; from the beginning where there is none")
 
     def __post_init__(self) -> None:
         _at_least("training.checkpoint_interval", self.checkpoint_interval, 0)
+        if not 0 <= self.checkpoint_minutes <= 60 * 24 * 365:
+            raise UserError(f"training.checkpoint_minutes={self.checkpoint_minutes}: must be at least 0, and at most a year")
         _at_least("training.seed", self.seed, 0)
         if self.seed >= 1 << 32:
             raise UserError(f"training.seed={self.seed}: must be below 2^32")

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 from torch import nn
 
 from xmc_trainer.errors import UserError
-from xmc_trainer.parallel import TIMEOUT, launched_processes
+from xmc_trainer.launch import launched_processes
+from xmc_trainer.parallel import form_process_group, leave_process_group
 
 # The dynamic loss scale of fp16 starts at 2^12, with DeepSpeed's scaler and with torch's.
 _INITIAL_SCALE_POWER = 12
@@ -35,6 +37,7 @@ def build_accelerator(
     micro_batch: int,
     max_grad_norm: float,
     deepspeed_config: str | None,
+    timeout: timedelta,
 ) -> Accelerator:
     """The Accelerator of this process, with the process group set up.
 
@@ -45,6 +48,7 @@ def build_accelerator(
         micro_batch: texts a micro-batch over all ranks.
         max_grad_norm: 0 for no clipping.
         deepspeed_config: JSON file, for the `deepspeed` launcher; `accelerate launch` names its own.
+        timeout: without a sign of life of another rank, before this process ends.
     Raises UserError for combinations that would train wrongly or not at all.
     """
     world_size = launched_processes()
@@ -74,18 +78,22 @@ def build_accelerator(
         raise UserError("environment.cuda_device_id: leave it at 0 with several processes; the launcher assigns GPUs")
 
     handlers, plugin = [], None
+    backend = "gloo" if on_cpu else "nccl"
     if path is not None or world_size > 1:
         # Without a backend named, accelerate on a CPU may start every rank alone.
-        handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)]
+        handlers = [InitProcessGroupKwargs(backend=backend)]
     if mixed_precision == "fp16":
         # Under DeepSpeed, which scales by itself, accelerate leaves it out.
         handlers.append(GradScalerKwargs(init_scale=2.0**_INITIAL_SCALE_POWER))
     if settings is not None:
         if on_cpu:
             _skip_shared_memory_build()
-        if "LOCAL_RANK" not in os.environ:
+        if not os.environ.keys() >= {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}:
             raise UserError(f"--deepspeed_config={path}: needs a launcher; start with deepspeed instead of python")
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
+    if plugin is not None or world_size > 1:
+        # accelerate would leave its own timeout, and DeepSpeed a traceback where the port is in use.
+        form_process_group(backend, timeout)
     accelerator = Accelerator(
         cpu=on_cpu and path is None,  # accelerate drops DeepSpeed where it is told to use the CPU
         mixed_precision=mixed_precision,
@@ -255,4 +263,4 @@ def leave(accelerator: Accelerator) -> None:
     """End this process's part in the training. Who holds what `accelerator.prepare` gave lets go of it first."""
     # Were DDP the last to hold the process group, gloo's thread and this one could wait for each other for ever.
     accelerator.free_memory()
-    accelerator.end_training()
+    leave_process_group()

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xmc_trainer import resume
+from xmc_trainer import resume, signals
 from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
 from xmc_trainer.checkpoint import save_model
 from xmc_trainer.clusters import LabelClusters
@@ -80,7 +80,7 @@ class Trainer:
         optimization, data = config.training.optimization, config.data
         self.config = config
         self.accelerator = accelerator_of(config, deepspeed_config)
-        self.ranks, self.device = Ranks(), self.accelerator.device
+        self.ranks, self.device = Ranks(config.environment.timeout), self.accelerator.device
         self.run_folder = config.run_folder
         self._checkpoint = self._find_checkpoint()
         # What can be refused is refused before anything is loaded.
@@ -147,20 +147,44 @@ class Trainer:
     # The loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
-        """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
-        with self._own_run_folder():
+        """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set.
+
+        A signal, where the program listens to them (see `xmc_trainer.signals`), ends this by `Interrupted`, on all ranks.
+        """
+        with signals.deferred(), self._own_run_folder():
             self.ranks.barrier()
+            self._saved = self.state.step, self.state.epoch
             self.dispatch("on_train_start")
-            while not self.state.finished:
+            while True:
                 self._train_epoch()
                 self._flush_losses()
                 self.dispatch("on_epoch_end")
                 self.state.epoch += 1
+                if self.state.finished:
+                    break
             self.save(self.run_folder / "model")
             self.dispatch("on_train_end")
             if self.accelerator.is_main_process:
                 resume.remove(self.run_folder)
+            if number := self.ranks.largest(lambda: [signals.pending()])()[0]:
+                raise signals.Interrupted(number, f"after the training; the model is in {self.run_folder / 'model'}")
         return self.metrics["test"]
+
+    def stop(self, number: int) -> NoReturn:
+        """End the training for a signal, between two steps, after a checkpoint; every rank must call."""
+        training, (step, epoch) = self.config.training, (self.state.step, self.state.epoch)
+        keeps = training.checkpoint_interval or training.checkpoint_minutes
+        if keeps and self._saved != (step, epoch):
+            self.save_checkpoint()
+        self.dispatch("on_interrupt")
+        self.close()
+        if step == 0:
+            said = "before the first step"
+        elif keeps:
+            said = f"after step {step:,}, with a checkpoint in {self.run_folder}; the same command goes on with training.resume=true"
+        else:
+            said = f"after step {step:,}, without a checkpoint (training.checkpoint_interval=0, training.checkpoint_minutes=0)"
+        raise signals.Interrupted(number, said)
 
     def _train_epoch(self) -> None:
         self.encoder.train()
@@ -276,7 +300,10 @@ class Trainer:
             getattr(hook, event)(self, *arguments)
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics on "test", or on "train" (as many training texts as there are test texts)."""
+        """Metrics on "test", or on "train" (as many training texts as there are test texts); between two steps.
+
+        A signal ends it, and the training; one that goes on repeats the end of the epoch.
+        """
         self.encoder.eval()
         self.head.eval()
         lengths, rows = (
@@ -286,7 +313,7 @@ class Trainer:
         metrics = evaluate(
             self._encode,
             self.head,
-            self._loader(split, plan),
+            self._until_signal(self._loader(split, plan)),
             metrics_of(self.config.training.evaluation, self.corpus),
             self.device,
             progress=self.accelerator.is_main_process,
@@ -294,8 +321,14 @@ class Trainer:
         self.encoder.train()
         self.head.train()
         self.metrics[split] = metrics
-        self.dispatch("on_evaluate", split, metrics)
         return metrics
+
+    def _until_signal(self, batches: DataLoader) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            answer = self.ranks.largest(lambda: [signals.pending()])
+            yield batch
+            if number := answer()[0]:
+                self.stop(number)
 
     def _train_eval_rows(self) -> Any:
         size = min(len(self._test_lengths), len(self._train_lengths))
@@ -305,6 +338,7 @@ class Trainer:
         """Write what an interrupted training goes on from; between two steps, every rank must call. See `xmc_trainer.resume`."""
         self._flush_losses()
         resume.save(self)
+        self._saved = self.state.step, self.state.epoch
 
     def _find_checkpoint(self) -> resume.Checkpoint | None:
         """The one to go on from. UserError rather than a run that would undo what another has done."""
