@@ -13,10 +13,11 @@ import os
 from pathlib import Path
 
 from xmc_trainer.cli import run
-from xmc_trainer.config import MODEL_SETTINGS, config_of_model
 
 
 def main() -> None:
+    from xmc_trainer.config import MODEL_SETTINGS, config_of_model
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
     parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs")

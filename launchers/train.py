@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 
 from xmc_trainer.cli import USAGE, run
-from xmc_trainer.config import load_config, to_yaml
 
 
 def main() -> None:
+    # Imports stand where `run` has taken over signals and errors, and slow ones where the arguments are found to be good.
+    from xmc_trainer.config import load_config, to_yaml
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,12 +33,13 @@ def main() -> None:
         print(to_yaml(config), end="")
         return
 
-    # torch, transformers and deepspeed take seconds to import: what stands above does not wait for them.
+    from xmc_trainer import signals
     from xmc_trainer.trainer import Trainer
 
     trainer = Trainer(config, deepspeed_config=arguments.deepspeed_config)
-    trainer.train()
-    trainer.close()
+    with signals.deferred():
+        trainer.train()
+        trainer.close()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def run(main: Callable[[], None], interrupted: str = "before its work was done")
         except signals.Interrupted as end:
             end.with_traceback(None)  # lets go of the data loader, whose processes end now and not at the end of this one
             if rank == "0":
-                print(f"{signal.Signals(end.number).name}: ended {end.said or interrupted}", file=sys.stderr, flush=True)
+                _say(f"{signal.Signals(end.number).name}: ended {end.said or interrupted}")
             sys.exit(128 + end.number)
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still buffered
@@ -79,8 +79,16 @@ def run(main: Callable[[], None], interrupted: str = "before its work was done")
                 parallel.announce_failure()
             if said is None:
                 raise
-            print(f"error{'' if rank == '0' else f' (rank {rank})'}: {said}", file=sys.stderr, flush=True)
+            _say(f"error{'' if rank == '0' else f' (rank {rank})'}: {said}")
             sys.exit(2)
+
+
+def _say(line: str) -> None:
+    """On stderr, on a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+    print(line, file=sys.stderr, flush=True)
 
 
 def _remedy(error: Exception) -> str | None:

@@ -140,7 +140,7 @@ class _Heartbeat:
 
     def _end(self, said: str) -> None:
         if not self._stopped.is_set():
-            os.write(2, f"error (rank {self._rank}): {said}\n".encode())
+            os.write(2, f"\nerror (rank {self._rank}): {said}\n".encode())
             os._exit(2)
 
 

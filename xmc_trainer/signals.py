@@ -136,7 +136,8 @@ def _watch(wakeups: int, launchers: list[int]) -> None:
 
 
 def _end_at_once(number: int, said: str) -> NoReturn:
-    os.write(2, f"{signal.Signals(number).name} {said}\n".encode())
+    # On a line of its own: a progress bar may stand there.
+    os.write(2, f"\n{signal.Signals(number).name} {said}\n".encode())
     os._exit(128 + number)
 
 

@@ -52,6 +52,10 @@ _SECONDS_BETWEEN_LOSSES = 1.0
 _FP16_STEPS_TO_RECOVER = 50
 
 
+class _SignalInEvaluation(Exception):
+    pass
+
+
 @dataclass
 class TrainerState:
     """Where training is."""
@@ -310,14 +314,17 @@ class Trainer:
             (self._test_lengths, None) if split == "test" else (self._train_lengths, self._train_eval_rows())
         )
         plan = plan_eval(lengths, batch_size=self.config.data.test_batch_size, world_size=self.ranks.size, rows=rows)
-        metrics = evaluate(
-            self._encode,
-            self.head,
-            self._until_signal(self._loader(split, plan)),
-            metrics_of(self.config.training.evaluation, self.corpus),
-            self.device,
-            progress=self.accelerator.is_main_process,
-        )
+        try:
+            metrics = evaluate(
+                self._encode,
+                self.head,
+                self._until_signal(self._loader(split, plan)),
+                metrics_of(self.config.training.evaluation, self.corpus),
+                self.device,
+                progress=self.accelerator.is_main_process,
+            )
+        except _SignalInEvaluation as end:  # raised through the progress bar, which it closes
+            self.stop(*end.args)
         self.encoder.train()
         self.head.train()
         self.metrics[split] = metrics
@@ -328,7 +335,7 @@ class Trainer:
             answer = self.ranks.largest(lambda: [signals.pending()])
             yield batch
             if number := answer()[0]:
-                self.stop(number)
+                raise _SignalInEvaluation(number)
 
     def _train_eval_rows(self) -> Any:
         size = min(len(self._test_lengths), len(self._train_lengths))
