@@ -22,7 +22,7 @@ from torch import nn
 
 from xmc_trainer.errors import UserError
 from xmc_trainer.launch import launched_processes
-from xmc_trainer.parallel import form_process_group, leave_process_group
+from xmc_trainer.parallel import form_process_group, leave_process_group, use_gpu
 
 # The dynamic loss scale of fp16 starts at 2^12, with DeepSpeed's scaler and with torch's.
 _INITIAL_SCALE_POWER = 12
@@ -73,9 +73,11 @@ def build_accelerator(
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif world_size == 1:
-        torch.cuda.set_device(cuda_device_id)
+        use_gpu(cuda_device_id)
     elif cuda_device_id:
         raise UserError("environment.cuda_device_id: leave it at 0 with several processes; the launcher assigns GPUs")
+    else:
+        use_gpu(int(os.environ["LOCAL_RANK"]))
 
     handlers, plugin = [], None
     backend = "gloo" if on_cpu else "nccl"
@@ -88,7 +90,7 @@ def build_accelerator(
     if settings is not None:
         if on_cpu:
             _skip_shared_memory_build()
-        if not os.environ.keys() >= {"WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}:
+        if "LOCAL_RANK" not in os.environ:
             raise UserError(f"--deepspeed_config={path}: needs a launcher; start with deepspeed instead of python")
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
     if plugin is not None or world_size > 1:

@@ -6,29 +6,30 @@ import os
 
 from xmc_trainer.errors import UserError
 
+# What launchers set, with the smallest value. MASTER_ADDR is no number.
+_OWN = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1}
 # The tasks of a cluster's own starter, which know nothing of each other here.
 _TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_REMEDY = "start with accelerate launch, deepspeed or torchrun, which set WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT"
+_REMEDY = "start with accelerate launch, deepspeed or torchrun, which set all of them"
 
 
 def launched_processes() -> int:
     """How many processes a launcher started. UserError if they could not find each other: each would do all the work."""
-    size = _number("WORLD_SIZE", 1)
-    if size is None:
-        if "RANK" in os.environ:
-            raise UserError(f"RANK={os.environ['RANK']} without WORLD_SIZE: {_REMEDY}, or unset RANK for one process")
-        _refuse_lone_tasks()
-        return 1
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if size > 1 and missing:
-        raise UserError(f"WORLD_SIZE={size} without {', '.join(missing)}: {_REMEDY}, or unset WORLD_SIZE for one process")
-    rank = _number("RANK", 0)
-    if rank is not None and rank >= size:
+    numbers = {name: _number(name, smallest) for name, smallest in _OWN.items()}
+    size, rank, given = numbers["WORLD_SIZE"], numbers["RANK"], [name for name in _OWN if os.environ.get(name)]
+    # WORLD_SIZE=1 alone says that a cluster's tasks are separate runs; MASTER_ADDR and MASTER_PORT alone say nothing.
+    launched = size is not None and size > 1 or "RANK" in given or "LOCAL_RANK" in given
+    missing = [name for name in (*_OWN, "MASTER_ADDR") if not os.environ.get(name)]
+    if launched and missing:
+        set_ones = ", ".join(f"{name}={os.environ[name]}" for name in given)
+        raise UserError(f"{set_ones} without {', '.join(missing)}: {_REMEDY}; or unset them for one process")
+    if rank is not None and size is not None and rank >= size:
         raise UserError(f"RANK={rank}: must be below WORLD_SIZE={size}; {_REMEDY}")
-    _number("LOCAL_RANK", 0)
-    if (_number("MASTER_PORT", 0) or 0) > 65535:
-        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: must be below 65536")
-    return size
+    if (numbers["MASTER_PORT"] or 0) > 65535:
+        raise UserError(f"MASTER_PORT={os.environ['MASTER_PORT']}: must be below 65536; choose another port")
+    if size is None:
+        _refuse_lone_tasks()
+    return size or 1
 
 
 def _number(name: str, smallest: int) -> int | None:
@@ -37,7 +38,7 @@ def _number(name: str, smallest: int) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= smallest):
-        raise UserError(f"{name}={text!r} in the environment: must be a whole number of at least {smallest}; {_REMEDY}, or unset it")
+        raise UserError(f"{name}={text!r} in the environment: must be a whole number of at least {smallest}; correct or unset it")
     return int(text)
 
 

@@ -144,6 +144,14 @@ class _Heartbeat:
             os._exit(2)
 
 
+def use_gpu(number: int) -> None:
+    """Make it this process's. UserError if the machine has no such GPU."""
+    there = torch.cuda.device_count()
+    if number >= there:
+        raise UserError(f"GPU {number}: there are {there} on this machine, counted from 0; start fewer processes, or choose another GPU")
+    torch.cuda.set_device(number)
+
+
 @contextmanager
 def joined_ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """The process group of a launcher's processes, if there are several. Trainings leave that to accelerate.
@@ -151,11 +159,13 @@ def joined_ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator
     Gives this process's device: its own of the machine's GPUs, or `device`.
     """
     if launched_processes() == 1:
+        if device.type == "cuda":
+            use_gpu(device.index or 0)
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        use_gpu(device.index)
     form_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
     yield device
     # Not after an error: it would wait for ranks that wait for this one.

@@ -61,7 +61,11 @@ def deferred() -> Iterator[None]:
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Around all of a script, in its main thread. Afterwards a signal ends the process in the system's way, without a traceback."""
+    """Around all of a script, in its main thread.
+
+    Afterwards the process is about to end: a signal ends it in the system's way, without a traceback, and once one has
+    ended the script others are ignored, so that the exit status is the first one's.
+    """
     global _wakeup, _pending
     _pending = 0
     reader, _wakeup = os.pipe()
@@ -78,9 +82,10 @@ def listening() -> Iterator[None]:
     finally:
         for number in SIGNALS:
             if signal.getsignal(number) is _on_signal:
-                signal.signal(number, signal.SIG_DFL)
+                signal.signal(number, signal.SIG_IGN if _pending else signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
-        os.write(_wakeup, bytes([_END]))
+        if not _pending:  # else the thread goes on, and ends a process that hangs at its end
+            os.write(_wakeup, bytes([_END]))
         os.close(_wakeup)
         _wakeup = -1
 
@@ -92,6 +97,17 @@ def ignore_in_worker(_: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _before_fork() -> None:
+    # Handlers would run in the child before `_in_child` has changed them.
+    if _wakeup >= 0:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _in_parent() -> None:
+    if _wakeup >= 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _in_child() -> None:
     if _wakeup < 0:
         return
@@ -99,9 +115,10 @@ def _in_child() -> None:
     signal.set_wakeup_fd(-1)
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)
 
 
 def _on_signal(number: int, _: object) -> None:
@@ -127,9 +144,12 @@ def _watch(wakeups: int, launchers: list[int]) -> None:
                 continue  # SIGCHLD and others arrive here as well
             if first and now - first > _SAME_SECONDS:
                 _end_at_once(number, "again: ended at once")
+            if not first and not _pending:
+                # The system may have given it to another thread: the main one would sleep on.
+                signal.pthread_kill(threading.main_thread().ident, number)
             first = first or now
         if first and not _deferrals and now - max(first, _deferred_until) > _GRACE_SECONDS:
-            _end_at_once(_pending or signal.SIGTERM, f"had no effect for {_GRACE_SECONDS:.0f} s: ended at once")
+            _end_at_once(_pending or signal.SIGTERM, f"had not ended it after {_GRACE_SECONDS:.0f} s: ended at once")
         if not first and launchers and _launchers() != launchers:
             launchers = []
             os.kill(os.getpid(), signal.SIGTERM)
