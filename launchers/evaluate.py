@@ -13,10 +13,11 @@ import os
 from pathlib import Path
 
 from xmc_trainer.cli import run
-from xmc_trainer.config import MODEL_SETTINGS, config_of_model
 
 
 def main() -> None:
+    from xmc_trainer.config import MODEL_SETTINGS, config_of_model
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
     parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs")
@@ -33,7 +34,7 @@ def main() -> None:
     from xmc_trainer.model import XMCModel
     from xmc_trainer.parallel import joined_ranks
 
-    with joined_ranks(torch.device(config.environment.device_name())) as own_device:
+    with joined_ranks(torch.device(config.environment.device_name()), config.environment.timeout) as own_device:
         model = XMCModel.load(folder, own_device)
         metrics, corpus = evaluate_saved(model.saved, config, model.device)
     if os.environ.get("RANK", "0") != "0":

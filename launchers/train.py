@@ -3,6 +3,9 @@
 python launchers/train.py dataset=wordnet dataset_path=./data
 accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py dataset=wordnet dataset_path=./data
 deepspeed launchers/train.py --deepspeed_config ds_configs/zero2.json dataset=wordnet dataset_path=./data
+
+SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1, to any rank or launcher, ends the training after the step that is under way, with
+a checkpoint (training.resume=true goes on from it) and exit status 128 + signal. A second signal ends it at once.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import argparse
 
 from xmc_trainer.cli import USAGE, run
-from xmc_trainer.config import load_config, to_yaml
 
 
 def main() -> None:
+    # Imports stand where `run` has taken over signals and errors, and slow ones where the arguments are found to be good.
+    from xmc_trainer.config import load_config, to_yaml
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -28,13 +33,14 @@ def main() -> None:
         print(to_yaml(config), end="")
         return
 
-    # torch, transformers and deepspeed take seconds to import: what stands above does not wait for them.
+    from xmc_trainer import signals
     from xmc_trainer.trainer import Trainer
 
     trainer = Trainer(config, deepspeed_config=arguments.deepspeed_config)
-    trainer.train()
-    trainer.close()
+    with signals.deferred():
+        trainer.train()
+        trainer.close()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, interrupted="before the first step; the run's folder is as it was")

@@ -33,6 +33,7 @@ def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accel
         micro_batch=config.data.batch_size,
         max_grad_norm=optimization.max_grad_norm,
         deepspeed_config=deepspeed_config,
+        timeout=config.environment.timeout,
     )
 
 

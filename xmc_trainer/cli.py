@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable
 
-from xmc_trainer import __version__
-from xmc_trainer.errors import NothingToDo, UserError
+from xmc_trainer import __version__, signals
+from xmc_trainer.errors import NothingToDo, UserError, reason
+from xmc_trainer.launch import launched_processes
 
 USAGE = """\
 settings are key=value words: dataset=NAME (a shipped data set or a .yaml file), dataset_path=FOLDER, log_fname=NAME,
@@ -30,33 +33,76 @@ COMMANDS = {
     "bench scaling": ("xmc_trainer.bench.scaling", "a training step on several GPUs of this machine"),
 }
 
+# Errors of the system that are nobody's bug.
+_MENDABLE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or ask for a larger quota",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "change its permissions, or choose another",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network file system",
+}
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2, NothingToDo a line and 0, Ctrl-C status 130; no traceback.
 
-    Where nobody reads standard output any more (`| head`) it ends quietly with status 141, as a shell says of a broken pipe.
+def run(main: Callable[[], None], interrupted: str = "before its work was done") -> None:
+    """Call a script's `main`, then end the process with the exit status that fits.
+
+    0: done, or `NothingToDo`. 2: a UserError, an error of the system that the user can mend, or ranks out of reach; one line
+    on stderr. 128 + signal: SIGINT, SIGTERM, SIGHUP or SIGUSR1 ended it, and rank 0 says "ended" and `interrupted`, or what
+    a training has to say; also SIGPIPE, without a word: the reader of the output is gone, as after `| head`. Any other
+    exception is our fault and keeps its traceback.
     """
-    try:
-        main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _nobody_reads_stdout():
-            raise
-        # What is still to be written has nowhere to go, and Python would say so at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except NothingToDo as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, flush=True)
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (rank {rank})'}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        said = "what was written so far stays; the same command goes on from there, a training with training.resume=true from its last checkpoint"
-        print(f"interrupted: {said}", file=sys.stderr, flush=True)
-        sys.exit(130)
+    rank = os.environ.get("RANK", "0")
+    with signals.listening():
+        try:
+            main()
+            if sys.stdout is not None and not sys.stdout.closed:
+                sys.stdout.flush()
+        except NothingToDo as error:
+            if rank == "0":
+                print(error, flush=True)
+        except signals.Interrupted as end:
+            end.with_traceback(None)  # lets go of the data loader, whose processes end now and not at the end of this one
+            if rank == "0":
+                _say(f"{signal.Signals(end.number).name}: ended {end.said or interrupted}")
+            sys.exit(128 + end.number)
+        except BrokenPipeError:
+            if not _nobody_reads_stdout():
+                raise
+            # What is still to be written has nowhere to go, and Python would say so at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
+        except Exception as error:
+            said = _remedy(error)
+            if "torch" in sys.modules:  # else there is no process group
+                from xmc_trainer import parallel
+
+                if said is None and parallel.lost_ranks(error):
+                    said = f"lost the other ranks ({reason(error)}); see the error of the one that failed first"
+                parallel.announce_failure()
+            if said is None:
+                raise
+            _say(f"error{'' if rank == '0' else f' (rank {rank})'}: {said}")
+            sys.exit(2)
+
+
+def _say(line: str) -> None:
+    """On stderr, on a line of its own."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+    print(line, file=sys.stderr, flush=True)
+
+
+def _remedy(error: Exception) -> str | None:
+    """One line for an error that the user can mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _MENDABLE:
+        return f"{error.filename or 'a file'}: {error.strerror}; {_MENDABLE[error.errno]}"
+    return None
 
 
 def _nobody_reads_stdout() -> bool:
@@ -69,7 +115,7 @@ def _nobody_reads_stdout() -> bool:
 
 
 def _call(name: str) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = launched_processes() if "WORLD_SIZE" in os.environ else 1
     if processes > 1 and not name.startswith("bench"):
         raise UserError(f"xmc-trainer {name}: works in one process, {processes} were started; start it without a launcher")
     importlib.import_module(COMMANDS[name][0]).main()

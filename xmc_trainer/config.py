@@ -14,6 +14,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -75,12 +76,19 @@ class EnvironmentConfig(Section, prefix="environment."):
     env2path: dict[str, str] = option({"guest": "./data"}, "root folder of the data sets on each machine of yours")
     device: str = option("auto", "auto, cuda or cpu; auto takes the GPU if there is one")
     cuda_device_id: int = option(0, "GPU of a run without a launcher; launchers give each process its own", "[0, 1023]")
+    timeout_minutes: float = option(
+        10.0, "end the job when one of its processes has given no sign of life for this long", "[0.05, 1440]"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("environment.device", self.device, ("auto", "cuda", "cpu"))
         for machine, folder in self.env2path.items():
             _check_folder(f"environment.env2path.{shown(machine)}", folder)
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.timeout_minutes)
 
     def device_name(self) -> str:
         """cpu or cuda:N, of a single process. UserError where there is no such GPU."""
@@ -442,8 +450,12 @@ class TrainingConfig(Section, prefix="training."):
     checkpoint_file: str = option("best", "folder name of that model")
     best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept", "[0, 1]")
     checkpoint_interval: int = option(
-        1000, "optimizer steps between two checkpoints of the training, which are removed at its end; 0: never",
+        1000, "optimizer steps between two checkpoints of the training, which are removed at its end; 0: not by steps",
         "[0, 2147483647]",
+    )
+    checkpoint_minutes: float = option(
+        10.0, "minutes between two checkpoints, whichever comes first; 0: not by time. With both at 0 a signal leaves none either",
+        "[0, 525600]",
     )
     checkpoints_kept: int = option(
         1, "how many of the last checkpoints are kept until the training ends; the best model is kept apart", "[1, 1000]"

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, GradSc
 from torch import nn
 
 from xmc_trainer.errors import UserError, shown
-from xmc_trainer.parallel import TIMEOUT, launched_processes
+from xmc_trainer.launch import launched_processes
+from xmc_trainer.parallel import form_process_group, leave_process_group, use_gpu
 
 # The dynamic loss scale of fp16 starts at 2^12, with DeepSpeed's scaler and with torch's.
 _INITIAL_SCALE_POWER = 12
@@ -37,6 +39,7 @@ def build_accelerator(
     micro_batch: int,
     max_grad_norm: float,
     deepspeed_config: str | None,
+    timeout: timedelta,
 ) -> Accelerator:
     """The Accelerator of this process, with the process group set up.
 
@@ -47,6 +50,7 @@ def build_accelerator(
         micro_batch: texts a micro-batch over all ranks.
         max_grad_norm: 0 for no clipping.
         deepspeed_config: JSON file, for the `deepspeed` launcher; `accelerate launch` names its own.
+        timeout: without a sign of life of another rank, before this process ends.
     Raises UserError for combinations that would train wrongly or not at all.
     """
     world_size = launched_processes()
@@ -71,16 +75,17 @@ def build_accelerator(
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif world_size == 1:
-        if cuda_device_id >= torch.cuda.device_count():
-            raise UserError(f"environment.cuda_device_id={cuda_device_id}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
-        torch.cuda.set_device(cuda_device_id)
+        use_gpu(cuda_device_id)
     elif cuda_device_id:
         raise UserError("environment.cuda_device_id: leave it at 0 with several processes; the launcher assigns GPUs")
+    else:
+        use_gpu(int(os.environ["LOCAL_RANK"]))
 
     handlers, plugin = [], None
+    backend = "gloo" if on_cpu else "nccl"
     if path is not None or world_size > 1:
         # Without a backend named, accelerate on a CPU may start every rank alone.
-        handlers = [InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=TIMEOUT)]
+        handlers = [InitProcessGroupKwargs(backend=backend)]
     if mixed_precision == "fp16":
         # Under DeepSpeed, which scales by itself, accelerate leaves it out.
         handlers.append(GradScalerKwargs(init_scale=2.0**_INITIAL_SCALE_POWER))
@@ -91,6 +96,9 @@ def build_accelerator(
             raise UserError(f"--deepspeed_config={path}: needs a launcher; start with deepspeed instead of python")
         _let_deepspeed_check(path, settings)
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
+    if plugin is not None or world_size > 1:
+        # accelerate would leave its own timeout, and DeepSpeed a traceback where the port is in use.
+        form_process_group(backend, timeout)
     accelerator = Accelerator(
         cpu=on_cpu and path is None,  # accelerate drops DeepSpeed where it is told to use the CPU
         mixed_precision=mixed_precision,
@@ -322,4 +330,4 @@ def leave(accelerator: Accelerator) -> None:
     """End this process's part in the training. Who holds what `accelerator.prepare` gave lets go of it first."""
     # Were DDP the last to hold the process group, gloo's thread and this one could wait for each other for ever.
     accelerator.free_memory()
-    accelerator.end_training()
+    leave_process_group()

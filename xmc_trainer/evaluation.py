@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from xmc_trainer import signals
 from xmc_trainer.checkpoint import SavedModel
 from xmc_trainer.config import Config, EvaluationConfig
 from xmc_trainer.data import Corpus, MicroBatch, TextBatches, load_corpus, plan_eval
@@ -99,7 +100,13 @@ def loader_of(
         places=corpus.places,
         filter_pairs=corpus.filter_pairs if split == "test" else None,
     )
-    return DataLoader(batches, batch_size=None, num_workers=min(workers, len(plan)), pin_memory=device.type == "cuda")
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=min(workers, len(plan)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=signals.ignore_in_worker,
+    )
 
 
 def metrics_of(config: EvaluationConfig, corpus: Corpus) -> RankingMetrics:

@@ -15,6 +15,7 @@ import math
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from xmc_trainer import __version__
+from xmc_trainer import __version__, signals
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig, portable
 from xmc_trainer.engine import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
@@ -80,6 +81,9 @@ class Hook:
 
     def on_train_end(self, trainer: Trainer) -> None: ...
 
+    def on_interrupt(self, trainer: Trainer) -> None:
+        """Instead of `on_train_end`: a signal ends the training, which may go on in another process."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this hook, of rank 0's; JSON."""
         return {}
@@ -89,21 +93,39 @@ class Hook:
 
 
 class CheckpointHook(Hook):
-    """Writes the training's checkpoint every `interval` optimizer steps; its end removes it."""
+    """Writes the training's checkpoint every `interval` optimizer steps and every `minutes`, and ends the training for a signal.
 
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
-        self._last = 0
+    0 turns an interval off. Ranks get signals, and see minutes pass, at different moments, but must act before the same
+    step: they ask each other at the beginning of a step and hear the answer a step later, when it has long arrived.
+    """
+
+    def __init__(self, interval: int, minutes: float) -> None:
+        self.interval, self.seconds = interval, 60 * minutes
+        self._answer: Callable[[], list[int]] = lambda: [0, 0]
 
     def on_train_start(self, trainer: Trainer) -> None:
-        self._last = trainer.state.step
+        self._last_step, self._last_time = trainer.state.step, time.monotonic()
 
     def on_step_begin(self, trainer: Trainer) -> None:
         # Not at the end of a step: every hook is to be through with it.
+        number, minutes_over = self._answer()
+        if number:
+            trainer.stop(number)
         step = trainer.state.step
-        if step > self._last and step % self.interval == 0:
-            self._last = step
+        if step > self._last_step and (minutes_over or (self.interval and step % self.interval == 0)):
             trainer.save_checkpoint()
+            self._last_step, self._last_time = step, time.monotonic()
+
+        def ask() -> list[int]:
+            minutes_over = trainer.ranks.rank == 0 and self.seconds and time.monotonic() - self._last_time >= self.seconds
+            return [signals.pending(), int(minutes_over)]
+
+        self._answer = trainer.ranks.largest(ask)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        number, _ = self._answer()
+        if number:
+            trainer.stop(number)
 
 
 class ScheduleHook(Hook):
@@ -155,7 +177,8 @@ class SparsifyHook(Hook):
         self.dense_epochs, self.ffi = dense_epochs, ffi
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        if trainer.state.epoch + 1 == self.dense_epochs:
+        # It is sparse already if the training was stopped in the evaluation that followed.
+        if trainer.state.epoch + 1 == self.dense_epochs and trainer.head.index is None:
             trainer.head.become_sparse(self.ffi.fan_in, self.ffi.group_size)
 
 
@@ -197,10 +220,13 @@ class EvaluateHook(Hook):
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         done, last = trainer.state.epoch + 1, trainer.state.finished
-        if last or done % self.config.test_evaluate_every == 0:
-            trainer.evaluate("test")
+        splits = ["test"] if last or done % self.config.test_evaluate_every == 0 else []
         if self.config.train_evaluate and (last or done % self.config.train_evaluate_every == 0):
-            trainer.evaluate("train")
+            splits.append("train")
+        # A signal may end an evaluation, which is then repeated: no hook has heard of it before all are done.
+        found = {split: trainer.evaluate(split) for split in splits}
+        for split, metrics in found.items():
+            trainer.dispatch("on_evaluate", split, metrics)
 
 
 class EarlyStopHook(Hook):
@@ -308,6 +334,10 @@ class ProgressHook(Hook):
             print(f"\n{called} set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}")
             print(table({"this model": trainer.metrics["test"], "most popular labels": floor}), flush=True)
 
+    def on_interrupt(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
 
 class JsonLogHook(Hook):
     """log.jsonl in the run folder: one object a line, for the start, every step, evaluation, rewiring and save, and the end.
@@ -376,6 +406,9 @@ class JsonLogHook(Hook):
                 os.fsync(self._file.fileno())
                 self._file.close()
 
+    def on_interrupt(self, trainer: Trainer) -> None:
+        self.write({"event": "interrupt", "step": trainer.state.step})
+
 
 class WandbHook(Hook):
     """Losses, rates and metrics to Weights & Biases (WANDB_MODE=offline works)."""
@@ -424,6 +457,8 @@ class WandbHook(Hook):
         if self._run is not None:
             self._run.finish()
 
+    on_interrupt = on_train_end
+
 
 def default_hooks(config: Config) -> list[Hook]:
     """The hooks of a configuration, in the order in which they run.
@@ -433,10 +468,7 @@ def default_hooks(config: Config) -> list[Hook]:
     """
     ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
     dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0
-    hooks: list[Hook] = []
-    if config.training.checkpoint_interval:
-        hooks.append(CheckpointHook(config.training.checkpoint_interval))
-    hooks.append(ScheduleHook(optimization))
+    hooks: list[Hook] = [CheckpointHook(config.training.checkpoint_interval, config.training.checkpoint_minutes), ScheduleHook(optimization)]
     if dense_epochs:
         hooks.append(SparsifyHook(dense_epochs, ffi))
     if ffi.use_sparse_layer and ffi.rewire_interval:

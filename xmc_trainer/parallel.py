@@ -6,8 +6,9 @@ Everything here moves features, ragged labels or scalars of one batch; nothing g
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, reason
+from xmc_trainer.launch import launched_processes
 
-# A process that is gone ends the job at once, but a lost link is only seen by waiting. Between two collectives a rank
-# compiles, or writes and checks its part of a model: minutes at most.
+# After this time without a sign of life from a rank the others end; see `_Heartbeat`.
 TIMEOUT = timedelta(minutes=10)
+# Collectives wait longer than that, so that the error names the rank. They alone notice a rank that lives but is stuck.
+_COLLECTIVES_WAIT_LONGER = timedelta(minutes=1)
 # Tokenising, under which the other ranks wait, may take an hour.
 _PATIENCE = timedelta(hours=2)
 
@@ -28,49 +31,146 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def launched_processes() -> int:
-    """How many processes a launcher started. UserError where they do not know of each other: each would do it all."""
-    size = int(os.environ.get("WORLD_SIZE", "0"))
-    if size > 1 and not os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}:
-        raise UserError(
-            f"WORLD_SIZE={size} without RANK, MASTER_ADDR and MASTER_PORT: start the processes by accelerate launch, deepspeed or "
-            "torchrun, which set them all, or unset WORLD_SIZE for one process"
-        )
-    if size:
-        return size
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
-        if int(os.environ.get(name, "1")) > 1:
+def form_process_group(backend: str, timeout: timedelta = TIMEOUT) -> None:
+    """Meet the other processes of the launcher, and watch over them: after `timeout` without a sign of life of one, this process ends.
+
+    UserError if they cannot meet.
+    """
+    if dist.is_initialized():
+        return
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        dist.init_process_group(backend, timeout=timeout + _COLLECTIVES_WAIT_LONGER)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(
-                f"{os.environ[name]} processes were started ({name}) but would not work together; start one a machine, "
-                "and in it accelerate launch or torchrun, as launchers/examples/slurm.sh does; for separate runs set "
-                "WORLD_SIZE=1"
+                f"port {os.environ['MASTER_PORT']} is in use on this machine: choose another with --master_port (deepspeed, torchrun) or "
+                "--main_process_port (accelerate launch)"
+            ) from None
+        raise UserError(f"{where}: the first process is out of reach ({reason(error)}); check the address, the port and the network") from None
+    except (dist.DistStoreError, ValueError, RuntimeError) as error:
+        raise UserError(f"{where}: the {os.environ['WORLD_SIZE']} processes did not all meet ({reason(error)}); start every one of them") from None
+    _Heartbeat(timeout)
+
+
+def leave_process_group() -> None:
+    """The end of this process's part in the job, if it has one."""
+    _Heartbeat.stop_current()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def announce_failure() -> None:
+    """Tell the other ranks that this one ends with an error: they may be waiting for it on a GPU, where they would not notice."""
+    if (heartbeat := _Heartbeat.current) is not None:
+        heartbeat.announce_failure()
+
+
+def lost_ranks(error: BaseException) -> bool:
+    """Whether `error` is a collective's whose other ranks are gone, not one of this rank's own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+
+
+class _Heartbeat:
+    """Ends this process when another rank has failed, or has given no sign of life for `timeout`, with a line that names it.
+
+    Every rank writes a counter to the job's store and reads the others'. Collectives cannot do this: they do not know whom
+    they wait for, and a process that waits for its GPU cannot raise. Time is counted in intervals of this process, so that
+    a job that was stopped and continued as a whole goes on.
+    """
+
+    current: _Heartbeat | None = None
+    _FAILED = b"failed"
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._rank, self._names = dist.get_rank(), [str(rank) for rank in range(dist.get_world_size())]
+        self._limit = timeout.total_seconds()
+        self._interval = min(10.0, self._limit / 10)
+        self._silent = [0] * len(self._names)  # intervals since a rank's counter moved
+        self._stopped = threading.Event()
+        self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # A connection of its own: torch's is busy while a new group forms.
+        store = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout)
+        self._store = dist.PrefixStore("heartbeat", store)
+        _Heartbeat.current = self
+        # Two threads: if the store does not answer, the first hangs and the second notices.
+        for work in (self._beat, self._watch):
+            threading.Thread(target=work, name="heartbeat", daemon=True).start()
+
+    @classmethod
+    def stop_current(cls) -> None:
+        if cls.current is not None:
+            cls.current._stopped.set()
+            cls.current = None
+
+    def announce_failure(self) -> None:
+        self.stop_current()
+        with suppress(dist.DistError):
+            self._store.set(self._names[self._rank], self._FAILED)
+
+    def _beat(self) -> None:
+        last, number = [b""] * len(self._names), 0
+        while not self._stopped.is_set():
+            number += 1
+            try:
+                self._store.set(self._names[self._rank], str(number))
+                beats = self._store.multi_get(self._names)
+            except dist.DistError:
+                return  # The store's process has ended. The launcher or the next collective notices.
+            for rank, beat in enumerate(beats):
+                if beat == self._FAILED:
+                    self._end(f"rank {rank} failed; see its own error")
+                if beat != last[rank]:
+                    last[rank], self._silent[rank] = beat, 0
+            self._stopped.wait(self._interval)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(self._interval):
+            self._silent = [count + 1 for count in self._silent]
+            silent = [rank for rank, count in enumerate(self._silent) if count * self._interval > self._limit]
+            if not silent:
+                continue
+            who = f"rank {', '.join(map(str, silent))} gave no sign of life"
+            if self._rank in silent:  # without the store a rank does not hear itself
+                who = f"rank 0 or the launcher on its machine, {self._host}:{self._port}, gave no sign of life"
+            self._end(
+                f"{who} for {self._limit / 60:g} min (environment.timeout_minutes); look at its machine and network, then start "
+                "the job again"
             )
-    # Set for several processes only; without GPUs, or with --cpu, accelerate launch then starts one and says nothing.
-    if "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ:
-        raise UserError(
-            "accelerate launch --num_processes started only one process, as it does with --cpu or a single GPU; add "
-            "--config_file launchers/accelerate_zero2.yaml, start with torchrun, or for one process unset MASTER_ADDR"
-        )
-    return 1
+
+    def _end(self, said: str) -> None:
+        if not self._stopped.is_set():
+            os.write(2, f"\nerror (rank {self._rank}): {said}\n".encode())
+            os._exit(2)
+
+
+def use_gpu(number: int) -> None:
+    """Make it this process's. UserError if the machine has no such GPU."""
+    there = torch.cuda.device_count()
+    if number >= there:
+        raise UserError(f"GPU {number}: there are {there} on this machine, counted from 0; start fewer processes, or choose another GPU")
+    torch.cuda.set_device(number)
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[torch.device]:
+def joined_ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
     """The process group of a launcher's processes, if there are several. Trainings leave that to accelerate.
 
     Gives this process's device: its own of the machine's GPUs, or `device`.
     """
     if launched_processes() == 1:
+        if device.type == "cuda":
+            use_gpu(device.index or 0)
         yield device
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        use_gpu(device.index)
+    form_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
     yield device
     # Not after an error: it would wait for ranks that wait for this one.
     dist.barrier()
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 class Ranks:
@@ -79,11 +179,13 @@ class Ranks:
     Tensors of different lengths are padded to the longest for the transfer, because the collectives want equal ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta = TIMEOUT) -> None:
         active = dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if active else 0
         self.size: int = dist.get_world_size() if active else 1
+        self._timeout = timeout
         self._patient: dist.ProcessGroup | None = None  # for waits of an hour
+        self._of_hosts: dist.ProcessGroup | None = None  # does not meet the device
 
     def sizes(self, length: int, device: torch.device) -> list[int]:
         """`length` of every rank, in rank order. Synchronises with the host."""
@@ -121,6 +223,25 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def largest(self, values: Callable[[], list[int]]) -> Callable[[], list[int]]:
+        """Begin to find the largest of all ranks' `values()`, one by one; the function that it gives waits for them.
+
+        Between hosts and in the background: who asks now and waits a step later waits for nobody. One rank's values are
+        those of the moment that they are waited for.
+        """
+        if self.size == 1:
+            return values
+        if self._of_hosts is None:
+            self._of_hosts = dist.new_group(backend="gloo", timeout=self._timeout + _COLLECTIVES_WAIT_LONGER)
+        found = torch.tensor(values())
+        work = dist.all_reduce(found, dist.ReduceOp.MAX, group=self._of_hosts, async_op=True)
+
+        def wait() -> list[int]:
+            work.wait()
+            return found.tolist()
+
+        return wait
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,7 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from xmc_trainer import yaml_nodes
+from xmc_trainer import signals, yaml_nodes
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, config_of_model, flatten, load_config, saved_settings
 from xmc_trainer.errors import UserError, shown
@@ -329,7 +328,8 @@ def main() -> None:
         refuse_to_replace(every)
         find_splits(every, views)
         make_clusters([words for words in every if finished(load_config(words)) is None])
-        train(every, views, options.file, options.jobs)
+        with signals.deferred():
+            train(every, views, options.file, options.jobs)
     found = [(row, seed, words, results(load_config(words), views)) for row, seed, words in runs]
     done = [(row, seed, words, entries) for row, seed, words, entries in found if entries is not None]
     if not done:
@@ -399,13 +399,14 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     if waiting:
         first = load_config(waiting[0]).run_folder
         print(f"{min(jobs, len(waiting))} at a time; what the first one says is in {first}.txt, and so on", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runs end too, as after Ctrl-C
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
     gpus = visible_gpus()
     live: dict[str, tuple[subprocess.Popen, Path, float, str | None]] = {}
     succeeded = failed = 0
     try:
         while waiting or live:
+            if number := signals.pending():
+                raise signals.Interrupted(number, "before all runs were done; the same command goes on with the others")
             if waiting and failed >= _FAILURES and not succeeded:
                 print(f"{len(waiting)} runs are not started: the first {failed} failed, most likely for one reason", flush=True)
                 waiting = []
@@ -439,3 +440,5 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     finally:
         for process, *_ in live.values():
             process.terminate()
+        for process, *_ in live.values():
+            process.wait()  # they write checkpoints

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xmc_trainer import resume
+from xmc_trainer import resume, signals
 from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of, tokenizer_of
 from xmc_trainer.checkpoint import head_parts, save_model
 from xmc_trainer.clusters import LabelClusters
@@ -47,6 +47,10 @@ _ENCODER_OPTIMIZERS = {
 _SECONDS_BETWEEN_LOSSES = 1.0
 # From its first 2^12 the loss scale of fp16 has halved to nothing long before.
 _FP16_STEPS_TO_RECOVER = 50
+
+
+class _SignalInEvaluation(Exception):
+    pass
 
 
 @dataclass
@@ -78,7 +82,7 @@ class Trainer:
         # Of this start alone: whoever starts from this run's config.yaml replaces nothing.
         self.config = replace(config, training=replace(config.training, overwrite=False))
         self.accelerator = accelerator_of(config, deepspeed_config)
-        self.ranks, self.device = Ranks(), self.accelerator.device
+        self.ranks, self.device = Ranks(config.environment.timeout), self.accelerator.device
         self._folder = RunFolder(config, self.ranks)
         self.run_folder, self._checkpoint = self._folder.path, self._folder.checkpoint
         # What can be refused is refused before anything is loaded.
@@ -153,17 +157,42 @@ class Trainer:
     # The loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
-        """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set."""
-        with self._folder.at_work():
-            self.dispatch("on_train_start")
-            while not self.state.finished:
-                self._train_epoch()
-                self._flush_losses()
-                self.dispatch("on_epoch_end")
-                self.state.epoch += 1
-            self.save(self.run_folder / MODEL)
-            self.dispatch("on_train_end")
+        """Train, evaluate and save to <run folder>/model. Returns the metrics on the test set.
+
+        A signal, where the program listens to them (see `xmc_trainer.signals`), ends this by `Interrupted`, on all ranks.
+        """
+        with signals.deferred():
+            with self._folder.at_work():
+                self._saved = self.state.step, self.state.epoch
+                self.dispatch("on_train_start")
+                while True:
+                    self._train_epoch()
+                    self._flush_losses()
+                    self.dispatch("on_epoch_end")
+                    self.state.epoch += 1
+                    if self.state.finished:
+                        break
+                self.save(self.run_folder / MODEL)
+                self.dispatch("on_train_end")
+            if number := self.ranks.largest(lambda: [signals.pending()])()[0]:
+                raise signals.Interrupted(number, f"after the training; the model is in {self.run_folder / MODEL}")
         return self.metrics["test"]
+
+    def stop(self, number: int) -> NoReturn:
+        """End the training for a signal, between two steps, after a checkpoint; every rank must call."""
+        training, (step, epoch) = self.config.training, (self.state.step, self.state.epoch)
+        keeps = training.checkpoint_interval or training.checkpoint_minutes
+        if keeps and self._saved != (step, epoch):
+            self.save_checkpoint()
+        self.dispatch("on_interrupt")
+        self.close()
+        if step == 0:
+            said = "before the first step"
+        elif keeps:
+            said = f"after step {step:,}, with a checkpoint in {self.run_folder}; the same command goes on with training.resume=true"
+        else:
+            said = f"after step {step:,}, without a checkpoint (training.checkpoint_interval=0, training.checkpoint_minutes=0)"
+        raise signals.Interrupted(number, said)
 
     def _train_epoch(self) -> None:
         self.encoder.train()
@@ -279,26 +308,38 @@ class Trainer:
             getattr(hook, event)(self, *arguments)
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics on "test", or on "train" (as many training texts as there are test texts)."""
+        """Metrics on "test", or on "train" (as many training texts as there are test texts); between two steps.
+
+        A signal ends it, and the training; one that goes on repeats the end of the epoch.
+        """
         self.encoder.eval()
         self.head.eval()
         lengths, rows = (
             (self._test_lengths, None) if split == "test" else (self._train_lengths, self._train_eval_rows())
         )
         plan = plan_eval(lengths, batch_size=self.config.data.test_batch_size, world_size=self.ranks.size, rows=rows)
-        metrics = evaluate(
-            self._encode,
-            self.head,
-            self._loader(split, plan),
-            metrics_of(self.config.training.evaluation, self.corpus),
-            self.device,
-            progress=self.accelerator.is_main_process,
-        )
+        try:
+            metrics = evaluate(
+                self._encode,
+                self.head,
+                self._until_signal(self._loader(split, plan)),
+                metrics_of(self.config.training.evaluation, self.corpus),
+                self.device,
+                progress=self.accelerator.is_main_process,
+            )
+        except _SignalInEvaluation as end:  # raised through the progress bar, which it closes
+            self.stop(*end.args)
         self.encoder.train()
         self.head.train()
         self.metrics[split] = metrics
-        self.dispatch("on_evaluate", split, metrics)
         return metrics
+
+    def _until_signal(self, batches: DataLoader) -> Iterator[dict[str, Any]]:
+        for batch in batches:
+            answer = self.ranks.largest(lambda: [signals.pending()])
+            yield batch
+            if number := answer()[0]:
+                raise _SignalInEvaluation(number)
 
     def _train_eval_rows(self) -> Any:
         size = min(len(self._test_lengths), len(self._train_lengths))
@@ -311,6 +352,7 @@ class Trainer:
         own = ((name, getattr(p, "ds_tensor", p)) for name, p in self.encoder_module.named_parameters())
         require_finite((*own, *self._head_tensors()), self.ranks, self.device, self.state.step, self.run_folder)
         resume.save(self)
+        self._saved = self.state.step, self.state.epoch
 
     def save(self, folder: Any) -> None:
         """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""

@@ -7,6 +7,7 @@ deepspeed: in test_resume. accelerate watches its processes as torchrun does, by
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from tests.encoders import save_encoder
 from tests.integration.test_launchers import (
     FLOAT16,
+    assert_ended,
     assert_same,
     losses_of,
     needs_float16,
@@ -112,7 +114,9 @@ def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tm
         {"settings": [*short, *amp("bfloat16"), f"log_fname=one-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
         for stage in stages
     ]
-    train_in_turn("deepspeed", 1, trainings, tmp_path)
+    # To the process and both launchers, which end at once.
+    ending = {"settings": [*short, "log_fname=signal"], "deepspeed_config": "ds_configs/zero2.json", "signal": [signal.SIGUSR1, "group", 5]}
+    assert_ended(train_in_turn("deepspeed", 1, [*trainings, ending], tmp_path), signal.SIGUSR1, 5)
     for stage in stages:
         found = losses_of(folder / f"one-{stage}")
         assert found == pytest.approx(plain("bfloat16"), rel=0.05) and found[-1] < 0.95 * found[0], stage

@@ -1,4 +1,4 @@
-"""A rank that is out of reach takes the job down when time is up. One that dies, within a minute: in test_engines and test_resume."""
+"""A rank that is out of reach ends the job when time is up. One that dies, within a minute: in test_engines and test_resume."""
 
 from __future__ import annotations
 
@@ -7,39 +7,55 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests.integration.test_launchers import ROOT, free_port
 
-
-def test_a_long_wait_is_announced_and_a_lost_rank_is_not_waited_for():
-    """Two ranks that wait 3 seconds for each other: not while one works alone, which takes longer."""
-    code = """
-import os, sys, time, torch
+# Ranks that end when another is silent for 3 seconds: not while one works alone, which takes longer.
+RANK = """
+import sys, time, torch
 from datetime import timedelta
-from xmc_trainer import parallel
-parallel.TIMEOUT = timedelta(seconds=3)
-with parallel.joined_ranks(torch.device("cpu")):
-    ranks = parallel.Ranks()
-    with ranks.one_a_machine_first():
-        time.sleep(5 if ranks.rank == 0 else 0)
-    print(ranks.broadcast("together"), flush=True)
-    if ranks.rank == 1:
-        time.sleep(1000)
-    begin = time.monotonic()
-    try:
-        ranks.sum(torch.zeros(1))
-    except RuntimeError:
-        print("lost after", round(time.monotonic() - begin), flush=True)
-    os._exit(0)
+from xmc_trainer import cli, parallel
+
+def main():
+    with parallel.joined_ranks(torch.device("cpu"), timedelta(seconds=3)):
+        ranks = parallel.Ranks()
+        with ranks.one_a_machine_first():
+            time.sleep(5 if ranks.rank == 0 else 0)
+        print(ranks.broadcast("together"), flush=True)
+        if ranks.rank == int(sys.argv[1]):
+            ranks.barrier()
+        else:
+            time.sleep(1000)
+
+cli.run(main)
 """
+
+
+@pytest.mark.parametrize(
+    "stopped, said",
+    [
+        (1, "rank 1 gave no sign of life for 0.05 min (environment.timeout_minutes); look at its machine"),
+        (0, "rank 0 or the launcher on its machine, 127.0.0.1:{port}, gave no sign of life"),  # it keeps the job's store
+    ],
+)
+def test_a_silent_rank_is_named_and_not_waited_for(stopped, said):
     port, running = free_port(), []
     for rank in range(2):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         running.append(
-            subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=os.environ | variables, stdout=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(1 - stopped)], cwd=ROOT, env=os.environ | variables,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
         )
     try:
-        output, _ = running[0].communicate(timeout=60)
+        assert running[0].stdout.readline() == running[1].stdout.readline() == "together\n"
+        running[stopped].send_signal(signal.SIGSTOP)
+        _, err = running[1 - stopped].communicate(timeout=30)
     finally:
         for process in running:
-            process.send_signal(signal.SIGKILL)
-    assert output.splitlines() in (["together", "lost after 3"], ["together", "lost after 4"])
+            process.kill()
+    lines = [line for line in err.splitlines() if line]
+    assert running[1 - stopped].returncode == 2 and len(lines) == 1
+    assert lines[0].startswith(f"error (rank {1 - stopped}): {said.format(port=port)}")

@@ -2,7 +2,8 @@
 
 Its arguments are JSON files, each an object: `settings`; `deepspeed_config`, the file for the deepspeed launcher; `cut`, the
 step before which the training is given up, as if its processes had been killed; `fails`, how the last of them really ends, and
-the launch with it: raise or kill, and before which step; and `refused`, what the error says that the training is refused with.
+the launch with it: raise or kill, and before which step; `signal`, [its number, launcher or group, the step in which it comes];
+and `refused`, what the error says that the training is refused with.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import argparse
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
+from xmc_trainer import signals
+from xmc_trainer.cli import run
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
@@ -48,6 +52,23 @@ class Fail(Hook):
             raise RuntimeError("this rank's own error")
 
 
+class Signal(Hook):
+    """Comes in the middle of a step: from rank 0 to the launcher that the test started, or from every rank to its own process group."""
+
+    def __init__(self, number: int, to: str, step: int | None) -> None:
+        self.number, self.to, self.step = number, to, step
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.state.step != self.step:
+            return
+        if self.to == "group":
+            os.killpg(0, self.number)
+        elif trainer.ranks.rank == 0:
+            os.kill(int(os.environ["LAUNCHER"]), self.number)
+            while not signals.pending():  # passed on, or noticed
+                time.sleep(0.01)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="+", type=Path)
@@ -60,7 +81,9 @@ def main() -> None:
             trainer = Trainer(
                 load_config(training["settings"]),
                 deepspeed_config=training.get("deepspeed_config"),
-                hooks=[CutBefore(training.get("cut")), Fail(*training.get("fails", ("", None)))],
+                hooks=[
+                    CutBefore(training.get("cut")), Fail(*training.get("fails", ("", None))), Signal(*training.get("signal", (0, "", None))),
+                ],
             )
             trainer.train()
             assert refused is None, f"not refused: {refused}"
@@ -77,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -41,12 +42,13 @@ def launch(*command: str | Path) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     return subprocess.run(
-        [str(word) for word in command],
+        ["sh", "-c", 'LAUNCHER=$$ exec "$@"', "sh", *map(str, command)],
         cwd=ROOT,
         env=environment,
         text=True,
         capture_output=True,
         timeout=300,
+        start_new_session=True,  # a signal to the process group is not for the tests
     )
 
 
@@ -101,24 +103,33 @@ def start_command(how: str, processes: int = 1, script: str = "launchers/train.p
     ]  # fmt: skip
 
 
-def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], folder: Path) -> None:
+def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], folder: Path) -> subprocess.CompletedProcess[str]:
     """Several trainings in the processes of one launch, see tests/distributed/trainings.py; `how` may be deepspeed without a stage.
 
     Where one fails, the last, the launcher must end its other processes within a minute, and the error of the rank that failed
-    comes first.
+    comes first; the others say in a line that they lost it.
     """
     files = [folder / f"{how}-{number}.json" for number in range(len(trainings))]
     for file, training in zip(files, trainings):
         file.write_text(json.dumps(training))
     done = launch(*start_command(how, processes, "tests/distributed/trainings.py"), *files)
     failure, _ = trainings[-1].get("fails", (None, None))
-    assert (done.returncode != 0) == (failure is not None), done.stdout + done.stderr
+    assert (done.returncode != 0) == (failure is not None or "signal" in trainings[-1]), done.stdout + done.stderr
     if failure is not None:
         failed = load_config(trainings[-1]["settings"]).run_folder / "fails"
         assert time.time() - failed.stat().st_mtime < 60
     if failure == "raise":
         errors = [line for line in done.stderr.splitlines() if "Error: " in line]
         assert "this rank's own error" in errors[0], done.stderr
+        assert done.stderr.count("Traceback") <= 2 and "error: lost the other ranks (" in done.stderr  # its own, and the launcher's
+    return done
+
+
+def assert_ended(done: subprocess.CompletedProcess[str], number: signal.Signals, step: int) -> None:
+    """By a signal, after a step, with one line."""
+    said = [line for line in done.stderr.splitlines() if line.startswith("SIG")]
+    assert len(said) == 1 and said[0].startswith(f"{number.name}: ended after step {step}, with a checkpoint in "), done.stderr
+    assert "in train" not in done.stderr  # no rank's traceback
 
 
 def train_here(settings: list[str], hooks: list[Hook] | None = None) -> None:

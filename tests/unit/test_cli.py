@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from xmc_trainer import signals
 from xmc_trainer.cli import COMMANDS, main, run
+from xmc_trainer.errors import NothingToDo
 
 
 def call(monkeypatch, *words):
@@ -47,7 +51,8 @@ def test_a_user_s_error_is_one_line(monkeypatch, capsys):
 
 
 def test_commands_work_in_one_process(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=wordnet")
     assert "xmc-trainer clusters: works in one process, 2 were started; start it without a launcher" in capsys.readouterr().err
@@ -68,3 +73,33 @@ def test_another_broken_pipe_is_an_error_of_ours(capsys):
 
     with pytest.raises(BrokenPipeError, match="of a worker"):
         run(broken)
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/out/run"), 2, "error: /out/run: No space left on device; free some space\n"),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), 2, "error: lost the other ranks ("),
+        (signals.Interrupted(signal.SIGUSR1, "after step 7"), 128 + signal.SIGUSR1, "SIGUSR1: ended after step 7\n"),
+        (NothingToDo("done before"), 0, ""),
+    ],
+)
+def test_errors_that_are_not_ours_are_one_line(error, status, said, capsys):
+    def fail():
+        raise error
+
+    try:
+        run(fail)
+        ended = 0
+    except SystemExit as end:
+        ended = end.code
+    err = capsys.readouterr().err
+    assert ended == status and err.startswith(said) and err.count("\n") == bool(said)
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    def fail():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(fail)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +15,18 @@ import torch
 from xmc_trainer import engine
 from xmc_trainer.engine import build_accelerator, deepspeed_settings
 from xmc_trainer.errors import UserError
-from xmc_trainer.parallel import launched_processes
+from xmc_trainer.launch import launched_processes
+from xmc_trainer.parallel import form_process_group
 
 ROOT = Path(__file__).parents[2]
 ZERO2 = str(ROOT / "ds_configs/zero2.json")
 # What accelerate launch sets with the shipped YAML files.
 ACCELERATE = {
     "WORLD_SIZE": "1",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
     "ACCELERATE_USE_DEEPSPEED": "true",
     "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,zero3_init_flag",
     "ACCELERATE_DEEPSPEED_CONFIG_FILE": ZERO2,
@@ -29,14 +36,14 @@ ACCELERATE = {
 
 
 # What every launcher sets for two processes.
-TWO = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """A function that sets variables; those of launchers that may be around these tests are gone."""
     for name in list(os.environ):
-        if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_")) or name in (*TWO, "LOCAL_RANK"):
+        if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_")) or name in TWO:
             monkeypatch.delenv(name)
 
     def put(variables):
@@ -48,8 +55,9 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What the Accelerator was made with; it says that it is alone."""
+    """What the process group and the Accelerator were made with; it says that it is alone."""
     arguments = {}
+    monkeypatch.setattr(engine, "form_process_group", lambda *given: arguments.update(group=given))
 
     def accelerator(**given):
         arguments.update(given)
@@ -63,13 +71,13 @@ def started(monkeypatch):
 def build(**change):
     arguments = dict(
         device="auto", cuda_device_id=0, mixed_precision="no", accumulation=2, micro_batch=12, max_grad_norm=0.0,
-        deepspeed_config=None,
+        deepspeed_config=None, timeout=timedelta(minutes=7),
     )  # fmt: skip
     return build_accelerator(**arguments | change)
 
 
 def test_the_shipped_way_passes(environment, started):
-    environment(ACCELERATE | {"LOCAL_RANK": "0"})
+    environment(ACCELERATE)
     build()
     settings = started["deepspeed_plugin"]
     assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (24, 12)
@@ -78,10 +86,10 @@ def test_the_shipped_way_passes(environment, started):
 
 
 def test_processes_that_would_train_alone(environment, started):
-    environment(TWO | {"LOCAL_RANK": "0"})
+    environment(TWO)
     with pytest.raises(UserError, match="2 processes were started but would not train together; start them by accelerate"):
         build()
-    assert started["kwargs_handlers"][0].timeout.total_seconds() == 600
+    assert started["group"] == ("gloo", timedelta(minutes=7))
 
 
 def test_a_batch_that_does_not_divide(environment, started):
@@ -129,10 +137,30 @@ def test_processes_that_do_not_know_of_each_other(environment, variables, messag
     assert launched_processes() == 2
 
 
-def test_a_number_of_processes_alone_starts_none(environment):
-    environment({"WORLD_SIZE": "2"})
-    with pytest.raises(UserError, match="WORLD_SIZE=2 without RANK, MASTER_ADDR and MASTER_PORT: start the processes by"):
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start with accelerate launch"),
+        ({"RANK": "0"}, "RANK=0 without WORLD_SIZE, .*unset them for one process"),
+        (TWO | {"RANK": "2"}, "RANK=2: must be below WORLD_SIZE=2"),
+        (TWO | {"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' in the environment: must be a whole number of at least 0; correct or unset it"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment: must be a whole number of at least 1"),
+        (TWO | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be below 65536"),
+        ({"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS='2\(x3\)' in the environment"),
+    ],
+)
+def test_variables_that_no_launcher_sets_so(environment, variables, message):
+    environment(variables)
+    with pytest.raises(UserError, match=message):
         launched_processes()
+
+
+def test_a_port_in_use(environment):
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        environment(TWO | {"MASTER_PORT": port})
+        with pytest.raises(UserError, match=f"port {port} is in use on this machine: choose another with --master_port"):
+            form_process_group("gloo", timedelta(seconds=3))
 
 
 def test_one_process_is_no_matter_what(environment):
@@ -219,7 +247,7 @@ def test_the_shipped_deepspeed_files_pass(tmp_path, environment, started):
 def test_fp16_needs_hardware(environment, started, monkeypatch):
     with pytest.raises(UserError, match="training.amp.dtype=float16: needs a GPU .* set bfloat16"):
         build(mixed_precision="fp16")
-    environment(ACCELERATE | {"LOCAL_RANK": "0"})
+    environment(ACCELERATE)
     monkeypatch.setattr(engine, "_cpu_takes_fp16", lambda: False)
     with pytest.raises(UserError, match="training.amp.dtype=float16: needs a GPU .* DeepSpeed on a CPU"):
         build(mixed_precision="fp16")
@@ -235,16 +263,17 @@ def test_fp16_needs_a_zero_stage():
 
 
 ON_A_GPU = dict(
-    device="cuda", cuda_device_id=0, accumulation=1, micro_batch=8, max_grad_norm=0.0, deepspeed_config=None
-)
+    device="cuda", cuda_device_id=0, accumulation=1, micro_batch=8, max_grad_norm=0.0, deepspeed_config=None,
+    timeout=timedelta(minutes=10),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("precision, first_scale", [("fp16", 4096.0), ("bf16", None)])
 def test_the_loss_scale_starts_at_4096_with_and_without_deepspeed(precision, first_scale, monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(
         engine, "Accelerator", lambda **kwargs: given.update(kwargs) or SimpleNamespace(num_processes=1)
     )
@@ -260,12 +289,12 @@ def test_the_loss_scale_starts_at_4096_with_and_without_deepspeed(precision, fir
 def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(environment, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(engine, "Accelerator", lambda **kwargs: SimpleNamespace(num_processes=1))
     build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})
     assert chosen == [3]
-    with pytest.raises(UserError, match="environment.cuda_device_id=4: there are 4 GPUs, numbered from 0"):
+    with pytest.raises(UserError, match="GPU 4: there are 4 on this machine, counted from 0"):
         build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 4})
     environment(TWO)
     with pytest.raises(UserError, match="environment.cuda_device_id: leave it at 0 with several processes"):

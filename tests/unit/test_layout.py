@@ -13,7 +13,9 @@ PACKAGE = ROOT / "xmc_trainer"
 ALLOWED = {
     "kernels": {"kernels"},
     "ops": {"kernels"},
-    "parallel": {"errors"},
+    "launch": {"errors"},
+    "parallel": {"errors", "launch"},
+    "signals": set(),
     "errors": set(),
     "finite": {"errors", "parallel"},
     "metrics": set(),
@@ -27,7 +29,7 @@ ALLOWED = {
     "files": {"errors"},
     "saved_folder": {"errors", "files", "parallel"},  # the ranks only as a type
     "meta_branch": {"head"},
-    "engine": {"errors", "parallel"},
+    "engine": {"errors", "launch", "parallel"},
     "checkpoint": {"encoder", "errors", "files", "head", "parallel", "saved_folder"},
     "engine_state": set(),
     "run_folder": {"config", "errors", "files", "parallel", "saved_folder"},

@@ -1,0 +1,108 @@
+"""A signal ends a training with a checkpoint; going on gives the training that was not interrupted. Checkpoints by time."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from tests.integration.test_resume import everything, new_process
+from tests.integration.test_training import log_of, train
+from xmc_trainer import signals
+from xmc_trainer.config import load_config
+from xmc_trainer.hooks import Hook
+from xmc_trainer.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+EVERYTHING = [
+    "training.optimization.epochs=2", "training.optimization.dense_epochs=1", "training.optimization.lr_scheduler=ReduceLROnPlateau",
+    "training.optimization.lr_patience=0", "training.evaluation.train_evaluate=true", "training.evaluation.train_evaluate_every=1",
+    "model.encoder.embed_dropout=0.3",
+]  # fmt: skip
+
+
+class SignalAt(Hook):
+    """A signal comes in the middle of a step, or (`split`) while an epoch is evaluated."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, step: int, split: str | None = None) -> None:
+        self.step, self.split, self.patch = step, split, patch
+
+    def on_step_end(self, trainer: Trainer) -> None:
+        if trainer.state.step != self.step:
+            return
+        if self.split is None:
+            self.patch.setattr(signals, "pending", lambda: signal.SIGUSR1)
+            return
+        evaluate = trainer.evaluate
+
+        def interrupted(split: str) -> dict[str, float]:
+            if split == self.split:
+                self.patch.setattr(signals, "pending", lambda: signal.SIGUSR1)
+            return evaluate(split)
+
+        self.patch.setattr(trainer, "evaluate", interrupted)
+
+
+@pytest.fixture(scope="module")
+def whole(toy_settings_in, tmp_path_factory):
+    new_process()
+    return train([*toy_settings_in(tmp_path_factory.mktemp("whole")), *EVERYTHING, "log_fname=whole"])
+
+
+# Of 40 steps, 20 an epoch: within one, at the end of the first (which makes the head sparse), and at the end of all.
+@pytest.mark.parametrize("step, split", [(9, None), (20, "train"), (40, None), (40, "test")])
+def test_a_signal_leaves_a_checkpoint_of_the_last_step(whole, toy_settings, step, split):
+    settings = [*toy_settings, *EVERYTHING, "log_fname=cut", "training.resume=true", "training.checkpoint_interval=7"]
+    new_process()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(signals.Interrupted) as caught:
+        train(settings, hooks=[SignalAt(patch, step, split)])
+    run_folder = load_config(settings).run_folder
+    assert caught.value.number == signal.SIGUSR1
+    assert caught.value.said == f"after step {step}, with a checkpoint in {run_folder}; the same command goes on with training.resume=true"
+    assert json.loads((run_folder / "checkpoint" / "manifest.json").read_text())["step"] == step
+    new_process()
+    trainer, metrics = train(settings)
+    expected, metrics_of_whole = whole
+    assert metrics == metrics_of_whole and not list(run_folder.glob("checkpoint*"))
+    clock = ("seconds", "head_skipped")
+    for event in ("step", "evaluate", "rewire"):
+        logs = [[{k: v for k, v in record.items() if k not in clock} for record in log_of(each, event)] for each in (expected, trainer)]
+        assert logs[0] == logs[1], event
+    for name, value in everything(expected).items():
+        assert value.equal(everything(trainer)[name]), name
+
+
+def test_a_signal_in_the_last_moments_comes_after_the_model(toy_settings, monkeypatch):
+    class AtTheEnd(Hook):
+        def on_save(self, trainer, folder):
+            monkeypatch.setattr(signals, "pending", lambda: signal.SIGTERM)
+
+    with pytest.raises(signals.Interrupted, match="after the training; the model is in "):
+        train([*toy_settings, "training.optimization.max_steps=3"], hooks=[AtTheEnd()])
+
+
+def test_without_checkpoints_a_signal_leaves_none(toy_settings, monkeypatch):
+    settings = [*toy_settings, "training.checkpoint_interval=0", "training.checkpoint_minutes=0"]
+    with pytest.raises(signals.Interrupted, match=r"after step 2, without a checkpoint \(training.checkpoint_interval=0"):
+        train(settings, hooks=[SignalAt(monkeypatch, 2)])
+    assert not list(load_config(settings).run_folder.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("minutes, saved", [(1.0, [2, 4, 6, 8]), (0.0, [5])])
+def test_checkpoints_come_by_time_as_well(toy_settings, monkeypatch, minutes, saved):
+    """A step takes 31 seconds by this clock, two of them more than a minute."""
+    steps = []
+    monkeypatch.setattr("xmc_trainer.hooks.time.monotonic", lambda: 31.0 * len(ends))
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer: steps.append(trainer.state.step))
+    ends = []
+
+    class Clock(Hook):
+        def on_step_end(self, trainer):
+            ends.append(trainer.state.step)
+
+    interval = 0 if minutes else 5
+    settings = [f"training.checkpoint_minutes={minutes}", f"training.checkpoint_interval={interval}", "training.optimization.max_steps=9"]
+    train([*toy_settings, *settings], hooks=[Clock()])
+    assert steps == saved
