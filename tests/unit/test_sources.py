@@ -673,6 +673,16 @@ print(refused)
     assert int(done.stdout) > 10
 
 
+def test_hf_values_that_python_cannot_hold(tmp_path):
+    table = pa.table({"text": ["x"], "labels": pa.array([2**62], pa.timestamp("us"))})
+    for split in ("train", "test"):
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    assert f"{tmp_path}/train.parquet, after row 0: cannot be read" in message_of(lambda: read_hf(tmp_path))
+    good = (tmp_path / "train.parquet").read_bytes()
+    (tmp_path / "train.parquet").write_bytes(good.replace(b"labels", b"label\xff"))  # a column's name
+    assert f"{tmp_path}/train.parquet: cannot be read" in message_of(lambda: read_hf(tmp_path))
+
+
 def test_hf_missing_split_says_what_was_looked_for(tmp_path):
     message = message_of(lambda: read_hf(write_hf(tmp_path / "d", "jsonl"), test_split="dev"))
     assert f"data.hf_source={tmp_path}/d: the folder has no dev.parquet, dev.jsonl or folder dev" in message

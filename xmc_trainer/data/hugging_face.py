@@ -27,6 +27,9 @@ _DEPTH = 3  # folders that files may lie below the one that is named
 # With a comma in more than this share of the rows that are strings, they seem to be lists.
 _ODD_SHARE = 0.2
 
+# What pyarrow raises for damaged files; ValueError and OverflowError: for a value that Python has no object for.
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError)
+
 Record = dict[str, Any]
 
 
@@ -301,7 +304,7 @@ def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
                         for record in batch.to_pylist():
                             number += 1
                             yield f"{path}, row {number}", record
-            except (pa.ArrowException, OSError) as error:
+            except _UNREADABLE as error:
                 raise UserError(
                     f"{path}, after row {number}: cannot be read ({reason(error)}); write it again"
                 ) from None
@@ -310,9 +313,10 @@ def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
     for path in paths:
         try:
             schema = pq.read_schema(path)
-        except (pa.ArrowException, OSError) as error:
+            names = schema.names
+        except _UNREADABLE as error:
             raise UserError(f"{path}: cannot be read ({reason(error)}); write it again") from None
-        _check_columns(schema.names, columns, str(path))
+        _check_columns(names, columns, str(path))
         # Of the label column alone: other columns may be of types that the datasets library does not know.
         class_names.append(_class_names_in(schema, columns[1]))
         if class_names[0] != class_names[-1]:
@@ -345,8 +349,12 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: list
         ) from error
 
     def records(wanted: list[str]) -> Iterator[tuple[str, Record]]:
-        chosen = dataset.select_columns(wanted)
-        return ((f"{where}, split {split}, row {number}", record) for number, record in enumerate(chosen, start=1))
+        number = 0
+        try:
+            for number, record in enumerate(dataset.select_columns(wanted), start=1):
+                yield f"{where}, split {split}, row {number}", record
+        except _UNREADABLE as error:
+            raise UserError(f"{where}, split {split}, after row {number}: cannot be read ({reason(error)}); write it again") from None
 
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
     return _Split(files, records, _class_names(dataset.features[columns[1]]))
