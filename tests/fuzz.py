@@ -1,4 +1,4 @@
-"""How long the fuzzers run: seconds in the suite, as long as XMC_FUZZ_EXAMPLES says otherwise."""
+"""How long the fuzzers run: seconds in the suite; an hour with, say, XMC_FUZZ_EXAMPLES=100000."""
 
 from __future__ import annotations
 
@@ -6,5 +6,4 @@ import os
 
 
 def examples(default: int) -> int:
-    """Of a fuzz test, as many as the environment says."""
     return int(os.environ.get("XMC_FUZZ_EXAMPLES", default))

@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from xmc_trainer.config import Config, flatten, to_yaml
-from xmc_trainer.errors import NothingToDo, UserError
+from xmc_trainer.errors import NothingToDo, UserError, reason
 from xmc_trainer.files import CannotWrite, remove, settle, sync, write_text, writing
 from xmc_trainer.saved_folder import MANIFEST, verify_file
 
@@ -68,8 +70,8 @@ def remove_checkpoints(run_folder: Path, kept: int) -> None:
 def differences(config: Config, file: Path) -> list[str]:
     """In which settings that matter to what is learned a run's config.yaml differs from `config`: "name=there, not here"."""
     there, here = (
-        {name: str(value) for name, value in flatten(OmegaConf.to_container(tree)).items()}
-        for tree in (OmegaConf.load(file), OmegaConf.create(to_yaml(config)))
+        {name: str(value) for name, value in flatten(tree).items()}
+        for tree in (_read_settings(file), OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
     )
     names = [name for name in here | there if not any(f"{name}.".startswith(f"{free}.") for free in _FREE)]
     # A setting that one version does not know is at its default there.
@@ -78,6 +80,16 @@ def differences(config: Config, file: Path) -> list[str]:
         for name in names
         if name in here and name in there and here[name] != there[name]
     ]
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file}: not the settings of a run ({reason(error)}); put it back") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: not the settings of a run; put it back")
+    return tree
 
 
 class RunFolder:
@@ -129,8 +141,10 @@ class RunFolder:
         if found is not None:
             what, remedies = f"a run that was interrupted ({found.name})", ["go on with training.resume=true"]
         if training.resume:
-            remedy = f"put it back, or remove {held} if it is of no more use"
-            differ = differences(self._config, verify_file(held, "config.yaml", remedy=remedy))
+            file = self.path / "config.yaml"
+            if found is not None:
+                file = verify_file(found, "config.yaml", remedy=f"put it back, or remove {found} to go on without it")
+            differ = differences(self._config, file)
             if held.name == MODEL and not differ and _ended(self.path / LOG):
                 raise NothingToDo(
                     f"{self.path}: this run is finished; training.overwrite=true without training.resume trains it anew"
