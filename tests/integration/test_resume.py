@@ -172,7 +172,7 @@ def test_what_is_replaced_stays_until_the_new_run_is_finished(interrupted):
     assert json.loads((folder / "model" / "manifest.json").read_text())["step"] == 40
     # Whoever starts from that file replaces nothing.
     new_process()
-    message = message_of([f"dataset={folder / 'model' / 'config.yaml'}", "training.resume=false", "training.optimization.epochs=1"])
+    message = message_of([f"dataset={folder / 'config.yaml'}", "training.resume=false", "training.optimization.epochs=1"])
     assert "holds a finished run" in message
 
 
