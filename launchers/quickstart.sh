@@ -35,7 +35,7 @@ PYTHON
 )
 echo "settings: $settings"
 accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py \
-    dataset=wordnet dataset_path=data log_fname=quickstart model.encoder.encoder_model=data/minilm $settings "$@"
+    dataset=wordnet dataset_path=data log_fname=quickstart training.resume=true model.encoder.encoder_model=data/minilm $settings "$@"
 
 echo
 echo "five test texts and what the model says:"

@@ -234,6 +234,9 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     folder = Path(folder)
     manifest = read_folder(folder, MODEL)
     described = manifest["heads"]
+    for name in manifest["sha256"]:
+        if name.startswith("encoder/") and not name.endswith((".json", ".safetensors")):
+            raise UserError(f"{folder / name}: may hold code; a saved encoder is .json and .safetensors files alone")
     try:
         _check_heads(folder, manifest)
         labels = _read_labels(folder / "labels.parquet", sum(each["arguments"]["num_labels"] for each in described))

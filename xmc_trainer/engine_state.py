@@ -69,9 +69,11 @@ class EncoderState:
     def load(self, get: Callable[[str], Tensor], states: tuple[str, ...], steps: float) -> None:
         """Take over what another training's `tensors`, `names` and `steps` gave; on every rank.
 
-        Args: get: the tensor of a name. Raises ValueError where a parameter's shape is another.
+        Args: get: the tensor of a name. Raises ValueError where a parameter's shape is another, or the optimizer.
         """
         if states:
+            if states != _STATES[type(self._torch)]:
+                raise ValueError(f"it has the optimizer states {', '.join(states)}")
             self._make_states(states, steps)
         for name, parameter in self._parameters.items():
             for state in (None, *states):

@@ -49,6 +49,7 @@ from xmc_trainer.saved_folder import (
     or_null,
     read_folder,
     save_folder,
+    tensor_header,
     whole,
 )
 
@@ -182,7 +183,13 @@ def restore(folder: Path, trainer: Trainer) -> None:
         # By name and in order: hooks may have come or gone.
         number = next((i for i, (name, _) in enumerate(states) if name == type(hook).__name__), None)
         if number is not None:
-            hook.load_state_dict(states.pop(number)[1])
+            name, state = states.pop(number)
+            try:
+                hook.load_state_dict(state)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"{folder}: has a state of {name} that it does not take ({error!r}); use the code that wrote it"
+                ) from error
 
 
 def _restore_state(folder: Path, manifest: dict[str, Any], trainer: Trainer) -> None:
@@ -197,13 +204,13 @@ def _restore_state(folder: Path, manifest: dict[str, Any], trainer: Trainer) -> 
 
 def _restore_encoder(folder: Path, saved: dict[str, Any], trainer: Trainer) -> None:
     encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
+    left = tensor_header(folder / "encoder.safetensors")
     with safe_open(folder / "encoder.safetensors", framework="pt") as file:
-        left = set(file.keys())
 
         def get(name: str) -> Tensor:
-            if name not in left:
-                raise ValueError(f"{name} is not in it")
-            left.remove(name)
+            dtype, _ = left.pop(name, ("missing", None))
+            if dtype != "F32":
+                raise ValueError(f"{name} is {dtype}, must be F32")
             return file.get_tensor(name)
 
         encoder.load(get, tuple(saved["states"]), saved["steps"])
@@ -218,6 +225,7 @@ def _restore_heads(folder: Path, described: list[dict[str, Any]], trainer: Train
     if [each["prefix"] for each in described] != [prefix for prefix, _ in heads]:
         raise ValueError(f"it has the heads {[each['prefix'] for each in described]}")
     headers: dict[str, dict[str, Any]] = {}
+    tensor_header(folder / "recent.safetensors")
     recent = load_file(folder / "recent.safetensors")
     for (prefix, head), each in zip(heads, described):
         if each["fan_in"] is not None and head.index is None:

@@ -17,7 +17,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -79,7 +79,9 @@ def differences(config: Config, file: Path) -> list[str]:
 class RunFolder:
     """The folder of a training, which holds it from the first look into it to its end; every rank must call.
 
-    Attributes: checkpoint: what the training goes on from. None: it begins.
+    Attributes:
+        config: as the run remembers it.
+        checkpoint: what the training goes on from. None: it begins.
 
     Raises UserError, on all ranks, where another training is at work in it, where the folder cannot be written, or rather than
     undo what another run has done; NothingToDo where the run is finished and `training.resume` asks for no more.
@@ -87,7 +89,9 @@ class RunFolder:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.path, self.checkpoint = config.run_folder, None
-        self._config, self._ranks = config, ranks
+        # Leave to replace a run is for this start alone: whoever starts from the run's own settings has none.
+        self.config = replace(config, training=replace(config.training, overwrite=False))
+        self._overwrite, self._ranks = config.training.overwrite, ranks
         self._lock: TextIO | None = None
         self._do(self._look)
         self.checkpoint = ranks.broadcast(self.checkpoint)
@@ -107,7 +111,7 @@ class RunFolder:
 
     def _take(self) -> None:
         self._lock = _locked(self.path)
-        best = re.escape(self._config.training.checkpoint_file)
+        best = re.escape(self.config.training.checkpoint_file)
         settle(self.path, re.compile(rf"model|(checkpoint|replaced)(-\d+)?|{best}"))
 
     def _results(self) -> list[Path]:
@@ -116,7 +120,7 @@ class RunFolder:
         return [path for path in found if not _CHECKPOINT.fullmatch(path.name)]
 
     def _to_go_on_from(self) -> Path | None:
-        training, found, results = self._config.training, find_checkpoint(self.path), self._results()
+        training, found, results = self.config.training, find_checkpoint(self.path), self._results()
         held = found or next((path for path in results if path.name == MODEL), None) or next(iter(results), None)
         if held is None:
             return None
@@ -125,8 +129,10 @@ class RunFolder:
         if found is not None:
             what, remedies = f"a run that was interrupted ({found.name})", ["go on with training.resume=true"]
         if training.resume:
-            remedy = f"put it back, or remove {held} if it is of no more use"
-            differ = differences(self._config, verify_file(held, "config.yaml", remedy=remedy))
+            file = self.path / "config.yaml"
+            if found is not None:
+                file = verify_file(found, "config.yaml", remedy=f"put it back, or remove {found} to go on without it")
+            differ = differences(self.config, file)
             if held.name == MODEL and not differ and _ended(self.path / LOG):
                 raise NothingToDo(
                     f"{self.path}: this run is finished; training.overwrite=true without training.resume trains it anew"
@@ -134,7 +140,7 @@ class RunFolder:
             if not differ:
                 return found  # None: it was cut off at its very end, or had no checkpoints
             what, remedies = f"{what} with {'; '.join(differ)}", ["set that again"]
-        if training.overwrite:
+        if self._overwrite:
             return None
         remedies.append(f"name this one otherwise (log_fname={_free(self.path).name})")
         raise UserError(
@@ -165,11 +171,11 @@ class RunFolder:
             if self._to_go_on_from() is not None:
                 raise UserError(f"{self.path}: another training was at work in it meanwhile; start again")
         if self.checkpoint is None:
-            if self._config.training.resume:
+            if self.config.training.resume:
                 print(f"{self.path}: no checkpoint to go on from; the training begins", flush=True)
             if held := [*checkpoints(self.path), *self._results()]:
                 self._set_aside(held)
-        write_text(self.path / "config.yaml", to_yaml(self._config))
+        write_text(self.path / "config.yaml", to_yaml(self.config))
 
     def _set_aside(self, held: list[Path]) -> None:
         aside = _free(self.path / "replaced")

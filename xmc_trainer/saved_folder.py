@@ -213,8 +213,8 @@ def _manifest(folder: Path, remedy: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
-        others = (folder / "model", folder.with_name(folder.name + OLD))
-        found = next((f", such as {other}" for other in others if (other / MANIFEST).is_file()), "")
+        others = (folder / "model", Path(f"{folder}{OLD}"))
+        found = next((f", such as {other}" for other in others if os.path.isfile(other / MANIFEST)), "")  # whatever the name
         raise UserError(f"{path}: {error.strerror}; name the folder of a saved model or checkpoint{found}") from None
     except (ValueError, RecursionError) as error:
         said = getattr(error, "msg", None) or "its numbers, text or nesting"

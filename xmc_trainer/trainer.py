@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,12 +79,10 @@ class Trainer:
 
     def __init__(self, config: Config, *, deepspeed_config: str | None = None, hooks: list[Hook] | None = None) -> None:
         optimization, data = config.training.optimization, config.data
-        # Of this start alone: whoever starts from this run's config.yaml replaces nothing.
-        self.config = replace(config, training=replace(config.training, overwrite=False))
         self.accelerator = accelerator_of(config, deepspeed_config)
         self.ranks, self.device = Ranks(config.environment.timeout), self.accelerator.device
         self._folder = RunFolder(config, self.ranks)
-        self.run_folder, self._checkpoint = self._folder.path, self._folder.checkpoint
+        self.config, self.run_folder, self._checkpoint = self._folder.config, self._folder.path, self._folder.checkpoint
         # What can be refused is refused before anything is loaded.
         try:
             select_backend(config.model.ffi.backend, self.device)

@@ -80,7 +80,9 @@ def test_nothing_is_lost_whenever_power_fails(toy_settings, tmp_path, in_memory,
     known: dict[bytes, list[str]] = {}
     monkeypatch.setattr(
         "xmc_trainer.run_folder.differences",
-        lambda config, file: known[text] if (text := file.read_bytes()) in known else known.setdefault(text, differences(config, file)),
+        lambda config, file: (
+            known[text] if (text := file.read_bytes()) in known else known.setdefault(text, differences(config, file))
+        ),
     )
 
     def crash(disk: CrashDisk) -> None:

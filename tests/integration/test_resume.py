@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.integration.test_launchers import launch, run_here, start_command
+from tests.integration.test_launchers import run_here
 from tests.integration.test_training import log_of, train
+from tests.saved_folders import no_file_longer_than
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
@@ -127,9 +131,9 @@ def message_of(settings):
     return str(caught.value)
 
 
-def run_message_of(settings):
+def run_message_of(settings, hooks=None):
     with pytest.raises(UserError) as caught:
-        train(settings)
+        train(settings, hooks=hooks)
     return str(caught.value)
 
 
@@ -207,18 +211,45 @@ def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
 
 
 def test_two_trainings_do_not_share_a_folder(interrupted):
+    """The lock is held while a training is at work, and not after it."""
+    lock = load_config(interrupted).run_folder / ".lock"
+    take = f"import fcntl; fcntl.lockf(open({str(lock)!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+
+    def taken() -> bool:
+        return b"BlockingIOError" in subprocess.run([sys.executable, "-c", take], capture_output=True).stderr
+
     class Second(Hook):
         def on_step_end(self, trainer):
-            done = launch(*start_command("python"), *interrupted, "training.resume=true")
-            assert done.returncode == 2 and f"another training is at work in it (process {os.getpid()} on " in done.stderr
+            assert taken() and lock.read_text().startswith(f"process {os.getpid()} on ")
             raise PowerCut
 
+    assert not taken()
     with pytest.raises(PowerCut):
         train([*interrupted, "training.resume=true"], hooks=[Second()])
-    assert find_checkpoint(load_config(interrupted).run_folder).name == "checkpoint-7"
+    assert not taken()
     new_process()
     file = load_config(interrupted).run_folder / "log.jsonl"
     assert "cannot be written (Not a directory); remove the file that stands where a folder must be, or set output_dir to another folder" in run_message_of([*interrupted, f"output_dir={file}"])
+
+
+@pytest.mark.parametrize("kilobytes, file", [(60, "checkpoint-14.partial"), (0, "log.jsonl")])
+def test_a_disk_that_is_full_ends_the_run_with_a_sentence(interrupted, kilobytes, file):
+    """In mid-run, whichever file it hits; the checkpoint before stays, and is gone on from."""
+
+    class Full(Hook):
+        def on_step_end(self, trainer):
+            if trainer.state.step == 9:
+                context.enter_context(no_file_longer_than(kilobytes << 10))
+
+    with ExitStack() as context:
+        message = run_message_of([*interrupted, "training.resume=true"], hooks=[Full()])
+    folder = load_config(interrupted).run_folder
+    assert message.startswith(f"{folder / file}: cannot be written (File too large); ")
+    assert message.endswith("; training.resume=true then goes on from checkpoint-7, which is whole") and "\n" not in message
+    assert not list(folder.glob("*.partial"))
+    new_process()
+    trainer, _ = train([*interrupted, "training.resume=true", "training.checkpoint_interval=0"])
+    assert [record["step"] for record in log_of(trainer, "step")] == list(range(1, 61))
 
 
 def test_what_may_change_does(interrupted):

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import nullcontext
+from random import Random
+
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
+from tests.fuzz import examples
 from xmc_trainer.clusters import LabelClusters, balanced_order, cluster_bounds, import_npy
 from xmc_trainer.errors import UserError
 
@@ -70,6 +76,38 @@ def test_files_remember_their_labels(tmp_path):
     (tmp_path / "c.safetensors").write_bytes(b"not clusters")
     with pytest.raises(UserError, match="not a file of label clusters"):
         LabelClusters.load(tmp_path / "c.safetensors", ids)
+
+
+def test_a_flipped_bit_of_a_cluster_file_is_refused_or_changes_nothing(tmp_path):
+    ids, random, path = [f"l{n}" for n in range(40)], Random(1), tmp_path / "c.safetensors"
+    made = LabelClusters(np.random.default_rng(1).permutation(40).astype(np.int32), np.array([0, 9, 22, 40]))
+    made.save(path, ids)
+    content = path.read_bytes()
+    for _ in range(examples(600)):
+        data = bytearray(content)
+        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
+        path.write_bytes(data)
+        try:
+            found = LabelClusters.load(path, ids)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert np.array_equal(found.order, made.order) and np.array_equal(found.offsets, made.offsets)
+
+
+def test_cluster_files_of_the_format_before_load_if_they_can_be_true(tmp_path):
+    ids, path = [f"l{n}" for n in range(6)], tmp_path / "c.safetensors"
+    digest = hashlib.sha256("\0".join(ids).encode()).hexdigest()
+    for order, offsets, message in [
+        ([5, 4, 3, 2, 1, 0], [0, 4, 6], None),
+        ([5, 4, 3, 2, 1, 1], [0, 4, 6], "does not hold each of its labels once"),
+        ([5, 4, 3, 2, 1, 0], [0, 7, 6], "its clusters do not follow each other"),
+        ([5, 4, 3, 2, 1, 0], [0, 4], "its clusters do not follow each other"),
+    ]:
+        tensors = {"order": np.array(order, np.int32), "offsets": np.array(offsets, np.int64)}
+        save_file(tensors, path, {"format": "1", "labels_sha256": digest})
+        with pytest.raises(UserError, match=message) if message else nullcontext():
+            assert LabelClusters.load(path, ids).order.tolist() == order
 
 
 def object_array(*groups):
