@@ -13,7 +13,9 @@ PACKAGE = ROOT / "xmc_trainer"
 ALLOWED = {
     "kernels": {"kernels"},
     "ops": {"kernels"},
-    "parallel": {"errors"},
+    "parallel": {"errors", "launch"},
+    "launch": {"errors"},
+    "signals": set(),
     "errors": set(),
     "metrics": set(),
     "schedules": set(),
@@ -22,7 +24,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "config": {"errors", "schedules"},
     "meta_branch": {"head"},
-    "engine": {"errors", "parallel"},
+    "engine": {"errors", "launch", "parallel"},
     "checkpoint": {"encoder", "head", "parallel", "errors"},
     "engine_state": set(),
     "resume": {"checkpoint", "config", "engine_state", "errors", "head", "trainer"},  # the trainer only as a type
