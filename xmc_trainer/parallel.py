@@ -233,7 +233,12 @@ class Ranks:
         if self.size == 1:
             return values
         if self._of_hosts is None:
-            self._of_hosts = dist.new_group(backend="gloo", timeout=self._timeout + _COLLECTIVES_WAIT_LONGER)
+            try:
+                self._of_hosts = dist.new_group(backend="gloo", timeout=self._timeout + _COLLECTIVES_WAIT_LONGER)
+            except RuntimeError as error:
+                raise UserError(
+                    f"the machines do not reach each other ({reason(error)}); name the network interface: GLOO_SOCKET_IFNAME"
+                ) from None
         found = torch.tensor(values())
         work = dist.all_reduce(found, dist.ReduceOp.MAX, group=self._of_hosts, async_op=True)
 

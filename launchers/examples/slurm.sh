@@ -1,18 +1,40 @@
 #!/usr/bin/env bash
 # Two nodes of eight GPUs under Slurm: sbatch launchers/examples/slurm.sh dataset=amazon3m dataset_path=/data log_fname=a3m
-# A job that lost a node, or its place, is queued again and goes on from its last checkpoint.
+# Two minutes before the time limit (or at scancel --batch --signal=USR1 JOB) all processes write a checkpoint and end, and the
+# job is queued again. A job that lost a node, or its place, is queued again too. Both go on from the last checkpoint.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=32
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
+#SBATCH --open-mode=append
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 . .venv/bin/activate
-GPUS=${GPUS:-8}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# One task a node; each starts the processes of its node.
+export GPUS=${GPUS:-8} FIRST_NODE
+FIRST_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# How long accelerate launch waits, in seconds, for its processes to write the checkpoint.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100
+
+# This shell gets the notice and passes it on to the tasks.
+notice=
+trap 'notice=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+trap : TERM # of the job's end: the tasks get their own, and need the time until SIGKILL
+# One task a node; each starts the processes of its node. Some Slurms signal the task alone, others all of its processes: the
+# task tells the launcher, which itself ignores USR1.
 srun --kill-on-bad-exit=1 bash -c '
-    exec accelerate launch --config_file launchers/examples/accelerate_two_machines.yaml \
-        --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * '"$GPUS"')) --machine_rank "$SLURM_NODEID" \
-        --main_process_ip '"$first"' --main_process_port 29500 launchers/train.py training.resume=true "$@"' bash "$@"
+    trap "kill -TERM \$launcher" USR1 TERM
+    (trap "" USR1; exec accelerate launch --config_file launchers/examples/accelerate_two_machines.yaml \
+        --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * GPUS)) --machine_rank "$SLURM_NODEID" \
+        --main_process_ip "$FIRST_NODE" --main_process_port 29500 launchers/train.py training.resume=true "$@") &
+    launcher=$!
+    wait $launcher || wait $launcher # a signal ends the first
+' bash "$@" &
+status=0
+wait $! || status=$?
+while kill -0 $! 2>/dev/null; do wait $! || status=$?; done # a signal ended the first
+if [ "$notice" ] && [ $status != 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $status

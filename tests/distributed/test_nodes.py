@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.test_launchers import BIN, ROOT, curve, losses_of, settings_value
+from tests.integration.test_launchers import BIN, ROOT, curve, losses_of, records_of, settings_value
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 ADDRESSES = ["10.77.0.1", "10.77.0.2"]
@@ -79,21 +81,39 @@ def test_two_machines_train_as_one_process(settings_and_one, hosts, launcher, tm
     assert losses_of(Path(settings_value(settings, "output_dir=")) / launcher) == pytest.approx(one, rel=1e-5)
 
 
-def test_the_slurm_example_starts_a_node(toy_settings, tmp_path):
+def test_the_slurm_example_ends_at_the_notice_and_goes_on(toy_settings, tmp_path):
+    """With stand-ins for Slurm's commands, on a single node: the notice goes to the batch shell, and on to the task."""
     if not (ROOT / ".venv").is_dir():
         pytest.skip("the example enters .venv")
-    # What Slurm's commands do on a single node.
-    (tmp_path / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\n")
-    (tmp_path / "srun").write_text('#!/bin/sh\ntest "$1" = --kill-on-bad-exit=1 || exit 9\nshift\nexec "$@"\n')
-    for name in ("scontrol", "srun"):
+    commands = {
+        "srun": f'test "$1" = --kill-on-bad-exit=1 || exit 9; shift; echo $$ > {tmp_path}/task; exec "$@"',
+        "scancel": f'test "$*" = "--signal=USR1 7" && kill -USR1 $(cat {tmp_path}/task)',
+        "scontrol": f'case "$*" in "show hostnames n1") echo 127.0.0.1;; "requeue 7") touch {tmp_path}/queued;; *) exit 9; esac',
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
     slurm["SLURM_STEP_NUM_TASKS"] = "2"  # tasks without a launcher in each would be refused
-    path = f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"
-    done = subprocess.run(
-        ["bash", "launchers/examples/slurm.sh", *toy_settings, "training.optimization.max_steps=3", "log_fname=slurm"],
-        cwd=ROOT, env=os.environ | ENVIRONMENT | slurm | {"GPUS": "1", "PATH": path}, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (Path(settings_value(toy_settings, "output_dir=")) / "slurm" / "model").is_dir()
+    slurm |= {"GPUS": "1", "PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"}
+    settings = [*toy_settings, "training.optimization.max_steps=400", "training.evaluation.test_evaluate_every=100", "log_fname=slurm"]
+    run = Path(settings_value(toy_settings, "output_dir=")) / "slurm"
+
+    def submit():
+        return subprocess.Popen(
+            ["bash", "launchers/examples/slurm.sh", *settings], cwd=ROOT, env=os.environ | ENVIRONMENT | slurm,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    job = submit()
+    while job.poll() is None and not (run / "log.jsonl").is_file():
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode and (tmp_path / "queued").is_file(), output
+    assert "SIGTERM: ended after step" in output and (run / "checkpoint" / "manifest.json").is_file()
+    (tmp_path / "queued").unlink()
+    job = submit()
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and not (tmp_path / "queued").exists(), output
+    assert [record["event"] for record in records_of(run)].count("resume") == 1 and (run / "model").is_dir()

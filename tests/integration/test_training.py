@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,7 +117,7 @@ def test_hooks_are_called_in_order(toy_settings):
         hooks=[record],
     )
     order = [name for name, _ in record.calls]
-    assert set(order) == set(events)  # on_rewire comes at step 5 of the 6
+    assert set(order) == set(events) - {"on_interrupt"}  # on_rewire comes at step 5 of the 6
     assert order[0] == "on_train_start" and order[-2:] == ["on_save", "on_train_end"]
     ends = [step for name, step in record.calls if name == "on_step_end"]
     assert ends == list(range(1, 7)) and order.count("on_evaluate") == 2
@@ -355,7 +356,7 @@ def test_the_meta_branch_helps_along_and_fades(toy_settings, clusters):
 class FirstOfTen(Ranks):
     """Rank 0 of ten, as far as a trainer asks before it meets the others."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta) -> None:
         self.rank, self.size = 0, 10
 
     def one_a_machine_first(self):
