@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,8 +12,15 @@ from torch import Tensor
 
 from xmc_trainer.config import Config
 from xmc_trainer.encoder import TextEncoder, load_backbone, load_state_dict_file
-from xmc_trainer.engine import build_accelerator
+from xmc_trainer.engine import build_accelerator, zero_stage
 from xmc_trainer.errors import UserError
+from xmc_trainer.flat_encoder import FlatEncoder
+
+_ENCODER_OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),  # as the head's, and what is expected of it in the field
+}
 
 
 def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accelerator:
@@ -63,6 +72,25 @@ def encoder_of(config: Config, device: torch.device) -> TextEncoder:
         raise UserError(f"model.ffi.input_features={ffi.input_features}: there are {encoder.out_features}")
     config.check_fan_in(encoder.out_features)
     return encoder
+
+
+def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncoder) -> tuple[Any, Any]:
+    """(module, optimizer) of `accelerator.prepare`: only the encoder meets the engine; the head is its own."""
+    optimization = config.training.optimization
+    stage = zero_stage(accelerator)
+    groups = encoder.parameter_groups(optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder)
+    # ZeRO 3 gathers the parameters of a layer when it comes to it, and needs them apart.
+    flat = FlatEncoder(encoder, groups) if stage != 3 else None
+    optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
+        flat.groups if flat is not None else groups,
+        lr=optimization.encoder_lr,
+        # torch's gradient scaler hands a fused optimizer its overflows, and then nobody can tell that a step was skipped.
+        fused=stage is not None or config.training.amp.mixed_precision != "fp16",
+    )
+    module, optimizer = accelerator.prepare(flat if flat is not None else encoder, optimizer)
+    if flat is not None:
+        flat.attach()
+    return module, optimizer
 
 
 def in_precision_of(

@@ -64,6 +64,9 @@ class TextEncoder(nn.Module):
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             mask = attention_mask[:, :, None].to(hidden.dtype)
             return (hidden * mask).sum(1) / mask.sum(1)
+        if self.feature_layers == 1:
+            # Asking for all layers' makes transformers set up hooks, which a compiler cannot see through.
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
 

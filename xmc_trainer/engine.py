@@ -207,6 +207,8 @@ def deepspeed_settings(
     stage = zero.setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage={stage}: write 0, 1, 2 or 3")
+    if stage in (1, 2) and not max_grad_norm and "offload_optimizer" not in zero:
+        zero.setdefault("compute_grad_norm", False)  # nobody asks for it
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # or saving fails, after all of the training
     # torch's optimizers with offloading too: DeepSpeed's own for the host is another one, and has to be compiled.
@@ -245,10 +247,16 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """DeepSpeed's; None without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return None if plugin is None else plugin.zero_stage
+
+
 def engine_name(accelerator: Accelerator) -> str:
     """What drives the encoder, for people."""
-    plugin = accelerator.state.deepspeed_plugin
-    return "without DeepSpeed" if plugin is None else f"DeepSpeed ZeRO {plugin.zero_stage}"
+    stage = zero_stage(accelerator)
+    return "without DeepSpeed" if stage is None else f"DeepSpeed ZeRO {stage}"
 
 
 def leave(accelerator: Accelerator) -> None:

@@ -83,7 +83,7 @@ def save(trainer: Trainer) -> None:
     """Write the training's checkpoint, between two optimizer steps; every rank must call."""
     folder, ranks, state = trainer.run_folder / FOLDER, trainer.ranks, trainer.state
     partial = begin_folder(folder, ranks)
-    encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
+    encoder = EncoderState(trainer.accelerator, trainer.encoder, trainer.optimizer)
     tensors = {}
     for name, value in encoder.tensors():
         if ranks.rank == 0:
@@ -159,7 +159,7 @@ class Checkpoint:
             raise UserError(f"{self.folder}: was made with other texts, or another tokenizer; put them back, or name another run by log_fname")
         if manifest["label_order"] != corpus.label_order:
             raise UserError(f"{self.folder}: was made with other label clusters; put {trainer.config.cluster_file} back")
-        encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
+        encoder = EncoderState(trainer.accelerator, trainer.encoder, trainer.optimizer)
         saved = manifest["encoder"]
         with safe_open(self.folder / "encoder.safetensors", framework="pt") as file:
             known = set(file.keys())

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xmc_trainer import resume
-from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of
+from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of, prepare_encoder
 from xmc_trainer.checkpoint import save_model
 from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.config import Config, to_yaml
@@ -41,11 +40,6 @@ from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 
-_ENCODER_OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": partial(torch.optim.SGD, momentum=0.9),  # as the head's, and what is expected of it in the field
-}
 # Losses stay on the device until this many seconds have passed: reading one waits for the device.
 _SECONDS_BETWEEN_LOSSES = 1.0
 # From its first 2^12 the loss scale of fp16 has halved to nothing long before.
@@ -123,16 +117,7 @@ class Trainer:
         self.head = self._build_head(self.encoder_module.out_features)
         if self._checkpoint is None:
             self._start_head_from_texts()
-        optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
-            self.encoder_module.parameter_groups(
-                optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder
-            ),
-            lr=optimization.encoder_lr,
-            # A gradient scaler hands a fused optimizer its overflows, and then nobody can tell that a step was skipped.
-            fused=config.training.amp.mixed_precision != "fp16",
-        )
-        # Only the encoder meets the engine; the head is its own.
-        self.encoder, self.optimizer = self.accelerator.prepare(self.encoder_module, optimizer)
+        self.encoder, self.optimizer = prepare_encoder(config, self.accelerator, self.encoder_module)
         self.meta_branch = None
         if config.model.auxiliary.use_meta_branch:
             self.meta_branch = self._build_meta_branch(cluster_of)

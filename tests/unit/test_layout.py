@@ -24,7 +24,8 @@ ALLOWED = {
     "meta_branch": {"head"},
     "engine": {"errors", "parallel"},
     "checkpoint": {"encoder", "head", "parallel", "errors"},
-    "engine_state": set(),
+    "flat_encoder": {"encoder"},
+    "engine_state": {"flat_encoder"},
     "resume": {"checkpoint", "config", "engine_state", "errors", "head", "trainer"},  # the trainer only as a type
 }
 
