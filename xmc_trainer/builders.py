@@ -25,13 +25,14 @@ _ENCODER_OPTIMIZERS = {
 
 def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accelerator:
     """The Accelerator of this process; see `build_accelerator`, which raises UserError."""
-    optimization = config.training.optimization
+    optimization, data = config.training.optimization, config.data
+    accumulation = optimization.grad_accum_step if data.micro_batches == "auto" else int(data.micro_batches)
     return build_accelerator(
         device=config.environment.device,
         cuda_device_id=config.environment.cuda_device_id,
         mixed_precision=config.training.amp.mixed_precision,
-        accumulation=optimization.grad_accum_step,
-        micro_batch=config.data.batch_size,
+        accumulation=accumulation,
+        micro_batch=config.texts_a_step // accumulation,
         max_grad_norm=optimization.max_grad_norm,
         deepspeed_config=deepspeed_config,
     )

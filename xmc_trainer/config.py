@@ -90,7 +90,14 @@ class DataConfig:
     num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused")
     max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off")
     num_workers: int = option(2, "data loader processes a rank")
-    batch_size: int = option(64, "texts a micro-batch over all ranks together")
+    batch_size: int = option(
+        64, "texts over all ranks together; an optimizer step trains on batch_size x training.optimization.grad_accum_step of them"
+    )
+    micro_batches: str = option(
+        "auto",
+        "into how many equal parts a step's texts are cut, one after the other, to save memory; every cut trains the same. auto: as "
+        "few as fit the GPU's memory; without a GPU grad_accum_step",
+    )
     test_batch_size: int = option(256, "texts an evaluation batch over all ranks together")
     train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays")
     length_grouped: bool = option(True, "batches of texts of similar length, in random order: less padding")
@@ -105,6 +112,8 @@ class DataConfig:
         for name in ("num_labels", "batch_size", "test_batch_size", "train_sample"):
             _at_least(f"data.{name}", getattr(self, name), 1)
         _at_least("data.max_len", self.max_len, 3)
+        if self.micro_batches != "auto" and not (self.micro_batches.isdecimal() and int(self.micro_batches) > 0):
+            raise UserError(f"data.micro_batches={self.micro_batches}: auto, or a number of parts")
         _at_least("data.num_workers", self.num_workers, 0)
         if self.is_lf_data and self.hf_source:
             raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
@@ -127,8 +136,8 @@ class EncoderConfig:
     pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
     feature_layers: int = option(1, "n of last_nhidden_conlast")
     embed_dropout: float = option(0.3, "dropout on the pooled embedding")
-    use_torch_compile: bool = option(
-        False, "compile the encoder (torch.compile, for batches of any length; a minute or two at the start)"
+    use_torch_compile: str = option(
+        "auto", "compile the encoder (torch.compile; seconds at the start): true, false, or auto: on a GPU, but not under ZeRO 3, and only if it can be"
     )
     use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
     ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
@@ -139,6 +148,8 @@ class EncoderConfig:
     )
 
     def __post_init__(self) -> None:
+        self.use_torch_compile = self.use_torch_compile.lower()  # YAML's booleans come as True and False
+        _one_of("model.encoder.use_torch_compile", self.use_torch_compile, ("auto", "true", "false"))
         _one_of("model.encoder.pool_mode", self.pool_mode, ("last_hidden_avg", "last_nhidden_conlast"))
         _at_least("model.encoder.feature_layers", self.feature_layers, 1)
         _share("model.encoder.embed_dropout", self.embed_dropout, below_one=True)
@@ -314,7 +325,7 @@ class OptimizationConfig:
     dense_epochs: int = option(
         0, "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one"
     )
-    grad_accum_step: int = option(1, "micro-batches an optimizer step")
+    grad_accum_step: int = option(1, "batches an optimizer step; how they are cut into micro-batches data.micro_batches says")
     encoder_lr: float = option(2e-5, "peak learning rate of the encoder")
     penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer")
     meta_lr: float = option(5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule")
@@ -496,9 +507,19 @@ class Config:
             raise UserError(f"model.ffi.input_features={d}: the layer below gives {known} features")
         if d or known:
             self.check_fan_in(d or known)
+        if self.data.micro_batches != "auto" and self.texts_a_step % int(self.data.micro_batches):
+            raise UserError(
+                f"data.micro_batches={self.data.micro_batches}: does not divide the {self.texts_a_step} texts of a step "
+                "(data.batch_size x training.optimization.grad_accum_step)"
+            )
         n, labels = ffi.output_features, self.data.num_labels
         if n is not None and labels is not None and n != labels:
             raise UserError(f"model.ffi.output_features={n} contradicts data.num_labels={labels}")
+
+    @property
+    def texts_a_step(self) -> int:
+        """Of an optimizer step, over all ranks."""
+        return self.data.batch_size * self.training.optimization.grad_accum_step
 
     def check_fan_in(self, features: int) -> None:
         """UserError where a label is to read more features than there are."""

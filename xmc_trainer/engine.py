@@ -217,9 +217,21 @@ def deepspeed_settings(
         raise UserError(
             f"{path}: fp16 at ZeRO stage 0 trains wrongly; take stage 1, 2 or 3, or training.amp.dtype=bfloat16"
         )
+    # It would wait for the GPU twice a step to tell the rate that we tell without.
+    settings.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     # Our learning rates are set from outside, and torch's optimizers are exact at every stage.
     settings.setdefault("zero_allow_untested_optimizer", True)
     return settings
+
+
+def set_accumulation(accelerator: Accelerator, accumulation: int) -> None:
+    """Cut the texts of a step into another number of micro-batches; before `accelerator.prepare`."""
+    before = accelerator.gradient_accumulation_steps
+    accelerator.gradient_accumulation_steps = accumulation
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        settings = plugin.deepspeed_config
+        settings["gradient_accumulation_steps"] = accumulation
+        settings["train_micro_batch_size_per_gpu"] = settings["train_micro_batch_size_per_gpu"] * before // accumulation
 
 
 def step_was_applied(accelerator: Accelerator, encoder: Any, optimizer: Any) -> bool:

@@ -26,6 +26,9 @@ ALLOWED = {
     "checkpoint": {"encoder", "head", "parallel", "errors"},
     "flat_encoder": {"encoder"},
     "engine_state": {"flat_encoder"},
+    "compiling": {"encoder"},
+    "micro_batches": set(),
+    "step_clock": set(),
     "resume": {"checkpoint", "config", "engine_state", "errors", "head", "trainer"},  # the trainer only as a type
 }
 

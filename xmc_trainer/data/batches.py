@@ -104,15 +104,15 @@ class TextBatches(torch.utils.data.Dataset):
     """One rank's batches of a plan; for `DataLoader(TextBatches(...), batch_size=None)`.
 
     An item is a dict:
-        input_ids, attention_mask: int64 [max(b, 1), T], padded to this batch's own longest text, that rounded up
+        input_ids, attention_mask: int64 [max(b, least_rows), T], padded to this batch's own longest text, that rounded up
             to a multiple of 8, but never beyond the longest text of all.
         label_counts: int32 [b]; label_ids: int32 [sum of label_counts].
         filter_counts, filter_ids: the same of the filter pairs, if there are any.
         rows: int64 [b], rows of the data set.
         rows_in_step: int, texts of the whole optimizer step.
         rank_sizes: (texts, labels) of every rank's part of the micro-batch, two lists of int.
-    A rank without rows in a micro-batch (b = 0) gets one text of one padding token, so that the encoder can run; take
-    features[:b].
+    Where there are fewer than `least_rows`, by default one, texts of one padding token follow; take features[:b]. So the encoder
+    can run where a rank has no rows (b = 0), and a compiled one sees batches of one size.
     """
 
     def __init__(
@@ -124,7 +124,9 @@ class TextBatches(torch.utils.data.Dataset):
         pad_token_id: int,
         places: np.ndarray | None = None,
         filter_pairs: Ragged | None = None,
+        least_rows: int = 1,
     ) -> None:
+        self._least_rows = least_rows
         self._dataset = dataset.with_format("arrow")
         self._plan, self._rank = plan, rank
         self._label_lengths = _list_lengths(dataset, "labels")
@@ -141,16 +143,17 @@ class TextBatches(torch.utils.data.Dataset):
             table = self._dataset[rows]
             tokens, labels = flatten_lists(table.column("input_ids")), flatten_lists(table.column("labels"))
         else:
-            tokens = Ragged(np.array([self._pad_token_id]), np.array([0, 1]))
+            tokens = Ragged(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
             labels = Ragged(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
         if self._places is not None:
             labels = Ragged(self._places[labels.ids], labels.offsets)
-        lengths = np.diff(tokens.offsets)
+        lengths = np.ones(max(len(rows), self._least_rows), dtype=np.int64)
+        lengths[: len(rows)] = np.diff(tokens.offsets)
         # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
         width = min(-(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP, self._longest)
         mask = np.arange(max(width, 1)) < lengths[:, None]
         input_ids = np.full(mask.shape, self._pad_token_id, dtype=np.int64)
-        input_ids[mask] = tokens.ids
+        input_ids[: len(rows)][mask[: len(rows)]] = tokens.ids
         batch = {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(mask.astype(np.int64)),
