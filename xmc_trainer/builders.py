@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from xmc_trainer.config import Config
 from xmc_trainer.encoder import TextEncoder, load_backbone, load_state_dict_file
@@ -38,13 +39,14 @@ def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accel
     )
 
 
-def encoder_of(config: Config, device: torch.device) -> TextEncoder:
-    """The encoder with its first weights, on the CPU; `device` is where it will run.
+def encoder_of(config: Config, device: torch.device, backbone: PreTrainedModel | None = None) -> TextEncoder:
+    """The encoder with its first weights, on the CPU; `device` is where it will run. Around `backbone`, or the one that is named.
 
     Raises UserError where the model is not to be had, or other settings contradict it.
     """
     chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi
-    backbone = load_backbone(chosen.encoder_model, for_cpu=device.type == "cpu")
+    if backbone is None:
+        backbone = load_backbone(chosen.encoder_model, for_cpu=device.type == "cpu")
     if chosen.use_ngame_encoder_weights:
         load_state_dict_file(backbone, chosen.ngame_checkpoint, chosen.ngame_key_prefix)
     if chosen.encoder_ftr_dim not in (None, backbone.config.hidden_size):

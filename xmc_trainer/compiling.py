@@ -23,7 +23,12 @@ def _layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
     found, inside = [], set()
     for owner in backbone.modules():
         for child in owner.children():
-            if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(layer) for layer in child}) == 1 and child not in inside:
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child) > 1
+                and len({type(layer) for layer in child}) == 1
+                and child not in inside
+            ):
                 found.append((owner, child))
                 inside.update(child.modules())
     return found
@@ -53,7 +58,9 @@ def undo(encoder: TextEncoder) -> None:
         module.__dict__.pop("forward", None)
 
 
-def warm_up(encoder: TextEncoder, forward: Callable[[Tensor, Tensor], Tensor], rows: int, tokens: int, device: torch.device) -> None:
+def warm_up(
+    encoder: TextEncoder, forward: Callable[[Tensor, Tensor], Tensor], rows: int, tokens: int, device: torch.device
+) -> None:
     """Let the encoder be compiled now, for training and for evaluation.
 
     Args:

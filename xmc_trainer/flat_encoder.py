@@ -21,7 +21,9 @@ class _Encode(torch.autograd.Function):
     """The encoder's forward and backward pass as one operation on the flat parameters."""
 
     @staticmethod
-    def forward(ctx: Any, flat_encoder: FlatEncoder, input_ids: Tensor, attention_mask: Tensor, *flat: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, flat_encoder: FlatEncoder, input_ids: Tensor, attention_mask: Tensor, *flat: Tensor
+    ) -> Tensor:
         with torch.enable_grad():
             features = flat_encoder.encoder(input_ids, attention_mask)
         ctx.features, ctx.members = features, flat_encoder.members

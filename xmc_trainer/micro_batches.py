@@ -14,7 +14,9 @@ _SPARED = 0.15
 _TEXTS = 8
 
 
-def bytes_a_text(forward: Callable[[Tensor, Tensor], Tensor], encoder: nn.Module, tokens: int, device: torch.device) -> int:
+def bytes_a_text(
+    forward: Callable[[Tensor, Tensor], Tensor], encoder: nn.Module, tokens: int, device: torch.device
+) -> int:
     """GPU memory that forward and backward pass need for one more text of `tokens` tokens."""
     parameters, peaks = [p for p in encoder.parameters() if p.requires_grad], []
     for texts in (_TEXTS, 2 * _TEXTS):
