@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xmc_trainer.config import Config
 from xmc_trainer.encoder import (
@@ -18,19 +20,27 @@ from xmc_trainer.encoder import (
     load_state_dict_file,
     load_tokenizer,
 )
-from xmc_trainer.engine import build_accelerator, whole_weights
+from xmc_trainer.engine import build_accelerator, whole_weights, zero_stage
 from xmc_trainer.errors import UserError
+from xmc_trainer.flat_encoder import FlatEncoder
+
+_ENCODER_OPTIMIZERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),  # as the head's, and what is expected of it in the field
+}
 
 
 def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accelerator:
     """The Accelerator of this process; see `build_accelerator`, which raises UserError."""
-    optimization = config.training.optimization
+    optimization, data = config.training.optimization, config.data
+    accumulation = optimization.grad_accum_step if data.micro_batches == "auto" else int(data.micro_batches)
     return build_accelerator(
         device=config.environment.device,
         cuda_device_id=config.environment.cuda_device_id,
         mixed_precision=config.training.amp.mixed_precision,
-        accumulation=optimization.grad_accum_step,
-        micro_batch=config.data.batch_size,
+        accumulation=accumulation,
+        micro_batch=config.texts_a_step // accumulation,
         max_grad_norm=optimization.max_grad_norm,
         deepspeed_config=deepspeed_config,
         timeout=config.environment.timeout,
@@ -43,13 +53,9 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     return load_tokenizer(chosen.encoder_tokenizer, trust_remote_code=chosen.trust_remote_code)
 
 
-def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> TextEncoder:
-    """The encoder with its first weights, on the CPU; `device` is where it will run.
-
-    Raises UserError where the model is not to be had, does not fit the tokenizer, or other settings contradict it.
-    """
-    chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi
-    where = f"model.encoder.encoder_model={chosen.encoder_model}"
+def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    """The backbone that a configuration names. Raises UserError where it is not to be had, or does not fit the tokenizer."""
+    chosen = config.model.encoder
     backbone = load_backbone(
         chosen.encoder_model, for_cpu=device.type == "cpu", trust_remote_code=chosen.trust_remote_code
     )
@@ -60,6 +66,16 @@ def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch
         tokenizer_is=f"model.encoder.encoder_tokenizer={chosen.encoder_tokenizer}",
         max_len_is=f"data.max_len={config.data.max_len}",
     )
+    return backbone
+
+
+def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
+    """The encoder around `backbone`, with its first weights, on the CPU.
+
+    Raises UserError where other settings contradict it.
+    """
+    chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi
+    where = f"model.encoder.encoder_model={chosen.encoder_model}"
     if chosen.use_ngame_encoder_weights:
         load_state_dict_file(backbone, chosen.ngame_checkpoint, chosen.ngame_key_prefix)
     if chosen.encoder_ftr_dim not in (None, backbone.config.hidden_size):
@@ -84,6 +100,25 @@ def encoder_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch
         raise UserError(f"model.ffi.input_features={ffi.input_features}: there are {encoder.out_features}")
     config.check_fan_in(encoder.out_features)
     return encoder
+
+
+def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncoder) -> tuple[Any, Any]:
+    """(module, optimizer) of `accelerator.prepare`: only the encoder meets the engine; the head is its own."""
+    optimization = config.training.optimization
+    stage = zero_stage(accelerator)
+    groups = encoder.parameter_groups(optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder)
+    # ZeRO 3 gathers the parameters of a layer when it comes to it, and needs them apart.
+    flat = FlatEncoder(encoder, groups) if stage != 3 else None
+    optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
+        flat.groups if flat is not None else groups,
+        lr=optimization.encoder_lr,
+        # torch's gradient scaler hands a fused optimizer its overflows, and then nobody can tell that a step was skipped.
+        fused=stage is not None or config.training.amp.mixed_precision != "fp16",
+    )
+    module, optimizer = accelerator.prepare(flat if flat is not None else encoder, optimizer)
+    if flat is not None:
+        flat.attach()
+    return module, optimizer
 
 
 def in_precision_of(

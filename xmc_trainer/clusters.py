@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of, tokenizer_of
+from xmc_trainer.builders import accelerator_of, backbone_of, encoder_of, in_precision_of, tokenizer_of
 from xmc_trainer.cli import USAGE
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus, batch_of_texts, sample_rows
@@ -306,7 +306,7 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     """The clusters of a configuration's data set and encoder, and the label ids."""
     device = accelerator_of(config).device
     tokenizer = tokenizer_of(config)
-    encoder = encoder_of(config, tokenizer, device).to(device)
+    encoder = encoder_of(config, backbone_of(config, tokenizer, device)).to(device)
     corpus = corpus_of(config, tokenizer)
     labels = corpus.num_labels
     count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size

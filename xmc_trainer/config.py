@@ -124,7 +124,16 @@ class DataConfig(Section, prefix="data."):
     num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused", _COUNT)
     max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off", "[3, 1000000]")
     num_workers: int = option(2, "data loader processes a rank", "[0, 1024]")
-    batch_size: int = option(64, "texts a micro-batch over all ranks together", _BATCH)
+    batch_size: int = option(
+        64,
+        "texts over all ranks together; an optimizer step trains on batch_size x training.optimization.grad_accum_step of them",
+        _BATCH,
+    )
+    micro_batches: str = option(
+        "auto",
+        "into how many equal parts a step's texts are cut, one after the other, to save memory; every cut trains the same. auto: as "
+        "few as fit the GPU's memory; without a GPU grad_accum_step",
+    )
     test_batch_size: int = option(256, "texts an evaluation batch over all ranks together", _BATCH)
     train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays", _COUNT)
     length_grouped: bool = option(True, "batches of texts of similar length, in random order: less padding")
@@ -138,6 +147,8 @@ class DataConfig(Section, prefix="data."):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_folder("data.cache_dir", self.cache_dir)
+        if self.micro_batches != "auto" and not (re.fullmatch("[0-9]{1,7}", self.micro_batches) and int(self.micro_batches)):
+            raise UserError(f"data.micro_batches={shown(repr(self.micro_batches))}: must be auto, or a number of parts")
         if self.is_lf_data and self.hf_source:
             raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
         if self.label_text_file and (self.is_lf_data or self.hf_source):
@@ -162,8 +173,8 @@ class EncoderConfig(Section, prefix="model.encoder."):
     pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
     feature_layers: int = option(1, "n of last_nhidden_conlast", "[1, 1000]")
     embed_dropout: float = option(0.3, "dropout on the pooled embedding", "[0, 1)")
-    use_torch_compile: bool = option(
-        False, "compile the encoder (torch.compile, for batches of any length; a minute or two at the start)"
+    use_torch_compile: str = option(
+        "auto", "compile the encoder (torch.compile; seconds at the start): true, false, or auto: on a GPU, but not under ZeRO 3, and only if it can be"
     )
     use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
     ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
@@ -175,6 +186,8 @@ class EncoderConfig(Section, prefix="model.encoder."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.use_torch_compile = self.use_torch_compile.lower()  # YAML's truth values come as True and False, too
+        _one_of("model.encoder.use_torch_compile", self.use_torch_compile, ("auto", "true", "false"))
         _one_of("model.encoder.pool_mode", self.pool_mode, ("last_hidden_avg", "last_nhidden_conlast"))
         if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
             raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
@@ -336,7 +349,9 @@ class OptimizationConfig(Section, prefix="training.optimization."):
         0, "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one",
         "[0, 100000]",
     )
-    grad_accum_step: int = option(1, "micro-batches an optimizer step", _BATCH)
+    grad_accum_step: int = option(
+        1, "batches an optimizer step; data.micro_batches says how they are cut into micro-batches", _BATCH
+    )
     encoder_lr: float = option(2e-5, "peak learning rate of the encoder", _RATE)
     penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer", _RATE)
     meta_lr: float = option(5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule", _RATE)
@@ -510,9 +525,19 @@ class Config(Section):
             raise UserError(f"model.ffi.input_features={d}: the layer below gives {known} features")
         if d or known:
             self.check_fan_in(d or known)
+        if self.data.micro_batches != "auto" and self.texts_a_step % int(self.data.micro_batches):
+            raise UserError(
+                f"data.micro_batches={self.data.micro_batches}: does not divide the {self.texts_a_step} texts of a step "
+                "(data.batch_size x training.optimization.grad_accum_step)"
+            )
         n, labels = ffi.output_features, self.data.num_labels
         if n is not None and labels is not None and n != labels:
             raise UserError(f"model.ffi.output_features={n} contradicts data.num_labels={labels}")
+
+    @property
+    def texts_a_step(self) -> int:
+        """Of an optimizer step, over all ranks."""
+        return self.data.batch_size * self.training.optimization.grad_accum_step
 
     def check_fan_in(self, features: int) -> None:
         """UserError where a label is to read more features than there are."""

@@ -82,6 +82,9 @@ class TextEncoder(nn.Module):
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             mask = attention_mask[:, :, None].to(hidden.dtype)
             return (hidden * mask).sum(1) / mask.sum(1)
+        if self.feature_layers == 1:
+            # Asking for all layers' makes transformers set up hooks, which a compiler cannot see through.
+            return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
 
@@ -325,18 +328,6 @@ def check_padding_is_hidden(encoder: TextEncoder, longest: int, where: str) -> N
             f"{where}: {type(encoder.backbone).__name__} gives a text other features where it is padded, so that scores would "
             "depend on the batch; name another encoder"
         )
-
-
-def has_unused_parameters(encoder: TextEncoder) -> bool:
-    """Whether a backward pass may leave trained parameters without a gradient: Longformer's of global attention, dropped layers ..."""
-    if any(share for name, share in encoder.backbone.config.to_dict().items() if name.endswith("layerdrop")):
-        return True
-    device = next(encoder.parameters()).device
-    training, tokens = encoder.training, torch.arange(3, device=device)[None]
-    features = encoder.eval()(tokens, torch.ones_like(tokens))
-    encoder.train(training)
-    trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
-    return None in torch.autograd.grad(features.sum(), trained, allow_unused=True)
 
 
 def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) -> None:

@@ -17,8 +17,8 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, GradScalerKwargs
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 from torch import nn
 
 from xmc_trainer.errors import UserError, shown
@@ -112,16 +112,6 @@ def build_accelerator(
             "--config_file launchers/accelerate_zero2.yaml, or by deepspeed launchers/train.py --deepspeed_config FILE"
         )
     return accelerator
-
-
-def drives_by_ddp(accelerator: Accelerator) -> bool:
-    """Whether torch's DistributedDataParallel, which waits for every parameter's gradient, will drive the encoder."""
-    return accelerator.distributed_type in (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-
-
-def let_ddp_find_unused_parameters(accelerator: Accelerator) -> None:
-    """Of what `prepare` will be given; costs a pass over the graph each step."""
-    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
 
 
 def _cpu_takes_fp16() -> bool:
@@ -282,6 +272,8 @@ def deepspeed_settings(
     for part in ("offload_optimizer", "offload_param"):
         if not isinstance(zero.get(part, {}), dict):
             raise UserError(f'{path}: zero_optimization.{part} must be a JSON object such as {{"device": "cpu"}}')
+    if stage in (1, 2) and not max_grad_norm and "offload_optimizer" not in zero:
+        zero.setdefault("compute_grad_norm", False)  # nobody asks for it
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True  # or saving fails, after all of the training
     # torch's optimizers with offloading too: DeepSpeed's own for the host is another one, and has to be compiled.
@@ -290,9 +282,21 @@ def deepspeed_settings(
         raise UserError(
             f"{path}: fp16 at ZeRO stage 0 trains wrongly; take stage 1, 2 or 3, or training.amp.dtype=bfloat16"
         )
+    # It would wait for the GPU twice a step to tell the rate that we tell without.
+    settings.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     # Our learning rates are set from outside, and torch's optimizers are exact at every stage.
     settings.setdefault("zero_allow_untested_optimizer", True)
     return settings
+
+
+def set_accumulation(accelerator: Accelerator, accumulation: int) -> None:
+    """Cut the texts of a step into another number of micro-batches; before `accelerator.prepare`."""
+    before = accelerator.gradient_accumulation_steps
+    accelerator.gradient_accumulation_steps = accumulation
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        settings = plugin.deepspeed_config
+        settings["gradient_accumulation_steps"] = accumulation
+        settings["train_micro_batch_size_per_gpu"] = settings["train_micro_batch_size_per_gpu"] * before // accumulation
 
 
 def step_was_applied(accelerator: Accelerator, encoder: Any, optimizer: Any) -> bool:
@@ -320,10 +324,16 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """DeepSpeed's; None without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return None if plugin is None else plugin.zero_stage
+
+
 def engine_name(accelerator: Accelerator) -> str:
     """What drives the encoder, for people."""
-    plugin = accelerator.state.deepspeed_plugin
-    return "without DeepSpeed" if plugin is None else f"DeepSpeed ZeRO {plugin.zero_stage}"
+    stage = zero_stage(accelerator)
+    return "without DeepSpeed" if stage is None else f"DeepSpeed ZeRO {stage}"
 
 
 def leave(accelerator: Accelerator) -> None:

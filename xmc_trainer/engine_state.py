@@ -2,6 +2,7 @@
 
 DeepSpeed scatters a parameter's float32 values and optimizer state over the ranks; here they are put together, one parameter
 at a time, and taken apart again. So a training goes on with another ZeRO stage, number of processes, or without DeepSpeed.
+Names and shapes are the encoder's own, also where the engine has flat parameters.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from xmc_trainer.flat_encoder import named_parts
+
 # What each of torch's optimizers keeps for a parameter beside its count of steps.
 _STATES = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Adam: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
 
 
 class EncoderState:
-    """Access to the trained parameters of `module` and what `optimizer` (of `accelerator.prepare`) keeps for them."""
+    """Access to the trained parameters of `encoder` and what `optimizer` keeps for them, both as `accelerator.prepare` gave them."""
 
-    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: Any) -> None:
+    def __init__(self, accelerator: Accelerator, encoder: nn.Module, optimizer: Any) -> None:
         self._accelerator = accelerator
-        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._parts = list(named_parts(accelerator.unwrap_model(encoder)))
         # accelerate's wrapper holds DeepSpeed's optimizer, which holds torch's; or torch's itself.
         self._engine = optimizer.optimizer
         self._torch = getattr(self._engine, "optimizer", self._engine)
-        first = next(iter(self._parameters.values()))
+        first = self._parts[0][0]
         self._partitioned = hasattr(first, "ds_id")  # ZeRO 3: the module holds no whole parameter
         self._sharded = self._partitioned or hasattr(first, "_hp_mapping")
         # ZeRO 0 with bfloat16 keeps a float32 copy of each parameter.
@@ -53,9 +56,11 @@ class EncoderState:
         """("weight/<name>" or "<state>/<name>", float32 tensor) of every parameter. Every rank must run through it."""
         if self.names():
             self._link()
-        for name, parameter in self._parameters.items():
+        for parameter, members in self._parts:
             for state in (None, *self.names()):
-                yield f"{state or 'weight'}/{name}", self._get(parameter, state)
+                parts = self._get(parameter, state).reshape(-1).split([shape.numel() for _, shape in members])
+                for (name, shape), part in zip(members, parts):
+                    yield f"{state or 'weight'}/{name}", part.view(shape)
 
     def _get(self, parameter: Tensor, state: str | None) -> Tensor:
         if self._sharded:
@@ -75,13 +80,16 @@ class EncoderState:
             if states != _STATES[type(self._torch)]:
                 raise ValueError(f"it has the optimizer states {', '.join(states)}")
             self._make_states(states, steps)
-        for name, parameter in self._parameters.items():
+        for parameter, members in self._parts:
+            whole = getattr(parameter, "ds_shape", parameter.shape)
             for state in (None, *states):
-                value = get(f"{state or 'weight'}/{name}").to(self._accelerator.device)
-                shape = getattr(parameter, "ds_shape", parameter.shape)
-                if value.shape != shape:
-                    raise ValueError(f"{name} has the shape {list(value.shape)}, the encoder's has {list(shape)}")
-                self._set(parameter, value, state)
+                values = []
+                for name, shape in members:
+                    value = get(f"{state or 'weight'}/{name}").to(self._accelerator.device)
+                    if value.shape != shape:
+                        raise ValueError(f"{name} has the shape {list(value.shape)}, the encoder's has {list(shape)}")
+                    values.append(value.reshape(-1))
+                self._set(parameter, torch.cat(values).view(whole), state)
 
     def _make_states(self, names: tuple[str, ...], steps: float) -> None:
         """As after a step: torch's optimizers make theirs in the first one."""

@@ -90,8 +90,12 @@ def loader_of(
     pad_token_id: int | None,
     workers: int,
     device: torch.device,
+    least_rows: int = 1,
 ) -> DataLoader:
-    """This rank's batches of a plan over "train" or "test"; test batches carry the filter pairs, if there are any."""
+    """This rank's batches of a plan over "train" or "test"; test batches carry the filter pairs, if there are any.
+
+    Args: least_rows: of input_ids in a batch.
+    """
     batches = TextBatches(
         corpus.train if split == "train" else corpus.test,
         plan,
@@ -99,6 +103,7 @@ def loader_of(
         pad_token_id=pad_token_id,
         places=corpus.places,
         filter_pairs=corpus.filter_pairs if split == "test" else None,
+        least_rows=least_rows,
     )
     return DataLoader(
         batches,

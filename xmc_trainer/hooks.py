@@ -68,7 +68,11 @@ class Hook:
         """After a real optimizer step: encoder and head hold new weights. Not after one that fp16 skipped."""
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """Every second or so: the steps since the last call, as {"step", "epoch", "loss", "lr", "encoder_lr", ...}."""
+        """Every second or so: the steps since the last call, as {"step", "epoch", "loss", "lr", "encoder_lr", ...}.
+
+        The last one also has the speed of them all: "texts_per_s", the milliseconds of a step "encoder_ms" (forward, backward and
+        update) and "head_ms", the share of the time "waiting" for data, and on a GPU "gib", the memory allocated at most.
+        """
 
     def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
         """After a rewiring with the scheduled threshold or fraction `amount`; the report covers this rank's labels."""
@@ -315,7 +319,13 @@ class ProgressHook(Hook):
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         if self._bar is None:
             return
-        self._bar.set_postfix_str(f"epoch {trainer.state.epoch + 1} loss {records[-1]['loss']:.4g}", refresh=False)
+        last = records[-1]
+        memory = f", {last['gib']:.1f} GiB" if "gib" in last else ""
+        self._bar.set_postfix_str(
+            f"epoch {trainer.state.epoch + 1} loss {last['loss']:.4g}, {last['texts_per_s']:,.0f} texts/s: encoder {last['encoder_ms']:.1f} ms, "
+            f"head {last['head_ms']:.1f} ms, waiting {100 * last['waiting']:.0f} %{memory}",
+            refresh=False,
+        )
         self._bar.update(len(records))
         for record in records:
             if self.print_iter and record["step"] % self.print_iter == 0:
@@ -379,7 +389,7 @@ class JsonLogHook(Hook):
             on_gpu = trainer.device.type == "cuda"
             device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
-            sizes = {"processes": trainer.ranks.size, "head_bytes": all_bytes, "labels": trainer.corpus.num_labels}
+            sizes = {"processes": trainer.ranks.size, "micro_batches": trainer.micro_batches, "compiled": trainer.compiled, "head_bytes": all_bytes, "labels": trainer.corpus.num_labels}
             event = {"event": "resume", "step": trainer.state.step} if trainer.state.step else {"event": "start"}
             self.write(event | {"device": device, "engine": engine_name(trainer.accelerator)} | versions | sizes)
 

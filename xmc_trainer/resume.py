@@ -101,7 +101,7 @@ def save(trainer: Trainer) -> None:
     Those that it makes superfluous go once it is on the disk. Raises CannotWrite, on all ranks, if the disk fails one of them.
     """
     ranks, state = trainer.ranks, trainer.state
-    encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
+    encoder = EncoderState(trainer.accelerator, trainer.encoder, trainer.optimizer)
     tensors = {}
     for name, value in encoder.tensors():
         if ranks.rank == 0:
@@ -203,7 +203,7 @@ def _restore_state(folder: Path, manifest: dict[str, Any], trainer: Trainer) -> 
 
 
 def _restore_encoder(folder: Path, saved: dict[str, Any], trainer: Trainer) -> None:
-    encoder = EncoderState(trainer.accelerator, trainer.encoder_module, trainer.optimizer)
+    encoder = EncoderState(trainer.accelerator, trainer.encoder, trainer.optimizer)
     left = tensor_header(folder / "encoder.safetensors")
     with safe_open(folder / "encoder.safetensors", framework="pt") as file:
 

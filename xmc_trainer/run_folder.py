@@ -36,7 +36,7 @@ _CHECKPOINT = re.compile(r"checkpoint(?:-(\d+))?")  # without a number: of an ea
 # What a training may go on with otherwise than it began: places, and what does not change what is learned.
 _FREE = (
     "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.num_workers", "data.cache_dir",
-    "data.test_batch_size", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer", "model.encoder.ngame_checkpoint",
+    "data.test_batch_size", "data.micro_batches", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer", "model.encoder.ngame_checkpoint",
     "model.encoder.use_torch_compile", "model.ffi.backend", "model.ffi.tile_labels", "training.verbose", "training.resume",
     "training.overwrite", "training.checkpoint_interval", "training.checkpoint_minutes", "training.checkpoints_kept", "training.use_checkpoint", "training.checkpoint_file", "training.best_p1",
 )  # fmt: skip

@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,14 +18,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xmc_trainer import resume, signals
-from xmc_trainer.builders import accelerator_of, encoder_of, in_precision_of, tokenizer_of
+from xmc_trainer.builders import accelerator_of, backbone_of, encoder_of, in_precision_of, prepare_encoder, tokenizer_of
 from xmc_trainer.checkpoint import head_parts, save_model
 from xmc_trainer.clusters import LabelClusters
+from xmc_trainer.compiling import compile_encoder, undo, warm_up
 from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
-from xmc_trainer.encoder import has_unused_parameters
-from xmc_trainer.engine import drives_by_ddp, leave, let_ddp_find_unused_parameters, step_was_applied, whole_weights
-from xmc_trainer.errors import UserError
+from xmc_trainer.encoder import TextEncoder
+from xmc_trainer.engine import (
+    leave,
+    set_accumulation,
+    step_was_applied,
+    whole_weights,
+    zero_stage,
+)
+from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.finite import require_finite
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
@@ -34,15 +40,12 @@ from xmc_trainer.head.losses import starting_bias
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.label_features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.meta_branch import MetaBranch
+from xmc_trainer.micro_batches import bytes_a_text, fewest_parts, free_bytes
 from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import MODEL, RunFolder
+from xmc_trainer.step_clock import StepClock
 
-_ENCODER_OPTIMIZERS = {
-    "adamw": torch.optim.AdamW,
-    "adam": torch.optim.Adam,
-    "sgd": partial(torch.optim.SGD, momentum=0.9),  # as the head's, and what is expected of it in the field
-}
 # Losses stay on the device until this many seconds have passed: reading one waits for the device.
 _SECONDS_BETWEEN_LOSSES = 1.0
 # From its first 2^12 the loss scale of fp16 has halved to nothing long before.
@@ -89,20 +92,16 @@ class Trainer:
         except ValueError as error:
             raise UserError(str(error)) from None
         plugin = self.accelerator.state.deepspeed_plugin
-        if config.model.encoder.use_torch_compile and plugin is not None and plugin.zero_stage == 3:
+        if config.model.encoder.use_torch_compile == "true" and plugin is not None and plugin.zero_stage == 3:
             raise UserError(
                 "model.encoder.use_torch_compile=true: not under ZeRO stage 3, where parameters come and go while compiled code "
                 "expects them in their place; take stage 2, or set it to false"
             )
-        if data.hf_source is None and not config.data_folder.is_dir():
-            raise UserError(f"{config.data_folder}: no such folder; set dataset_path or data.folder")
+        self._require_data()
         if config.needs_clusters:
             LabelClusters.require(config.cluster_file)
         set_seed(config.training.seed)
-        self.tokenizer = tokenizer_of(config)
-        self.encoder_module = encoder_of(config, self.tokenizer, self.device)
-        if drives_by_ddp(self.accelerator) and has_unused_parameters(self.encoder_module):
-            let_ddp_find_unused_parameters(self.accelerator)
+        self.tokenizer, self.encoder_module = self._load_encoder()
         self.corpus = self._load_corpus()
         cluster_of = self._order_labels()
         self.train_rows = sample_rows(len(self.corpus.train), data.train_sample, config.training.seed)
@@ -113,9 +112,9 @@ class Trainer:
         if optimization.grad_accum_step > most:
             raise UserError(
                 f"training.optimization.grad_accum_step={optimization.grad_accum_step}: the {self.train_texts} training texts fill "
-                f"only {most} micro-batches of data.batch_size={data.batch_size}; set it to {most} at most"
+                f"only {most} batches of data.batch_size={data.batch_size}; set it to {most} at most"
             )
-        steps_per_epoch = math.ceil(self.train_texts / (data.batch_size * optimization.grad_accum_step))
+        steps_per_epoch = math.ceil(self.train_texts / config.texts_a_step)
         total_steps = min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf)
         self.state = TrainerState(int(total_steps), steps_per_epoch)
         dense_steps = optimization.dense_epochs * steps_per_epoch
@@ -126,21 +125,12 @@ class Trainer:
                 "sparse; raise it or lower dense_epochs"
             )
 
-        if config.model.encoder.use_torch_compile:
-            self._compile_backbone()
         self.head = self._build_head(self.encoder_module.out_features)
         if self._checkpoint is None:
             self._start_head_from_texts()
-        optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
-            self.encoder_module.parameter_groups(
-                optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder
-            ),
-            lr=optimization.encoder_lr,
-            # A gradient scaler hands a fused optimizer its overflows, and then nobody can tell that a step was skipped.
-            fused=config.training.amp.mixed_precision != "fp16",
-        )
-        # Only the encoder meets the engine; the head is its own.
-        self.encoder, self.optimizer = self.accelerator.prepare(self.encoder_module, optimizer)
+        self.micro_batches = self._cut_steps()
+        self.encoder, self.optimizer = prepare_encoder(config, self.accelerator, self.encoder_module)
+        self.compiled = self._compile_encoder()
         self.meta_branch = None
         if config.model.auxiliary.use_meta_branch:
             self.meta_branch = self._build_meta_branch(cluster_of)
@@ -148,6 +138,7 @@ class Trainer:
         self.metrics: dict[str, dict[str, float]] = {}  # the last evaluation of each split
         self._losses: list[tuple[dict[str, Any], Tensor]] = []  # steps whose loss is still on the device
         self._losses_read = time.monotonic()
+        self.clock = StepClock(self.device)
         self.not_finite = 0  # latest steps in a row whose loss is not
         if self._checkpoint is not None:
             resume.restore(self._checkpoint, self)
@@ -195,27 +186,28 @@ class Trainer:
     def _train_epoch(self) -> None:
         self.encoder.train()
         self.head.train()
-        optimization, data = self.config.training.optimization, self.config.data
-        accumulation = optimization.grad_accum_step
         steps = plan_epoch(
             self._train_lengths,
-            batch_size=data.batch_size,
-            accumulation=accumulation,
+            batch_size=self.config.texts_a_step // self.micro_batches,
+            accumulation=self.micro_batches,
             world_size=self.ranks.size,
             seed=self.config.training.seed,
             epoch=self.state.epoch,
-            length_grouped=data.length_grouped,
+            length_grouped=self.config.data.length_grouped,
             rows=self.train_rows,
         )
         made = self.state.step - self.state.epoch * self.state.steps_per_epoch  # of this epoch, before a checkpoint
         steps = steps[made : made + self.state.total_steps - self.state.step]
-        batches = iter(self._loader("train", [micro for step in steps for micro in step]))
+        batches = iter(self._loader("train", [micro for step in steps for micro in step], self.config.texts_a_step // self.micro_batches))
         for _ in steps:
             self.dispatch("on_step_begin")
             self._seed_draws()
             loss = torch.zeros((), device=self.device)
-            for micro in range(accumulation):
-                loss += self._micro_step(next(batches), end_of_step=micro == accumulation - 1)
+            for micro in range(self.micro_batches):
+                self.clock.mark(None)
+                batch = next(batches)
+                self.clock.mark("data")
+                loss += self._micro_step(batch, end_of_step=micro == self.micro_batches - 1)
             applied = step_was_applied(self.accelerator, self.encoder, self.optimizer)
             self.state.step += 1
             self._record_loss(loss, applied)
@@ -233,7 +225,8 @@ class Trainer:
         tensors = self._to_device(batch)
         meta_weight = self.meta_branch.weight(self.state.step) if self.meta_branch is not None else 0.0
         with self.accelerator.accumulate(self.encoder):
-            features = self._encode(tensors["input_ids"], tensors["attention_mask"])
+            features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
+            self.clock.mark("forward")
             parts = self.head.parts(1.0 - meta_weight)
             if meta_weight > 0:
                 parts += self.meta_branch.parts(meta_weight)
@@ -245,20 +238,17 @@ class Trainer:
                 end_of_step=end_of_step,
                 texts_in_step=batch["rows_in_step"],
                 # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
-                engine_divisor=float(self.ranks.size * optimization.grad_accum_step),
+                engine_divisor=float(self.ranks.size * self.micro_batches),
                 rank_sizes=batch["rank_sizes"],
             )
+            self.clock.mark("head")
             self.accelerator.backward(loss)
             if optimization.max_grad_norm and self.accelerator.sync_gradients:
                 self.accelerator.clip_grad_norm_(self.encoder.parameters(), optimization.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
+        self.clock.mark("engine")  # which runs the backward pass, and at the end of a step the update
         return loss.detach()
-
-    def _encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.config.model.encoder.use_torch_compile:  # else this would import the compiler, which takes seconds
-            torch.compiler.cudagraph_mark_step_begin()  # what a recorded graph gave before may be overwritten
-        return self.encoder(input_ids, attention_mask)
 
     # Losses ---------------------------------------------------------------------------------------------------------
 
@@ -282,6 +272,7 @@ class Trainer:
         records = [record | {"loss": value} for (record, _), value in zip(self._losses, values)]
         self._losses, self._losses_read = [], time.monotonic()
         records[-1]["head_skipped"] = int(self.head.skipped)
+        records[-1] |= self._speed(len(records))
         self.dispatch("on_losses", records)
         # fp16 may overflow now and then: its loss scale recovers, and the head skips such a step.
         allowed = _FP16_STEPS_TO_RECOVER if self.config.training.amp.mixed_precision == "fp16" else 0
@@ -292,6 +283,20 @@ class Trainer:
                     f"the loss is not finite at step {record['step']}: lower training.optimization.encoder_lr or lr, or "
                     "set training.optimization.max_grad_norm=1.0"
                 )
+
+    def _speed(self, steps: int) -> dict[str, float]:
+        """Of the last `steps`, all whole but an epoch's last one: rate, the parts of a step, the GPU's memory in use at most."""
+        parts = self.clock.read()
+        ms = sum(parts.values())
+        speed = {
+            "texts_per_s": 1000 * steps * self.config.texts_a_step / ms,
+            "encoder_ms": (parts["forward"] + parts["engine"]) / steps,
+            "head_ms": parts["head"] / steps,
+            "waiting": parts["data"] / ms,
+        }
+        if self.device.type == "cuda":
+            speed["gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return {name: round(value, 4) for name, value in speed.items()}
 
     def close(self) -> None:
         """Leave the process group; this trainer is of no more use."""
@@ -318,9 +323,9 @@ class Trainer:
         plan = plan_eval(lengths, batch_size=self.config.data.test_batch_size, world_size=self.ranks.size, rows=rows)
         try:
             metrics = evaluate(
-                self._encode,
+                self.encoder,
                 self.head,
-                self._until_signal(self._loader(split, plan)),
+                self._until_signal(self._loader(split, plan, self.config.data.test_batch_size)),
                 metrics_of(self.config.training.evaluation, self.corpus),
                 self.device,
                 progress=self.accelerator.is_main_process,
@@ -377,6 +382,15 @@ class Trainer:
 
     # Building -------------------------------------------------------------------------------------------------------
 
+    def _require_data(self) -> None:
+        if self.config.data.hf_source is None and not self.config.data_folder.is_dir():
+            raise UserError(f"{self.config.data_folder}: no such folder; set dataset_path or data.folder")
+
+    def _load_encoder(self) -> tuple[Any, TextEncoder]:
+        """(tokenizer, encoder)."""
+        tokenizer = tokenizer_of(self.config)
+        return tokenizer, encoder_of(self.config, backbone_of(self.config, tokenizer, self.device))
+
     def _load_corpus(self) -> Corpus:
         with self.ranks.one_a_machine_first():
             return corpus_of(self.config, self.tokenizer, progress=self.accelerator.is_local_main_process)
@@ -402,11 +416,51 @@ class Trainer:
         """How many labels `head_ratio` means."""
         return round(self.config.model.ffi.head_ratio * self.corpus.num_labels)
 
-    def _compile_backbone(self) -> None:
-        # One compilation for all lengths. On a GPU each length is then recorded as a graph, for launches cost more than work;
-        # but not if gradients of several micro-batches meet: a graph's next run overwrites what it gave before.
-        recorded = self.device.type == "cuda" and self.config.training.optimization.grad_accum_step == 1
-        self.encoder_module.backbone.compile(dynamic=True, mode="reduce-overhead" if recorded else None)
+    def _cut_steps(self) -> int:
+        """Into how many micro-batches; all ranks agree."""
+        if self.config.data.micro_batches != "auto" or self.device.type != "cuda":
+            return self.accelerator.gradient_accumulation_steps
+        encoder = self.encoder_module.to(self.device).train()
+        with whole_weights(encoder):
+            forward = in_precision_of(self.config, encoder, self.device)
+            text_bytes = bytes_a_text(forward, encoder, self._longest(), self.device)
+        own = fewest_parts(self.config.texts_a_step, self.ranks.size, text_bytes, free_bytes(encoder, self.device))
+        parts = max(self.ranks.sizes(own, self.device))
+        set_accumulation(self.accelerator, parts)
+        return parts
+
+    def _longest(self) -> int:
+        """Tokens of the longest batch, and no fewer than a compiler wants to see."""
+        return max(16, int(self._train_lengths.max()))
+
+    def _compile_encoder(self) -> bool:
+        """Whether the encoder is compiled from here on."""
+        wish = self.config.model.encoder.use_torch_compile
+        if wish == "false" or (wish == "auto" and (self.device.type != "cuda" or zero_stage(self.accelerator) == 3)):
+            return False
+        rows, tokens = self._rows(self.config.texts_a_step // self.micro_batches), self._longest()
+        compile_encoder(self.encoder_module, Path(self.config.data.cache_dir).expanduser() / "compiled")
+        begin = time.monotonic()
+        try:
+            # The module itself: the engine must not see a backward pass that belongs to no step.
+            with self.accelerator.autocast():
+                warm_up(self.encoder_module, self.encoder_module, rows, tokens + (tokens == rows), self.device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            undo(self.encoder_module)
+            why = f"{type(error).__name__}: {reason(error)}"
+            if wish == "true":
+                raise UserError(f"model.encoder.use_torch_compile=true: this encoder cannot be compiled ({why}); set it to auto or false") from error
+            print(f"the encoder cannot be compiled and trains uncompiled, more slowly ({why})", flush=True)
+            return False
+        if self.accelerator.is_main_process:
+            print(f"the encoder was compiled in {time.monotonic() - begin:.0f} s", flush=True)
+        return True
+
+    def _rows(self, texts: int) -> int:
+        """The most of a batch's `texts` that one rank gets."""
+        return -(-texts // self.ranks.size)
 
     def _build_head(self, features: int) -> FixedFanInHead | SplitHead:
         ffi, optimization = self.config.model.ffi, self.config.training.optimization
@@ -529,7 +583,8 @@ class Trainer:
             "device": self.device,
         }
 
-    def _loader(self, split: str, plan: list[MicroBatch]) -> DataLoader:
+    def _loader(self, split: str, plan: list[MicroBatch], texts: int) -> DataLoader:
+        """This rank's batches of a plan, of at most `texts` over all ranks."""
         return loader_of(
             self.corpus,
             split,
@@ -538,6 +593,8 @@ class Trainer:
             pad_token_id=self.tokenizer.pad_token_id,
             workers=self.config.data.num_workers,
             device=self.device,
+            # Code is compiled for a number of rows.
+            least_rows=self._rows(texts) if self.compiled else 1,
         )
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Tensor]:

@@ -31,7 +31,11 @@ ALLOWED = {
     "meta_branch": {"head"},
     "engine": {"errors", "launch", "parallel"},
     "checkpoint": {"encoder", "errors", "files", "head", "parallel", "saved_folder"},
-    "engine_state": set(),
+    "flat_encoder": {"encoder"},
+    "engine_state": {"flat_encoder"},
+    "compiling": {"encoder"},
+    "micro_batches": set(),
+    "step_clock": set(),
     "run_folder": {"config", "errors", "files", "parallel", "saved_folder"},
     "resume": {"checkpoint", "config", "engine_state", "errors", "files", "head", "run_folder", "saved_folder", "trainer"},  # the trainer only as a type
 }

@@ -66,7 +66,7 @@ def test_the_next_free_name_is_offered(settings, tmp_path):
 @pytest.mark.parametrize(
     "more, said",
     [
-        ([f"log_fname={'x' * 256}"], "cannot be written (File name too long); choose shorter names, or set output_dir"),
+        ([f"output_dir={'x' * 256}"], "cannot be written (File name too long); choose shorter names, or set output_dir"),
         (
             ["output_dir=/proc/nowhere"],
             "/proc/nowhere/run: cannot be written (No such file or directory); check that disk, or set",

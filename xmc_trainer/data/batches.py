@@ -99,20 +99,26 @@ def plan_eval(
     return [MicroBatch(tuple(np.array_split(part, world_size)), len(part)) for part in parts]
 
 
-def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None) -> dict[str, Tensor]:
+def padded(
+    tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows: int = 1
+) -> dict[str, Tensor]:
     """What the encoder reads of some texts: {"input_ids", "attention_mask"}, int64 [b, T]. Every batch is made here.
 
     Padding stands on the right, whatever side a tokenizer prefers: T is the length of the longest text, rounded up to a
     multiple of 8, but never beyond `longest`.
 
-    Args: pad_token_id: None: 0, for the mask hides it.
+    Args:
+        pad_token_id: None: 0, for the mask hides it.
+        least_rows: where there are fewer texts, texts of one padding token follow.
     """
-    lengths = np.diff(tokens.offsets)
+    texts = len(tokens.offsets) - 1
+    lengths = np.ones(max(texts, least_rows), dtype=np.int64)
+    lengths[:texts] = np.diff(tokens.offsets)
     # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
     width = min(-(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP, longest)
     mask = np.arange(width) < lengths[:, None]
     input_ids = np.full(mask.shape, pad_token_id or 0, dtype=np.int64)
-    input_ids[mask] = tokens.ids
+    input_ids[:texts][mask[:texts]] = tokens.ids
     return {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
@@ -131,14 +137,14 @@ class TextBatches(torch.utils.data.Dataset):
     """One rank's batches of a plan; for `DataLoader(TextBatches(...), batch_size=None)`.
 
     An item is a dict:
-        input_ids, attention_mask: int64 [max(b, 1), T], of `padded`, never beyond the longest text of the data set.
+        input_ids, attention_mask: int64 [max(b, least_rows), T], of `padded`, never beyond the longest text of the data set.
         label_counts: int32 [b]; label_ids: int32 [sum of label_counts].
         filter_counts, filter_ids: the same of the filter pairs, if there are any.
         rows: int64 [b], rows of the data set.
         rows_in_step: int, texts of the whole optimizer step.
         rank_sizes: (texts, labels) of every rank's part of the micro-batch, two lists of int.
-    A rank without rows in a micro-batch (b = 0) gets a text of one padding token, so that the encoder can run; take
-    features[:b].
+    Where there are fewer than `least_rows`, by default one, texts of one padding token follow; take features[:b]. So the encoder
+    can run where a rank has no rows (b = 0), and a compiled one sees batches of one size.
     """
 
     def __init__(
@@ -150,7 +156,9 @@ class TextBatches(torch.utils.data.Dataset):
         pad_token_id: int | None,
         places: np.ndarray | None = None,
         filter_pairs: Ragged | None = None,
+        least_rows: int = 1,
     ) -> None:
+        self._least_rows = least_rows
         self._dataset = dataset.with_format("arrow")
         self._plan, self._rank = plan, rank
         self._label_lengths = _list_lengths(dataset, "labels")
@@ -167,11 +175,13 @@ class TextBatches(torch.utils.data.Dataset):
             table = self._dataset[rows]
             tokens, labels = flatten_lists(table.column("input_ids")), flatten_lists(table.column("labels"))
         else:
-            tokens = Ragged(np.array([self._pad_token_id or 0]), np.array([0, 1]))
+            tokens = Ragged(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
             labels = Ragged(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
         if self._places is not None:
             labels = Ragged(self._places[labels.ids], labels.offsets)
-        batch = padded(tokens, longest=self._longest, pad_token_id=self._pad_token_id) | {
+        batch = padded(
+            tokens, longest=self._longest, pad_token_id=self._pad_token_id, least_rows=self._least_rows
+        ) | {
             "rows": torch.from_numpy(rows.copy()),  # the plan's own array stays out of the caller's reach
             "rows_in_step": micro.rows_in_step,
             # Every rank knows the plan: nobody has to ask the others how much they bring.

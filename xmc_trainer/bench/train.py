@@ -1,0 +1,340 @@
+"""Whole training steps on this machine: texts a second, where the time goes, and how far that is from the parts alone.
+
+xmc-trainer bench train                                                   # Amazon-3M's shape, one process without DeepSpeed
+deepspeed --module xmc_trainer.bench.train --deepspeed_config ds_configs/zero2.json dataset=amazon3m
+accelerate launch --config_file launchers/accelerate_zero2.yaml -m xmc_trainer bench train dataset=wordnet dataset_path=./data
+
+The steps are those of a training with these settings, from the batches that loader processes make to the update. Where the
+data set is not there, texts of its shape are generated: so many labels, lengths drawn around --tokens and cut to data.max_len, and a
+BERT with random weights reads them. What is printed and written to --csv, of rank 0:
+
+texts/s, ms                 of the steps as they come
+data, forward, head, backward, engine    ms of a step on the GPU's time line: waiting for a batch, the encoder's forward pass, the
+                            head with its collectives, the encoder's backward pass, and what the engine makes of its gradient
+exchange                    ms of the head's collectives alone
+host waits                  times a step that the host waits for the GPU (a GPU only)
+encoder, floor, ratio       ms of the encoder's step under the engine on batches of one length; the same in plain torch, compiled for
+                            that length and replayed as a CUDA graph; their ratio
+head alone                  ms of the head on the same batch
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from xmc_trainer.builders import encoder_of
+from xmc_trainer.cli import run
+from xmc_trainer.config import load_config
+from xmc_trainer.data import Corpus
+from xmc_trainer.encoder import TextEncoder
+from xmc_trainer.engine import engine_name
+from xmc_trainer.errors import UserError
+from xmc_trainer.flat_encoder import FlatEncoder
+from xmc_trainer.hooks import Hook, ScheduleHook
+from xmc_trainer.trainer import Trainer
+
+_PARTS = ("data", "forward", "head", "backward", "engine")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="of a training; default: dataset=amazon3m")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="that are timed, after as many to warm up, but at most 10"
+    )
+    parser.add_argument("--texts", type=int, default=100_000, help="generated; more where the labels need them")
+    parser.add_argument("--tokens", type=int, default=96, help="median length of generated texts")
+    parser.add_argument("--positives", type=int, default=36, help="labels a generated text")
+    parser.add_argument("--layers", type=int, default=12, help="of the BERT with random weights")
+    parser.add_argument(
+        "--no-floor", action="store_true", help="leave out the floor, whose compilation takes most of a minute"
+    )
+    parser.add_argument("--csv", default="bench_train.csv", help="file to add a row to")
+    parser.add_argument("--deepspeed_config", metavar="JSON", help="for the deepspeed launcher: a file of ds_configs/")
+    parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    options = parse()
+    settings = (
+        options.settings
+        if any(word.startswith("dataset=") for word in options.settings)
+        else ["dataset=amazon3m", *options.settings]
+    )
+    warm = min(options.steps, 10)
+    config = load_config([*settings, f"training.optimization.max_steps={warm + options.steps}"])
+    generated = config.data.hf_source is None and not config.data_folder.is_dir()
+    if generated and config.data.num_labels is None:
+        raise UserError(
+            f"{config.data_folder}: no such folder; set dataset_path or data.folder, or for generated data data.num_labels"
+        )
+    start = time.perf_counter()
+    bench = (Generated if generated else Bench)(config, options)
+    row = bench.describe() | {"start_s": round(time.perf_counter() - start, 1)}
+    row |= bench.steps(warm)
+    row |= bench.alone(floor=not options.no_floor)
+    if bench.accelerator.is_main_process:
+        report(row, options.csv)
+    bench.close()
+
+
+def report(row: dict[str, Any], path: str) -> None:
+    print(
+        f"{row['device']}, {row['ranks']} processes, {row['engine']}, {row['precision']}; torch {row['torch']}; {row['data']} data of {row['labels']:,} labels"
+    )
+    print(
+        f"{row['texts_a_step']} texts a step in {row['micro_batches']} parts of up to {row['tokens']} tokens, encoder {'compiled' if row['compiled'] else 'not compiled'}; ready after {row['start_s']:.0f} s"
+    )
+    print(
+        f"{row['texts_s']:10,.0f} texts/s{row['ms']:10.2f} ms a step: "
+        + ", ".join(f"{part} {row[part + '_ms']:.2f}" for part in _PARTS)
+    )
+    waits = (
+        ""
+        if row["host_waits"] is None
+        else f"; the host waits {row['host_waits']:g} times a step; peak {row['peak_gib']:.2f} GiB"
+    )
+    print(
+        f"exchange alone {row['exchange_ms']:.2f} ms, head alone {row['head_alone_ms']:.2f} ms, waiting for data {100 * row['data_ms'] / row['ms']:.1f} %{waits}"
+    )
+    floor = "" if row["floor_ms"] is None else f", in plain torch {row['floor_ms']:.2f} ms: {row['ratio']:.2f} x"
+    print(f"encoder's step, {row['rows']} x {row['width']} tokens a process: {row['encoder_ms']:.2f} ms{floor}")
+    file = Path(path)
+    old: list[dict[str, Any]] = []
+    if file.is_file():
+        with file.open(newline="", encoding="utf-8") as lines:
+            old = list(csv.DictReader(lines))
+    rows = [*old, row]
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, dict.fromkeys(name for each in rows for name in each))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"added to {path}", flush=True)
+
+
+class _Timed(Hook):
+    """Times the steps after the first `warm` ones."""
+
+    def __init__(self, warm: int) -> None:
+        self.warm, self.texts, self.seconds = warm, 0, 0.0
+
+    def on_step_begin(self, trainer: Bench) -> None:
+        if trainer.state.step == self.warm:
+            trainer.synchronize()
+            trainer.clock.read()
+            if trainer.gpu:
+                torch.cuda.reset_peak_memory_stats()
+            self._begin = time.perf_counter()
+
+    def stop(self, trainer: Bench) -> None:
+        trainer.synchronize()
+        self.seconds = time.perf_counter() - self._begin
+
+
+class Bench(Trainer):
+    """A training of which some steps are timed, and nothing is written."""
+
+    def __init__(self, config: Any, options: argparse.Namespace) -> None:
+        self.options = options
+        super().__init__(config, deepspeed_config=options.deepspeed_config)
+        self.gpu = self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """All ranks, and the GPU, are through with what was begun."""
+        self.ranks.barrier()
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def _record_loss(self, loss: Tensor, applied: bool) -> None:
+        """Nobody reads it; a training does once a second, and then takes the clock's times too."""
+
+    def describe(self) -> dict[str, Any]:
+        import deepspeed
+        import transformers
+
+        return {
+            "device": torch.cuda.get_device_name() if self.gpu else f"CPU, {torch.get_num_threads()} threads a process",
+            "ranks": self.ranks.size, "engine": engine_name(self.accelerator), "precision": self.config.training.amp.mixed_precision,
+            "torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
+            "dataset": self.config.data.dataset, "data": "generated" if isinstance(self, Generated) else "real",
+            "labels": self.corpus.num_labels, "texts_a_step": self.config.texts_a_step, "micro_batches": self.micro_batches,
+            "tokens": self._longest(), "compiled": self.compiled,
+        }  # fmt: skip
+
+    def steps(self, warm: int) -> dict[str, Any]:
+        """Times of the steps after `warm`."""
+        timed = _Timed(warm)
+        self.hooks = [ScheduleHook(self.config.training.optimization), timed]
+        # Where the encoder's backward pass ends and the engine begins; ZeRO 3, which works in between, has no such moment.
+        flat = self.accelerator.unwrap_model(self.encoder)
+        hooks = (
+            [p.register_hook(lambda grad: self.clock.mark("backward")) for p in flat.flat]
+            if isinstance(flat, FlatEncoder)
+            else []
+        )
+        self.dispatch("on_train_start")
+        self._train_epoch()
+        timed.stop(self)
+        for hook in hooks:
+            hook.remove()
+        parts, count = self.clock.read(), self.state.total_steps - warm
+        return (
+            {"ms": 1000 * timed.seconds / count, "texts_s": round(count * self.config.texts_a_step / timed.seconds, 1)}
+            | {f"{part}_ms": round(parts.get(part, 0.0) / count, 3) for part in _PARTS}
+            | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if self.gpu else None}
+        )
+
+    def alone(self, floor: bool) -> dict[str, Any]:
+        """Times of the parts by themselves, on a batch of the median length."""
+        rows = self._rows(self.config.texts_a_step // self.micro_batches)
+        width = min(-(-int(np.median(self._train_lengths)) // 8) * 8, self._longest())
+        ids = torch.randint(5, 100, (rows, width), device=self.device)
+        mask = torch.ones_like(ids)
+
+        def encoder_step() -> None:
+            for _ in range(self.micro_batches):
+                with self.accelerator.accumulate(self.encoder):
+                    self.accelerator.backward(self.encoder(ids, mask).float().square().mean())
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+
+        encoder_ms = self._milliseconds(encoder_step)
+        counts = torch.full((rows,), self.options.positives, dtype=torch.int32, device=self.device)
+        labels = torch.randint(
+            self.corpus.num_labels, (rows * self.options.positives,), dtype=torch.int32, device=self.device
+        )
+        sizes = [rows] * self.ranks.size, [len(labels)] * self.ranks.size
+        features = torch.randn(rows, self.encoder_module.out_features, device=self.device)
+        ranks = self.ranks
+
+        def exchange() -> None:
+            gathered = ranks.gather_rows(features.to(self._head_arguments()["product_dtype"]), sizes[0])
+            ranks.gather_rows(labels, sizes[1])
+            ranks.gather_rows(counts, sizes[0])
+            ranks.scatter_sum_rows(gathered.float(), sizes[0])
+            ranks.sum(torch.zeros((), device=self.device))
+
+        found = {
+            "rows": rows, "width": width, "encoder_ms": round(encoder_ms, 3), "exchange_ms": round(self._milliseconds(exchange), 3),
+            "head_alone_ms": round(self._milliseconds(lambda: self.head(features, labels, counts, rank_sizes=sizes, texts_in_step=rows * ranks.size)), 3),
+            "host_waits": self._host_waits(encoder_step), "floor_ms": None, "ratio": None,
+        }  # fmt: skip
+        if floor:
+            found["floor_ms"] = round(self.micro_batches * self._floor(ids, mask), 3)
+            found["ratio"] = round(encoder_ms / found["floor_ms"], 3)
+        return found
+
+    def _floor(self, ids: Tensor, mask: Tensor) -> float:
+        """Milliseconds of the encoder's step without an engine."""
+        amp = self.config.training.amp
+        dtype = getattr(torch, amp.dtype) if amp.enabled else torch.float32
+        encoder = TextEncoder(
+            type(self.encoder_module.backbone)(self.encoder_module.backbone.config),
+            pool_mode=self.config.model.encoder.pool_mode,
+        )
+        if getattr(encoder.backbone, "pooler", None) is not None:
+            encoder.backbone.pooler.requires_grad_(False)
+        encoder = encoder.to(self.device, dtype).train()
+        optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], 1e-5, fused=True)
+        if self.gpu:
+            encoder.compile(dynamic=False, mode="reduce-overhead")
+
+        def step() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
+            encoder(ids, mask).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return self._milliseconds(step)
+
+    def _milliseconds(self, work: Callable[[], Any], repeat: int = 20) -> float:
+        """Of one call, many being queued one after the other."""
+        for _ in range(4):
+            work()
+        self.synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeat):
+            work()
+        if self.gpu:
+            torch.cuda.synchronize()
+        return 1000 * (time.perf_counter() - begin) / repeat
+
+    def _host_waits(self, work: Callable[[], Any], steps: int = 4) -> float | None:
+        if not self.gpu:
+            return None
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        ) as profile:
+            for _ in range(steps):
+                work()
+        waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
+        # The profiler's own end waits once.
+        return max(0, sum(event.count for event in profile.key_averages() if event.key in waits) - 1) / steps
+
+
+class Generated(Bench):
+    """The same with texts, labels and a backbone made up."""
+
+    def _require_data(self) -> None:
+        pass
+
+    def _load_encoder(self) -> tuple[Any, TextEncoder]:
+        hidden = self.config.model.encoder.encoder_ftr_dim or 768
+        shape = {"hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
+        backbone = BertModel(BertConfig(num_hidden_layers=self.options.layers, **shape), add_pooling_layer=False)
+        return SimpleNamespace(pad_token_id=0), encoder_of(self.config, backbone)
+
+    def _load_corpus(self) -> Corpus:
+        labels, options = self.config.data.num_labels, self.options
+        rng = np.random.default_rng(self.config.training.seed)
+        texts = max(options.texts, -(-labels // options.positives))
+        lengths = np.clip(rng.lognormal(np.log(options.tokens), 0.5, texts), 8, self.config.data.max_len).astype(
+            np.int64
+        )
+        # Each label once, the others drawn.
+        ids = np.concatenate(
+            [rng.permutation(labels), rng.integers(0, labels, max(0, texts * options.positives - labels))]
+        )
+        split = {
+            "input_ids": _lists(rng.integers(5, 30000, lengths.sum(), dtype=np.int32), lengths),
+            "labels": _lists(ids[: texts * options.positives].astype(np.int32), np.full(texts, options.positives)),
+            "length": lengths.astype(np.int32),
+        }
+        train = _dataset(split)
+        names = _dataset({"id": np.arange(labels).astype(str), "text": np.full(labels, "")})
+        return Corpus(train, train.select(range(min(texts, 1000))), names, None, "generated", texts)
+
+
+def _lists(values: np.ndarray, lengths: np.ndarray) -> Any:
+    return pyarrow.ListArray.from_arrays(
+        pyarrow.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), pyarrow.array(values)
+    )
+
+
+def _dataset(columns: dict[str, Any]) -> Dataset:
+    return Dataset(
+        pyarrow.table(
+            {
+                name: pyarrow.array(column) if isinstance(column, np.ndarray) else column
+                for name, column in columns.items()
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,78 @@
+"""Compiling the encoder with torch.compile, in seconds rather than minutes, for batches of every length.
+
+The layers of a backbone are alike. Each is compiled by itself, so that the first one's code serves all of them, and what stands
+around them (embeddings, attention mask) is compiled once more. The compiled code is kept on disk for the next run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from xmc_trainer.encoder import TextEncoder
+
+_DYNAMIC = {"dynamic": True}  # one compilation for all lengths
+
+
+def _layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
+    """(owner, list) of every list of layers of one class that is in no other one."""
+    found, inside = [], set()
+    for owner in backbone.modules():
+        for child in owner.children():
+            if (
+                isinstance(child, nn.ModuleList)
+                and len(child) > 1
+                and len({type(layer) for layer in child}) == 1
+                and child not in inside
+            ):
+                found.append((owner, child))
+                inside.update(child.modules())
+    return found
+
+
+def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
+    """Compile the backbone in place; the work happens in its first forward and backward passes.
+
+    Args: cache_dir: where the code is kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir))
+    backbone = encoder.backbone
+    lists = _layer_lists(backbone)
+    for owner, layers in lists:
+        for layer in layers:
+            layer.compile(**_DYNAMIC)
+        if owner is not backbone:
+            owner.forward = torch.compiler.disable(owner.forward, recursive=False)  # the loop over the layers itself
+    if all(owner is not backbone for owner, _ in lists):
+        backbone.compile(**_DYNAMIC)
+
+
+def undo(encoder: TextEncoder) -> None:
+    """The encoder as it was before `compile_encoder`."""
+    for module in encoder.backbone.modules():
+        module._compiled_call_impl = None
+        module.__dict__.pop("forward", None)
+
+
+def warm_up(
+    encoder: TextEncoder, forward: Callable[[Tensor, Tensor], Tensor], rows: int, tokens: int, device: torch.device
+) -> None:
+    """Let the encoder be compiled now, for training and for evaluation.
+
+    Args:
+        forward: calls the encoder in the precision of the training.
+        rows, tokens: of a batch. They must differ: equal sizes would be taken for one.
+    """
+    training = encoder.training
+    ids, mask = (torch.ones(rows, tokens, dtype=torch.int64, device=device) for _ in range(2))
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    encoder.train()
+    torch.autograd.grad(forward(ids, mask).float().sum(), parameters, allow_unused=True)
+    encoder.eval()
+    with torch.no_grad():
+        forward(ids, mask)
+    encoder.train(training)
