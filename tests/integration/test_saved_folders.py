@@ -148,7 +148,7 @@ def test_a_forged_entry_is_a_sentence_or_another_saved_folder(saved, what, signe
             for key in place[:-1]:
                 manifest = manifest[key]
             if how == "add" and isinstance(manifest, dict):
-                manifest["another"] = value
+                manifest["another\none"] = value
             elif how == "remove":
                 del manifest[place[-1]]
             else:
@@ -217,6 +217,7 @@ FORGERIES = {
         lambda m: m.update(max_len="16"),
         'max_len must be a whole number from 1 to 9007199254740991, not "16"',
     ),
+    "an entry more": (lambda m: m.update({"more\nof": 1}), r'"more\nof" is unknown'),
     "true as a number": (lambda m: m.update(step=True), "step must be a whole number"),
 }
 
