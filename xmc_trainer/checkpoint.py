@@ -243,9 +243,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     except ValueError as error:
         raise UserError(f"{folder}: {error}; save the model again") from None
     backbone, tokenizer = load_backbone(str(folder / "encoder"), saved=True), load_tokenizer(str(folder / "tokenizer"), saved=True)
-    max_len_is = f"{folder}: max_len={manifest['max_len']} in manifest.json"
+    said, max_len_is = manifest["encoder"], f"{folder}: max_len={manifest['max_len']} in manifest.json"
     check_tokens_fit(backbone, tokenizer, manifest["max_len"], tokenizer_is=str(folder / "tokenizer"), max_len_is=max_len_is)
-    encoder = TextEncoder(backbone, **manifest["encoder"])
+    if said["feature_layers"] > getattr(backbone.config, "num_hidden_layers", 1):
+        raise UserError(f"{folder}: the encoder has fewer than {said['feature_layers']} layers; save the model again")
+    encoder = TextEncoder(backbone, **said)
     _check_encoder(encoder, folder, described[0]["arguments"]["in_features"])
     encoder.load_penultimate(folder / "encoder")
     heads = [_load_head(folder, description, device) for description in described]
@@ -322,12 +324,10 @@ def _said(tensor: tuple[str, list[int]] | None) -> str:
 
 
 def _check_encoder(encoder: TextEncoder, folder: Path, features: int) -> None:
-    """UserError where the backbone, what was said of it and the head's `features` do not fit."""
-    layers, given = getattr(encoder.backbone.config, "num_hidden_layers", encoder.feature_layers), encoder.out_features
-    if encoder.feature_layers > layers or given != features:
+    """UserError where the encoder, its penultimate layer's file and the head's `features` do not fit."""
+    if encoder.out_features != features:
         raise UserError(
-            f"{folder}: the encoder has {layers} layers and gives {given} features, the model reads {encoder.feature_layers} and "
-            f"{features}; save the model again"
+            f"{folder}: the encoder gives {encoder.out_features} features, the head reads {features}; save the model again"
         )
     if encoder.penultimate is not None:
         own = {f"penultimate.{name}": list(value.shape) for name, value in encoder.penultimate.state_dict().items()}

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 _DIGEST = "manifest_sha256"
 # Plain names with / between them: nothing that leaves the folder.
-_NAME = re.compile(r"(?!\.\.?(/|$))[^/\\\0]+(/(?!\.\.?(/|$))[^/\\\0]+)*")
+_NAME = re.compile(r"(?!\.\.?(/|$))[^/\\\x00-\x1f]+(/(?!\.\.?(/|$))[^/\\\x00-\x1f]+)*")
 
 
 # What the manifest's entries must be.
@@ -94,14 +94,18 @@ def misfit(value: Any, shape: Any, where: str = "") -> str | None:
                 return f"{where}: {wrong!r} must be {shape.name.words}"
             shape = dict.fromkeys(value, shape.value)
         if differ := sorted(shape.keys() ^ value.keys()):
-            return f"{where}{where and '.'}{differ[0]} is {'missing' if differ[0] in shape else 'unknown'}"
-        children = [(f"{where}{where and '.'}{name}", value[name], shape[name]) for name in shape]
+            return f"{_inside(where, differ[0])} is {'missing' if differ[0] in shape else 'unknown'}"
+        children = [(_inside(where, name), value[name], shape[name]) for name in shape]
     else:
         shapes = [shape.value] * len(value) if isinstance(shape, ListOf) and isinstance(value, list) else shape
         if not isinstance(value, list) or len(value) != len(shapes):
             return f"{where} must be a list{'' if isinstance(shape, ListOf) else f' of {len(shape)}'}"
         children = [(f"{where}[{n}]", child, own) for n, (child, own) in enumerate(zip(value, shapes))]
     return next((found for name, child, own in children if (found := misfit(child, own, name))), None)
+
+
+def _inside(where: str, name: str) -> str:
+    return f"{where}{where and '.'}{name if name.isidentifier() else json.dumps(name)[:40]}"
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,8 @@ def _manifest(folder: Path, remedy: str) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
         others = (folder / "model", Path(f"{folder}{OLD}"))
-        found = next((f", such as {other}" for other in others if os.path.isfile(other / MANIFEST)), "")  # whatever the name
+        # os.path's takes any name, however long.
+        found = next((f", such as {other}" for other in others if os.path.isfile(other / MANIFEST)), "")
         raise UserError(f"{path}: {error.strerror}; name the folder of a saved model or checkpoint{found}") from None
     except (ValueError, RecursionError) as error:
         said = getattr(error, "msg", None) or "its numbers, text or nesting"

@@ -107,7 +107,6 @@ def test_nothing_is_lost_whenever_power_fails(toy_settings, tmp_path, in_memory,
     with monkeypatch.context() as patch:
         disk.watch(patch)
         trainer, metrics = train([*settings, "training.overwrite=true"], hooks=[reached])
-    print(disk.operations, "operations", len(states), "states")
     assert {what for what, _ in states} == {"begins", "after", "finished"} and disk.operations > 100
     assert {step for what, step in states if what == "after"} == {3, 6, 9}
     losses = [record["loss"] for record in log_of(trainer, "step")]

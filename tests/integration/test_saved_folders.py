@@ -148,7 +148,7 @@ def test_a_forged_entry_is_a_sentence_or_another_saved_folder(saved, what, signe
             for key in place[:-1]:
                 manifest = manifest[key]
             if how == "add" and isinstance(manifest, dict):
-                manifest["another"] = value
+                manifest["another\none"] = value
             elif how == "remove":
                 del manifest[place[-1]]
             else:
@@ -210,13 +210,15 @@ FORGERIES = {
     "one head": (lambda m: m["heads"].pop(0), "holds 'frequent."),
     "other features": (
         lambda m: [head["arguments"].update(in_features=32) for head in m["heads"]],
-        "gives 24 features, the model reads 1 and 32",
+        "gives 24 features, the head reads 32",
     ),
     "other format": (lambda m: m.update(format=99), "format 99, this version reads 3 and 4 of a saved model"),
     "a number as text": (
         lambda m: m.update(max_len="16"),
         'max_len must be a whole number from 1 to 9007199254740991, not "16"',
     ),
+    "ten million layers": (lambda m: m["encoder"].update(feature_layers=10**7), "the encoder has fewer than 10000000 layers"),
+    "an entry more": (lambda m: m.update({"more\nof": 1}), r'"more\nof" is unknown'),
     "true as a number": (lambda m: m.update(step=True), "step must be a whole number"),
 }
 
