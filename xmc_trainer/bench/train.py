@@ -16,6 +16,7 @@ host waits                  times a step that the host waits for the GPU (a GPU 
 encoder, floor, ratio       ms of the encoder's step under the engine on batches of one length; the same in plain torch, compiled for
                             that length and replayed as a CUDA graph; their ratio
 head alone                  ms of the head on the same batch
+efficiency                  texts/s against as many times those of one process, if --csv has a row of it
 """
 
 from __future__ import annotations
@@ -119,11 +120,21 @@ def main() -> None:
 
 
 def write(row: dict[str, Any], path: Path) -> None:
-    """Add a row to a CSV file."""
-    rows: list[dict[str, Any]] = [row]
+    """Add a row to a CSV file, with the efficiency beside the file's last row of one process, if there is one."""
+    rows: list[dict[str, Any]] = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as lines:
-            rows = [*csv.DictReader(lines), row]
+            rows = list(csv.DictReader(lines))
+    same = ("dataset", "engine", "precision", "texts_a_step")
+    alone = [
+        old
+        for old in [*rows, row]
+        if str(old["ranks"]) == "1" and all(str(old[name]) == str(row[name]) for name in same)
+    ]
+    if alone:
+        row = row | {"efficiency": round(row["texts_s"] / row["ranks"] / float(alone[-1]["texts_s"]), 3)}
+        print(f"{100 * row['efficiency']:.0f} % of {row['ranks']} times one process's texts/s")
+    rows.append(row)
     with path.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, dict.fromkeys(name for each in rows for name in each))
         writer.writeheader()
