@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from xmc_trainer.compiling import layer_lists
 from xmc_trainer.config import Config
 from xmc_trainer.encoder import (
     TextEncoder,
@@ -107,8 +108,16 @@ def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncod
     optimization = config.training.optimization
     stage = zero_stage(accelerator)
     groups = encoder.parameter_groups(optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder)
-    # ZeRO 3 gathers the parameters of a layer when it comes to it, and needs them apart.
-    flat = FlatEncoder(encoder, groups) if stage != 3 else None
+    flat = None
+    if stage == 3:
+        # It gathers parameters when their module's turn comes, so that they stay apart; but a layer's all at once.
+        from deepspeed.utils import set_z3_leaf_module
+
+        for _, layers in layer_lists(encoder.backbone):
+            for layer in layers:
+                set_z3_leaf_module(layer, True)
+    else:
+        flat = FlatEncoder(encoder, groups)
     optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
         flat.groups if flat is not None else groups,
         lr=optimization.encoder_lr,

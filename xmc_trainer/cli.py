@@ -30,8 +30,6 @@ COMMANDS = {
     "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.bench.ranks", "what several ranks send each other; start it by torchrun"),
     "bench train": ("xmc_trainer.bench.train", "whole training steps: texts a second, and where the time goes"),
-    "bench zero": ("xmc_trainer.bench.zero", "time and memory of the encoder under each DeepSpeed file"),
-    "bench scaling": ("xmc_trainer.bench.scaling", "a training step on several GPUs of this machine"),
 }
 
 # Errors of the system that are nobody's bug.

@@ -18,7 +18,7 @@ from xmc_trainer.encoder import TextEncoder
 _DYNAMIC = {"dynamic": True}  # one compilation for all lengths
 
 
-def _layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
+def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
     """(owner, list) of every list of layers of one class that is in no other one."""
     found, inside = [], set()
     for owner in backbone.modules():
@@ -41,7 +41,7 @@ def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir))
     backbone = encoder.backbone
-    lists = _layer_lists(backbone)
+    lists = layer_lists(backbone)
     for owner, layers in lists:
         for layer in layers:
             layer.compile(**_DYNAMIC)

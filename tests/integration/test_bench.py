@@ -1,4 +1,4 @@
-"""The head's benchmark runs and writes what it printed."""
+"""The benchmarks run and write what they printed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import sys
 
 import pytest
 
-from tests.integration.test_launchers import ROOT, launch
+from tests.integration.test_launchers import ROOT, free_port, launch
 from xmc_trainer import cli
-from xmc_trainer.bench import scaling
 
 
 @pytest.fixture
@@ -38,32 +37,28 @@ def test_head_benchmark_writes_its_table(bench, tmp_path, capsys):
     assert "--optimizers: adam" in capsys.readouterr().err
 
 
-def test_zero_benchmark_writes_its_table_and_names_what_fails(bench, tmp_path):
-    words = ["zero", "--precision", "bf16", "--hidden", "32", "--layers", "1", "--batch", "4", "--max-len", "8", "--repeat", "1"]
-    for processes, files, whats in [("2", ["ds_configs/zero2.json"], ["zero2"]), ("1", ["nowhere.json", "none"], ["without DeepSpeed"])]:
-        output = bench(*words, "--processes", processes, "--csv", tmp_path / "zero.csv", *files)
-        with (tmp_path / "zero.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert [row["what"] for row in rows] == whats
-        assert all(float(row["ms"]) > 0 and row["ranks"] == processes and row["deepspeed"] for row in rows)
-    assert "nowhere.json" in output and "error" in output
-
-
-def test_scaling_benchmark_compares_numbers_of_processes(tmp_path):
-    words = ["xmc-trainer", "bench", "scaling", "--launchers", "deepspeed", "--stages", "1", "--precision", "no", "--hidden", "32"]
-    more = ["--layers", "1", "--batch", "3", "--max-len", "8", "--labels", "301", "--fan-in", "8", "--positives", "4"]
-    done = launch(*words, *more, "--repeat", "1", "--exact-steps", "3", "--csv", tmp_path / "scaling.csv")
-    assert done.returncode == 0, done.stdout + done.stderr
-    with (tmp_path / "scaling.csv").open(newline="") as file:
+def test_train_benchmark_times_whole_steps(bench, tmp_path):
+    """Generated data, without DeepSpeed; then two processes under it: the second row is compared with the first's kind."""
+    settings = ["dataset=amazon3m", "data.num_labels=601", "data.max_len=16", "data.batch_size=8", "data.num_workers=0"]
+    settings += ["model.encoder.encoder_ftr_dim=32", "model.ffi.fan_in=8", "training.amp.enabled=false", f"output_dir={tmp_path}"]
+    words = ["--steps", "2", "--texts", "200", "--tokens", "8", "--positives", "4", "--layers", "1", "--csv", str(tmp_path / "train.csv")]
+    output = bench("train", *words, *settings)
+    assert "100 % of 1 times one process's texts/s" in output and "generated data of 601 labels" in output
+    done = launch("torchrun", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "xmc_trainer", "bench", "train", *words, "--no-floor", *settings)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "train.csv").open(newline="") as file:
         one, two = csv.DictReader(file)
-    assert one["processes"] == "1" and float(one["efficiency"]) == 1 and float(one["gather_bytes"]) == 0
-    # Two ranks: each sends its 3 texts' features, counts and 12 labels, and gets 3 texts' gradients, all to or from one other.
-    assert float(two["gather_bytes"]) == 3 * 32 * 4 + 3 * 8 + 12 * 8 and float(two["scatter_bytes"]) == 3 * 32 * 4
-    assert two["processes"] == "2" and float(two["loss_difference"]) < 1e-5, done.stdout
+    assert (one["ranks"], two["ranks"], one["texts_a_step"], one["micro_batches"]) == ("1", "2", "16", "2")
+    for row in (one, two):
+        parts = [float(row[f"{part}_ms"]) for part in ("data", "forward", "head", "backward", "engine")]
+        assert min(parts) > 0 and sum(parts) < float(row["ms"]) and row["device"] and row["torch"]
+        assert float(row["texts_s"]) == pytest.approx(16e3 / float(row["ms"]), rel=0.01)
+    assert float(one["ratio"]) == pytest.approx(float(one["encoder_ms"]) / float(one["floor_ms"]), rel=0.01) and not two["ratio"]
     assert float(two["efficiency"]) == pytest.approx(float(two["texts_s"]) / float(one["texts_s"]) / 2, abs=1e-3)
+    assert not list(tmp_path.glob("run"))  # nothing is trained
 
 
-def test_scaling_benchmark_refuses_other_launchers(capsys):
+def test_train_benchmark_needs_a_shape(bench, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
-        scaling.parse(["--launchers", "mpirun"])
-    assert "--launchers: mpirun" in capsys.readouterr().err
+        bench("train", "dataset=wordnet", f"dataset_path={tmp_path}", "data.num_labels=null")
+    assert "no such folder; set dataset_path or data.folder, or for generated data data.num_labels" in capsys.readouterr().err

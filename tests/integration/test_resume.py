@@ -102,8 +102,8 @@ def test_goes_on_as_if_nothing_had_happened(toy_settings, case, cut):
     trainer, found = train([*settings, "training.resume=true"], hooks=[again := Counter()])
     assert found == metrics and again.steps == counted.steps
     for event in ("step", "evaluate", "rewire"):
-        # Skipped steps are counted whenever a second is over.
-        clock = ("seconds", "head_skipped")
+        # Skipped steps are counted, and the speed is told, whenever a second is over.
+        clock = ("seconds", "head_skipped", "texts_per_s", "encoder_ms", "head_ms", "waiting", "gib")
         logs = [[{k: v for k, v in record.items() if k not in clock} for record in log_of(each, event)] for each in (whole, trainer)]
         assert logs[0] == logs[1]
     assert [record["step"] for record in log_of(trainer, "resume")] == [cut // 7 * 7]
@@ -254,7 +254,10 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence(interrupted, kilobytes
 
 def test_what_may_change_does(interrupted):
     trainer, _ = train(
-        [*interrupted, "training.resume=true", "model.ffi.tile_labels=8", "data.test_batch_size=16", "training.checkpoint_interval=0"]
+        [
+            *interrupted, "training.resume=true", "model.ffi.tile_labels=8", "data.test_batch_size=16", "training.checkpoint_interval=0",
+            "data.micro_batches=4",
+        ]
     )
     assert [record["step"] for record in log_of(trainer, "step")] == list(range(1, 61))
 

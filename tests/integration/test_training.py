@@ -46,6 +46,11 @@ def test_a_run_learns_logs_saves_and_loads(toy_settings):
     assert [record["step"] for record in steps] == list(range(1, 8 * 20 + 1))  # 611 texts are 20 batches of 32
     assert all(np.isfinite(record["loss"]) and not record["encoder_skipped"] for record in steps)
     assert steps[-1]["loss"] < steps[0]["loss"] / 3 and steps[-1]["head_skipped"] == 0
+    assert len(list(trainer.encoder.parameters())) == 2  # with weight decay and without: all that an engine sees
+    told = [record for record in steps if "texts_per_s" in record]
+    assert told[-1] == steps[-1] and all(0 <= record["waiting"] <= 1 and record["head_ms"] > 0 < record["encoder_ms"] for record in told)
+    # Each covers the steps since the one before; a step of its rate lasts no longer than all of the training did.
+    assert all(32 / record["texts_per_s"] < log_of(trainer, "end")[0]["seconds"] for record in told)
     evaluations = log_of(trainer, "evaluate")
     assert len(evaluations) == 8 and evaluations[-1]["P@1"] == metrics["P@1"]
 
@@ -172,6 +177,7 @@ def test_accumulation_trains_as_one_batch(toy_settings, loss):
             settings,
             f"data.batch_size={batch}",
             f"training.optimization.grad_accum_step={accumulate}",
+            f"data.micro_batches={accumulate}",
             f"log_fname=a{batch}",
         )
         curves.append([record["loss"] for record in log_of(trainer, "step")])
@@ -541,11 +547,37 @@ def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tm
     assert all((value == 0.25).all() for value in trainer.encoder_module.backbone.parameters())
 
 
+def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeypatch, capsys):
+    from xmc_trainer.encoder import TextEncoder, load_backbone
+
+    encoder = TextEncoder(load_backbone(str(tiny_encoder)))
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(deepspeed_plugin=None), autocast=nullcontext, is_main_process=True
+    )
+    trainer = SimpleNamespace(
+        device=torch.device("cuda"), accelerator=accelerator, encoder_module=encoder, micro_batches=1, _rows=int, _longest=lambda: 16
+    )
+
+    def fails(*arguments):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr("xmc_trainer.trainer.warm_up", fails)
+    trainer.config = load_config(["dataset=amazon3m"])
+    assert Trainer._compile_encoder(trainer) is False
+    assert "cannot be compiled and trains uncompiled, more slowly (RuntimeError: no compiler here)" in capsys.readouterr().out
+    assert all(module._compiled_call_impl is None and "forward" not in vars(module) for module in encoder.modules())
+    trainer.config = load_config(["dataset=amazon3m", "model.encoder.use_torch_compile=true"])
+    with pytest.raises(UserError, match="use_torch_compile=true: this encoder cannot be compiled .*; set it to auto or false"):
+        Trainer._compile_encoder(trainer)
+    trainer.config = load_config(["dataset=amazon3m", "model.encoder.use_torch_compile=False"])
+    assert Trainer._compile_encoder(trainer) is False
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.gpu)])
 def test_the_compiled_encoder_trains_alike(toy_settings, accumulation):
     steps = 60 if torch.cuda.is_available() else 3
-    more = [f"training.optimization.max_steps={steps}", f"training.optimization.grad_accum_step={accumulation}"]
+    more = [f"training.optimization.max_steps={steps}", f"data.micro_batches={accumulation}"]
     plain, _ = train(toy_settings, *more)
     compiled, _ = train(toy_settings, *more, "model.encoder.use_torch_compile=true", "log_fname=compiled")
     assert compiled.encoder_module.backbone._compiled_call_impl is not None

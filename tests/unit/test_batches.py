@@ -194,6 +194,15 @@ def test_a_rank_without_rows_gets_one_dummy_text(data):
     assert batch["rows_in_step"] == 17 and batch["rows"].dtype == torch.int64
 
 
+def test_a_short_batch_is_filled_up(data):
+    rows, dataset = data
+    full, short = batch_of(dataset, [5, 7]), batch_of(dataset, [5, 7], least_rows=4)
+    assert torch.equal(short["input_ids"][:2], full["input_ids"]) and (short["input_ids"][2:] == PAD).all()
+    assert short["attention_mask"].sum(1).tolist() == [len(rows["input_ids"][5]), len(rows["input_ids"][7]), 1, 1]
+    assert torch.equal(short["label_counts"], full["label_counts"]) and short["rank_sizes"] == full["rank_sizes"]
+    assert batch_of(dataset, [5, 7], least_rows=1)["input_ids"].shape[0] == 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_gives_an_epoch_in_order(data, workers):
     rows, dataset = data

@@ -1,1 +1,1 @@
-"""Measurements for the user's own machine: xmc-trainer bench head, ranks, zero."""
+"""Measurements for the user's own machine: xmc-trainer bench head, ranks, train."""

@@ -16,6 +16,7 @@ host waits                  times a step that the host waits for the GPU (a GPU 
 encoder, floor, ratio       ms of the encoder's step under the engine on batches of one length; the same in plain torch, compiled for
                             that length and replayed as a CUDA graph; their ratio
 head alone                  ms of the head on the same batch
+efficiency                  texts/s against as many times those of one process, if --csv has a row of it
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from xmc_trainer.flat_encoder import FlatEncoder
 from xmc_trainer.hooks import Hook, ScheduleHook
 from xmc_trainer.trainer import Trainer
 
+_COUNTED = 4  # steps in which the host's waits are counted
+_WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 _PARTS = ("data", "forward", "head", "backward", "engine")
 
 
@@ -76,7 +79,7 @@ def main() -> None:
         else ["dataset=amazon3m", *options.settings]
     )
     warm = min(options.steps, 10)
-    config = load_config([*settings, f"training.optimization.max_steps={warm + options.steps}"])
+    config = load_config([*settings, f"training.optimization.max_steps={warm + options.steps + _COUNTED}"])
     generated = config.data.hf_source is None and not config.data_folder.is_dir()
     if generated and config.data.num_labels is None:
         raise UserError(
@@ -85,41 +88,54 @@ def main() -> None:
     start = time.perf_counter()
     bench = (Generated if generated else Bench)(config, options)
     row = bench.describe() | {"start_s": round(time.perf_counter() - start, 1)}
-    row |= bench.steps(warm)
-    row |= bench.alone(floor=not options.no_floor)
+    say = print if bench.accelerator.is_main_process else lambda line: None
+    say(
+        f"{row['device']}, {row['ranks']} processes, {row['engine']}, {row['precision']}; torch {row['torch']}; {row['data']} data of "
+        f"{row['labels']:,} labels; ready after {row['start_s']:.0f} s\n{row['texts_a_step']} texts a step in {row['micro_batches']} parts of "
+        f"up to {row['tokens']} tokens, encoder {'compiled' if row['compiled'] else 'not compiled'}"
+    )
+    row |= bench.steps(warm, options.steps)
+    parts = ", ".join(f"{part} {row[f'{part}_ms']:.2f}" for part in _PARTS)
+    waits = (
+        f"; the host waits {row['host_waits']:g} times a step; peak {row['peak_gib']:.2f} GiB"
+        if "peak_gib" in row
+        else ""
+    )
+    say(
+        f"{row['texts_s']:10,.0f} texts/s{row['ms']:10.2f} ms a step: {parts}\n"
+        f"waiting for data {100 * row['data_ms'] / row['ms']:.1f} %{waits}"
+    )
+    row |= bench.alone()
+    say(
+        f"head alone {row['head_alone_ms']:.2f} ms, its exchange {row['exchange_ms']:.2f} ms\n"
+        f"encoder's step, {row['rows']} x {row['width']} tokens a process: {row['encoder_ms']:.2f} ms"
+    )
+    if not options.no_floor:
+        row |= bench.floor(row["rows"], row["width"])
+        row["ratio"] = round(row["encoder_ms"] / row["floor_ms"], 3)
+        say(f"the same in plain torch {row['floor_ms']:.2f} ms: {row['ratio']:.2f} x")
     if bench.accelerator.is_main_process:
-        report(row, options.csv)
+        write(row, Path(options.csv))
     bench.close()
 
 
-def report(row: dict[str, Any], path: str) -> None:
-    print(
-        f"{row['device']}, {row['ranks']} processes, {row['engine']}, {row['precision']}; torch {row['torch']}; {row['data']} data of {row['labels']:,} labels"
-    )
-    print(
-        f"{row['texts_a_step']} texts a step in {row['micro_batches']} parts of up to {row['tokens']} tokens, encoder {'compiled' if row['compiled'] else 'not compiled'}; ready after {row['start_s']:.0f} s"
-    )
-    print(
-        f"{row['texts_s']:10,.0f} texts/s{row['ms']:10.2f} ms a step: "
-        + ", ".join(f"{part} {row[part + '_ms']:.2f}" for part in _PARTS)
-    )
-    waits = (
-        ""
-        if row["host_waits"] is None
-        else f"; the host waits {row['host_waits']:g} times a step; peak {row['peak_gib']:.2f} GiB"
-    )
-    print(
-        f"exchange alone {row['exchange_ms']:.2f} ms, head alone {row['head_alone_ms']:.2f} ms, waiting for data {100 * row['data_ms'] / row['ms']:.1f} %{waits}"
-    )
-    floor = "" if row["floor_ms"] is None else f", in plain torch {row['floor_ms']:.2f} ms: {row['ratio']:.2f} x"
-    print(f"encoder's step, {row['rows']} x {row['width']} tokens a process: {row['encoder_ms']:.2f} ms{floor}")
-    file = Path(path)
-    old: list[dict[str, Any]] = []
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8") as lines:
-            old = list(csv.DictReader(lines))
-    rows = [*old, row]
-    with file.open("w", newline="", encoding="utf-8") as lines:
+def write(row: dict[str, Any], path: Path) -> None:
+    """Add a row to a CSV file, with the efficiency beside the file's last row of one process, if there is one."""
+    rows: list[dict[str, Any]] = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+    same = ("dataset", "engine", "precision", "texts_a_step")
+    alone = [
+        old
+        for old in [*rows, row]
+        if str(old["ranks"]) == "1" and all(str(old[name]) == str(row[name]) for name in same)
+    ]
+    if alone:
+        row = row | {"efficiency": round(row["texts_s"] / row["ranks"] / float(alone[-1]["texts_s"]), 3)}
+        print(f"{100 * row['efficiency']:.0f} % of {row['ranks']} times one process's texts/s")
+    rows.append(row)
+    with path.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, dict.fromkeys(name for each in rows for name in each))
         writer.writeheader()
         writer.writerows(rows)
@@ -127,10 +143,12 @@ def report(row: dict[str, Any], path: str) -> None:
 
 
 class _Timed(Hook):
-    """Times the steps after the first `warm` ones."""
+    """Times `count` steps after the first `warm` ones, then counts how often the host waits in the others."""
 
-    def __init__(self, warm: int) -> None:
-        self.warm, self.texts, self.seconds = warm, 0, 0.0
+    def __init__(self, warm: int, count: int) -> None:
+        self.warm, self.count = warm, count
+        self.row: dict[str, Any] = {}
+        self._profile: Any = None
 
     def on_step_begin(self, trainer: Bench) -> None:
         if trainer.state.step == self.warm:
@@ -139,10 +157,24 @@ class _Timed(Hook):
             if trainer.gpu:
                 torch.cuda.reset_peak_memory_stats()
             self._begin = time.perf_counter()
+        elif trainer.state.step == self.warm + self.count:
+            trainer.synchronize()
+            seconds, parts = time.perf_counter() - self._begin, trainer.clock.read()
+            texts = self.count * trainer.config.texts_a_step
+            self.row = {"ms": round(1000 * seconds / self.count, 3), "texts_s": round(texts / seconds, 1)}
+            self.row |= {f"{part}_ms": round(parts.get(part, 0.0) / self.count, 3) for part in _PARTS}
+            if trainer.gpu:
+                self.row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+                self._profile = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
+                self._profile.__enter__()
 
-    def stop(self, trainer: Bench) -> None:
-        trainer.synchronize()
-        self.seconds = time.perf_counter() - self._begin
+    def stop(self) -> None:
+        """After the last step."""
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            waits = sum(event.count for event in self._profile.key_averages() if event.key in _WAITS)
+            # The profiler's own end waits once.
+            self.row["host_waits"] = max(0, waits - 1) / _COUNTED
 
 
 class Bench(Trainer):
@@ -175,35 +207,26 @@ class Bench(Trainer):
             "tokens": self._longest(), "compiled": self.compiled,
         }  # fmt: skip
 
-    def steps(self, warm: int) -> dict[str, Any]:
-        """Times of the steps after `warm`."""
-        timed = _Timed(warm)
+    def steps(self, warm: int, count: int) -> dict[str, Any]:
+        """Times of `count` steps after `warm`."""
+        timed = _Timed(warm, count)
         self.hooks = [ScheduleHook(self.config.training.optimization), timed]
         # Where the encoder's backward pass ends and the engine begins; ZeRO 3, which works in between, has no such moment.
-        flat = self.accelerator.unwrap_model(self.encoder)
-        hooks = (
-            [p.register_hook(lambda grad: self.clock.mark("backward")) for p in flat.flat]
-            if isinstance(flat, FlatEncoder)
-            else []
-        )
+        module = self.accelerator.unwrap_model(self.encoder)
+        flat = list(module.flat) if isinstance(module, FlatEncoder) else []
+        marks = [parameter.register_hook(lambda grad: self.clock.mark("backward")) for parameter in flat]
         self.dispatch("on_train_start")
         self._train_epoch()
-        timed.stop(self)
-        for hook in hooks:
-            hook.remove()
-        parts, count = self.clock.read(), self.state.total_steps - warm
-        return (
-            {"ms": 1000 * timed.seconds / count, "texts_s": round(count * self.config.texts_a_step / timed.seconds, 1)}
-            | {f"{part}_ms": round(parts.get(part, 0.0) / count, 3) for part in _PARTS}
-            | {"peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if self.gpu else None}
-        )
+        timed.stop()
+        for mark in marks:
+            mark.remove()
+        return timed.row
 
-    def alone(self, floor: bool) -> dict[str, Any]:
+    def alone(self) -> dict[str, Any]:
         """Times of the parts by themselves, on a batch of the median length."""
         rows = self._rows(self.config.texts_a_step // self.micro_batches)
         width = min(-(-int(np.median(self._train_lengths)) // 8) * 8, self._longest())
-        ids = torch.randint(5, 100, (rows, width), device=self.device)
-        mask = torch.ones_like(ids)
+        ids, mask = self._texts(rows, width)
 
         def encoder_step() -> None:
             for _ in range(self.micro_batches):
@@ -212,54 +235,56 @@ class Bench(Trainer):
                     self.optimizer.step()
                     self.optimizer.zero_grad()
 
-        encoder_ms = self._milliseconds(encoder_step)
-        counts = torch.full((rows,), self.options.positives, dtype=torch.int32, device=self.device)
-        labels = torch.randint(
-            self.corpus.num_labels, (rows * self.options.positives,), dtype=torch.int32, device=self.device
-        )
-        sizes = [rows] * self.ranks.size, [len(labels)] * self.ranks.size
-        features = torch.randn(rows, self.encoder_module.out_features, device=self.device)
-        ranks = self.ranks
+        positives, ranks = self.options.positives, self.ranks
+        counts = torch.full((rows,), positives, dtype=torch.int32, device=self.device)
+        labels = torch.randint(self.corpus.num_labels, (rows * positives,), dtype=torch.int32, device=self.device)
+        sizes = [rows] * ranks.size, [len(labels)] * ranks.size
+        features = torch.randn(rows, self.encoder_module.out_features, device=self.device, requires_grad=True)
+        sent = features.detach().to(self._head_arguments()["product_dtype"])
+
+        def head_step() -> None:
+            for micro in range(self.micro_batches):
+                last = micro == self.micro_batches - 1
+                self.head(
+                    features, labels, counts, end_of_step=last, texts_in_step=self.config.texts_a_step, rank_sizes=sizes
+                )
 
         def exchange() -> None:
-            gathered = ranks.gather_rows(features.to(self._head_arguments()["product_dtype"]), sizes[0])
+            gathered = ranks.gather_rows(sent, sizes[0])
             ranks.gather_rows(labels, sizes[1])
             ranks.gather_rows(counts, sizes[0])
             ranks.scatter_sum_rows(gathered.float(), sizes[0])
             ranks.sum(torch.zeros((), device=self.device))
 
-        found = {
-            "rows": rows, "width": width, "encoder_ms": round(encoder_ms, 3), "exchange_ms": round(self._milliseconds(exchange), 3),
-            "head_alone_ms": round(self._milliseconds(lambda: self.head(features, labels, counts, rank_sizes=sizes, texts_in_step=rows * ranks.size)), 3),
-            "host_waits": self._host_waits(encoder_step), "floor_ms": None, "ratio": None,
-        }  # fmt: skip
-        if floor:
-            found["floor_ms"] = round(self.micro_batches * self._floor(ids, mask), 3)
-            found["ratio"] = round(encoder_ms / found["floor_ms"], 3)
-        return found
+        times = {"encoder_ms": encoder_step, "head_alone_ms": head_step, "exchange_ms": exchange}
+        return {"rows": rows, "width": width} | {
+            name: round(self._milliseconds(work), 3) for name, work in times.items()
+        }
 
-    def _floor(self, ids: Tensor, mask: Tensor) -> float:
-        """Milliseconds of the encoder's step without an engine."""
-        amp = self.config.training.amp
-        dtype = getattr(torch, amp.dtype) if amp.enabled else torch.float32
-        encoder = TextEncoder(
-            type(self.encoder_module.backbone)(self.encoder_module.backbone.config),
-            pool_mode=self.config.model.encoder.pool_mode,
-        )
+    def floor(self, rows: int, width: int) -> dict[str, Any]:
+        """Milliseconds of a step of the same encoder without an engine, on micro-batches of that size."""
+        amp, backbone = self.config.training.amp, self.encoder_module.backbone
+        encoder = TextEncoder(type(backbone)(backbone.config), pool_mode=self.config.model.encoder.pool_mode)
         if getattr(encoder.backbone, "pooler", None) is not None:
             encoder.backbone.pooler.requires_grad_(False)
-        encoder = encoder.to(self.device, dtype).train()
+        encoder = encoder.to(self.device, getattr(torch, amp.dtype) if amp.enabled else torch.float32).train()
         optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], 1e-5, fused=True)
+        ids, mask = self._texts(rows, width)
         if self.gpu:
             encoder.compile(dynamic=False, mode="reduce-overhead")
 
         def step() -> None:
-            torch.compiler.cudagraph_mark_step_begin()
-            encoder(ids, mask).float().square().mean().backward()
+            for _ in range(self.micro_batches):
+                torch.compiler.cudagraph_mark_step_begin()
+                encoder(ids, mask).float().square().mean().backward()
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
-        return self._milliseconds(step)
+        return {"floor_ms": round(self._milliseconds(step), 3)}
+
+    def _texts(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(5, self.encoder_module.backbone.config.vocab_size, (rows, width), device=self.device)
+        return ids, torch.ones_like(ids)
 
     def _milliseconds(self, work: Callable[[], Any], repeat: int = 20) -> float:
         """Of one call, many being queued one after the other."""
@@ -272,18 +297,6 @@ class Bench(Trainer):
         if self.gpu:
             torch.cuda.synchronize()
         return 1000 * (time.perf_counter() - begin) / repeat
-
-    def _host_waits(self, work: Callable[[], Any], steps: int = 4) -> float | None:
-        if not self.gpu:
-            return None
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        ) as profile:
-            for _ in range(steps):
-                work()
-        waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
-        # The profiler's own end waits once.
-        return max(0, sum(event.count for event in profile.key_averages() if event.key in waits) - 1) / steps
 
 
 class Generated(Bench):
