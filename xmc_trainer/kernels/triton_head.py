@@ -36,6 +36,7 @@ from xmc_trainer.kernels import (
     topk,
 )
 from xmc_trainer.kernels.cluster_pass import ClusterPass
+from xmc_trainer.kernels.cuda import densify
 from xmc_trainer.kernels.counter_rng import Stream, make_key
 from xmc_trainer.kernels.hybrid_pass import HybridPass
 from xmc_trainer.kernels.pairs import PairBits, feature_bits
@@ -175,6 +176,8 @@ class Way(NamedTuple):
 def _ways(head: HeadTensors, feat_Bd: Tensor) -> dict[str, Way]:
     """The ways that take a head, by name: the one that is likely to be the fastest first."""
     dense = {"dense": Way(_dense_step)}
+    if head.group_size < 2 * _SHARED and densify.takes(head, feat_Bd):
+        return {"densify": Way(_densify, densify.TEXTS)}
     if head.group_size < 2 * _SHARED and cluster_pass.takes(head, feat_Bd):
         dense = {"cluster": Way(_cluster_pass, cluster_pass.TEXTS)} | dense
     # Both give the same results from run to run, but not as each other.
@@ -273,6 +276,11 @@ def _group_pass(
             positive=pairs.bits, any_positive=pairs.any, **step._asdict(),
         )  # fmt: skip
     return loss, dx.T * step.text_weight
+
+
+def _densify(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """(loss float32 [columns], feature gradient float32 [columns, d])."""
+    return densify.step(head, batch.rows, batch.texts, label_P, row_P, **step._asdict())
 
 
 def _cluster_pass(

@@ -69,7 +69,7 @@ struct Thread {
     const int* word = nullptr;  // what it waits for: that this is no longer `value`
     int value = 0;
     std::vector<Copy> copies;                      // asked for, and not awaited
-    std::vector<std::function<void()>> products;   // the same
+    std::vector<std::function<void()>> products;   // the same; null: the end of a group
     bool done = false;
 };
 

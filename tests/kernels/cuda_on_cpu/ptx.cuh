@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <cstdlib>
 
 #include "cuda_bf16.h"
@@ -106,16 +107,20 @@ inline void prefetch(const void* from, uint32_t bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) std::abort();
 }
 
-// Products of a warpgroup. Here they are made when they are awaited; those that have A in registers at once.
+// Products of a warpgroup. Here they are made when they are awaited.
 inline void publish_shared() {}
 inline void begin_products() {}
-inline void commit_products() {}
+inline void commit_products() { cpu::current->products.push_back(nullptr); }
 template <int LEFT> void await_products() {
-    static_assert(LEFT == 0, "all");
-    for (auto& product : cpu::current->products) product();
-    cpu::current->products.clear();
+    auto& products = cpu::current->products;
+    size_t done = products.size();
+    for (int groups = 0; done > 0; --done)
+        if (!products[done - 1] && groups++ == LEFT) break;
+    for (size_t i = 0; i < done; ++i)
+        if (products[i]) products[i]();
+    products.erase(products.begin(), products.begin() + done);
 }
-inline void end_products() { await_products<0>(); }
+inline void end_products() { commit_products(), await_products<0>(); }
 template <typename T, int N> void pin(T (&)[N][4]) {}
 template <typename T> void forget(T&) {}
 
@@ -162,13 +167,17 @@ inline void multiply(float (&c)[N][4], uint64_t a, uint64_t b, bool add) {
     });
 }
 
+// A from registers, as they are now.
 template <bool B_N_MAJOR, int N>
 inline void multiply(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, bool add) {
     cpu::together([&](cpu::Lane& own) { std::copy(a, a + 4, own.word); }, [&](cpu::Lane* all, int) {
-        add_products<B_N_MAJOR>(c, [&](int row, int k) {
-            const uint32_t pair = all[row % 8 * 4 + k % 8 / 2].word[row / 8 + k / 8 * 2];
-            return widened_bfloat16(static_cast<uint16_t>(pair >> 16 * (k % 2)));
-        }, b, add);
+        std::vector<std::array<uint32_t, 4>> words(cpu::WARP);
+        for (int i = 0; i < cpu::WARP; ++i) std::copy(all[i].word, all[i].word + 4, words[i].begin());
+        cpu::current->products.push_back([&c, words = std::move(words), b, add] {
+            add_products<B_N_MAJOR>(c, [&](int row, int k) {
+                return widened_bfloat16(static_cast<uint16_t>(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> 16 * (k % 2)));
+            }, b, add);
+        });
     });
 }
 
