@@ -25,7 +25,6 @@ import triton
 from torch import Tensor
 
 from xmc_trainer.kernels import (
-    best_pass,
     cluster_pass,
     cuda_source,
     dense_step,
@@ -456,12 +455,13 @@ def head_topk(
 def _topk(head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor) -> Tensor:
     (labels, fan_in), texts, device = head.weight_LF.shape, feat_Bd.shape[0], feat_Bd.device
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
-    batch = Batch.of(feat_Bd)
     gathers = sparse and head.group_size >= _SHARED
+    densifies = not gathers and densify.takes(head, feat_Bd)
+    batch = Batch.of(feat_Bd, densify.TEXTS if densifies else 32)
     blocks = topk.Blocks.of(labels, head.group_size if gathers else 1)
     best = torch.empty(triton.cdiv(blocks.count, topk.BLOCK) * topk.BLOCK, batch.columns, device=device)
     best[blocks.count :] = -torch.inf
-    find = _group_best if gathers else _spread_best if best_pass.takes(head, batch.rows) else _dense_best
+    find = _group_best if gathers else _spread_best if densifies else _dense_best
     find(head, batch, blocks, best, skip_label_P, skip_row_P)
     chosen = _best_blocks(best, texts, min(k + topk.SPARE, blocks.count))
     score = torch.empty(*chosen.shape, topk.BLOCK, device=device)
@@ -519,13 +519,13 @@ def _spread_best(
     """The same, of rows that are spread out on the chip alone."""
     labels, columns = head.weight_LF.shape[0], batch.columns
     if not skip_label_P.numel():
-        best_pass.launch(head, batch.rows, 0, labels, best, None, None)
+        densify.best(head, batch.rows, 0, labels, best, None)
         return
     chunk = _chunk_labels(labels, _WORKSPACE, columns // 8, topk.BLOCK)
     pairs = PairBits(chunk, columns, topk.BLOCK, topk.BLOCK, batch.rows.device)
     for first in range(0, labels, chunk):
         pairs.mark(skip_label_P, skip_row_P, first)
-        best_pass.launch(head, batch.rows, first, min(first + chunk, labels), best[first // topk.BLOCK :], pairs.bits, pairs.any)
+        densify.best(head, batch.rows, first, min(first + chunk, labels), best[first // topk.BLOCK :], pairs.bits)
 
 
 def _group_best(

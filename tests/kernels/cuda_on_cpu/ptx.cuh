@@ -224,6 +224,7 @@ inline void arrive_there(uint32_t barrier) {
     cpu::later([there = reinterpret_cast<Barrier*>(at_address(barrier))] { change(*there, 1, 0); });
 }
 inline void arrive_expecting(Barrier& barrier, int bytes) { change(barrier, 1, bytes); }
+inline void expect(Barrier& barrier, int bytes) { change(barrier, 0, bytes); }
 
 inline void await(Barrier& barrier, int parity) {
     while (barrier.phase % 2 == parity) cpu::wait(&barrier.phase, barrier.phase);

@@ -4,7 +4,8 @@
 // tiles, 16 KiB in the order in which products read it from shared memory (operands.cuh): a bulk copy brings it there.
 //
 // Compiled for one configuration by -D: WEIGHT (float or bfloat16), INDEX (int16_t or int32_t), FEATURES (a multiple of 64: those of a
-// block), CHUNK (1, 2, 4: slots that are read together, a divisor of the fan-in), and what each file names.
+// block), CHUNK (1, 2, 4: slots that are read together, a divisor of the fan-in), GROUPED (labels share index rows), and what each
+// file names.
 
 #pragma once
 
@@ -92,8 +93,9 @@ struct DenseRow {
     uint8_t* elements;
     uint32_t swizzle;
 
-    __device__ __forceinline__ DenseRow(bfloat16* matrix, int row)
-        : elements(reinterpret_cast<uint8_t*>(matrix + row * ROW_SIZE)), swizzle((row & 7) * 8) {}
+    // first_feature: that of the matrix, a multiple of 64.
+    __device__ __forceinline__ DenseRow(bfloat16* matrix, int row, int first_feature = 0)
+        : elements(reinterpret_cast<uint8_t*>(matrix + row * ROW_SIZE - first_feature * ROWS)), swizzle((row & 7) * 8) {}
 
     __device__ __forceinline__ uint16_t& operator[](uint32_t feature) const {
         const uint32_t column = feature ^ swizzle;
@@ -110,18 +112,20 @@ __device__ __forceinline__ void clear_rows(bfloat16* rows, int lane) {
 
 // The index row of a label of this rank: label / group.
 __device__ __forceinline__ uint32_t index_row(const Arguments& a, int label) {
+    if (!GROUPED) return label;
     return static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(label)) * a.group_factor >> a.group_shift);
 }
 
 // Elements as they are stored.
 using Stored = std::conditional<BF16_WEIGHT, uint16_t, float>::type;
+using Index = std::make_unsigned<INDEX>::type;
 
 // As products take them.
 __device__ __forceinline__ uint16_t narrowed(uint16_t x) { return x; }
 __device__ __forceinline__ uint16_t narrowed(float x) { return static_cast<uint16_t>(packed(x, 0.0f)); }
 
-__device__ __forceinline__ const INDEX* index_of(const Arguments& a, int label) {
-    return static_cast<const INDEX*>(a.index) + static_cast<uint64_t>(index_row(a, label)) * static_cast<uint32_t>(a.fan_in);
+__device__ __forceinline__ const Index* index_of(const Arguments& a, int label) {
+    return static_cast<const Index*>(a.index) + static_cast<uint64_t>(index_row(a, label)) * static_cast<uint32_t>(a.fan_in);
 }
 __device__ __forceinline__ const Stored* weights_of(const Arguments& a, int label) {
     return static_cast<const Stored*>(a.weight) + static_cast<uint64_t>(label) * static_cast<uint32_t>(a.fan_in);
@@ -158,17 +162,40 @@ __device__ __forceinline__ void prefetch_rows(const Arguments& a, const Tiles& t
     if (index) from_to(index_of(a, first), index_of(a, end - 1) + a.fan_in);
 }
 
-// What a block has of a label's slots: those with the features of the block, whole chunks that may hold others' at either end.
+// What a lane has of a label's slots with the block's features: CHUNKS chunks, each LANES chunks after the one before, and those STRETCH
+// slots on, and so on. Chunks at the ends of the run have slots of other blocks, too.
+template <int LANES, int CHUNKS>
 struct Run {
-    int begin, end;
+    static constexpr int STEP = LANES * CHUNK, STRETCH = CHUNKS * STEP;
+    int first, before, rest;  // the lane's first slot; from it on: slots that come before the run; to the end of the run
 
-    __device__ __forceinline__ Run(const Arguments& a, const Tiles& tile, int row, int first_feature) {
-        begin = end = 0;
+    __device__ __forceinline__ Run(const Arguments& a, const Tiles& tile, int row, int first_feature, int lane) {
+        first = before = rest = 0;
         if (!tile.has(row)) return;
-        const int first = first_feature / 64, last = first + PARTS;
-        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row(a, tile.label(row))) * a.columns_of_64;
-        begin = slots[first] / CHUNK * CHUNK;
-        end = last < a.columns_of_64 ? slots[last] : a.fan_in;
+        const int part = first_feature / 64;
+        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row(a, tile.label(row))) * a.columns_of_64 + part;
+        const int begin = slots[0], end = part + PARTS < a.columns_of_64 ? slots[PARTS] : a.fan_in;
+        first = begin / CHUNK * CHUNK + lane % LANES * CHUNK;
+        before = begin - first, rest = end - first;
+    }
+
+    // Of the i-th slot of the k-th chunk: none but the first chunk begins before the run.
+    __device__ __forceinline__ bool has(int k, int i) const { return k * STEP + i < rest && (k > 0 || CHUNK == 1 || i >= before); }
+    __device__ __forceinline__ bool any(int k) const { return k * STEP < rest; }
+    __device__ __forceinline__ bool whole(int k) const { return k * STEP + CHUNK <= rest && (k > 0 || before <= 0); }
+    // Whether there is more of it, in any lane.
+    __device__ __forceinline__ bool next() {
+        first += STRETCH, before -= STRETCH, rest -= STRETCH;
+        return __any_sync(~0u, rest > 0);
+    }
+
+    // Chunks of a row of memory.
+    template <typename T>
+    __device__ __forceinline__ void load(Chunk<T> (&chunks)[CHUNKS], const T* row) const {
+        const T* const from = row + first;
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k)
+            if (any(k)) chunks[k] = Chunk<T>::read(from + k * STEP);
     }
 };
 

@@ -31,6 +31,7 @@ _LABELS = 64  # a tile
 _MOST_FEATURES = 768  # whose logits a launch makes
 # Of the weight gradient: so many tiles of texts a launch, and the features of a block that leave room for them.
 _FEATURES_BY_TEXT_TILES = {1: 256, 2: 192, 4: 128, 8: 64}
+_MOST_OF_BLOCK = 256  # features of the feature gradient
 _TEXT_TILES_TOGETHER = 4  # of the feature gradient
 _ROWS = 1 << 16  # of the index at a time
 # A chunk's workspace: bytes, or this share of the head's weights and index if that is more.
@@ -58,7 +59,9 @@ class Kernel:
 
     def __init__(self, source: str, head: HeadTensors, device: torch.device, **defines: int | str) -> None:
         types = {"WEIGHT": head.weight_LF.dtype, "INDEX": head.index_RF.dtype}
-        words = {name: cuda_source.TYPES[dtype] for name, dtype in types.items()} | {"CHUNK": math.gcd(head.weight_LF.shape[1], 4)}
+        words = {name: cuda_source.TYPES[dtype] for name, dtype in types.items()} | {
+            "CHUNK": math.gcd(head.weight_LF.shape[1], 4), "GROUPED": int(head.group_size > 1)
+        }  # fmt: skip
         capability = torch.cuda.get_device_capability(device)
         self._library = cuda_source.compiled(source, capability, tuple(f"{k}={v}" for k, v in (words | defines).items()))
         if self._library.arguments_size() != ctypes.sizeof(_Arguments):
@@ -188,7 +191,7 @@ def step(
     if bias_update:
         common |= dict(bias_gradient=torch.empty(columns // 16, chunk, device=device))
 
-    features = features_of_block(d, 256)
+    features = features_of_block(d, _MOST_OF_BLOCK)
     feature_gradient = Kernel("feature_gradient.cu", head, device, FEATURES=features)
     blocks = -(-d // features)
     together = max(1, min(_TEXT_TILES_TOGETHER, text_tiles, feature_gradient.blocks // blocks))

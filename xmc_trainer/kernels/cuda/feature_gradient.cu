@@ -4,7 +4,7 @@
 // A block has TEXTS texts and FEATURES features of dX in registers for as long as it runs. Tiles of LABELS labels pass through, see
 // `Pipeline`:
 //
-//     producers (4 warps, 16 labels each, two lanes a label)    W <- the block's runs of the tile's rows; s comes by bulk copy
+//     producers (4 warps or 8, two lanes or four a label)       W <- the block's runs of the tile's rows; s comes by bulk copy
 //     consumers (8 warps, a warpgroup 64 texts)                 dX += s W, a tile's products under way while the next one's are asked for
 //
 // Sums have one order: results are the same, bit for bit, from run to run on GPUs of as many multiprocessors.
@@ -13,9 +13,11 @@
 
 namespace {
 
-constexpr int BUFFERS = 4, PRODUCER_WARPS = 4, THREADS = CONSUMERS + 32 * PRODUCER_WARPS;
-constexpr int CONSUMER_REGISTERS = 184, PRODUCER_REGISTERS = 136;  // of the 168 that each of 384 threads begins with
-constexpr int LANES = 2, CHUNKS = 32 / CHUNK, STRETCH = LANES * CHUNKS * CHUNK;  // of a label: lanes; a lane's chunks; their slots
+// Producers have little to do beside many products.
+constexpr int BUFFERS = 4, PRODUCER_WARPS = PARTS == 4 ? 4 : 8, THREADS = CONSUMERS + 32 * PRODUCER_WARPS;
+constexpr int CONSUMER_REGISTERS = PARTS == 4 ? 184 : 152, PRODUCER_REGISTERS = PARTS == 4 ? 136 : 104;
+constexpr int ROWS_A_WARP = LABELS / PRODUCER_WARPS, LANES = 32 / ROWS_A_WARP, CHUNKS = 64 / (LANES * CHUNK);  // of a label
+using LabelRun = Run<LANES, CHUNKS>;
 static_assert(PARTS <= 4, "the sums must fit the registers");
 
 struct Shared {
@@ -37,37 +39,23 @@ struct Part {
     }
 };
 
-// A lane's chunks of a run, from the `on`-th slot of the run on.
+// A lane's part of a label's row.
 struct Items {
-    Chunk<INDEX> index[CHUNKS];
+    Chunk<Index> index[CHUNKS];
     Chunk<Stored> weight[CHUNKS];
 
-    __device__ __forceinline__ static int slot(const Run& run, int on, int k, int lane) {
-        return run.begin + on + (k * LANES + lane % LANES) * CHUNK;
+    __device__ __forceinline__ void load(const Arguments& a, const Tiles& tile, int row, const LabelRun& run) {
+        const int label = tile.has(row) ? tile.label(row) : 0;
+        run.load(index, index_of(a, label));
+        run.load(weight, weights_of(a, label));
     }
 
-    __device__ __forceinline__ void load(const Arguments& a, const Tiles& tile, int row, const Run& run, int on, int lane) {
-        const INDEX* const indices = index_of(a, tile.has(row) ? tile.label(row) : 0);
-        const Stored* const weights = weights_of(a, tile.has(row) ? tile.label(row) : 0);
+    __device__ __forceinline__ void spread(const DenseRow<>& to, const LabelRun& run) const {
 #pragma unroll
-        for (int k = 0; k < CHUNKS; ++k) {
-            const int first = slot(run, on, k, lane);
-            if (first >= run.end) continue;
-            index[k] = Chunk<INDEX>::read(indices + first);
-            weight[k] = Chunk<Stored>::read(weights + first);
-        }
-    }
-
-    __device__ __forceinline__ void spread(const DenseRow<>& to, const Run& run, int first_feature, int on, int lane) const {
+        for (int k = 0; k < CHUNKS; ++k)
 #pragma unroll
-        for (int k = 0; k < CHUNKS; ++k) {
-            if (slot(run, on, k, lane) >= run.end) continue;
-#pragma unroll
-            for (int i = 0; i < CHUNK; ++i) {
-                const uint32_t feature = index[k][i] - first_feature;
-                if (feature < FEATURES) to[feature] = narrowed(weight[k][i]);
-            }
-        }
+            for (int i = 0; i < CHUNK; ++i)
+                if (run.has(k, i)) to[index[k][i]] = narrowed(weight[k][i]);
     }
 };
 
@@ -81,34 +69,35 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
 #pragma unroll 1
     for (int i = 0; i < BUFFERS; ++i, ahead.next()) prefetch_rows(a, ahead, fetches && thread == 0, fetches && thread == 32);
     after.next();
-    Run run(a, tile, row, first_feature), run_after(a, after, row, first_feature);
+    LabelRun run(a, tile, row, first_feature, lane), run_after(a, after, row, first_feature, lane);
     Items now, next;
-    now.load(a, tile, row, run, 0, lane);
+    now.load(a, tile, row, run);
 #pragma unroll 1
     for (; tile.any(); turn.next(), ahead.next()) {
         prefetch_rows(a, ahead, fetches && thread == 0, fetches && thread == 32);
-        next.load(a, after, row, run_after, 0, lane);  // on its way while this tile is spread
+        next.load(a, after, row, run_after);  // on its way while this tile is spread
         Tiles two_on = after;
         two_on.next();
-        const Run run_two_on(a, two_on, row, first_feature);
+        const LabelRun run_two_on(a, two_on, row, first_feature, lane);
+        Barrier& full = shared.tiles.full[turn.buffer];
         shared.tiles.await_free(turn);
         if (thread == 0) {
             const int64_t pair = static_cast<int64_t>(tile.number) * (a.columns / TEXTS) + part.text_tile;
-            arrive_expecting(shared.tiles.full[turn.buffer], SLOPES * sizeof(bfloat16));
-            fetch_bulk(shared.s[turn.buffer], a.slopes + pair * SLOPES, SLOPES * sizeof(bfloat16), shared.tiles.full[turn.buffer]);
+            expect(full, SLOPES * sizeof(bfloat16));
+            fetch_bulk(shared.s[turn.buffer], a.slopes + pair * SLOPES, SLOPES * sizeof(bfloat16), full);
         }
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) clear_rows<2>(shared.w[turn.buffer][i] + warp * (16 * ROW_SIZE), lane);
+        for (int i = 0; i < PARTS; ++i) clear_rows<ROWS_A_WARP / 8>(shared.w[turn.buffer][i] + warp * (ROWS_A_WARP * ROW_SIZE), lane);
         __syncwarp();
-        const DenseRow<> to(shared.w[turn.buffer][0], row);
-        now.spread(to, run, first_feature, 0, lane);
-        for (int on = STRETCH; run.begin + on < run.end; on += STRETCH) {
-            now.load(a, tile, row, run, on, lane);
-            now.spread(to, run, first_feature, on, lane);
+        const DenseRow<> to(shared.w[turn.buffer][0], row, first_feature);
+        now.spread(to, run);
+        while (run.next()) {
+            now.load(a, tile, row, run);
+            now.spread(to, run);
         }
         publish_shared();
         __syncwarp();
-        if (lane == 0 && thread) arrive(shared.tiles.full[turn.buffer]);
+        if (lane == 0) arrive(full);
         tile = after, after = two_on, now = next, run = run_after, run_after = run_two_on;
     }
 }

@@ -50,30 +50,50 @@ struct BlockTiles : Tiles {
     }
 };
 
-// What a lane has of a warp's rows of a tile, one of ROUNDS chunks.
+// What a warp reads next: rows of a tile are chunks one after another, the lane's are every 32nd.
+struct Stream {
+    const Index* index;
+    const Stored* weight;
+    int label, place, end;  // of the tile's first row here; the lane's next chunk, and how many there are
+
+    // end: of chunks of a warp's rows.
+    __device__ __forceinline__ static int chunks(const BlockTiles& tile, int warp) {
+        return tile.any() ? max(0, min(OWN, tile.last_label - tile.label(warp * OWN))) * CHUNKS : 0;
+    }
+
+    __device__ __forceinline__ Stream(const Arguments& a, const BlockTiles& tile, int warp, int lane) {
+        end = chunks(tile, warp), place = lane;
+        label = end ? tile.label(warp * OWN) : 0;
+        index = index_of(a, label) + lane * CHUNK, weight = weights_of(a, label) + lane * CHUNK;
+    }
+
+    // WINDOW of them, each when the place for it is free: free(i).
+    template <typename Items, typename Free>
+    __device__ __forceinline__ void read(const Arguments& a, Items& items, Free free) {
+#pragma unroll
+        for (int i = 0; i < WINDOW; ++i) {
+            free(i);
+            const int there = place + i * 32;
+            if (there >= end) continue;
+            const Index* from = index + i * 32 * CHUNK;
+            if (GROUPED) from = index_of(a, label + there / CHUNKS) + there % CHUNKS * CHUNK;
+            items[i].index = Chunk<Index>::read(from);
+            items[i].weight = Chunk<Stored>::read(weight + i * 32 * CHUNK);
+        }
+        place += WINDOW * 32, index += WINDOW * 32 * CHUNK, weight += WINDOW * 32 * CHUNK;
+    }
+};
+
 struct Item {
-    Chunk<INDEX> index;
+    Chunk<Index> index;
     Chunk<Stored> weight;
 
-    __device__ __forceinline__ static int place(int round, int lane) { return round * 32 + lane; }
-    __device__ __forceinline__ static bool has(const BlockTiles& tile, int warp, int place) {
-        return place < OWN * CHUNKS && tile.has(warp * OWN + place / CHUNKS);
-    }
-
-    __device__ __forceinline__ void load(const Arguments& a, const BlockTiles& tile, int warp, int place) {
-        if (!has(tile, warp, place)) return;
-        const int label = tile.label(warp * OWN + place / CHUNKS), slot = place % CHUNKS * CHUNK;
-        index = Chunk<INDEX>::read(index_of(a, label) + slot);
-        weight = Chunk<Stored>::read(weights_of(a, label) + slot);
-    }
-
-    __device__ __forceinline__ void spread(bfloat16* w, const Arguments& a, const BlockTiles& tile, int warp, int place) const {
-        if (!has(tile, warp, place)) return;
-        const DenseRow<> row(w, warp * OWN + place / CHUNKS);
+    __device__ __forceinline__ void spread(bfloat16* w, const Arguments& a, uint32_t row) const {
+        const DenseRow<> to(w, row);
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
-            const uint32_t feature = SLICED ? static_cast<uint32_t>(index[i] - a.first_feature) : index[i];
-            if (!SLICED || feature < FEATURES) row[feature] = narrowed(weight[i]);
+            const uint32_t feature = SLICED ? index[i] - static_cast<uint32_t>(a.first_feature) : index[i];
+            if (!SLICED || feature < FEATURES) to[feature] = narrowed(weight[i]);
         }
     }
 };
@@ -84,9 +104,9 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
     BlockTiles tile(a), ahead(a);
 #pragma unroll 1
     for (int i = 0; i < BUFFERS; ++i, ahead.next()) prefetch_rows(a, ahead, thread == 0, thread == 32);
+    Stream stream(a, tile, warp, lane);
     Item items[WINDOW];
-#pragma unroll
-    for (int i = 0; i < WINDOW; ++i) items[i].load(a, tile, warp, Item::place(i, lane));
+    stream.read(a, items, [](int) {});
 #pragma unroll 1
     for (; tile.any(); turn.next(), ahead.next()) {
         prefetch_rows(a, ahead, thread == 0, thread == 32);
@@ -106,14 +126,15 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
 #pragma unroll
         for (int part = 0; part < PARTS; ++part) clear_rows<OWN / 8>(shared.w[turn.buffer][part] + warp * (OWN * ROW_SIZE), lane);
         __syncwarp();
+        // A chunk spread is a chunk on its way: of this tile, in the end of the next.
+        const int end = Stream::chunks(tile, warp);
 #pragma unroll 1
-        for (int round = 0; round < ROUNDS; round += WINDOW) {
-            const bool last = round + WINDOW == ROUNDS;
-#pragma unroll
-            for (int i = 0; i < WINDOW; ++i) {
-                items[i].spread(shared.w[turn.buffer][0], a, tile, warp, Item::place(round + i, lane));
-                items[i].load(a, last ? after : tile, warp, Item::place(last ? i : round + WINDOW + i, lane));
-            }
+        for (int place = lane; place < ROUNDS * 32; place += WINDOW * 32) {
+            if (place + WINDOW * 32 >= ROUNDS * 32) stream = Stream(a, after, warp, lane);
+            stream.read(a, items, [&](int i) {
+                const uint32_t here = place + i * 32;
+                if (here < end) items[i].spread(shared.w[turn.buffer][0], a, warp * OWN + here / CHUNKS);
+            });
         }
         publish_shared();
         __syncwarp();

@@ -251,6 +251,11 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
 }
 
+// Without an arrival.
+__device__ __forceinline__ void expect(Barrier& barrier, int bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
+}
+
 // At the barrier of a block of the cluster: of `address_in`. Says that something has been read; what the thread has written is not
 // published by it (that would wait for all that the thread has asked memory for).
 __device__ __forceinline__ void arrive_there(uint32_t barrier) {

@@ -17,7 +17,8 @@ namespace {
 
 constexpr int BUFFERS = 2, THREADS = CONSUMERS + 128;
 constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 40;
-constexpr int LANES = 4, LABELS_TOGETHER = 128 / LANES, CHUNKS = 16 / CHUNK, STRETCH = LANES * CHUNKS * CHUNK;  // of a gather
+constexpr int LANES = 2, CHUNKS = 32 / CHUNK;  // of a label: a warpgroup gathers those of a tile together
+using LabelRun = Run<LANES, CHUNKS>;
 constexpr bool BF16_GRADIENT = sizeof(GRADIENT) == 2;
 using StoredGradient = std::conditional<BF16_GRADIENT, uint16_t, float>::type;
 static_assert(PARTS <= 4, "the sums must fit the registers");
@@ -65,51 +66,35 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
     }
 }
 
-// A lane's chunks of a run of index, from the `on`-th slot on, of two labels.
+// A lane's part of a label's index row.
 struct Items {
-    Chunk<INDEX> index[2][CHUNKS];
+    Chunk<Index> index[CHUNKS];
 
-    __device__ __forceinline__ static int slot(const Run& run, int on, int k, int lane) {
-        return run.begin + on + (k * LANES + lane % LANES) * CHUNK;
-    }
-
-    __device__ __forceinline__ void load(const Arguments& a, const Tiles& tile, int which, int row, const Run& run, int on, int lane) {
-        const INDEX* const indices = index_of(a, tile.has(row) ? tile.label(row) : 0);
-#pragma unroll
-        for (int k = 0; k < CHUNKS; ++k) {
-            const int first = slot(run, on, k, lane);
-            if (first < run.end) index[which][k] = Chunk<INDEX>::read(indices + first);
-        }
+    __device__ __forceinline__ void load(const Arguments& a, const Tiles& tile, int row, const LabelRun& run) {
+        run.load(index, index_of(a, tile.has(row) ? tile.label(row) : 0));
     }
 
     // to: the label's gradient.
-    __device__ __forceinline__ void gather(
-        StoredGradient* to, const DenseRow<>& from, const Arguments& a, int which, const Run& run, int first_feature, int on, int lane) const {
+    __device__ __forceinline__ void gather(StoredGradient* to, const DenseRow<>& from, const Arguments& a, const LabelRun& run) const {
+        StoredGradient* const there = to + run.first;
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
-            const int first = slot(run, on, k, lane);
-            if (first >= run.end) continue;
-            // Chunks at the ends of a run have slots of other blocks, too.
-            bool whole = true;
             Chunk<StoredGradient> found;
-            uint32_t feature[CHUNK];
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
-                feature[i] = index[which][k][i] - first_feature;
-                whole = whole && feature[i] < FEATURES;
                 StoredGradient value{};
-                if (feature[i] < FEATURES) {
-                    if constexpr (BF16_GRADIENT) value = from[feature[i]];
-                    else value = __uint_as_float(uint32_t(from[feature[i]]) << 16) + (a.add ? to[first + i] : 0.0f);
+                if (run.has(k, i)) {
+                    if constexpr (BF16_GRADIENT) value = from[index[k][i]];
+                    else value = __uint_as_float(uint32_t(from[index[k][i]]) << 16) + (a.add ? there[k * LabelRun::STEP + i] : 0.0f);
                 }
                 found.set(i, value);
             }
-            if (whole) {
-                found.write(to + first);
+            if (run.whole(k)) {
+                found.write(there + k * LabelRun::STEP);
             } else {
 #pragma unroll
                 for (int i = 0; i < CHUNK; ++i)
-                    if (feature[i] < FEATURES) to[first + i] = found[i];
+                    if (run.has(k, i)) there[k * LabelRun::STEP + i] = found[i];
             }
         }
     }
@@ -128,19 +113,18 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     meet<CONSUMERS>(1);
 
     bfloat16* const dw = shared.dw[warpgroup][0];
-    const int rows[2] = {thread / LANES, thread / LANES + LABELS_TOGETHER};
+    const int row = thread / LANES;
     Pipeline<BUFFERS>& pipeline = shared.tiles[warpgroup];
     Pipeline<BUFFERS>::Turn turn;
     Tiles tile = tiles_of(a, part, warpgroup);
-    Run runs[2] = {Run(a, tile, rows[0], first_feature), Run(a, tile, rows[1], first_feature)};
+    LabelRun run(a, tile, row, first_feature, lane);
 #pragma unroll 1
     while (tile.any()) {
         Items items;
-#pragma unroll
-        for (int which = 0; which < 2; ++which) items.load(a, tile, which, rows[which], runs[which], 0, lane);
+        items.load(a, tile, row, run);
         Tiles after = tile;
         after.next();
-        const Run runs_after[2] = {Run(a, after, rows[0], first_feature), Run(a, after, rows[1], first_feature)};
+        const LabelRun run_after(a, after, row, first_feature, lane);
         float grad[PARTS * 8][4];
         int before = -1;
 #pragma unroll 1
@@ -166,7 +150,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
         meet<128>(2 + warpgroup);
         // Of four matrices the first two are one chunk of 16 rows, the others the next; place<ROW>(row, n + 1) is
         // place<ROW>(row, 1) ^ 8 n for an even n.
-        const int row = thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, first = place<ROW>(row, lane / 16);
+        const int first = place<ROW>(thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, lane / 16);
 #pragma unroll
         for (int n = 0; n < PARTS * 8; n += 2) {
             uint32_t words[4];
@@ -175,19 +159,15 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
             store4(dw + n / 8 * (LABELS * ROW_SIZE) + (first ^ n % 8 * 8), words);
         }
         meet<128>(2 + warpgroup);
-#pragma unroll
-        for (int which = 0; which < 2; ++which) {
-            if (!tile.has(rows[which])) continue;
-            const Run& run = runs[which];
-            StoredGradient* const to = static_cast<StoredGradient*>(a.gradient) + static_cast<int64_t>(tile.label(rows[which]) - tile.first_label) * a.fan_in;
-            const DenseRow<> from(dw, rows[which]);
-            items.gather(to, from, a, which, run, first_feature, 0, lane);
-            for (int on = STRETCH; run.begin + on < run.end; on += STRETCH) {
-                items.load(a, tile, which, rows[which], run, on, lane);
-                items.gather(to, from, a, which, run, first_feature, on, lane);
-            }
+        const int64_t local = static_cast<int64_t>(tile.label(row) - tile.first_label);
+        StoredGradient* const to = static_cast<StoredGradient*>(a.gradient) + local * a.fan_in;
+        const DenseRow<> from(dw, row, first_feature);
+        items.gather(to, from, a, run);
+        while (run.next()) {
+            items.load(a, tile, row, run);
+            items.gather(to, from, a, run);
         }
-        tile = after, runs[0] = runs_after[0], runs[1] = runs_after[1];
+        tile = after, run = run_after;
     }
 }
 

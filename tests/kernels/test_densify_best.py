@@ -11,18 +11,19 @@ import torch
 triton = pytest.importorskip("triton")
 
 from tests.kernels.cuda_helpers import DEVICES, LABELS, batch, dense_of, make_head, use  # noqa: E402
-from xmc_trainer.kernels import best_pass, topk, triton_head  # noqa: E402
+from xmc_trainer.kernels import topk, triton_head  # noqa: E402
+from xmc_trainer.kernels.cuda import densify  # noqa: E402
 from xmc_trainer.kernels.pairs import PairBits  # noqa: E402
 
 # (features, fan_in, group_size): slots are read two, one and four together, rows by some lanes or by all and more; what registers
 # hold of X, and what not.
-HEADS = [(48, 18, 1), (200, 33, 3), (640, 64, 1), (768, 128, 1), (700, 100, 5)]
+HEADS = [(48, 18, 1), (200, 33, 3), (640, 64, 1), (768, 128, 1), (700, 100, 5), (1600, 40, 1)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernel runs; fails a test in which it was not launched."""
-    launched = use(request.param, best_pass, "launch", monkeypatch)
+    launched = use(request.param, densify, "best", monkeypatch)
     yield request.param
     assert launched
 
@@ -33,19 +34,20 @@ def labels_on(device):
 
 @pytest.mark.parametrize("number, texts, weight_dtype", [
     (0, 37, torch.bfloat16), (1, 300, torch.float32), (2, 128, torch.bfloat16), (3, 130, torch.bfloat16), (4, 5, torch.bfloat16),
+    (5, 37, torch.bfloat16),
 ])  # fmt: skip
 def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
     head = make_head(device, *HEADS[number], labels=labels_on(device), weight_dtype=weight_dtype)
     head.bias.normal_()
     tensors = head.tensors()
     feat, _, _ = batch(device, HEADS[number][0], texts)
-    rows = triton_head.Batch.of(feat.bfloat16()).rows
+    rows = triton_head.Batch.of(feat.bfloat16(), densify.TEXTS).rows
     labels, columns = head.num_labels, rows.shape[0]
     z = dense_of(head)[0].bfloat16().double() @ rows.double().T + head.bias.double()[:, None]
 
-    def assert_best(tensors, first, z, skip=None, any_skip=None):
+    def assert_best(tensors, first, z, skip=None):
         best = torch.full((-(-(labels - first) // topk.BLOCK), columns), torch.nan, device=device)
-        best_pass.launch(tensors, rows, first, labels, best, skip, any_skip)
+        densify.best(tensors, rows, first, labels, best, skip)
         z = torch.nn.functional.pad(z[first:], (0, 0, 0, (first - labels) % topk.BLOCK), value=-torch.inf)
         torch.testing.assert_close(best.double(), z.unflatten(0, (-1, topk.BLOCK)).amax(1), rtol=1e-5, atol=1e-5)
 
@@ -60,7 +62,7 @@ def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
     pairs.mark(label_P, row_P, first)
     assert pairs.any.tolist() == [1] + [0] * (len(pairs.any) - 1)
     z[best, text] = -torch.inf
-    assert_best(tensors, first, z, pairs.bits, pairs.any)
+    assert_best(tensors, first, z, pairs.bits)
 
 
 @pytest.mark.parametrize("chunks", [False, True])
