@@ -162,21 +162,29 @@ __device__ __forceinline__ void prefetch_rows(const Arguments& a, const Tiles& t
     if (index) from_to(index_of(a, first), index_of(a, end - 1) + a.fan_in);
 }
 
-// What a lane has of a label's slots with the block's features: CHUNKS chunks, each LANES chunks after the one before, and those STRETCH
-// slots on, and so on. Chunks at the ends of the run have slots of other blocks, too.
+// Which slots of a label have the block's features: read from memory long before anything is made of it.
+struct Slots {
+    int begin = 0, end = 0;
+
+    __device__ __forceinline__ Slots(const Arguments& a, const Tiles& tile, int row, int first_feature) {
+        if (!tile.has(row)) return;
+        const int part = first_feature / 64;
+        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row(a, tile.label(row))) * a.columns_of_64 + part;
+        begin = slots[0], end = part + PARTS < a.columns_of_64 ? slots[PARTS] : a.fan_in;
+    }
+};
+
+// What a lane has of them: CHUNKS chunks, each LANES chunks after the one before, and those STRETCH slots on, and so on. Chunks at
+// the ends of the run have slots of other blocks, too.
 template <int LANES, int CHUNKS>
 struct Run {
     static constexpr int STEP = LANES * CHUNK, STRETCH = CHUNKS * STEP;
     int first, before, rest;  // the lane's first slot; from it on: slots that come before the run; to the end of the run
 
-    __device__ __forceinline__ Run(const Arguments& a, const Tiles& tile, int row, int first_feature, int lane) {
-        first = before = rest = 0;
-        if (!tile.has(row)) return;
-        const int part = first_feature / 64;
-        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row(a, tile.label(row))) * a.columns_of_64 + part;
-        const int begin = slots[0], end = part + PARTS < a.columns_of_64 ? slots[PARTS] : a.fan_in;
-        first = begin / CHUNK * CHUNK + lane % LANES * CHUNK;
-        before = begin - first, rest = end - first;
+    __device__ __forceinline__ Run(Slots slots, int lane) {
+        forget(slots.begin), forget(slots.end);
+        first = slots.begin / CHUNK * CHUNK + lane % LANES * CHUNK;
+        before = slots.begin - first, rest = slots.end - first;
     }
 
     // Of the i-th slot of the k-th chunk: none but the first chunk begins before the run.

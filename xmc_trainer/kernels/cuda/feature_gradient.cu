@@ -69,16 +69,18 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
 #pragma unroll 1
     for (int i = 0; i < BUFFERS; ++i, ahead.next()) prefetch_rows(a, ahead, fetches && thread == 0, fetches && thread == 32);
     after.next();
-    LabelRun run(a, tile, row, first_feature, lane), run_after(a, after, row, first_feature, lane);
+    LabelRun run(Slots(a, tile, row, first_feature), lane);
+    Slots slots_after(a, after, row, first_feature);
     Items now, next;
     now.load(a, tile, row, run);
 #pragma unroll 1
     for (; tile.any(); turn.next(), ahead.next()) {
         prefetch_rows(a, ahead, fetches && thread == 0, fetches && thread == 32);
+        const LabelRun run_after(slots_after, lane);
         next.load(a, after, row, run_after);  // on its way while this tile is spread
         Tiles two_on = after;
         two_on.next();
-        const LabelRun run_two_on(a, two_on, row, first_feature, lane);
+        slots_after = Slots(a, two_on, row, first_feature);
         Barrier& full = shared.tiles.full[turn.buffer];
         shared.tiles.await_free(turn);
         if (thread == 0) {
@@ -98,7 +100,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
         publish_shared();
         __syncwarp();
         if (lane == 0) arrive(full);
-        tile = after, after = two_on, now = next, run = run_after, run_after = run_two_on;
+        tile = after, after = two_on, now = next, run = run_after;
     }
 }
 

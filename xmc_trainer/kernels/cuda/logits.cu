@@ -57,13 +57,14 @@ struct Stream {
     int label, place, end;  // of the tile's first row here; the lane's next chunk, and how many there are
 
     // end: of chunks of a warp's rows.
-    __device__ __forceinline__ static int chunks(const BlockTiles& tile, int warp) {
-        return tile.any() ? max(0, min(OWN, tile.last_label - tile.label(warp * OWN))) * CHUNKS : 0;
+    __device__ __forceinline__ static int chunks(const BlockTiles& tile, int thread) {
+        return tile.any() ? max(0, min(OWN, tile.last_label - tile.label(thread / 32 * OWN))) * CHUNKS : 0;
     }
 
-    __device__ __forceinline__ Stream(const Arguments& a, const BlockTiles& tile, int warp, int lane) {
-        end = chunks(tile, warp), place = lane;
-        label = end ? tile.label(warp * OWN) : 0;
+    __device__ __forceinline__ Stream(const Arguments& a, const BlockTiles& tile, int thread) {
+        const int lane = thread % 32;
+        end = chunks(tile, thread), place = lane;
+        label = end ? tile.label(thread / 32 * OWN) : 0;
         index = index_of(a, label) + lane * CHUNK, weight = weights_of(a, label) + lane * CHUNK;
     }
 
@@ -99,17 +100,18 @@ struct Item {
 };
 
 __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
-    const int thread = threadIdx.x - CONSUMERS, warp = thread / 32, lane = thread % 32;
+    int thread = threadIdx.x - CONSUMERS;
     Pipeline<BUFFERS>::Turn turn;
-    BlockTiles tile(a), ahead(a);
-#pragma unroll 1
-    for (int i = 0; i < BUFFERS; ++i, ahead.next()) prefetch_rows(a, ahead, thread == 0, thread == 32);
-    Stream stream(a, tile, warp, lane);
+    BlockTiles tile(a);
+    prefetch_rows(a, tile, thread == 0, thread == 32);
+    Stream stream(a, tile, thread);
     Item items[WINDOW];
     stream.read(a, items, [](int) {});
 #pragma unroll 1
-    for (; tile.any(); turn.next(), ahead.next()) {
-        prefetch_rows(a, ahead, thread == 0, thread == 32);
+    for (BlockTiles after = tile; tile.any(); tile = after, turn.next()) {
+        after.next();
+        prefetch_rows(a, after, thread == 0, thread == 32);
+        forget(thread);  // what follows from it would take registers all the time
         // A label past the last one has no loss, no slope and is nobody's best.
         float bias = BEST ? -INFINITY : -1e30f;
         if (thread < LABELS && tile.has(thread)) bias = a.bias && !a.partial_in ? a.bias[tile.label(thread)] : 0.0f;
@@ -118,28 +120,28 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
         if (a.bits && tile.has(row))
             bits = *reinterpret_cast<const uint2*>(
                 a.bits + static_cast<int64_t>(tile.label(row) - tile.first_label) * (a.columns / 32) + tile.text_tile * (TEXTS / 32) + word);
-        BlockTiles after = tile;
-        after.next();
         shared.tiles.await_free(turn);
         if (thread < LABELS) shared.bias[turn.buffer][thread] = bias;
         shared.bits[turn.buffer][word][row] = bits.x, shared.bits[turn.buffer][word + 1][row] = bits.y;
+        forget(thread);
 #pragma unroll
-        for (int part = 0; part < PARTS; ++part) clear_rows<OWN / 8>(shared.w[turn.buffer][part] + warp * (OWN * ROW_SIZE), lane);
+        for (int part = 0; part < PARTS; ++part)
+            clear_rows<OWN / 8>(shared.w[turn.buffer][part] + thread / 32 * (OWN * ROW_SIZE), thread % 32);
         __syncwarp();
         // A chunk spread is a chunk on its way: of this tile, in the end of the next.
-        const int end = Stream::chunks(tile, warp);
+        const int end = Stream::chunks(tile, thread);
 #pragma unroll 1
-        for (int place = lane; place < ROUNDS * 32; place += WINDOW * 32) {
-            if (place + WINDOW * 32 >= ROUNDS * 32) stream = Stream(a, after, warp, lane);
+        for (int place = 0; place < ROUNDS * 32; place += WINDOW * 32) {
+            forget(thread);
+            if (place + WINDOW * 32 >= ROUNDS * 32) stream = Stream(a, after, thread);
             stream.read(a, items, [&](int i) {
-                const uint32_t here = place + i * 32;
-                if (here < end) items[i].spread(shared.w[turn.buffer][0], a, warp * OWN + here / CHUNKS);
+                const uint32_t here = place + i * 32 + thread % 32;
+                if (here < end) items[i].spread(shared.w[turn.buffer][0], a, thread / 32 * OWN + here / CHUNKS);
             });
         }
         publish_shared();
         __syncwarp();
-        if (lane == 0) arrive(shared.tiles.full[turn.buffer]);
-        tile = after;
+        if (thread % 32 == 0) arrive(shared.tiles.full[turn.buffer]);
     }
 }
 

@@ -77,17 +77,21 @@ struct Items {
     // to: the label's gradient.
     __device__ __forceinline__ void gather(StoredGradient* to, const DenseRow<>& from, const Arguments& a, const LabelRun& run) const {
         StoredGradient* const there = to + run.first;
+        uint16_t value[CHUNKS][CHUNK];  // all on their way before the first is awaited
+#pragma unroll
+        for (int k = 0; k < CHUNKS; ++k)
+#pragma unroll
+            for (int i = 0; i < CHUNK; ++i) {
+                value[k][i] = 0;
+                if (run.has(k, i)) value[k][i] = from[index[k][i]];
+            }
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k) {
             Chunk<StoredGradient> found;
 #pragma unroll
             for (int i = 0; i < CHUNK; ++i) {
-                StoredGradient value{};
-                if (run.has(k, i)) {
-                    if constexpr (BF16_GRADIENT) value = from[index[k][i]];
-                    else value = __uint_as_float(uint32_t(from[index[k][i]]) << 16) + (a.add ? there[k * LabelRun::STEP + i] : 0.0f);
-                }
-                found.set(i, value);
+                if constexpr (BF16_GRADIENT) found.set(i, value[k][i]);
+                else found.set(i, __uint_as_float(uint32_t(value[k][i]) << 16) + (a.add && run.has(k, i) ? there[k * LabelRun::STEP + i] : 0.0f));
             }
             if (run.whole(k)) {
                 found.write(there + k * LabelRun::STEP);
@@ -117,14 +121,15 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     Pipeline<BUFFERS>& pipeline = shared.tiles[warpgroup];
     Pipeline<BUFFERS>::Turn turn;
     Tiles tile = tiles_of(a, part, warpgroup);
-    LabelRun run(a, tile, row, first_feature, lane);
+    Slots slots(a, tile, row, first_feature);
 #pragma unroll 1
     while (tile.any()) {
+        LabelRun run(slots, lane);
         Items items;
         items.load(a, tile, row, run);
         Tiles after = tile;
         after.next();
-        const LabelRun run_after(a, after, row, first_feature, lane);
+        slots = Slots(a, after, row, first_feature);
         float grad[PARTS * 8][4];
         int before = -1;
 #pragma unroll 1
@@ -167,7 +172,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
             items.load(a, tile, row, run);
             items.gather(to, from, a, run);
         }
-        tile = after, run = run_after;
+        tile = after;
     }
 }
 
