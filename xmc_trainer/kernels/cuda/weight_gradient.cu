@@ -122,7 +122,8 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     Pipeline<BUFFERS>::Turn turn;
     Tiles tile = tiles_of(a, part, warpgroup);
     Slots slots(a, tile, row, first_feature);
-#pragma unroll 1
+// Twice: what is on its way changes its name, not its registers, which would await it.
+#pragma unroll 2
     while (tile.any()) {
         LabelRun run(slots, lane);
         Items items;
