@@ -36,7 +36,7 @@ from xmc_trainer.data import Corpus, sample_rows
 from xmc_trainer.encoder import TextEncoder, load_tokenizer
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
-from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
+from xmc_trainer.rng import Stream, make_key, uniform
 from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, encode_training_texts
 
 _FORMAT = "1"

@@ -33,12 +33,12 @@ from xmc_trainer.encoder import load_tokenizer
 from xmc_trainer.engine import leave, step_was_applied, whole_weights
 from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, multi_head_step
 from xmc_trainer.head.losses import best_constant
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.label_features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.meta_branch import MetaBranch
-from xmc_trainer.ops import select_backend
+from xmc_trainer.kernels.dispatch import select_backend
 from xmc_trainer.parallel import Ranks
 
 _ENCODER_OPTIMIZERS = {
@@ -204,10 +204,10 @@ class Trainer:
         meta_weight = self.meta_branch.weight(self.state.step) if self.meta_branch is not None else 0.0
         with self.accelerator.accumulate(self.encoder):
             features = self._encode(tensors["input_ids"], tensors["attention_mask"])
-            parts = self.head.parts(1.0 - meta_weight)
+            parts = self.head.terms(1.0 - meta_weight)
             if meta_weight > 0:
-                parts += self.meta_branch.parts(meta_weight)
-            loss = joint_step(
+                parts += self.meta_branch.terms(meta_weight)
+            loss = multi_head_step(
                 parts,
                 features[: tensors["label_counts"].shape[0]],
                 tensors["label_ids"],

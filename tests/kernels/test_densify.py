@@ -14,8 +14,7 @@ from xmc_trainer.head import RewireRule
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense_of, error, floats_of, make_head, use  # noqa: E402
-from xmc_trainer.kernels import cuda_source  # noqa: E402
-from xmc_trainer.kernels.cuda import densify  # noqa: E402
+from xmc_trainer.kernels.cuda import densify, source  # noqa: E402
 
 # (features, fan_in, group_size): slots are read two, one and four together; blocks of 64 to 256 features, the last of which has none
 # in places; logits in one slice of the features and in two.
@@ -25,7 +24,7 @@ HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1),
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernels run; fails a test in which they were not launched."""
-    launched = use(request.param, densify, "step", monkeypatch)
+    launched = use(request.param, densify, "run", monkeypatch)
     yield request.param
     assert launched
 
@@ -141,7 +140,7 @@ def test_steps_without_update_take_states_of_a_byte(number, device):
         losses.append([head(*first, end_of_step=False, texts_in_step=100).item(), head(*second, texts_in_step=100).item()])
         head.eval()
         losses[-1].append(head(*first).item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and not cuda_source._gave_up
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and not source._gave_up
     got = floats_of(heads[0])
     for name, expected in floats_of(heads[1]).items():
         allowed = 2e-2 if getattr(heads[1], name).dtype == torch.float32 else 5e-2

@@ -11,9 +11,9 @@ import torch
 triton = pytest.importorskip("triton")
 
 from tests.kernels.cuda_helpers import DEVICES, LABELS, batch, dense_of, make_head, use  # noqa: E402
-from xmc_trainer.kernels import topk, triton_head  # noqa: E402
+from xmc_trainer.kernels.arguments import Batch  # noqa: E402
 from xmc_trainer.kernels.cuda import densify  # noqa: E402
-from xmc_trainer.kernels.pairs import PairBits  # noqa: E402
+from xmc_trainer.kernels.triton import topk  # noqa: E402
 
 # (features, fan_in, group_size): slots are read two, one and four together, rows by some lanes or by all and more; what registers
 # hold of X, and what not.
@@ -23,7 +23,7 @@ HEADS = [(48, 18, 1), (200, 33, 3), (640, 64, 1), (768, 128, 1), (700, 100, 5), 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernel runs; fails a test in which it was not launched."""
-    launched = use(request.param, densify, "best", monkeypatch)
+    launched = use(request.param, densify, "find_best", monkeypatch)
     yield request.param
     assert launched
 
@@ -41,28 +41,26 @@ def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
     head.bias.normal_()
     tensors = head.tensors()
     feat, _, _ = batch(device, HEADS[number][0], texts)
-    rows = triton_head.Batch.of(feat.bfloat16(), densify.TEXTS).rows
-    labels, columns = head.num_labels, rows.shape[0]
-    z = dense_of(head)[0].bfloat16().double() @ rows.double().T + head.bias.double()[:, None]
+    sample = Batch.of(feat.bfloat16(), densify.TEXTS)
+    labels, columns = head.num_labels, sample.columns
+    z = dense_of(head)[0].bfloat16().double() @ sample.rows.double().T + head.bias.double()[:, None]
+    none = torch.empty(0, dtype=torch.int64, device=device)
 
-    def assert_best(tensors, first, z, skip=None):
-        best = torch.full((-(-(labels - first) // topk.BLOCK), columns), torch.nan, device=device)
-        densify.best(tensors, rows, first, labels, best, skip)
-        z = torch.nn.functional.pad(z[first:], (0, 0, 0, (first - labels) % topk.BLOCK), value=-torch.inf)
+    def assert_best(tensors, z, label_P=none, row_P=none):
+        blocks = topk.Blocks.of(labels, 1)
+        best = torch.full((blocks.count, columns), torch.nan, device=device)
+        densify.find_best(tensors, sample, blocks, best, label_P, row_P)
+        z = torch.nn.functional.pad(z, (0, 0, 0, -labels % topk.BLOCK), value=-torch.inf)
         torch.testing.assert_close(best.double(), z.unflatten(0, (-1, topk.BLOCK)).amax(1), rtol=1e-5, atol=1e-5)
 
-    assert_best(tensors, 0, z)
+    assert_best(tensors, z)
     if number == 4:
-        assert_best(dataclasses.replace(tensors, bias_L=None), 0, z - head.bias.double()[:, None])
+        assert_best(dataclasses.replace(tensors, bias_L=None), z - head.bias.double()[:, None])
     # Without the best of a block for each text, and a repeated pair; the other blocks have none to leave out.
     first = topk.BLOCK
     best, text = z[first : 2 * first, :texts].argmax(0) + first, torch.arange(texts, device=device)
-    label_P, row_P = torch.cat([best, best[:3], torch.tensor([0], device=device)]), torch.cat([text, text[:3], text[:1]])
-    pairs = PairBits(labels - first, columns, topk.BLOCK, topk.BLOCK, rows.device)
-    pairs.mark(label_P, row_P, first)
-    assert pairs.any.tolist() == [1] + [0] * (len(pairs.any) - 1)
     z[best, text] = -torch.inf
-    assert_best(tensors, first, z, pairs.bits)
+    assert_best(tensors, z, torch.cat([best, best[:3]]), torch.cat([text, text[:3]]))
 
 
 @pytest.mark.parametrize("chunks", [False, True])
@@ -79,7 +77,7 @@ def test_rankings_leave_out_what_texts_have(chunks, device, monkeypatch):
     # As many blocks as labels are asked for: with a wrong one another label is found.
     monkeypatch.setattr(topk, "SPARE", 0)
     if chunks:
-        monkeypatch.setattr(triton_head, "_WORKSPACE", 200 * 4 * -(-texts // 32))  # of one block each
+        monkeypatch.setattr(densify, "WORKSPACE", 1)  # of one block each
     score, label = head.topk(feat, 2, ids, counts + 3)
     torch.testing.assert_close(score.double(), z.topk(2).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z.gather(1, label), score.double(), rtol=1e-5, atol=1e-5)

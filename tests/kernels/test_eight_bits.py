@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from xmc_trainer.kernels.counter_rng import Stream, element_bits, make_key
+from xmc_trainer.rng import Stream, element_bits, make_key
 from xmc_trainer.kernels.eight_bits import decoded, encoded
 
 KEY = make_key(1, 2, Stream.ROUND)

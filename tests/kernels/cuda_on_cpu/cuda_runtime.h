@@ -252,26 +252,3 @@ template <typename Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiproce
 inline cudaError_t cudaGetDevice(int* device) { *device = 0; return 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { *value = 3; return 0; }  // several blocks, each of several tiles
 inline cudaError_t cudaGetLastError() { return 0; }
-
-// Launches of clusters.
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttribute {
-    cudaLaunchAttributeID id;
-    struct { struct { int x, y, z; } clusterDim; } val;
-};
-struct cudaLaunchConfig_t {
-    dim3 gridDim, blockDim;
-    size_t dynamicSmemBytes;
-    cudaStream_t stream;
-    cudaLaunchAttribute* attrs;
-    unsigned numAttrs;
-};
-template <typename Kernel, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, Arguments... arguments) {
-    const int blocks = config->attrs->val.clusterDim.x, bytes = static_cast<int>(config->dynamicSmemBytes);
-    if (bytes > 227 << 10 || config->gridDim.x % blocks) return 1;
-    cpu::run(config->gridDim.x, config->blockDim.x, bytes, [&] { kernel(arguments...); }, blocks);
-    return 0;
-}
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) { *clusters = 2; return 0; }

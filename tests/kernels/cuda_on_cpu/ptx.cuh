@@ -54,14 +54,6 @@ inline void store4(bfloat16* to, const uint32_t (&r)[4]) {
     });
 }
 
-template <int N>
-inline void store_transposed(bfloat16* to, const uint32_t (&r)[N]) {
-    cpu::together([&](cpu::Lane& own) { own.pointer = to; }, [&](cpu::Lane* all, int lane) {
-        for (int i = 0; i < N; ++i)
-            for (int j = 0; j < 2; ++j) ((bfloat16*)all[8 * i + lane % 4 * 2 + j].pointer)[lane / 4].bits = r[i] >> 16 * j;
-    });
-}
-
 // m16n8k16: A row (lane / 4, + 8), columns (lane % 4 * 2, + 8); B rows (lane % 4 * 2, + 8), column lane / 4.
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     cpu::together(
@@ -191,16 +183,6 @@ inline void meet(int number) {
     cpu::meet(meeting);
 }
 
-inline int block_in_cluster() { return cpu::current->block; }
-inline void meet_cluster() { cpu::meet(cpu::cluster); }
-
-// Addresses in the cluster's memory: 20 bits in the block's own, and the block's number.
-inline uint32_t address_in(int block, uint32_t here) {
-    if (here >= 227 << 10 || block >= static_cast<int>(cpu::blocks.size())) std::abort();
-    return static_cast<uint32_t>(block << 20 | here);
-}
-inline uint8_t* at_address(uint32_t address) { return cpu::aligned_memory(address >> 20) + (address & 0xFFFFF); }
-
 // Arrivals that are still to come in a phase, bytes too, and the number of the phase.
 struct alignas(8) Barrier {
     int16_t arrivals, left;
@@ -220,30 +202,11 @@ inline void change(Barrier& barrier, int arrivals, int bytes) {
 }
 
 inline void arrive(Barrier& barrier) { change(barrier, 1, 0); }
-inline void arrive_there(uint32_t barrier) {
-    cpu::later([there = reinterpret_cast<Barrier*>(at_address(barrier))] { change(*there, 1, 0); });
-}
 inline void arrive_expecting(Barrier& barrier, int bytes) { change(barrier, 1, bytes); }
 inline void expect(Barrier& barrier, int bytes) { change(barrier, 0, bytes); }
 
 inline void await(Barrier& barrier, int parity) {
     while (barrier.phase % 2 == parity) cpu::wait(&barrier.phase, barrier.phase);
-}
-
-template <typename T>
-inline void send(uint32_t to, T value, uint32_t barrier) {
-    if (to % sizeof(T)) std::abort();
-    std::memcpy(at_address(to), &value, sizeof(T));
-    change(*reinterpret_cast<Barrier*>(at_address(barrier)), 0, -static_cast<int>(sizeof(T)));
-}
-
-inline void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    if (to % 16 || bytes % 16 || address(from) % 16) std::abort();
-    if (static_cast<int>(to >> 20) == cpu::current->block) std::abort();  // to others alone: compute-sanitizer refuses the rest
-    cpu::later([there = at_address(to), from, bytes, ends = reinterpret_cast<Barrier*>(at_address(barrier))] {
-        std::memcpy(there, from, bytes);
-        change(*ends, 0, -bytes);
-    });
 }
 
 inline void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {

@@ -6,7 +6,7 @@ Three products, each a kernel that keeps what does not change on the chip and le
     logits.cu              z = X W^T + bias    loss += sum loss(z, y)    s = dloss/dz      keeps 128 texts of X
     feature_gradient.cu    dX += s W                                                       keeps a part of dX
     weight_gradient.cu     dW = (s^T X)[index]                                             keeps a part of X
-    dense_step             weight <- update(weight, dW)    bias <- update(bias, sum of s)
+    triton.dense           weight <- update(weight, dW)    bias <- update(bias, sum of s)
 
 Only the chunk's s and dW are in memory between them. For any number of texts and features. For GPUs of capability 9.0.
 """
@@ -18,14 +18,16 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xmc_trainer.kernels import cuda_source, dense_step, tile_math, topk
-from xmc_trainer.kernels.cuda_source import TEXTS
-from xmc_trainer.kernels.pairs import PairBits
-from xmc_trainer.kernels.reference import HeadTensors
+from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels, multiprocessors
+from xmc_trainer.kernels.cuda import source
+from xmc_trainer.kernels.cuda.source import TEXTS, TYPES
+from xmc_trainer.kernels.interface import HeadTensors
+from xmc_trainer.kernels.triton import dense
+from xmc_trainer.kernels.triton.bitmap import PairBitmap
+from xmc_trainer.kernels.triton.topk import BLOCK, Blocks
 
 _LABELS = 64  # a tile
 _MOST_FEATURES = 768  # whose logits a launch makes
@@ -34,8 +36,8 @@ _FEATURES_BY_TEXT_TILES = {1: 256, 2: 192, 4: 128, 8: 64}
 _MOST_OF_BLOCK = 256  # features of the feature gradient
 _TEXT_TILES_TOGETHER = 4  # of the feature gradient
 _ROWS = 1 << 16  # of the index at a time
-# A chunk's workspace: bytes, or this share of the head's weights and index if that is more.
-_WORKSPACE, _SHARE = 128 << 20, 0.2
+# A chunk's workspace: bytes, or this share of the head's weights and index if that is more. (Smaller chunks: more launches.)
+_WORKSPACE, _SHARE = 256 << 20, 0.2
 
 
 class _Arguments(ctypes.Structure):
@@ -57,22 +59,22 @@ class _Arguments(ctypes.Structure):
 class Kernel:
     """A source, compiled for a head, and how many of its blocks a device holds."""
 
-    def __init__(self, source: str, head: HeadTensors, device: torch.device, **defines: int | str) -> None:
+    def __init__(self, file: str, head: HeadTensors, device: torch.device, **defines: int | str) -> None:
         types = {"WEIGHT": head.weight_LF.dtype, "INDEX": head.index_RF.dtype}
-        words = {name: cuda_source.TYPES[dtype] for name, dtype in types.items()} | {
+        words = {name: TYPES[dtype] for name, dtype in types.items()} | {
             "CHUNK": math.gcd(head.weight_LF.shape[1], 4), "GROUPED": int(head.group_size > 1)
         }  # fmt: skip
         capability = torch.cuda.get_device_capability(device)
-        self._library = cuda_source.compiled(source, capability, tuple(f"{k}={v}" for k, v in (words | defines).items()))
+        self._library = source.compiled(file, capability, tuple(f"{k}={v}" for k, v in (words | defines).items()))
         if self._library.arguments_size() != ctypes.sizeof(_Arguments):
-            raise RuntimeError(f"{source} and {__name__} lay their arguments out differently")
+            raise RuntimeError(f"{file} and {__name__} lay their arguments out differently")
         self._device = device
-        self.blocks = cuda_source.checked(self._library.launch_blocks())
+        self.blocks = source.checked(self._library.launch_blocks())
 
     def __call__(self, blocks: int, arguments: dict[str, Any]) -> None:
         """On the current stream; tensors by their addresses."""
         plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        cuda_source.checked(-self._library.launch(ctypes.byref(_Arguments(**plain)), blocks, cuda_source.stream(self._device)))
+        source.checked(-self._library.launch(ctypes.byref(_Arguments(**plain)), blocks, source.stream(self._device)))
 
 
 class Slice(NamedTuple):
@@ -105,32 +107,25 @@ def features_of_block(d: int, most: int) -> int:
     return min(range(64, most + 1, 64), key=lambda size: (-(-d // size) * size, -size))
 
 
-def takes(head: HeadTensors, feat_Bd: Tensor) -> bool:
-    """Whether this head and these features are taken here."""
-    if head.index_RF is None or feat_Bd.dtype == torch.float32 or not cuda_source.can_compile(feat_Bd.device):
-        return False
-    return torch.cuda.get_device_capability(feat_Bd.device) == cuda_source.HOPPER
-
-
 class _Logits:
     """logits.cu, slice after slice.
 
     Args: labels: of a launch, at most.
     """
 
-    def __init__(self, head: HeadTensors, rows: Tensor, texts: int, labels: int, loss: int, best: bool) -> None:
+    def __init__(self, head: HeadTensors, rows: Tensor, labels: int, loss: int, best: bool) -> None:
         self.slices = slices(rows)
         self.text_tiles = rows.shape[0] // TEXTS
         fan_in, features = head.weight_LF.shape[1], self.slices[0].x.shape[1]
         self.kernel = Kernel(
             "logits.cu", head, rows.device, FEATURES=features, FAN_IN=fan_in, LOSS=loss, BEST=int(best), SLICED=int(len(self.slices) > 1)
         )
-        self.lanes = max(1, min(self.kernel.blocks // self.text_tiles, -(-labels // topk.BLOCK)))
+        self.lanes = max(1, min(self.kernel.blocks // self.text_tiles, -(-labels // BLOCK)))
         tiles = -(-labels // _LABELS)
         self.partial = [torch.empty(tiles * _LABELS * rows.shape[0], device=rows.device) for _ in self.slices[:2][1:]]
 
     def __call__(self, labels: int, arguments: dict[str, Any]) -> None:
-        lanes = min(self.lanes, -(-labels // topk.BLOCK))
+        lanes = min(self.lanes, -(-labels // BLOCK))
         for number, part in enumerate(self.slices):
             partial = {} if number == 0 else {"partial_in": self.partial[0]}
             if number + 1 < len(self.slices):
@@ -141,48 +136,29 @@ class _Logits:
 
 
 def _common(head: HeadTensors, rows: Tensor, texts: int) -> dict[str, Any]:
-    factor, shift = cuda_source.quotient(head.group_size)
+    factor, shift = source.quotient(head.group_size)
     return dict(
         weight=head.weight_LF, index=head.index_RF, bias=head.bias_L, texts=texts, columns=rows.shape[0], fan_in=head.weight_LF.shape[1],
         columns_of_64=-(-rows.shape[1] // 64), group_factor=factor, group_shift=shift,
     )  # fmt: skip
 
 
-def step(
-    head: HeadTensors,
-    rows: Tensor,
-    texts: int,
-    label_P: Tensor,
-    row_P: Tensor,
-    *,
-    finite: Tensor,
-    text_weight: float,
-    update: bool,
-    rule: dict[str, Any],
-    decay: dict[str, Any],
-    loss: int,
-) -> tuple[Tensor, Tensor]:
-    """(loss float32 [columns], feature gradient float32 [columns, d]).
-
-    Args:
-        rows: bfloat16 [columns, d], columns a multiple of TEXTS; those from `texts` on are no texts.
-        label_P, row_P: int64 pairs (local label, text).
-        finite: int32 scalar; nothing is updated where it is 0.
-        text_weight, update, rule, decay, loss: as in `triton_head.Step`.
-    """
+def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """(loss float32 [columns], feature gradient float32 [columns, d]). batch: of whole tiles of TEXTS texts."""
+    rows, texts = batch.rows, batch.texts
     (labels, fan_in), (columns, d), device = head.weight_LF.shape, rows.shape, rows.device
     text_tiles, at_a_time = columns // TEXTS, max(_FEATURES_BY_TEXT_TILES)
     several = text_tiles > at_a_time  # the weight gradient is a sum of launches
     gradient_dtype = torch.float32 if several else torch.bfloat16
-    bias_update = update and head.bias_L is not None
+    bias_update = step.update and head.bias_L is not None
     bytes_a_label = columns * 2 + columns // 8 + columns // 4 + fan_in * gradient_dtype.itemsize + (columns * 4 if d > _MOST_FEATURES else 0)
     head_bytes = head.weight_LF.nbytes + head.index_RF.nbytes
-    unit = topk.BLOCK * max(1, _multiprocessors(device) // text_tiles)  # a tile for each block
+    unit = BLOCK * max(1, multiprocessors(device) // text_tiles)  # a tile for each block
     chunk = max(1, int(max(_WORKSPACE, _SHARE * head_bytes)) // bytes_a_label // unit) * unit
-    chunk = min(chunk, -(-labels // topk.BLOCK) * topk.BLOCK)
+    chunk = min(chunk, -(-labels // BLOCK) * BLOCK)
 
-    logits = _Logits(head, rows, texts, chunk, loss, best=False)
-    pairs = PairBits(chunk, columns, topk.BLOCK, topk.BLOCK, device)
+    logits = _Logits(head, rows, chunk, step.loss, best=False)
+    pairs = PairBitmap(chunk, columns, BLOCK, BLOCK, device)
     slopes = torch.empty(chunk * columns, dtype=torch.bfloat16, device=device)
     losses = torch.zeros(logits.lanes, columns, device=device)
     common = _common(head, rows, texts) | dict(
@@ -198,21 +174,16 @@ def step(
     lanes = max(1, min(feature_gradient.blocks // (together * blocks), -(-chunk // _LABELS)))
     dx = torch.zeros(lanes, columns, blocks * features, device=device)
 
-    if update:
+    if step.update:
         tiles = min(at_a_time, 1 << (text_tiles - 1).bit_length())
         weight_features = features_of_block(d, _FEATURES_BY_TEXT_TILES[tiles])
         weight_gradient = Kernel(
-            "weight_gradient.cu", head, device, FEATURES=weight_features, TEXT_TILES=tiles, GRADIENT=cuda_source.TYPES[gradient_dtype]
+            "weight_gradient.cu", head, device, FEATURES=weight_features, TEXT_TILES=tiles, GRADIENT=TYPES[gradient_dtype]
         )
         weight_blocks = -(-d // weight_features)
         weight_lanes = max(1, min(weight_gradient.blocks // weight_blocks, -(-chunk // _LABELS)))
         padded = pad(rows, (0, weight_blocks * weight_features - d))
         gradient = torch.empty(chunk, fan_in, dtype=gradient_dtype, device=device)
-        states = [*head.weight_state, head.weight_LF, head.weight_LF][:2]
-        by_label = rule["RULE"] == tile_math.ROWWISE.value
-        f_tile = triton.next_power_of_2(fan_in)
-        f_tile = f_tile if by_label else min(1024, f_tile)
-        rows_tile = max(1, 2048 // f_tile)
 
     for first in range(0, labels, chunk):
         last = min(first + chunk, labels)
@@ -222,39 +193,31 @@ def step(
         for tile in range(0, text_tiles, together):
             count = min(together, text_tiles - tile)
             feature_gradient(lanes * count * blocks, arguments | dict(dx=dx, first_text_tile=tile, text_tiles=count))
-        if not update:
+        if not step.update:
             continue
         for tile in range(0, text_tiles, at_a_time):
             weight_gradient(weight_lanes * weight_blocks, arguments | dict(
                 x=padded, gradient=gradient, first_text_tile=tile, text_tiles=min(at_a_time, text_tiles - tile), add=int(tile > 0)
             ))  # fmt: skip
-        dense_step.gather_kernel[(triton.cdiv(last - first, rows_tile),)](
-            head.weight_LF, *states, gradient, gradient, finite, first_label=first, last_label=last, label_start=head.label_start,
-            d=fan_in, text_weight=text_weight, F=fan_in, G=1, T=rows_tile, F_TILE=f_tile, SPARSE=False, **rule, **decay,
-        )  # fmt: skip
+        dense.update_from(head, gradient[: last - first], first, last, step, None)
         if bias_update:
-            dense_step.update_bias_kernel[(triton.cdiv(last - first, 256),)](
-                head.bias_L, *[*head.bias_state, head.bias_L, head.bias_L][:2], common["bias_gradient"], finite, first_label=first,
-                last_label=last, pitch=chunk, text_weight=text_weight, PARTS=columns // 16, T=256, **rule,
-            )  # fmt: skip
-    return losses.sum(0), dx.sum(0)[:, :d] * text_weight
+            dense.update_biases_from(head, common["bias_gradient"], first, last, step)
+    return losses.sum(0), dx.sum(0)[:, :d] * step.text_weight
 
 
-def best(
-    head: HeadTensors, rows: Tensor, first_label: int, last_label: int, found: Tensor, skip: Tensor | None
+def find_best(
+    head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
 ) -> None:
-    """The largest logits of every `topk.BLOCK` labels of first_label..last_label, on the current stream.
-
-    Args:
-        rows: bfloat16 [columns, d], columns a multiple of TEXTS.
-        first_label: a multiple of `topk.BLOCK`.
-        found: out: float32 [blocks of these labels, columns].
-        skip: `bits` of `PairBits` for these labels, or None.
-    """
-    logits = _Logits(head, rows, rows.shape[0], last_label - first_label, loss=0, best=True)
-    arguments = _common(head, rows, rows.shape[0]) | dict(first_label=first_label, last_label=last_label, loss=found)
-    logits(last_label - first_label, arguments | ({} if skip is None else dict(bits=skip)))
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """See `triton.topk.Find`. batch: of whole tiles of TEXTS texts."""
+    labels, rows, columns = head.weight_LF.shape[0], batch.rows, batch.columns
+    skips = skip_label_P.numel() > 0
+    sliced = rows.shape[1] > _MOST_FEATURES
+    chunk = chunk_labels(labels, WORKSPACE, columns * (4 if sliced else 0) + columns // 8, BLOCK) if skips or sliced else labels
+    pairs = PairBitmap(chunk, columns, BLOCK, BLOCK, rows.device) if skips else None
+    logits = _Logits(head, rows, chunk, loss=0, best=True)
+    arguments = _common(head, rows, batch.texts) | ({} if pairs is None else dict(bits=pairs.bits))
+    for first in range(0, labels, chunk):
+        last = min(first + chunk, labels)
+        if pairs:
+            pairs.mark(skip_label_P, skip_row_P, first)
+        logits(last - first, arguments | dict(first_label=first, last_label=last, loss=best[first // BLOCK :]))

@@ -73,8 +73,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
     Slots slots_after(a, after, row, first_feature);
     Items now, next;
     now.load(a, tile, row, run);
-// Twice: what is on its way changes its name, not its registers, which would await it.
-#pragma unroll 2
+#pragma unroll 1
     for (; tile.any(); turn.next(), ahead.next()) {
         prefetch_rows(a, ahead, fetches && thread == 0, fetches && thread == 32);
         const LabelRun run_after(slots_after, lane);

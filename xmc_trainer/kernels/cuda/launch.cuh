@@ -2,7 +2,7 @@
 
 #pragma once
 
-// Launch on `stream`; a.loss has a row for each block (best_pass.cu: of labels). Returns 0, or CUDA's error number.
+// Launch on `stream`; Returns 0, or CUDA's error number.
 extern "C" int launch(const Arguments* arguments, int blocks, void* stream) {
     const int bytes = sizeof(Shared);
     if (cudaError_t error = cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;

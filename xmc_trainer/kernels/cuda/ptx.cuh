@@ -36,16 +36,6 @@ __device__ __forceinline__ void store4(bfloat16* to, const uint32_t (&r)[4]) {
                  ::"r"(address(to)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-// With rows and columns exchanged: a row of memory gets a column of the fragments. Of two matrices and four.
-__device__ __forceinline__ void store_transposed(bfloat16* to, const uint32_t (&r)[2]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address(to)), "r"(r[0]), "r"(r[1]) : "memory");
-}
-
-__device__ __forceinline__ void store_transposed(bfloat16* to, const uint32_t (&r)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};"
-                 ::"r"(address(to)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -114,24 +104,6 @@ __device__ __forceinline__ void forget(T& x) { asm volatile("" : "+r"(x)); }
 
 #define SUMS(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
 #define SUMS_OF_64 SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
-
-// c = A B + (add ? c : 0); A and B from shared memory. 8 columns:
-template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&c)[1][4], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, %4, %5, p, 1, 1, %7, %8;\n}"
-        : SUMS(0) : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
-}
-
-// 16 columns:
-template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&c)[2][4], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, %12;\n}"
-        : SUMS(0), SUMS(1) : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
-}
 
 // 64 columns:
 template <bool A_TRANSPOSED, bool B_TRANSPOSED>
@@ -213,25 +185,6 @@ __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.
 template <int THREADS>
 __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
 
-// Clusters of blocks, which write into each other's shared memory, on GPUs of capability 9.0.
-__device__ __forceinline__ int block_in_cluster() {
-    int rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// All threads of the cluster meet, and see what all have written before.
-__device__ __forceinline__ void meet_cluster() {
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
-// Where what is at `here`, an address in this block's shared memory, is in that of a block of the cluster, which may be this one.
-__device__ __forceinline__ uint32_t address_in(int block, uint32_t here) {
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(block));
-    return there;
-}
-
 // A barrier in shared memory. A phase of it ends when `count` arrivals have been, and the bytes that they said to expect. What
 // threads have written before they arrive, and the bytes, are there for those that have awaited the phase.
 struct Barrier { uint64_t state; };
@@ -240,7 +193,7 @@ __device__ __forceinline__ void init(Barrier& barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(count) : "memory");
 }
 
-// Between the inits and the first meeting of the cluster.
+// Between the inits and the first meeting of the block.
 __device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(Barrier& barrier) {
@@ -256,31 +209,12 @@ __device__ __forceinline__ void expect(Barrier& barrier, int bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
 }
 
-// At the barrier of a block of the cluster: of `address_in`. Says that something has been read; what the thread has written is not
-// published by it (that would wait for all that the thread has asked memory for).
-__device__ __forceinline__ void arrive_there(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
 // Phases have parities 0, 1, 0, ...; returns at once if the phase of the other parity is the one under way.
 __device__ __forceinline__ void await(Barrier& barrier, int parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
         "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@!done bra AGAIN;\n}" ::"r"(address(&barrier)), "r"(parity) : "memory");
-}
-
-// To `to` in a block of the cluster, of whose barrier `barrier` a phase waits for these bytes. Both: of `address_in`.
-__device__ __forceinline__ void send(uint32_t to, uint32_t value, uint32_t barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
-                 ::"r"(to), "r"(value), "r"(barrier) : "memory");
-}
-
-// Of this block's memory (written before `publish_shared`), to `to`, as `send`, in another block; a multiple of 16 bytes. Nothing tells the sender that it
-// has been read: it may be overwritten once the receiver has said that it has come.
-__device__ __forceinline__ void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(to), "r"(address(from)), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // From memory; a multiple of 16 bytes, of which a phase of `barrier` waits.

@@ -122,8 +122,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     Pipeline<BUFFERS>::Turn turn;
     Tiles tile = tiles_of(a, part, warpgroup);
     Slots slots(a, tile, row, first_feature);
-// Twice: what is on its way changes its name, not its registers, which would await it.
-#pragma unroll 2
+#pragma unroll 1
     while (tile.any()) {
         LabelRun run(slots, lane);
         Items items;

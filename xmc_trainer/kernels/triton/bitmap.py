@@ -1,4 +1,4 @@
-"""Sparse sets as bits: (label, text) pairs (positives, or labels to skip in a ranking), and the features of index rows."""
+"""Bitmaps of sparse sets: (label, text) pairs (positives, or labels to skip in a ranking), and the features of index rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["first_label", "labels", "pairs"])
-def mark_pairs_kernel(
+def mark_kernel(
     bits_ptr, any_ptr, label_ptr, row_ptr, first_label, labels, pairs, words, group, tile, tiles, BLOCK: tl.constexpr
 ):
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -21,7 +21,7 @@ def mark_pairs_kernel(
     tl.store(any_ptr + label // group * tiles + label % group // tile, 1, mask=inside)
 
 
-class PairBits:
+class PairBitmap:
     """Bits of the pairs of one chunk of labels, and which tiles of labels have any.
 
     Args:
@@ -42,13 +42,13 @@ class PairBits:
         self._memory.zero_()
         pairs = label_P.shape[0]
         if pairs:
-            mark_pairs_kernel[(triton.cdiv(pairs, 256),)](
+            mark_kernel[(triton.cdiv(pairs, 256),)](
                 self.bits, self.any, label_P, row_P, first_label, self.bits.shape[0], pairs, self.bits.shape[1],
                 self.group, self.tile, self.tiles, BLOCK=256,
             )  # fmt: skip
 
 
-def feature_bits(index_RF: Tensor, d: int) -> Tensor:
+def feature_bitmap(index_RF: Tensor, d: int) -> Tensor:
     """Which features each row reads: int32 [R, ceil(d / 32)], one bit a feature, for an int16 or int32 [R, F] index."""
     rows, words = index_RF.shape[0], -(-d // 32)
     bits = torch.empty(rows, words, dtype=torch.int32, device=index_RF.device)

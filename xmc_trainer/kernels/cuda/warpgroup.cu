@@ -1,4 +1,4 @@
-// The same pass as group_pass.cu for tiles of 64 and 128 labels, on GPUs whose matrix instructions take a warpgroup (9.0).
+// The same pass as group.cu for tiles of 64 and 128 labels, on GPUs whose matrix instructions take a warpgroup (9.0).
 //
 // These read each operand once for 64 rows, where a warp's own products read it for 16 or 32: with those, shared memory is the
 // busiest part of the chip. A warpgroup has 64 labels, and a tile's texts are its rows:
@@ -12,16 +12,14 @@
 // these four are four texts in a row, and those of eight threads 32: feature gradients go to memory in whole lines of 128 bytes
 // without passing through shared memory. Row 64 half + 16 warp + 8 high + r is text 32 warp + 4 r + 2 half + high.
 //
-// Compiled for one configuration by -D, besides those of tile_math.cuh: LABELS (16 WARPS; WARPS 4, 8), FEATURES (64, 128; F is
+// Compiled for one configuration by -D, besides those of group.cuh: LABELS (16 WARPS; WARPS 4, 8), FEATURES (64, 128; F is
 // at most that; 128 with 8 warps), BLOCKS (a multiprocessor), ONE_TILE (TEXTS texts at most).
 
-#include "tile_math.cuh"
+#include "group.cuh"
 
 namespace {
 
-constexpr int ROW = 8, ROW_SIZE = 64;         // of a matrix in shared memory: chunks, elements
 constexpr int FEATURE_PARTS = FEATURES / 64;  // in shared memory a row of W has so many
-constexpr int NEXT = 32 / 16, NEXT_ROWS = 2048 / 16;  // to the next 16 columns, and rows, of an operand
 constexpr int WARPGROUPS = WARPS / 4;
 constexpr bool SLOPES_IN_REGISTERS = WARPGROUPS == 1;  // for the feature gradient
 static_assert(LABELS == 64 * WARPGROUPS && FEATURES % 64 == 0, "a warpgroup's labels are a row of s^T");
@@ -65,16 +63,7 @@ __device__ __forceinline__ bool warpgroup_slopes_of_negatives(
             float slope[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const float z = c[text / 2][n][text % 2 * 2 + j];
-                if (LOSS == BCE) {
-                    const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
-                    slope[j] = e * reciprocal(1.0f + e);
-                    p[text] = fmaf(p[text], e, p[text] + e);
-                } else {
-                    const float margin = fmaxf(1.0f + z, 0.0f);
-                    slope[j] = 2.0f * margin;
-                    p[text] = fmaf(margin, margin, p[text]);
-                }
+                slope[j] = slope_of_negative(c[text / 2][n][text % 2 * 2 + j], p[text]);
                 sum[2 * n + j] = text == 0 ? slope[j] : sum[2 * n + j] + slope[j];
             }
             keep_slopes(s, shared, text / 2, n, text % 2, slope);
@@ -82,8 +71,8 @@ __device__ __forceinline__ bool warpgroup_slopes_of_negatives(
     bool fine = true;
 #pragma unroll
     for (int text = 0; text < 4; ++text) {
-        fine = fine && (LOSS != BCE || p[text] < 1e30f);
-        loss[text] = LOSS == BCE ? log1p_fast(p[text]) : p[text];
+        fine = fine && !overflowed(p[text]);
+        loss[text] = loss_of_negatives(p[text]);
     }
     return __all_sync(~0u, fine);
 }

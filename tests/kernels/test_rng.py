@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from xmc_trainer.kernels.counter_rng import (
+from xmc_trainer.rng import (
     Stream,
     make_key,
     random_bits,

@@ -1,6 +1,6 @@
 """What the Triton kernels share: random bits, losses and update rules, as device functions.
 
-The torch twins are `counter_rng` and `eight_bits` (bit for bit) and `reference`. Under Triton's interpreter (TRITON_INTERPRET=1, CPU
+The torch twins are `rng` and `eight_bits` (bit for bit) and `reference`. Under Triton's interpreter (TRITON_INTERPRET=1, CPU
 tensors) arithmetic on bfloat16 is not to be trusted: there, operands are rounded to bfloat16 and widened again.
 """
 
@@ -10,10 +10,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
+from xmc_trainer.kernels.arguments import LOSSES, RULES
+
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 # Values of the kernels' LOSS and RULE.
-BCE, SQUARED_HINGE = tl.constexpr(0), tl.constexpr(1)
-SGD, MOMENTUM, ADAMW, ROWWISE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+BCE = tl.constexpr(LOSSES["bce"])
+MOMENTUM, ADAMW, ROWWISE = (tl.constexpr(RULES[name]) for name in ("momentum", "adamw", "rowwise_rmsprop"))
 
 
 @triton.jit
@@ -26,7 +28,7 @@ def mix(x):
 
 @triton.jit
 def row_hash(key0, row):
-    """Of `counter_rng.rounding_bits` what is once a row. key0: int32 scalar; row: int32."""
+    """Of `rng.rounding_bits` what is once a row. key0: int32 scalar; row: int32."""
     return mix(row.to(tl.uint32, bitcast=True) ^ key0.to(tl.uint32, bitcast=True))
 
 
@@ -161,9 +163,9 @@ def load_state(pointer, mask, SQUARES: tl.constexpr):
 
 @triton.jit
 def store_rounded(pointer, value, mask, hashed, FACTOR: tl.constexpr, SQUARES: tl.constexpr = False):
-    """Store float32; into what is narrower by stochastic rounding: as `counter_rng.round_to_bfloat16`, or `eight_bits.encoded`.
+    """Store float32; into what is narrower by stochastic rounding: as `rng.round_to_bfloat16`, or `eight_bits.encoded`.
 
-    hashed: of `element_hash`; FACTOR: the tensor's, of `counter_rng`; SQUARES: as of `load_state`.
+    hashed: of `element_hash`; FACTOR: the tensor's, of `rng`; SQUARES: as of `load_state`.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True) + ((hashed * FACTOR) >> 16)

@@ -1,10 +1,10 @@
 """The head step for any index, by dense products over a chunk of labels at a time. No atomics.
 
 Where few labels share an index row there is nothing to gather for a matrix instruction, and gathering for a single label
-is slower than multiplying with its zeros. So a chunk's rows are spread out in a workspace, D_Cd (zero but at index; a
+is slower than multiplying with its zeros. So a chunk's rows become dense in a workspace, D_Cd (zero but at index; a
 dense head's is its weights, where they are), and the products are dense:
 
-    spread_kernel       D <- rows of the chunk
+    densify_kernel       D <- rows of the chunk
     slopes_kernel       z_CB = D X^T + bias     loss_B += sum_C loss(z, y)     g_CB = dloss/dz     bias <- update
     gradients_kernel    dX_Bd += g^T D          D <- g X, or weight <- update(weight, g X) of a dense head
     gather_kernel       weight[l] <- update(weight[l], D[l, index[l]])
@@ -22,10 +22,19 @@ Sums have one order: results are the same, bit for bit, from run to run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from xmc_trainer.kernels.tile_math import (
+from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels, multiprocessors, two_states
+from xmc_trainer.kernels.interface import HeadTensors
+from xmc_trainer.kernels.triton.bitmap import PairBitmap, feature_bitmap
+from xmc_trainer.kernels.triton.tile_math import (
+    ROWWISE,
     count_bits,
     load_columns,
     load_operand,
@@ -38,7 +47,7 @@ from xmc_trainer.kernels.tile_math import (
 
 
 @triton.jit(do_not_specialize=["first_label", "last_label"])
-def spread_kernel(
+def densify_kernel(
     weight_ptr,  # [L, F]
     bits_ptr,  # int32 [R, words]: which features a row reads
     dense_ptr,  # out: [labels of the chunk, d]
@@ -247,4 +256,148 @@ def update_bias_kernel(
     update_bias(
         bias_ptr, state0_ptr, state1_ptr, label, ok, finite, tl.load(bias_ptr + label, mask=ok, other=0.0), grad * text_weight,
         lr, beta0, beta1, eps, correct0, correct1, RULE,
+    )  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work."""
+
+    labels: int
+    features: int
+    warps: int
+    stages: int  # of tiles on their way from memory
+
+
+def stages_of(d: int, features: int, stages: int) -> int:
+    """Of a loop over tiles of features. A single tile leaves nothing to be on its way, and Triton 3.6 fails where it should be."""
+    return stages if d > features else 1
+
+
+# For bfloat16 features and for float32 ones.
+_SLOPES_TILES, _SLOPES_TILES_32 = Tiles(128, 64, 16, 5), Tiles(64, 32, 8, 3)
+_GRADIENTS_TILES, _GRADIENTS_TILES_32 = Tiles(64, 128, 16, 3), Tiles(64, 32, 8, 2)
+# A chunk takes more launches than elsewhere: its workspace is this share of the head's weights and index if that is more than
+# WORKSPACE. The first where rows become dense in it, the second where it holds slopes alone.
+_DENSE_SHARE, _SLOPES_SHARE = 0.2, 0.05
+
+
+class DenseChunks:
+    """The head's rows as dense ones, a chunk of labels after another.
+
+    Args:
+        bytes_a_label: of what the caller keeps for a chunk.
+        unit: labels a tile: a chunk is a multiple of it, of as many as there are multiprocessors if it is that large.
+        copy: the caller writes on the rows, which must not be the weights themselves then.
+    """
+
+    def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int, copy: bool = False) -> None:
+        self.head, self.d, dtype, device = head, batch.rows.shape[1], batch.rows.dtype, batch.rows.device
+        labels, share, self.workspace = head.weight_LF.shape[0], _DENSE_SHARE, None
+        as_they_are = head.index_RF is None and head.weight_LF.dtype == dtype and not copy
+        if as_they_are:
+            share = _SLOPES_SHARE
+        else:
+            bytes_a_label += self.d * dtype.itemsize
+        head_bytes = head.weight_LF.nbytes + (0 if head.index_RF is None else head.index_RF.nbytes)
+        size = chunk_labels(labels, max(WORKSPACE, share * head_bytes), max(1, bytes_a_label), unit)
+        wave = unit * multiprocessors(device)
+        self.size = size if size >= labels else size // wave * wave or size
+        if not as_they_are:
+            self.workspace = torch.empty(self.size, self.d, dtype=dtype, device=device)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(first label, last label, rows [last - first, d])."""
+        head = self.head
+        labels, fan_in = head.weight_LF.shape
+        for first in range(0, labels, self.size):
+            last = min(first + self.size, labels)
+            if self.workspace is None:
+                yield first, last, head.weight_LF[first:last]
+                continue
+            rows = self.workspace[: last - first]
+            if head.index_RF is None:
+                rows.copy_(head.weight_LF[first:last])
+            else:
+                densify_kernel[(triton.cdiv(last - first, 16),)](
+                    head.weight_LF, head.of_index(feature_bitmap, self.d), rows, first, last, self.d, triton.cdiv(self.d, 32), F=fan_in,
+                    G=head.group_size, T=16, WORDS=8, num_warps=1,
+                )  # fmt: skip
+            yield first, last, rows
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of the batch's dtype, as float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """(loss float32 [columns], feature gradient float32 [columns, d])."""
+    (labels, fan_in), columns, device = head.weight_LF.shape, batch.columns, batch.rows.device
+    d, size, programs = batch.rows.shape[1], batch.rows.element_size(), multiprocessors(device)
+    has_bias, sparse = head.bias_L is not None, head.index_RF is not None
+    # Tiles of labels and features, warps and stages.
+    slopes, gradients = (_SLOPES_TILES, _GRADIENTS_TILES) if batch.bf16 else (_SLOPES_TILES_32, _GRADIENTS_TILES_32)
+    by_label = step.update and step.rule["RULE"] == ROWWISE.value
+    gathered = sparse or by_label
+    chunks = DenseChunks(head, batch, columns * size + columns // 8, slopes.labels, copy=by_label)
+    pairs = PairBitmap(chunks.size, columns, slopes.labels, slopes.labels, device)
+    slope_CB = torch.empty(chunks.size, columns, dtype=batch.rows.dtype, device=device)
+    loss = torch.empty(triton.cdiv(labels, slopes.labels), columns, device=device)
+    bias = [head.bias_L, *two_states(head.bias_state, loss)] if has_bias else [loss] * 3
+    update_bias = step.finite * int(step.update and has_bias)
+    # Weight and feature gradient are made together if each text is in one tile.
+    together = step.update and columns == batch.tile
+    feature_tiles = triton.cdiv(d, gradients.features)
+    lanes = max(1, min(programs // feature_tiles, triton.cdiv(labels, gradients.labels)))
+    dx = torch.zeros(lanes if together else 1, columns, d, device=device)
+    texts = dict(B_TILE=batch.tile, B_TILES=columns // batch.tile, BF16=batch.bf16)
+    for first, last, rows in chunks:
+        pairs.mark(label_P, row_P, first)
+        slopes_kernel[(min(programs, triton.cdiv(last - first, slopes.labels)),)](
+            rows, batch.rows, *bias, pairs.bits, pairs.any, slope_CB, loss, update_bias,
+            first_label=first, last_label=last, texts=batch.texts, columns=columns, text_weight=step.text_weight,
+            D=d, D_TILE=slopes.features, T=slopes.labels, ALL_TEXTS=batch.texts == columns, LOSS=step.loss,
+            HAS_BIAS=has_bias, num_warps=slopes.warps, num_stages=stages_of(d, slopes.features, slopes.stages), **texts,
+            **step.rule,
+        )  # fmt: skip
+        if not together:
+            dx[0] += _product(slope_CB[: last - first].T, rows)
+        if not step.update:
+            continue
+        # In the workspace, the gradient takes the place of the rows.
+        gradients_kernel[(feature_tiles * lanes,)](
+            rows if gathered else head.weight_LF, *two_states(head.weight_state, head.weight_LF), batch.rows, slope_CB, dx,
+            step.finite, first_label=first, last_label=last, label_start=head.label_start, columns=columns, lanes=lanes,
+            text_weight=step.text_weight, D=d, D_TILE=gradients.features, T=gradients.labels, IN_WORKSPACE=gathered,
+            num_warps=gradients.warps, num_stages=gradients.stages, **texts, **step.rule, **step.decay,
+        )  # fmt: skip
+        if gathered:
+            update_from(head, rows, first, last, step, head.index_RF)
+    return loss.sum(0), dx.sum(0) * step.text_weight
+
+
+
+
+def update_from(head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step, index_RF: Tensor | None) -> None:
+    """Update the weights of labels first..last by their gradient, but for `text_weight`: [last - first, d], read at the index if given."""
+    fan_in, by_label = head.weight_LF.shape[1], step.rule["RULE"] == ROWWISE.value
+    # Rows of 2048 elements in all for each program; with ROWWISE whole ones.
+    f_tile = triton.next_power_of_2(fan_in)
+    f_tile = f_tile if by_label else min(1024, f_tile)
+    rows = max(1, 2048 // f_tile)
+    gather_kernel[(triton.cdiv(last - first, rows),)](
+        head.weight_LF, *two_states(head.weight_state, head.weight_LF), gradient if index_RF is None else index_RF, gradient,
+        step.finite, first_label=first, last_label=last, label_start=head.label_start, d=gradient.shape[1],
+        text_weight=step.text_weight, F=fan_in, G=head.group_size, T=rows, F_TILE=f_tile, SPARSE=index_RF is not None,
+        **step.rule, **step.decay,
+    )  # fmt: skip
+
+
+def update_biases_from(head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step) -> None:
+    """The same for biases, by the sum of the rows of `gradient` [parts, last - first or more]."""
+    update_bias_kernel[(triton.cdiv(last - first, 256),)](
+        head.bias_L, *two_states(head.bias_state, head.bias_L), gradient, step.finite, first_label=first, last_label=last,
+        pitch=gradient.shape[1], text_weight=step.text_weight, PARTS=gradient.shape[0], T=256, **step.rule,
     )  # fmt: skip

@@ -16,76 +16,16 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from xmc_trainer.kernels.reference import HeadTensors
-from xmc_trainer.kernels.tuning import cache_folder
-
-FOLDER = Path(__file__).parent / "cuda"
-HEADERS = ("operands.cuh", "losses.cuh", "densify.cuh", "tile_math.cuh", "rows.cuh", "launch.cuh", "launch_clusters.cuh", "ptx.cuh")
+FOLDER = Path(__file__).parent
+HEADERS = ("ptx.cuh", "operands.cuh", "losses.cuh", "densify.cuh", "group.cuh", "launch.cuh")
 TEXTS = 128  # texts a tile, as in the sources
 HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups, and clusters
 TYPES = {
     torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
 }  # fmt: skip
-
-
-class Arguments(ctypes.Structure):
-    """`Arguments` of tile_math.cuh, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "weight", "state0", "state1", "index", "bias", "bias_state0", "bias_state1", "x", "dx", "positive", "any_positive",
-            "loss", "finite", "first_slots")),
-        ("labels", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in (
-            "first_row", "last_row", "label_start", "texts", "columns", "fan_in", "group", "update")),
-        ("group_factor", ctypes.c_uint32),
-        ("group_shift", ctypes.c_uint32),
-        *((name, ctypes.c_float) for name in (
-            "text_weight", "lr", "weight_decay", "beta0", "beta1", "eps", "correct0", "correct1")),
-        ("key", ctypes.c_uint32 * 2),
-    ]  # fmt: skip
-
-    @classmethod
-    def of(
-        cls,
-        head: HeadTensors,
-        first_row: int,
-        last_row: int,
-        *,
-        x: Tensor,
-        columns: int,
-        texts: int,
-        dx: Tensor | None,
-        losses: Tensor,
-        positive: Tensor | None,
-        any_positive: Tensor | None,
-        finite: Tensor | None,
-        text_weight: float,
-        update: bool,
-        rule: dict[str, Any],
-        decay: dict[str, Any],
-        first_slots: Tensor | None = None,
-    ) -> Arguments:
-        """The tensors must outlive the launch's call."""
-        labels, fan_in = head.weight_LF.shape
-        weight_state, bias_state = ([*state, None, None][:2] for state in (head.weight_state, head.bias_state))
-        row_key, column_key = (decay.get(f"key{i}", 0) & 0xFFFFFFFF for i in range(2))
-        tensors = [
-            head.weight_LF, *weight_state, head.index_RF, head.bias_L, *bias_state, x, dx, positive, any_positive, losses,
-            finite, first_slots,
-        ]  # fmt: skip
-        return cls(
-            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
-            labels, first_row, last_row, head.label_start, texts, columns, fan_in, head.group_size, update,
-            *quotient(head.group_size), text_weight, rule["lr"], decay.get("weight_decay", 0.0),
-            *(rule[k] for k in ("beta0", "beta1", "eps", "correct0", "correct1")),
-            (ctypes.c_uint32 * 2)(row_key, column_key ^ column_key >> 16),
-        )  # fmt: skip
 
 
 def quotient(divisor: int) -> tuple[int, int]:
@@ -122,23 +62,9 @@ def _finds_compiler(device: torch.device) -> bool:
     return CUDA_HOME is not None
 
 
-def state_dtype(head: HeadTensors) -> torch.dtype | None:
-    """Of states like weights; None if there are none."""
-    return next((state.dtype for state in head.weight_state if state.shape == head.weight_LF.shape), None)
-
-
-def takes_types(head: HeadTensors) -> bool:
-    """Whether a step's sources take them: states in a byte go with bfloat16 weights."""
-    return head.weight_LF.dtype == torch.bfloat16 or state_dtype(head) != torch.uint8
-
-
-def library(source: str, head: HeadTensors, device: torch.device, rule: dict[str, Any], loss: int, **defines: int) -> ctypes.CDLL:
-    """A source compiled for a head's types, a device, and `defines`."""
-    weight, index = head.weight_LF.dtype, torch.int16 if head.index_RF is None else head.index_RF.dtype
-    state = state_dtype(head) if rule["RULE"] else None  # a step without update has the plainest rule, and reads none
-    types = {"WEIGHT": TYPES[weight], "INDEX": TYPES[index], "STATE": TYPES[state or weight]}
-    words = types | {"RULE": rule["RULE"], "LOSS": loss} | defines
-    return compiled(source, torch.cuda.get_device_capability(device), tuple(f"{name}={word}" for name, word in words.items()))
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: XDG_CACHE_HOME (default ~/.cache)/xmc_trainer/kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xmc_trainer" / "kernels"
 
 
 @functools.cache

@@ -1,10 +1,9 @@
-// What group_pass.cu, warpgroup_pass.cu, cluster_pass.cu, hybrid_pass.cu and best_pass.cu are made of: tiles of labels, matrix
-// products in shared memory, losses, update rules and stochastic rounding.
+// What group.cu and warpgroup.cu are made of: tiles of labels that share an index row, matrix products of a warp in shared memory, update
+// rules and stochastic rounding.
 //
-// A warp's products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Layout of a matrix in shared memory:
-// rows of 16-byte chunks, chunk c of row r at c ^ (r & 7), so that the eight rows that ldmatrix reads at once lie in different
-// banks. Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows lane / 4 and lane / 4 + 8, columns
-// lane % 4 * 2 and the next.
+// A warp's products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Matrices lie in shared memory as operands.cuh has
+// them, with rows of any number of chunks. Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows
+// lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and the next.
 //
 // Compiled for one configuration by -D: WEIGHT (float or bfloat16), STATE (of states like weights: WEIGHT, or, with AdamW, uint8_t
 // if that is bfloat16), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the files' own. The same arithmetic in Triton: tile_math.py.
@@ -13,53 +12,36 @@
 
 #include <type_traits>
 
-#include "ptx.cuh"
+#include "losses.cuh"
+#include "operands.cuh"
 
 struct Arguments {
     void *weight, *state0, *state1;                  // [L, F]
     const void* index;                               // [R, F], rows ascending
     float *bias, *bias_state0, *bias_state1;         // [L], or null
-    const bfloat16* x;                               // [d, columns], of warpgroups in their order; cluster_pass.cu, best_pass.cu: [columns, features of all blocks]
-    float* dx;                                       // like x, without text_weight; of clusters: of each, [TEXTS, features of all blocks]
+    const bfloat16* x;                               // [d, columns], of warpgroups in their order
+    float* dx;                                       // like x, without text_weight
     const uint32_t* positive;                        // [labels of rows first_row.., columns / 32]: one bit a (label, text)
-    const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one; best_pass.cu: [blocks]
-    float* loss;                                     // [blocks, columns]; best_pass.cu: each block of labels' largest logit
+    const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one
+    float* loss;                                     // [blocks, columns]
     const int32_t* finite;                           // scalar
-    const uint16_t* first_slots;                     // [R, CLUSTER]: a row's first slot of each block
     int64_t labels;
-    int32_t first_row, last_row;                     // of the index; best_pass.cu, and dense heads: labels
+    int32_t first_row, last_row;                     // of the index
     int32_t label_start, texts, columns, fan_in, group, update;
-    uint32_t group_factor, group_shift;              // n / group is n * group_factor >> group_shift, for n < 2^31
     float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
     uint32_t key[2];                                 // for rounding: of rows, and of columns (folded)
 };
 
+// For Python, which lays it out too.
+extern "C" int arguments_size() { return sizeof(Arguments); }
+
 namespace {
 
 constexpr int TEXTS = 128, THREADS = 32 * WARPS;  // texts a tile
-constexpr int MOMENTUM = 1, ADAMW = 2, ROWWISE = 3, BCE = 0;  // values of RULE and LOSS, as in tile_math.py
+constexpr int MOMENTUM = 1, ADAMW = 2;  // values of RULE, as in Triton's kernels
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2, BYTE_STATE = sizeof(STATE) == 1;
 static_assert(BYTE_STATE ? BF16_WEIGHT && RULE == ADAMW : sizeof(STATE) == sizeof(WEIGHT), "see above");
 constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks a row
-
-template <int PITCH>
-__device__ __forceinline__ int place(int row, int chunk) {  // in elements
-    return (row * PITCH + (chunk ^ (row & 7))) * 8;
-}
-
-// An operand of a warpgroup's products, as PTX's descriptors of matrices have it: rows of ROW_BYTES (128, 64, 32, 16), eight of them in
-// 1024 bytes (aligned) or as much less, chunk c of row r at c ^ (r & 7) / (128 / ROW_BYTES). These rows may be the matrix's, or its columns
-// (TRANSPOSED); what a row is too short for is NEXT bytes on.
-template <int NEXT = 1024, int ROW_BYTES = 128, bool TRANSPOSED = false>
-__device__ __forceinline__ uint64_t matrix(const void* shared) {
-    constexpr uint64_t kind = ROW_BYTES == 128 ? 1 : ROW_BYTES == 64 ? 2 : ROW_BYTES == 32 ? 3 : 0;
-    constexpr uint64_t eight_rows = 8 * ROW_BYTES / 16, next = NEXT / 16;
-    // Rows of one chunk have the two offsets the other way round if they are columns.
-    constexpr bool exchanged = kind == 0 && TRANSPOSED;
-    // In a cluster the bits above these are the block's.
-    return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | kind << 62 | (exchanged ? next : eight_rows) << 32 |
-           (exchanged ? eight_rows : next) << 16;
-}
 
 // A matrix whose chunks are where `place` has them.
 template <int PITCH>
@@ -235,15 +217,6 @@ __device__ __forceinline__ void load_positives(
     }
 }
 
-__device__ __forceinline__ float log1p_fast(float x) {
-    return x < 0.01f ? x * (1.0f - x * (0.5f - x * (0.33333334f - 0.25f * x))) : 0.6931471805599453f * log2_fast(1.0f + x);
-}
-
-__device__ __forceinline__ uint32_t packed(float x, float y) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
 // s(label, chunk): where eight texts' slopes of a label are kept.
 template <int M, typename S>
 __device__ __forceinline__ void keep_slopes(S s, const float (&slope)[2 * M][2], int m0, int n0, int n) {
@@ -254,22 +227,6 @@ __device__ __forceinline__ void keep_slopes(S s, const float (&slope)[2 * M][2],
         *reinterpret_cast<uint32_t*>(to) = packed(slope[m][0], slope[m][1]);
     }
 }
-
-// The slope of a negative's logit. The losses of several, `loss_of_negatives` of their p, share one logarithm:
-// 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z. It may overflow.
-__device__ __forceinline__ float slope_of_negative(float z, float& p) {
-    if (LOSS == BCE) {
-        const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
-        p = fmaf(p, e, p + e);
-        return e * reciprocal(1.0f + e);
-    }
-    const float margin = fmaxf(1.0f + z, 0.0f);
-    p = fmaf(margin, margin, p);
-    return 2.0f * margin;
-}
-
-__device__ __forceinline__ bool overflowed(float p) { return LOSS == BCE && !(p < 1e30f); }
-__device__ __forceinline__ float loss_of_negatives(float p) { return LOSS == BCE ? log1p_fast(p) : p; }
 
 // Logits c -> slopes, into s, losses of a thread's texts and bias gradients of its labels, where no text has a positive.
 // False for the whole warp if that overflowed; then nothing may be taken from here.
@@ -294,23 +251,6 @@ __device__ __forceinline__ bool slopes_of_negatives(
         keep_slopes<M>(s, slope, m0, n0, n);
     }
     return __all_sync(~0u, fine);
-}
-
-// The slope of one logit, however large; its loss is added to `loss`. sign: the top bit, set for a positive.
-__device__ __forceinline__ float slope_of_any(float logit, uint32_t sign, bool is_text, float& loss) {
-    // By symmetry a positive's loss and slope are those of a negative with logit -z, the slope negated.
-    const float z = __uint_as_float(__float_as_uint(logit) ^ sign);
-    float y;
-    if (LOSS == BCE) {
-        const float e = exp2_fast(-1.4426950408889634f * fabsf(z)), inverse = reciprocal(1.0f + e);
-        y = z >= 0.0f ? inverse : e * inverse;
-        loss += fmaxf(z, 0.0f) + log1p_fast(e);
-    } else {
-        const float margin = fmaxf(1.0f + z, 0.0f);
-        y = 2.0f * margin;
-        loss = fmaf(margin, margin, loss);
-    }
-    return is_text ? __uint_as_float(__float_as_uint(y) ^ sign) : 0.0f;
 }
 
 // The same for any logits: of positives too, of columns that are no texts, and however large.
@@ -367,25 +307,7 @@ __device__ __forceinline__ float over_labels(float sum) {
     return sum;
 }
 
-// Sums over the eight lanes whose numbers are the same modulo 4: each lane has one of them in sums[0], and returns which. The
-// first 4 N lanes have all.
-template <int N>
-__device__ __forceinline__ int sum_of_lanes(float (&sums)[N], int lane) {
-    int which = 0;
-#pragma unroll
-    for (int left = N / 2, bit = 4; bit < 32; bit *= 2, left /= 2) {
-        const bool upper = left && lane & bit;
-#pragma unroll
-        for (int i = 0; i < (left ? left : 1); ++i) {
-            const float mine = upper ? sums[i + left] : sums[i], other = upper || !left ? sums[i] : sums[i + left];
-            sums[i] = mine + __shfl_xor_sync(~0u, other, bit);
-        }
-        which += upper ? left : 0;
-    }
-    return which;
-}
-
-__device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see counter_rng.py
+__device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see rng.py
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x = (x ^ (x >> 15)) * 0x846CA68Bu;
     return x ^ (x >> 16);
@@ -427,16 +349,13 @@ __device__ __forceinline__ uint32_t to_square(float value, uint32_t draw) {
     return min((__float_as_uint(value + FIRST_SQUARE) + (draw >> 11)) >> 21, 0x1FFu);  // 256 is FIRST_SQUARE
 }
 
-// By the gradient `grad` times `scale`. What does not differ between elements is in brackets, worked out once. With ROWWISE state0 is
-// the new one already: it is of all of a label's gradients. SCALED: states have the factors above.
+// By the gradient `grad` times `scale`. What does not differ between elements is in brackets, worked out once.
+// SCALED: states have the factors above.
 template <bool SCALED>
 __device__ __forceinline__ Values updated(Values v, float grad, float scale, const Arguments& a, float weight_decay) {
     constexpr float scale0 = SCALED ? SCALE0 : 1.0f, scale1 = SCALED ? SCALE1 : 1.0f;
     const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // of a bias: a constant
-    if (RULE == ROWWISE) {
-        const float deviation = square_root(v.state0 * a.correct1) + a.eps;
-        v.weight = v.weight * kept - (a.lr * scale) * (grad * reciprocal(deviation));
-    } else if (RULE == ADAMW) {
+    if (RULE == ADAMW) {
         v.state0 = a.beta0 * v.state0 + ((1.0f - a.beta0) * scale * scale0) * grad;
         v.state1 = a.beta1 * v.state1 + ((1.0f - a.beta1) * scale * scale * scale1) * (grad * grad);
         const float deviation = square_root(v.state1 * (a.correct1 / scale1)) + a.eps;
@@ -498,21 +417,6 @@ struct States {
         }
     }
 };
-
-// Of each four lanes, lane p's q-th word <-> lane q's p-th. All lanes of the warp must call.
-__device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2) {
-        const bool upper = threadIdx.x & bit;
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-            if (n & bit) continue;
-            const uint32_t got = __shfl_xor_sync(~0u, upper ? v[n] : v[n + bit], bit);
-            v[n] = upper ? got : v[n];
-            v[n + bit] = upper ? v[n + bit] : got;
-        }
-    }
-}
 
 // Of a part of a row, PAIRS times 8 columns, a lane has PAIRS pairs of the sums of a product: the first from this column on, the others
 // every 8 columns, or (RUN) one after another, if the product's operand is read in such an order.
@@ -662,7 +566,6 @@ __device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, V
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) grad += part[i * stride];
     grad *= a.text_weight;
-    if (RULE == ROWWISE) v.state0 = a.beta1 * v.state0 + (1.0f - a.beta1) * grad * grad;
     v = updated<false>(v, grad, 1.0f, a, 0.0f);
     a.bias[label] = v.weight;
     if (RULE >= MOMENTUM) a.bias_state0[label] = v.state0;

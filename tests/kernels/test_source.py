@@ -8,7 +8,7 @@ from torch.utils import cpp_extension
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import batch, dense_of, error, make_head  # noqa: E402
-from xmc_trainer.kernels import cuda_source  # noqa: E402
+from xmc_trainer.kernels.cuda import source as cuda_source  # noqa: E402
 
 
 def test_without_a_compiler_that_works_triton_takes_over(monkeypatch, tmp_path):

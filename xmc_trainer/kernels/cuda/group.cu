@@ -10,10 +10,10 @@
 // tile in place. A block takes one tile after another; several share a multiprocessor, so that one loads while another
 // multiplies.
 //
-// Compiled for one configuration by -D, besides those of tile_math.cuh: LABELS (16, 32, 64), FEATURES (64, 128; F is at most
+// Compiled for one configuration by -D, besides those of group.cuh: LABELS (16, 32, 64), FEATURES (64, 128; F is at most
 // that), BLOCKS (a multiprocessor), DX_M (1, 2, 4), ONE_TILE (TEXTS texts at most).
 
-#include "tile_math.cuh"
+#include "group.cuh"
 
 namespace {
 

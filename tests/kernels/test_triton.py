@@ -8,8 +8,8 @@ import torch
 from tests.head_helpers import OneOf, OracleHead, assert_parts_train_as_one, dense_of, ragged_batch, target_matrix
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop
 from xmc_trainer.head.losses import bce
-from xmc_trainer.kernels.reference import HeadTensors, Update, unpack_candidates
-from xmc_trainer.ops import select_backend
+from xmc_trainer.kernels.interface import HeadTensors, Update, unpack_candidates
+from xmc_trainer.kernels.dispatch import select_backend
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 
@@ -243,7 +243,7 @@ def test_topk_of_odd_shapes_and_of_blocks_that_are_skipped(texts, k, features, l
 
 
 def test_the_best_of_many_blocks():
-    from xmc_trainer.kernels.triton_head import _best_blocks
+    from xmc_trainer.kernels.triton.topk import _best_blocks
 
     best = torch.randint(-2, 3, (1024, 32), generator=torch.Generator().manual_seed(2)).float()
     best[1000:] = -torch.inf
@@ -319,13 +319,13 @@ def test_offsets_beyond_2_to_the_31(group_size):
     start = labels - labels % 64 - tail
     before = weight[start:].double()
     last = HeadTensors(weight[start:].clone(), index[start // group_size :].clone(), None, group_size, start)
-    triton_head = select_backend("triton", torch.device("cuda"))
+    gpu = select_backend("triton", torch.device("cuda"))
     head = HeadTensors(weight, index, None, group_size, 0, of_index=lambda make, argument: make(index, argument))
     feat = torch.randn(32, d, device="cuda").bfloat16()
     label = torch.tensor([labels - 1, start + 3, 5], device="cuda")
     row = torch.tensor([0, 1, 2], device="cuda")
     options = dict(loss_fn=bce, text_weight=1.0, grad_start=0, update=Update(SGD(), 0.1, 0.0, 7, 1), tile_labels=4096)
-    triton_head.head_step(head, feat, label, row, **options)
+    gpu.head_step(head, feat, label, row, **options)
     select_backend("reference", torch.device("cuda")).head_step(last, feat, label - start, row, **options)
     update = last.weight_LF.double() - before
     assert (weight[start:].double() - before - update).norm() < 0.02 * update.norm()

@@ -4,10 +4,10 @@ A label among the best k lies in one of the k blocks with the largest maxima (ti
 each of those k blocks would hold a label that comes before it. So one number is kept for a block, straight from the
 matrix product that makes its logits:
 
-    dense_best_kernel    z = X D^T + bias             for rows that were spread out (D_Cd; see `dense_step`), a tile of
+    dense_best_kernel    z = X D^T + bias             for rows made dense         (D_Cd; see `dense`), a tile of
                                                       BLOCK labels after another, each with up to 256 texts
-    group_best_kernel    z = X^T[index]^T w + bias    for labels that share index rows (see `group_step`)
-    best_pass.cu         z = X W^T + bias             for rows that it spreads out on the chip, where it can be compiled
+    group_best_kernel    z = X^T[index]^T w + bias    for labels that share index rows (see `group`)
+    logits.cu            z = X W^T + bias             for rows that are dense on the chip alone (see `cuda.densify`)
 
 Logits never leave the chip: from memory come weights (and index) once, X from the L2 cache. Texts are the first
 dimension of z, so that the maximum over a block's labels is taken within a few threads. The best of the maxima are found
@@ -23,12 +23,19 @@ float32, have equal logits either way, and no such luck is needed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from xmc_trainer.kernels.tile_math import load_columns, load_operand, operand, product
+from xmc_trainer.kernels.arguments import WORKSPACE, Batch, chunk_labels, multiprocessors
+from xmc_trainer.kernels.interface import HeadTensors, candidate_ids, pack_candidates
+from xmc_trainer.kernels.triton.bitmap import PairBitmap
+from xmc_trainer.kernels.triton.dense import DenseChunks, stages_of
+from xmc_trainer.kernels.triton.tile_math import load_columns, load_operand, operand, product
 
 BLOCK, SPARE = 128, 2
 
@@ -204,3 +211,119 @@ def rescore_kernel(
         score += tl.load(bias_ptr + label, mask=label_ok, other=0.0)
     place = (text * blocks + tl.program_id(1)) * BLOCK + tl.arange(0, BLOCK)
     tl.store(score_ptr + place, tl.where(label_ok, score, float("-inf")))
+
+
+# find(head, batch, blocks, best, skip_label_P, skip_row_P): every block's largest logit, into `best` [blocks or more, columns].
+Find = Callable[[HeadTensors, Batch, Blocks, Tensor, Tensor, Tensor], None]
+
+
+def best_labels(
+    head: HeadTensors, batch: Batch, k: int, skip_label_P: Tensor, skip_row_P: Tensor, find: Find, group_blocks: bool
+) -> Tensor:
+    """See `reference.head_topk`. group_blocks: `find` has blocks of whole groups, or of a group's labels."""
+    (labels, fan_in), texts, device = head.weight_LF.shape, batch.texts, batch.rows.device
+    has_bias, sparse = head.bias_L is not None, head.index_RF is not None
+    blocks = Blocks.of(labels, head.group_size if group_blocks else 1)
+    best = torch.empty(triton.cdiv(blocks.count, BLOCK) * BLOCK, batch.columns, device=device)
+    best[blocks.count :] = -torch.inf
+    find(head, batch, blocks, best, skip_label_P, skip_row_P)
+    chosen = _best_blocks(best, texts, min(k + SPARE, blocks.count))
+    score = torch.empty(*chosen.shape, BLOCK, device=device)
+    if texts:
+        rescore_kernel[chosen.shape](
+            head.weight_LF, head.index_RF if sparse else best, head.bias_L if has_bias else best, batch.rows, chosen,
+            score, labels, batch.rows.shape[1], chosen.shape[1], F=fan_in, G=head.group_size,
+            F_TILE=min(64, triton.next_power_of_2(fan_in)), BLOCK=BLOCK, SPAN=blocks.span, TILES=blocks.tiles,
+            SPARSE=sparse, HAS_BIAS=has_bias, BF16=batch.bf16,
+        )  # fmt: skip
+    score = score.flatten(1)
+    start = chosen // blocks.tiles * blocks.span + chosen % blocks.tiles * BLOCK
+    label = (start[:, :, None] + torch.arange(BLOCK, device=device)).flatten(1)
+    if skip_label_P.numel():
+        # Candidates meet the pairs to skip by binary search: (text, label) as one number.
+        skip = (skip_row_P * (labels + 1) + skip_label_P.clamp(-1, labels)).sort().values
+        candidate = torch.arange(texts, device=device)[:, None] * (labels + 1) + label
+        place = torch.searchsorted(skip, candidate).clamp_max(skip.shape[0] - 1)
+        score = score.masked_fill(skip[place] == candidate, -torch.inf)
+    key = pack_candidates(score, label + head.label_start)
+    if key.shape[1] < k:
+        key = torch.nn.functional.pad(key, (0, k - key.shape[1]), value=int(pack_candidates(*_NOTHING)))
+    return key.topk(k, dim=1).values
+
+
+def dense_best(
+    head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+) -> None:
+    """Every block's largest logit, into `best` [blocks or more, columns]."""
+    columns, device = batch.columns, batch.rows.device
+    has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
+    # As many texts a tile as the chip holds, with the bits of those to skip: each tile of texts reads the rows once more.
+    texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
+    if batch.bf16 and columns % 256 == 0 and not has_skip:
+        texts_tile = 256
+    features_tile = 64 if batch.bf16 else 32
+    programs = (1 if texts_tile == 256 else 2) * multiprocessors(device)
+    chunks = DenseChunks(head, batch, columns // 8 if has_skip else 0, BLOCK)
+    pairs = PairBitmap(chunks.size, columns, BLOCK, BLOCK, device) if has_skip else None
+    for first, last, rows in chunks:
+        if pairs:
+            pairs.mark(skip_label_P, skip_row_P, first)
+        tiles = triton.cdiv(last - first, BLOCK) * (columns // texts_tile)
+        dense_best_kernel[(min(programs, tiles),)](
+            rows, head.bias_L if has_bias else best, batch.rows, *_bits(pairs, best), best, first, last,
+            first // BLOCK, columns, D=chunks.d, D_TILE=features_tile, BLOCK=BLOCK,
+            B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=8,
+            num_stages=stages_of(chunks.d, features_tile, 4 if texts_tile == 256 else 3),
+        )  # fmt: skip
+
+
+def group_best(
+    head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+) -> None:
+    """The same for labels that share index rows."""
+    (labels, fan_in), group, columns, device = head.weight_LF.shape, head.group_size, batch.columns, batch.rows.device
+    has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
+    texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
+    span, tiles, chunk, pairs = blocks.span, blocks.tiles, blocks.count, None
+    if has_skip:
+        chunk = chunk_labels(labels, WORKSPACE, columns // 8, span) // span * tiles
+        pairs = PairBitmap(chunk // tiles * span, columns, span, BLOCK, device)
+    for first in range(0, blocks.count, chunk):
+        first_label = first // tiles * span
+        if pairs:
+            pairs.mark(skip_label_P, skip_row_P, first_label)
+        group_best_kernel[(min(chunk, blocks.count - first) * (columns // texts_tile),)](
+            head.weight_LF, head.index_RF, head.bias_L if has_bias else best, batch.transposed, *_bits(pairs, best), best,
+            first, first_label, labels, columns, F=fan_in, G=group,
+            F_TILE=min(128 if batch.bf16 else 32, max(16, triton.next_power_of_2(fan_in))),
+            G_TILE=max(16, triton.next_power_of_2(min(group, BLOCK))), BLOCK=BLOCK, ROWS=span // group,
+            TILES=tiles, B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=4, num_stages=2,
+        )  # fmt: skip
+
+
+def _bits(pairs: PairBitmap | None, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernels' arguments for the pairs to skip; they do not read what is not there."""
+    return (missing.view(torch.int32),) * 2 if pairs is None else (pairs.bits, pairs.any)
+
+
+def _best_blocks(best: Tensor, texts: int, wanted: int) -> Tensor:
+    """The `wanted` blocks of the largest maxima for each text, equal ones by number: int64 [texts, wanted].
+
+    best: float32 [blocks, columns], blocks a multiple of BLOCK. Of many blocks, the best among those of the best BLOCKs.
+    """
+    device = best.device
+    best = best[:, :texts]
+    block = torch.arange(best.shape[0], device=device).expand(texts, -1)
+    if best.shape[0] > wanted * BLOCK:
+        upper = best.unflatten(0, (-1, BLOCK)).amax(1)
+        chosen = _best_columns(upper.T, torch.arange(upper.shape[0], device=device), wanted)
+        block = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
+    return _best_columns(best.T.gather(1, block), block, wanted)
+
+
+def _best_columns(score: Tensor, number: Tensor, wanted: int) -> Tensor:
+    """The numbers of the `wanted` largest scores of each row, equal ones by number: by the same packing as labels."""
+    return candidate_ids(pack_candidates(score, number).topk(wanted, dim=1).values)
+
+
+_NOTHING = torch.tensor(-torch.inf), torch.tensor(0)

@@ -5,8 +5,6 @@ Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -15,7 +13,8 @@ from xmc_trainer.head import RewireRule
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import DEVICES, LABELS, batch, dense_of, error, floats_of, make_head, use  # noqa: E402
-from xmc_trainer.kernels import group_pass, hybrid_pass  # noqa: E402
+from xmc_trainer.kernels.cuda import group, source  # noqa: E402
+from xmc_trainer.kernels.cuda.group import Blocks  # noqa: E402
 
 BY_ELEMENT = ["sgd", "momentum", "adamw"]
 # (features, fan_in, group_size): of one tile and several, short tiles and groups.
@@ -24,8 +23,7 @@ GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernel runs; fails a test in which it was not launched."""
-    monkeypatch.setattr(hybrid_pass, "takes", lambda head, feat_Bd: False)  # it would be tried first
-    launched = use(request.param, group_pass, "launch", monkeypatch)
+    launched = use(request.param, group, "run", monkeypatch)
     yield request.param
     assert launched
 
@@ -100,12 +98,15 @@ def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
 
 
-@pytest.mark.parametrize("group_size, blocks", [(group, one) for group, found in group_pass.BLOCKS.items() for one in found])
+@pytest.mark.parametrize("group_size, blocks", [
+    (16, Blocks(4, 4, 2)), (64, Blocks(4, 3, 0)), (64, Blocks(8, 2, 2)), (128, Blocks(8, 2, 0)), (128, Blocks(8, 2, 2)),
+])  # fmt: skip
 def test_every_way_is_the_reference_s(group_size, blocks, device, monkeypatch):
-    head = make_head(device, 256, 128, group_size, "adamw", weight_dtype=torch.bfloat16)
-    if blocks not in group_pass.choices(SimpleNamespace(weight_LF=head.weight, group_size=group_size), head.weight.device):
+    capability = torch.cuda.get_device_capability(torch.device(device))
+    if not blocks.strip and capability != source.HOPPER:
         pytest.skip("not for this GPU")
-    monkeypatch.setattr(group_pass, "choices", lambda head, device: (blocks,))
+    monkeypatch.setattr(group, "blocks_for", lambda *shape: blocks)
+    head = make_head(device, 256, 128, group_size, "adamw", weight_dtype=torch.bfloat16)
     reference = make_head(device, 256, 128, group_size, "adamw", weight_dtype=torch.bfloat16, backend="reference")
     start = {name: tensor.float().clone() for name, tensor in head.named_buffers()}
     for step in range(2):
