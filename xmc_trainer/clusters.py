@@ -39,8 +39,8 @@ from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.files import PARTIAL, sync, writing
-from xmc_trainer.kernels.counter_rng import Stream, make_key, uniform
 from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, array_on_disk, encode_training_texts
+from xmc_trainer.rng import Stream, make_key, uniform
 
 _FORMAT = "2"  # 2: a checksum
 _REMEDY = "make it by xmc-trainer clusters, with the settings of this run"

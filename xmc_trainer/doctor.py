@@ -58,22 +58,24 @@ def _backends() -> Iterator[tuple[str, str]]:
     """What each `model.ffi.backend` would do here, and why."""
     import torch
 
-    from xmc_trainer.ops import BACKENDS, select_backend
+    from xmc_trainer.kernels.dispatch import BACKENDS, GPU, select_backend
 
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     for name in BACKENDS:
         try:
-            chosen = select_backend(name, device).__name__.rpartition(".")[2]
+            backend = select_backend(name, device)
         except ValueError as error:
             yield f"backend {name}", f"cannot run: {error}"
             continue
+        on_gpu = isinstance(backend, GPU)
+        chosen = "the GPU kernels" if on_gpu else backend.__name__.rpartition(".")[2]
         because = ""
         if name == "auto":
-            because = "a GPU and triton" if chosen == "triton_head" else "no triton" if gpu else "no usable GPU"
+            because = "a GPU and triton" if on_gpu else "no triton" if gpu else "no usable GPU"
         yield f"backend {name}", f"runs {chosen}" + (f" (there is {because})" if because else "")
     if gpu:
-        from xmc_trainer.kernels.cuda_source import can_compile
+        from xmc_trainer.kernels.cuda.source import can_compile
 
         yield (
             "CUDA kernels",

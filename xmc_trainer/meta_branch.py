@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmc_trainer.head import AdamW, FixedFanInHead, Part
+from xmc_trainer.head import AdamW, FixedFanInHead, HeadTerm
 
 
 class MetaBranch:
@@ -39,6 +39,6 @@ class MetaBranch:
         """int [n] label ids -> int32 [n] cluster ids; labels of one cluster repeat it, which a head counts once."""
         return self._cluster_of[label_ids.to(torch.int64)]
 
-    def parts(self, loss_weight: float) -> list[Part]:
-        """What `joint_step` takes, beside the labels' head."""
-        return [Part(self.head, self.clusters, loss_weight)]
+    def terms(self, loss_weight: float) -> list[HeadTerm]:
+        """What `multi_head_step` takes, beside the labels' head."""
+        return [HeadTerm(self.head, self.clusters, loss_weight)]

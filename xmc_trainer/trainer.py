@@ -35,13 +35,13 @@ from xmc_trainer.engine import (
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.finite import require_finite
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, joint_step
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, multi_head_step
 from xmc_trainer.head.losses import starting_bias
 from xmc_trainer.hooks import Hook, default_hooks
+from xmc_trainer.kernels.dispatch import select_backend
 from xmc_trainer.label_features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.micro_batches import bytes_a_text, fewest_parts, free_bytes
-from xmc_trainer.ops import select_backend
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import MODEL, RunFolder
 from xmc_trainer.step_clock import StepClock
@@ -90,7 +90,7 @@ class Trainer:
         try:
             select_backend(config.model.ffi.backend, self.device)
         except ValueError as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"model.ffi.{error}") from None
         plugin = self.accelerator.state.deepspeed_plugin
         if config.model.encoder.use_torch_compile == "true" and plugin is not None and plugin.zero_stage == 3:
             raise UserError(
@@ -227,11 +227,11 @@ class Trainer:
         with self.accelerator.accumulate(self.encoder):
             features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
             self.clock.mark("forward")
-            parts = self.head.parts(1.0 - meta_weight)
+            terms = self.head.terms(1.0 - meta_weight)
             if meta_weight > 0:
-                parts += self.meta_branch.parts(meta_weight)
-            loss = joint_step(
-                parts,
+                terms += self.meta_branch.terms(meta_weight)
+            loss = multi_head_step(
+                terms,
                 features[: tensors["label_counts"].shape[0]],
                 tensors["label_ids"],
                 tensors["label_counts"],

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop, SplitHead, joint_step
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop, SplitHead, multi_head_step
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
@@ -97,8 +97,8 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
             )
             features, label_counts = encoder(texts[rows]), torch.tensor([len(ids[row]) for row in rows], dtype=torch.int64)
             share = branch.weight(step - 1) if branch else 0.0
-            parts = head.parts(1 - share) + (branch.parts(share) if share else [])
-            loss = joint_step(parts, features, positives, label_counts, **arguments)
+            parts = head.terms(1 - share) + (branch.terms(share) if share else [])
+            loss = multi_head_step(parts, features, positives, label_counts, **arguments)
             (loss / accumulation).backward()
             total += loss.item()
         for parameter in encoder.parameters():

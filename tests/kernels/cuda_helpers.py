@@ -18,7 +18,8 @@ import torch
 
 from tests.head_helpers import ragged_batch
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
-from xmc_trainer.kernels import cuda_source, eight_bits
+from xmc_trainer.kernels import eight_bits
+from xmc_trainer.kernels.cuda import source as cuda_source
 
 HERE = Path(__file__).parent
 OPTIMIZERS = {
@@ -43,7 +44,6 @@ def library_for_cpu(source, capability, defines):
         )
         (folder / name.replace(".cu", ".cpp") if name == source else folder / name).write_text(text)
         replaced += shared + launches
-    # Sources of clusters include no launch.cuh, whose <<<>>> is replaced all the same.
     assert replaced == 2
     for file in (HERE / "cuda_on_cpu").iterdir():
         shutil.copy(file, folder)

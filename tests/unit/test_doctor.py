@@ -23,7 +23,7 @@ def test_the_page_says_what_is_here_and_what_would_run(monkeypatch, capsys):
     assert lines["NCCL_SOCKET_IFNAME"] == "eth7" and "secret" not in page  # pasted in public
     auto = next(line for line in page.splitlines() if line.startswith("backend auto"))
     if torch.cuda.is_available():
-        assert torch.cuda.get_device_name(0) in page and "triton_head" in auto
+        assert torch.cuda.get_device_name(0) in page and "the GPU kernels" in auto
     else:
         assert "runs reference (there is no usable GPU)" in auto and "none usable" in page
     assert "error" not in lines

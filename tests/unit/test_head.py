@@ -11,8 +11,8 @@ import torch
 from tests.head_helpers import OneOf, OracleHead, dense_of, ragged_batch
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop
 from xmc_trainer.head.partition import label_range
-from xmc_trainer.kernels.reference import unpack_candidates
-from xmc_trainer.ops import select_backend
+from xmc_trainer.kernels.dispatch import select_backend
+from xmc_trainer.kernels.interface import unpack_candidates
 
 LABELS, FEATURES, TEXTS = 211, 48, 37
 OPTIMIZERS = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from xmc_trainer.head import SGD, FixedFanInHead, RewireRule, SplitHead, joint_step
+from xmc_trainer.head import SGD, FixedFanInHead, RewireRule, SplitHead, multi_head_step
 from xmc_trainer.meta_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
@@ -112,7 +112,7 @@ def test_heads_that_read_the_same_features_exchange_them_once():
     head = SplitHead(*(FixedFanInHead(FEATURES, n, fan_in=f, ranks=ranks) for n, f in ((FREQUENT, None), (LABELS - FREQUENT, 5))))
     branch = MetaBranch.build(FEATURES, np.arange(LABELS) % 3, scaling=0.4, last_step=9, ranks=ranks)
     feat, ids, counts = batch()
-    joint_step(head.parts(0.6) + branch.parts(0.4), feat.requires_grad_(), ids, counts).backward()
+    multi_head_step(head.terms(0.6) + branch.terms(0.4), feat.requires_grad_(), ids, counts).backward()
     texts = (TEXTS, FEATURES)
     assert sorted(sent) == sorted([("gather", texts), ("gather", (TEXTS,)), ("gather", tuple(ids.shape)), ("scatter", texts), ("sum", ())])
     assert feat.grad.abs().sum() > 0

@@ -2,6 +2,8 @@
 
 xmc-trainer bench head                      # Amazon-3M's shape; without a GPU a smaller one, said so
 xmc-trainer bench head --labels 670091 --group-sizes 1,32 --csv head.csv
+xmc-trainer bench head --batch 128 256 512 1024                   # on 1, 2, 4 and 8 GPUs: N times the texts, a share of the labels
+xmc-trainer bench head --compare docs/results/head_h200.csv       # fails if a row takes 3 % longer than there
 
 A step is loss, feature gradient and weight update; `peak` is all that the head and its step allocate, and `copy` the share
 of the device's copy bandwidth that reading and writing weights and state once would need in that time. The baseline
@@ -15,6 +17,7 @@ import csv
 import gc
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -27,7 +30,6 @@ from torch.nn import functional
 
 from xmc_trainer.files import replacing
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
-from xmc_trainer.kernels.tuning import keep_busy
 
 _OPTIMIZERS = {
     "sgd": SGD(), "momentum": SGD(momentum=0.9), "rowwise_rmsprop": RowwiseRMSprop(), "adamw": AdamW(),
@@ -57,6 +59,15 @@ def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> 
     return statistics.median(times)
 
 
+def keep_busy(device: torch.device, milliseconds: float) -> None:
+    """So long at least, for a GPU. As in training the host is ahead: what follows does not wait for its own launches.
+
+    It does nothing: products instead would heat the GPU, whose clock falls then (an H100's steps took a fifth longer).
+    """
+    with torch.cuda.device(device):
+        torch.cuda._sleep(round(2e6 * milliseconds))  # cycles
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written a second by a large copy."""
     source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 27, dtype=torch.uint8, device=device)
@@ -82,53 +93,35 @@ def dense_baseline(labels: int, feat: Tensor, ids: Tensor, counts: Tensor) -> Ca
     return step
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    gpu = torch.cuda.is_available()
-    parser.add_argument("--labels", type=int, default=2_812_281 if gpu else 131_073)
-    parser.add_argument("--features", type=int, default=768 if gpu else 384)
-    parser.add_argument("--fan-in", type=int, default=128 if gpu else 32)
-    parser.add_argument("--batch", type=int, default=128 if gpu else 64, help="texts")
-    parser.add_argument("--positives", type=int, default=36, help="labels a text")
-    parser.add_argument("--group-sizes", default="1,4,8,16,32,64,128", help="comma-separated")
-    parser.add_argument("--optimizers", default=",".join(_OPTIMIZERS), help=f"of {', '.join(_OPTIMIZERS)}")
-    parser.add_argument("--backend", default="auto", help="auto, triton or reference")
-    parser.add_argument("--weight-dtype", default="bfloat16" if gpu else "float32", help="bfloat16 or float32")
-    parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--csv", default="bench_head.csv", help="file to write")
-    options = parser.parse_args()
-    groups = [int(group) for group in options.group_sizes.split(",")]
-    optimizers = options.optimizers.split(",")
-    if unknown := set(optimizers) - set(_OPTIMIZERS):
-        parser.error(f"--optimizers: {', '.join(unknown)}: choose from {', '.join(_OPTIMIZERS)}")
+def slower_rows(earlier: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Of rows that an earlier CSV has too, on the same kind of device: those that take more than 3 % longer, in words."""
+    keys = ("device", "what", "batch", "labels", "features", "weight_dtype", "loss")
+    with earlier.open(newline="", encoding="utf-8") as file:
+        before = {tuple(row.get(key) for key in keys): float(row["ms"]) for row in csv.DictReader(file)}
+    found = [(row, before.get(tuple(str(row[key]) for key in keys))) for row in rows]
+    return [
+        f"{row['what']}, {row['batch']} texts, {row['labels']} labels: {row['ms']:.2f} ms, before {old:.2f}"
+        for row, old in found if old is not None and row["ms"] > 1.03 * old
+    ]  # fmt: skip
 
-    device = torch.device("cuda" if gpu else "cpu")
-    if not gpu:
-        print("no GPU here: the reference backend on the CPU is measured")
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    triton = version("triton") if importlib.util.find_spec("triton") else "none"
-    bandwidth = copy_bandwidth(device)
-    print(f"{name}; torch {torch.__version__}, triton {triton}; a copy moves {bandwidth / 1e9:.0f} GB/s")
-    print(
-        f"labels {options.labels:,}, features {options.features}, fan-in {options.fan_in}, batch {options.batch}, "
-        f"{options.positives} labels a text, {options.weight_dtype} weights; median of {options.repeat}"
-    )
 
+def measure_batch(
+    options: argparse.Namespace, groups: list[int], optimizers: list[str], device: torch.device, product_dtype: torch.dtype,
+    batch: int, labels: int, bandwidth: float, common: dict[str, Any],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Every row of one number of texts and labels, printed as it comes."""
+    print(f"{batch} texts, {labels:,} labels")
+    gpu, rows, baseline = device.type == "cuda", [], float("nan")
     torch.manual_seed(0)
-    product_dtype = torch.bfloat16 if gpu else torch.float32
-    feat = torch.randn(options.batch, options.features, device=device).to(product_dtype)
-    counts = torch.full((options.batch,), options.positives, device=device)
-    ids = torch.randint(options.labels, (options.batch * options.positives,), device=device)
-    common = {
-        "device": name, "torch": torch.__version__, "triton": triton, "copy_gb_s": round(bandwidth / 1e9),
-        "labels": options.labels, "features": options.features, "batch": options.batch,
-        "positives": options.positives, "weight_dtype": options.weight_dtype, "backend": options.backend,
-    }  # fmt: skip
-    rows: list[dict[str, Any]] = []
-    baseline = float("nan")
+    feat = torch.randn(batch, options.features, device=device).to(product_dtype)
+    counts = torch.full((batch,), options.positives, device=device)
+    ids = torch.randint(labels, (batch * options.positives,), device=device)
+    common = common | {"batch": batch, "labels": labels}
+    described: dict[str, str] = {}  # of the head that is measured
 
     def measure(what: str, build: Callable[[], tuple[Callable[[], Any], int]], **settings: Any) -> float:
         """One row. `build` returns what to time and the bytes that it must move at least."""
+        described.clear()
         if gpu:
             gc.collect()  # a head that waits for it would count, and then be freed
             torch.cuda.empty_cache()
@@ -149,7 +142,7 @@ def main() -> None:
         memory = f"{peak:8.2f} GiB" if gpu else ""
         print(f"{what:34s}{time_ms:10.2f} ms{memory}{100 * share:7.0f} % of copy{ratio:8.2f} x dense", flush=True)
         rows.append(
-            common | settings
+            common | settings | described
             | {"what": what, "ms": round(time_ms, 3), "peak_gib": peak, "copy_share": round(share, 3)}
             | {"ratio_to_dense": round(ratio, 3)}
         )  # fmt: skip
@@ -157,7 +150,7 @@ def main() -> None:
 
     def head_of(fan_in: int | None, group: int, optimizer: str) -> FixedFanInHead:
         return FixedFanInHead(
-            options.features, options.labels, fan_in=fan_in, group_size=group, first_bias=-11.0, lr=1e-4,
+            options.features, labels, fan_in=fan_in, group_size=group, first_bias=-11.0, lr=1e-4, loss=options.loss,
             optimizer=_OPTIMIZERS[optimizer], weight_dtype=getattr(torch, options.weight_dtype),
             product_dtype=product_dtype, backend=options.backend, device=device,
         )  # fmt: skip
@@ -165,6 +158,8 @@ def main() -> None:
     def head_step(fan_in: int | None, group: int, optimizer: str, end_of_step: bool = True):
         def build() -> tuple[Callable[[], Any], int]:
             head = head_of(fan_in, group, optimizer)
+            described["kernels"] = head.describe_kernels(batch)
+            print(described["kernels"])
             x = feat.clone().requires_grad_()
             moved = head.weight.nbytes
             if end_of_step:
@@ -182,14 +177,14 @@ def main() -> None:
     def ranking(fan_in: int | None, group: int):
         def build() -> tuple[Callable[[], Any], int]:
             head = head_of(fan_in, group, "sgd")
-            texts = torch.randn(256, options.features, device=device).to(product_dtype)
+            texts = torch.randn(max(256, batch), options.features, device=device).to(product_dtype)
             return lambda: head.topk(texts, 10), head.weight.nbytes
 
         return build
 
-    weights = options.labels * options.features * feat.element_size()
+    weights = labels * options.features * feat.element_size()
     baseline = measure(
-        "dense, plain torch, sgd", lambda: (dense_baseline(options.labels, feat, ids, counts), 2 * weights), optimizer="sgd"
+        "dense, plain torch, sgd", lambda: (dense_baseline(labels, feat, ids, counts), 2 * weights), optimizer="sgd"
     )
     for optimizer in optimizers:
         for group in [None, *groups]:
@@ -200,11 +195,61 @@ def main() -> None:
     for group in dict.fromkeys((groups[0], groups[-1])):
         settings = {"fan_in": options.fan_in, "group_size": group}
         measure(f"G={group}, feature gradient only", head_step(options.fan_in, group, "sgd", False), **settings)
-        measure(f"G={group}, top 10 of 256 texts", ranking(options.fan_in, group), **settings)
+        measure(f"G={group}, top 10 of {max(256, batch)} texts", ranking(options.fan_in, group), **settings)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--labels", type=int, default=2_812_281 if gpu else 131_073)
+    parser.add_argument("--features", type=int, default=768 if gpu else 384)
+    parser.add_argument("--fan-in", type=int, default=128 if gpu else 32)
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[128 if gpu else 64],
+        help="texts; of several, one that is N times the first is measured with labels / N, as on N GPUs",
+    )
+    parser.add_argument("--positives", type=int, default=36, help="labels a text")
+    parser.add_argument("--group-sizes", default="1,4,8,16,32,64,128", help="comma-separated")
+    parser.add_argument("--optimizers", default=",".join(_OPTIMIZERS), help=f"of {', '.join(_OPTIMIZERS)}")
+    parser.add_argument("--backend", default="auto", help="auto, triton or reference")
+    parser.add_argument("--weight-dtype", default="bfloat16" if gpu else "float32", help="bfloat16 or float32")
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--loss", default="bce", help="bce or squared_hinge")
+    parser.add_argument("--csv", default="bench_head.csv", help="file to write")
+    parser.add_argument("--compare", help="an earlier CSV: which rows are slower by more than 3 %%")
+    options = parser.parse_args()
+    groups = [int(group) for group in options.group_sizes.split(",")]
+    optimizers = options.optimizers.split(",")
+    if unknown := set(optimizers) - set(_OPTIMIZERS):
+        parser.error(f"--optimizers: {', '.join(unknown)}: choose from {', '.join(_OPTIMIZERS)}")
+
+    device = torch.device("cuda" if gpu else "cpu")
+    if not gpu:
+        print("no GPU here: the reference backend on the CPU is measured")
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    triton = version("triton") if importlib.util.find_spec("triton") else "none"
+    bandwidth = copy_bandwidth(device)
+    print(f"{name}; torch {torch.__version__}, triton {triton}; a copy moves {bandwidth / 1e9:.0f} GB/s")
+    print(
+        f"features {options.features}, fan-in {options.fan_in}, {options.positives} labels a text, {options.weight_dtype} weights; "
+        f"median of {options.repeat}"
+    )
+    product_dtype = torch.bfloat16 if gpu else torch.float32
+    common = {
+        "device": name, "torch": torch.__version__, "triton": triton, "copy_gb_s": round(bandwidth / 1e9),
+        "features": options.features, "positives": options.positives, "weight_dtype": options.weight_dtype,
+        "loss": options.loss, "backend": options.backend,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for batch in options.batch:
+        labels = options.labels * options.batch[0] // batch
+        rows += measure_batch(options, groups, optimizers, device, product_dtype, batch, labels, bandwidth, common)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with replacing(Path(options.csv), newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     print(f"written to {options.csv}")
-
+    if options.compare and (slower := slower_rows(Path(options.compare), rows)):
+        sys.exit("\n".join(["slower than there by more than 3 %:", *slower]))

@@ -1,6 +1,6 @@
 """The classifier: a fixed fan-in linear layer over labels that trains itself inside its forward pass."""
 
-from xmc_trainer.head.layer import FixedFanInHead, Part, joint_step
+from xmc_trainer.head.layer import FixedFanInHead, HeadTerm, multi_head_step
 from xmc_trainer.head.optimizers import SGD, AdamW, RowwiseRMSprop
 from xmc_trainer.head.rewire import RewireReport, RewireRule
 from xmc_trainer.head.split import SplitHead
@@ -9,10 +9,10 @@ __all__ = [
     "SGD",
     "AdamW",
     "FixedFanInHead",
-    "Part",
+    "HeadTerm",
     "RewireReport",
     "RewireRule",
     "RowwiseRMSprop",
     "SplitHead",
-    "joint_step",
+    "multi_head_step",
 ]

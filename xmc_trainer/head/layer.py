@@ -35,10 +35,11 @@ from xmc_trainer.head.rewire import (
     rewire,
     strongest_index,
 )
-from xmc_trainer.kernels.counter_rng import Stream
-from xmc_trainer.kernels.reference import HeadTensors, Update, dense_weight_grad, index_rows, unpack_candidates
-from xmc_trainer.ops import select_backend
+from xmc_trainer.kernels.dispatch import GPU, RANKINGS, STEPS, Problem, describe, select_backend
+from xmc_trainer.kernels.interface import HeadTensors, Update, index_rows, unpack_candidates
+from xmc_trainer.kernels.reference import dense_weight_grad
 from xmc_trainer.parallel import Ranks
+from xmc_trainer.rng import Stream
 
 
 def ragged_rows(counts: Tensor, total: int) -> Tensor:
@@ -62,8 +63,8 @@ def check_batch(feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, featur
         raise ValueError(f"label_ids from {int(label_ids.min())} to {int(label_ids.max())}: there are labels 0 to {labels - 1}")
 
 
-class Part(NamedTuple):
-    """One of the heads that read the same features, and what it makes of them."""
+class HeadTerm(NamedTuple):
+    """A head and its term of the loss: one of the heads that read the same features."""
 
     head: FixedFanInHead
     ids_of: Callable[[Tensor], Tensor] | None  # int64 [n] label ids -> its own; it passes over those that are not
@@ -74,8 +75,8 @@ class _HeadStep(torch.autograd.Function):
     """Forward runs the step of all heads; backward returns the feature gradient that it left."""
 
     @staticmethod
-    def forward(ctx: Any, feat_bd: Tensor, parts: list[Part], batch: tuple[Any, ...]) -> Tensor:
-        loss, grad_bd = _step(feat_bd.detach(), parts, *batch)
+    def forward(ctx: Any, feat_bd: Tensor, terms: list[HeadTerm], batch: tuple[Any, ...]) -> Tensor:
+        loss, grad_bd = _step(feat_bd.detach(), terms, *batch)
         ctx.save_for_backward(grad_bd)
         ctx.feat_dtype = feat_bd.dtype
         return loss
@@ -87,8 +88,8 @@ class _HeadStep(torch.autograd.Function):
         return (grad_bd * grad_output.float()).to(ctx.feat_dtype), None, None
 
 
-def joint_step(
-    parts: list[Part],
+def multi_head_step(
+    terms: list[HeadTerm],
     feat_bd: Tensor,
     label_ids: Tensor,
     label_counts: Tensor,
@@ -100,17 +101,17 @@ def joint_step(
 ) -> Tensor:
     """The sum of the heads' weighted losses; see `FixedFanInHead.forward`. Between ranks everything travels once for all.
 
-    Args: parts: of one product_dtype, on one set of ranks.
+    Args: terms: of one product_dtype, on one set of ranks.
     """
     batch = (torch.is_grad_enabled(), label_ids, label_counts, end_of_step, texts_in_step, engine_divisor, rank_sizes)
     if feat_bd.requires_grad and torch.is_grad_enabled():
-        return _HeadStep.apply(feat_bd, parts, batch)
-    return _step(feat_bd, parts, *batch)[0]
+        return _HeadStep.apply(feat_bd, terms, batch)
+    return _step(feat_bd, terms, *batch)[0]
 
 
 def _step(
     feat_bd: Tensor,
-    parts: list[Part],
+    terms: list[HeadTerm],
     train: bool,
     label_ids: Tensor,
     label_counts: Tensor,
@@ -120,13 +121,13 @@ def _step(
     rank_sizes: tuple[list[int], list[int]] | None,
 ) -> tuple[Tensor, Tensor]:
     """(loss, feature gradient [b, d] float32) of this micro-batch; see `FixedFanInHead.forward`."""
-    first = parts[0].head
+    first = terms[0].head
     feat_Bd, label_P, row_P, sizes = first._gather(feat_bd, label_ids, label_counts, rank_sizes)
     done = [
         head._step(
             feat_Bd, label_P if ids_of is None else ids_of(label_P), row_P, train, end_of_step, texts_in_step, loss_weight
         )
-        for head, ids_of, loss_weight in parts
+        for head, ids_of, loss_weight in terms
     ]
     loss, grad_Bd = (reduce(torch.add, values) for values in zip(*done))
     return first.ranks.sum(loss), first.ranks.scatter_sum_rows(grad_Bd, sizes) * engine_divisor
@@ -155,7 +156,7 @@ class FixedFanInHead(nn.Module):
             computes in float32 from there; triton uses bfloat16 matrix instructions. Sums are float32 in both.
         seed: of index, weights, rounding and rewiring; the same on every rank.
         growth_batches: steps whose features and labels are kept for growth by gradient. Their memory is that of the features.
-        backend: auto, triton, reference or torch_sparse; see `xmc_trainer.ops`.
+        backend: auto, triton, reference or torch_sparse; see `xmc_trainer.kernels.dispatch`.
         tile_labels: of the backends without Triton, labels a tile: bounds the working memory (a few [B, tile] and [tile, d]
             float32 matrices). Default: 4096 on a CPU, where a tile should stay in the cache, 65,536 on a GPU, where each
             tile is some 40 launches.
@@ -251,6 +252,14 @@ class FixedFanInHead(nn.Module):
     @property
     def _backend(self) -> ModuleType:
         return select_backend(self._backend_name, self.weight.device)
+
+    def describe_kernels(self, texts: int) -> str:
+        """Which kernels make a step of so many texts (of all ranks) and find the best labels, and why: a line for a log."""
+        backend = self._backend
+        if not isinstance(backend, GPU):
+            return f"head: {backend.__name__.rpartition('.')[2]}, tiles of {self.tile_labels} labels"
+        problem = Problem.of(self.tensors(), texts, self.in_features, self.product_dtype)
+        return f"head: {describe(STEPS, problem)}; best labels: {describe(RANKINGS, problem)}"
 
     @property
     def tile_labels(self) -> int:
@@ -370,8 +379,8 @@ class FixedFanInHead(nn.Module):
             of a step's micro-batches add up to the step's loss.
         """
         check_batch(feat_bd, label_ids, label_counts, self.in_features, self.num_labels)
-        return joint_step(
-            self.parts(loss_weight),
+        return multi_head_step(
+            self.terms(loss_weight),
             feat_bd,
             label_ids,
             label_counts,
@@ -381,9 +390,9 @@ class FixedFanInHead(nn.Module):
             rank_sizes=rank_sizes,
         )
 
-    def parts(self, loss_weight: float) -> list[Part]:
-        """What `joint_step` takes."""
-        return [Part(self, None, loss_weight)]
+    def terms(self, loss_weight: float) -> list[HeadTerm]:
+        """What `multi_head_step` takes."""
+        return [HeadTerm(self, None, loss_weight)]
 
     def _step(
         self,

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from xmc_trainer.head.layer import FixedFanInHead, Part, check_batch, joint_step
+from xmc_trainer.head.layer import FixedFanInHead, HeadTerm, check_batch, multi_head_step
 from xmc_trainer.head.rewire import RewireReport, RewireRule
-from xmc_trainer.kernels.reference import ID_MAX, pack_candidates, unpack_candidates
+from xmc_trainer.kernels.interface import ID_MAX, pack_candidates, unpack_candidates
 
 
 class SplitHead(nn.Module):
@@ -48,12 +48,12 @@ class SplitHead(nn.Module):
     ) -> Tensor:
         """As of FixedFanInHead."""
         check_batch(feat_bd, label_ids, label_counts, self.frequent.in_features, self.num_labels)
-        return joint_step(self.parts(loss_weight), feat_bd, label_ids, label_counts, **arguments)
+        return multi_head_step(self.terms(loss_weight), feat_bd, label_ids, label_counts, **arguments)
 
-    def parts(self, loss_weight: float) -> list[Part]:
-        """What `joint_step` takes."""
-        tail = Part(self.tail, lambda label_ids: label_ids - self.frequent.num_labels, loss_weight)
-        return [*self.frequent.parts(loss_weight), tail]
+    def terms(self, loss_weight: float) -> list[HeadTerm]:
+        """What `multi_head_step` takes."""
+        tail = HeadTerm(self.tail, lambda label_ids: label_ids - self.frequent.num_labels, loss_weight)
+        return [*self.frequent.terms(loss_weight), tail]
 
     @torch.no_grad()
     def topk(

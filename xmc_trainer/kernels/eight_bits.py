@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xmc_trainer.kernels.counter_rng import element_bits
+from xmc_trainer.rng import element_bits
 
 _SCALE, _LARGEST = 2.0**7, 57344.0  # of the first state, and as float16
 _SQUARES_SCALE, _FIRST, _FIRST_BITS = 2.0**-17, 2.0**-63, 64 << 23  # of the second; what is added to it, also as a float32's bits
@@ -39,7 +39,7 @@ def encoded(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, st
 
     Args:
         value: float32, finite; of state 2 not negative.
-        row, column: int, as of `counter_rng.random_bits`; they broadcast to the shape of `value`.
+        row, column: int, as of `rng.random_bits`; they broadcast to the shape of `value`.
         state: 1 or 2.
     """
     draw = element_bits(key, row, column, 1)  # of both: the second's bits are the upper 21, the first's are lower but for five

@@ -1,10 +1,6 @@
 """The head step in plain torch, on any device: the test oracle of the other backends and the CPU backend.
 
-Shapes (capital letters as in every kernel):
-    L labels of this rank, G = group_size, R = ceil(L / G) index rows, F fan-in, d features, B texts,
-    T labels of one tile, P (text, label) pairs.
-
-Maths, for a tile of labels t with dense weights D_Td (row l is zero but at index[l // G], where it is weight[l]):
+For a tile of labels t (shapes as in `interface`) with dense weights D_Td (row l is zero but at index[l // G], where it is weight[l]):
     z_BT  = x_Bd D_Td^T + bias_T        loss_B += sum_T loss(z, y)         g_BT = text_weight * dloss/dz
     dx_Bd += g_BT D_Td                  dW_TF = (g_BT^T x_Bd)[:, index]     weight_TF <- update(weight_TF, dW_TF)
 
@@ -15,58 +11,14 @@ products take the full d, which the fused GPU kernels avoid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from xmc_trainer.kernels import eight_bits
-from xmc_trainer.kernels.counter_rng import Stream, make_key, round_to_bfloat16
-
-LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class UpdateRule(Protocol):
-    """An optimizer: see `xmc_trainer.head.optimizers`."""
-
-    def update(
-        self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
-    ) -> tuple[Tensor, list[Tensor]]: ...
-
-
-@dataclass
-class HeadTensors:
-    """What one rank owns of the head. The step edits these tensors in place."""
-
-    weight_LF: Tensor  # float32 or bfloat16
-    index_RF: Tensor | None  # int16 or int32, every row ascending; None: dense, F = d
-    bias_L: Tensor | None  # float32
-    group_size: int
-    label_start: int  # global id of local label 0
-    # Each like weight_LF, or uint8 of `eight_bits`, or float32 [L, 1], one a label.
-    weight_state: list[Tensor] = field(default_factory=list)
-    bias_state: list[Tensor] = field(default_factory=list)  # each like bias_L
-    # of_index(make, x): make(index_RF, x), what a kernel needs of the index besides; made on demand and kept.
-    of_index: Callable[[Callable[[Tensor, Any], Tensor], Any], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Update:
-    """How the step ends: None in its place means that the weights stay (accumulation micro-batch)."""
-
-    rule: UpdateRule
-    lr: float
-    weight_decay: float
-    seed: int
-    step: int  # 1 for the first update
-
-
-def index_rows(head: HeadTensors, start: int, stop: int) -> Tensor:
-    """The features that labels start..stop read: int64 [T, F]."""
-    group = torch.arange(start, stop, device=head.weight_LF.device) // head.group_size
-    return head.index_RF[group].to(torch.int64)
+from xmc_trainer.kernels.interface import ID_MAX, HeadTensors, LossFn, Update, index_rows, pack_candidates
+from xmc_trainer.rng import Stream, make_key, round_to_bfloat16
 
 
 class Tile(Protocol):
@@ -207,30 +159,6 @@ def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, number: i
         rounded = round_to_bfloat16 if old.dtype == torch.bfloat16 else eight_bits.encoded
         value = rounded(value, make_key(update.seed, update.step, Stream.ROUND), label, slot, number)
     old.copy_(torch.where(finite, value, old))
-
-
-# Top-k. A candidate is one int64: the score's bits, order-preserving, above the complement of the label id. Sorting
-# these sorts by score and breaks ties by the smaller label id, the same on every device and for every tiling.
-ID_MAX = 2**31 - 1
-
-
-def pack_candidates(score: Tensor, label: Tensor) -> Tensor:
-    """int64 keys of float32 scores and int64 global label ids that broadcast; see above."""
-    bits = (score.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(torch.int64) << 32) + (ID_MAX - label)
-
-
-def candidate_ids(key: Tensor) -> Tensor:
-    """The int64 label ids of packed candidates, whatever their scores."""
-    return ID_MAX - (key & 0xFFFFFFFF)
-
-
-def unpack_candidates(key: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (float32) and label ids (int64) of packed candidates; id -1 where the score is -inf (no such label)."""
-    ordered = (key >> 32).to(torch.int32)
-    score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return score, torch.where(score == -torch.inf, -1, candidate_ids(key))
 
 
 def head_topk(

@@ -17,7 +17,8 @@ import torch_sparse
 from torch import Tensor
 
 from xmc_trainer.kernels import reference
-from xmc_trainer.kernels.reference import DenseTile, HeadTensors, Tile, index_rows
+from xmc_trainer.kernels.interface import HeadTensors, index_rows
+from xmc_trainer.kernels.reference import DenseTile, Tile
 
 __all__ = ["head_step", "head_topk"]
 

@@ -69,7 +69,7 @@ struct Thread {
     const int* word = nullptr;  // what it waits for: that this is no longer `value`
     int value = 0;
     std::vector<Copy> copies;                      // asked for, and not awaited
-    std::vector<std::function<void()>> products;   // the same
+    std::vector<std::function<void()>> products;   // the same; null: the end of a group
     bool done = false;
 };
 
@@ -252,26 +252,3 @@ template <typename Kernel> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiproce
 inline cudaError_t cudaGetDevice(int* device) { *device = 0; return 0; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { *value = 3; return 0; }  // several blocks, each of several tiles
 inline cudaError_t cudaGetLastError() { return 0; }
-
-// Launches of clusters.
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttribute {
-    cudaLaunchAttributeID id;
-    struct { struct { int x, y, z; } clusterDim; } val;
-};
-struct cudaLaunchConfig_t {
-    dim3 gridDim, blockDim;
-    size_t dynamicSmemBytes;
-    cudaStream_t stream;
-    cudaLaunchAttribute* attrs;
-    unsigned numAttrs;
-};
-template <typename Kernel, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel, Arguments... arguments) {
-    const int blocks = config->attrs->val.clusterDim.x, bytes = static_cast<int>(config->dynamicSmemBytes);
-    if (bytes > 227 << 10 || config->gridDim.x % blocks) return 1;
-    cpu::run(config->gridDim.x, config->blockDim.x, bytes, [&] { kernel(arguments...); }, blocks);
-    return 0;
-}
-template <typename Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) { *clusters = 2; return 0; }

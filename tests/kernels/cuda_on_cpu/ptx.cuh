@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <cstdlib>
 
 #include "cuda_bf16.h"
@@ -53,14 +54,6 @@ inline void store4(bfloat16* to, const uint32_t (&r)[4]) {
     });
 }
 
-template <int N>
-inline void store_transposed(bfloat16* to, const uint32_t (&r)[N]) {
-    cpu::together([&](cpu::Lane& own) { own.pointer = to; }, [&](cpu::Lane* all, int lane) {
-        for (int i = 0; i < N; ++i)
-            for (int j = 0; j < 2; ++j) ((bfloat16*)all[8 * i + lane % 4 * 2 + j].pointer)[lane / 4].bits = r[i] >> 16 * j;
-    });
-}
-
 // m16n8k16: A row (lane / 4, + 8), columns (lane % 4 * 2, + 8); B rows (lane % 4 * 2, + 8), column lane / 4.
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     cpu::together(
@@ -106,16 +99,20 @@ inline void prefetch(const void* from, uint32_t bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16) std::abort();
 }
 
-// Products of a warpgroup. Here they are made when they are awaited; those that have A in registers at once.
+// Products of a warpgroup. Here they are made when they are awaited.
 inline void publish_shared() {}
 inline void begin_products() {}
-inline void commit_products() {}
+inline void commit_products() { cpu::current->products.push_back(nullptr); }
 template <int LEFT> void await_products() {
-    static_assert(LEFT == 0, "all");
-    for (auto& product : cpu::current->products) product();
-    cpu::current->products.clear();
+    auto& products = cpu::current->products;
+    size_t done = products.size();
+    for (int groups = 0; done > 0; --done)
+        if (!products[done - 1] && groups++ == LEFT) break;
+    for (size_t i = 0; i < done; ++i)
+        if (products[i]) products[i]();
+    products.erase(products.begin(), products.begin() + done);
 }
-inline void end_products() { await_products<0>(); }
+inline void end_products() { commit_products(), await_products<0>(); }
 template <typename T, int N> void pin(T (&)[N][4]) {}
 template <typename T> void forget(T&) {}
 
@@ -162,13 +159,17 @@ inline void multiply(float (&c)[N][4], uint64_t a, uint64_t b, bool add) {
     });
 }
 
+// A from registers, as they are now.
 template <bool B_N_MAJOR, int N>
 inline void multiply(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, bool add) {
     cpu::together([&](cpu::Lane& own) { std::copy(a, a + 4, own.word); }, [&](cpu::Lane* all, int) {
-        add_products<B_N_MAJOR>(c, [&](int row, int k) {
-            const uint32_t pair = all[row % 8 * 4 + k % 8 / 2].word[row / 8 + k / 8 * 2];
-            return widened_bfloat16(static_cast<uint16_t>(pair >> 16 * (k % 2)));
-        }, b, add);
+        std::vector<std::array<uint32_t, 4>> words(cpu::WARP);
+        for (int i = 0; i < cpu::WARP; ++i) std::copy(all[i].word, all[i].word + 4, words[i].begin());
+        cpu::current->products.push_back([&c, words = std::move(words), b, add] {
+            add_products<B_N_MAJOR>(c, [&](int row, int k) {
+                return widened_bfloat16(static_cast<uint16_t>(words[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> 16 * (k % 2)));
+            }, b, add);
+        });
     });
 }
 
@@ -181,16 +182,6 @@ inline void meet(int number) {
     meeting.size = THREADS;
     cpu::meet(meeting);
 }
-
-inline int block_in_cluster() { return cpu::current->block; }
-inline void meet_cluster() { cpu::meet(cpu::cluster); }
-
-// Addresses in the cluster's memory: 20 bits in the block's own, and the block's number.
-inline uint32_t address_in(int block, uint32_t here) {
-    if (here >= 227 << 10 || block >= static_cast<int>(cpu::blocks.size())) std::abort();
-    return static_cast<uint32_t>(block << 20 | here);
-}
-inline uint8_t* at_address(uint32_t address) { return cpu::aligned_memory(address >> 20) + (address & 0xFFFFF); }
 
 // Arrivals that are still to come in a phase, bytes too, and the number of the phase.
 struct alignas(8) Barrier {
@@ -211,29 +202,11 @@ inline void change(Barrier& barrier, int arrivals, int bytes) {
 }
 
 inline void arrive(Barrier& barrier) { change(barrier, 1, 0); }
-inline void arrive_there(uint32_t barrier) {
-    cpu::later([there = reinterpret_cast<Barrier*>(at_address(barrier))] { change(*there, 1, 0); });
-}
 inline void arrive_expecting(Barrier& barrier, int bytes) { change(barrier, 1, bytes); }
+inline void expect(Barrier& barrier, int bytes) { change(barrier, 0, bytes); }
 
 inline void await(Barrier& barrier, int parity) {
     while (barrier.phase % 2 == parity) cpu::wait(&barrier.phase, barrier.phase);
-}
-
-template <typename T>
-inline void send(uint32_t to, T value, uint32_t barrier) {
-    if (to % sizeof(T)) std::abort();
-    std::memcpy(at_address(to), &value, sizeof(T));
-    change(*reinterpret_cast<Barrier*>(at_address(barrier)), 0, -static_cast<int>(sizeof(T)));
-}
-
-inline void send_bulk(uint32_t to, const void* from, int bytes, uint32_t barrier) {
-    if (to % 16 || bytes % 16 || address(from) % 16) std::abort();
-    if (static_cast<int>(to >> 20) == cpu::current->block) std::abort();  // to others alone: compute-sanitizer refuses the rest
-    cpu::later([there = at_address(to), from, bytes, ends = reinterpret_cast<Barrier*>(at_address(barrier))] {
-        std::memcpy(there, from, bytes);
-        change(*ends, 0, -bytes);
-    });
 }
 
 inline void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {

@@ -1,0 +1,68 @@
+"""Which kernels a head gets: every shipped configuration's, with the GPU's capability faked, and why it gets no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton backend needs triton")
+from tests.kernels.cuda_helpers import make_head  # noqa: E402
+from xmc_trainer.config import load_config, shipped_configs  # noqa: E402
+from xmc_trainer.kernels.cuda import source  # noqa: E402
+from xmc_trainer.kernels.dispatch import RANKINGS, STEPS, Problem, choose, describe  # noqa: E402
+
+# Without mixed precision products are of float32, which are Triton's: "dense, Triton" of both.
+IN_FLOAT32 = {"lfyso", "sidgnd", "wordnet"}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(source, "can_compile", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_shipped_configurations_get_the_cuda_kernels(name, ranks, hopper):
+    config = load_config([f"dataset={name}"])
+    model, optimization = config.model, config.training.optimization
+    features = model.penultimate.penultimate_size if model.penultimate.use_penultimate_layer else model.encoder.encoder_ftr_dim
+    optimizer = {"rowwise_rmsprop": "rowwise"}.get(optimization.xmc_optimizer, optimization.xmc_optimizer)
+    head = make_head("cpu", features, model.ffi.fan_in, model.ffi.group_size, optimizer, weight_dtype=getattr(torch, model.ffi.weight_dtype))
+    dtype = torch.bfloat16 if config.training.amp.enabled else torch.float32
+    texts = ranks * config.data.batch_size * optimization.grad_accum_step
+    problem = Problem.of(head.tensors(), texts, features, dtype)
+    expected = "dense, Triton" if name in IN_FLOAT32 else "densify, CUDA"
+    assert (choose(STEPS, problem).name, choose(RANKINGS, problem).name) == (expected, expected)
+
+
+@pytest.mark.parametrize("fan_in, group_size, optimizer, step, ranking", [
+    (None, 1, "sgd", "dense, Triton", "dense, Triton"), (128, 8, "sgd", "densify, CUDA", "densify, CUDA"),
+    (128, 16, "adamw", "group, CUDA", "group, Triton"), (128, 64, "rowwise", "densify, CUDA", "group, Triton"),
+    (100, 64, "sgd", "densify, CUDA", "group, Triton"), (256, 64, "sgd", "densify, CUDA", "group, Triton"),
+])  # fmt: skip
+def test_groups_dense_heads_and_what_group_kernels_do_not_take(fan_in, group_size, optimizer, step, ranking, hopper):
+    problem = Problem.of(make_head("cpu", 768, fan_in, group_size, optimizer).tensors(), 128, 768, torch.bfloat16)
+    assert (choose(STEPS, problem).name, choose(RANKINGS, problem).name) == (step, ranking)
+
+
+def test_each_condition_is_named():
+    problem = Problem(16, 128, 768, 128, True, True, False, False, (9, 0))
+    group, densify, _, _ = STEPS
+    for change, reason in [
+        ({"capability": None}, "needs nvcc, ninja and a GPU of capability 8.0"), ({"group_size": None}, "needs an index"),
+        ({"group_size": 8}, "needs group_size >= 16"), ({"fan_in": 136}, "needs fan_in <= 128"),
+        ({"fan_in": 100}, "needs a fan_in that is a multiple of 8"), ({"bf16": False, "fan_in": 64}, "needs bfloat16 or float16 features"),
+        ({"deterministic": True}, "its sums have no fixed order"), ({"by_weight": False}, "does not take an optimizer with one state a label"),
+        ({"bytes_in_float32": True}, "does not take states of a byte beside float32 weights"), ({"texts": 1 << 22}, "too many texts and features"),
+    ]:  # fmt: skip
+        assert group.refuses(problem._replace(**change)) == reason
+    assert group.refuses(problem) is None and densify.refuses(problem._replace(capability=(8, 0))) == "needs a GPU of capability 9.0"
+    assert densify.refuses(problem._replace(capability=(10, 0))) == "needs a GPU of capability 9.0"
+    assert describe(STEPS, problem._replace(group_size=1)) == "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 16)"
+
+
+def test_a_head_says_which_kernels_it_gets(hopper):
+    said = make_head("cpu", 768, 128, 1).describe_kernels(256)
+    assert said.startswith("head: densify, CUDA, 64 labels x 128 texts (") and "; best labels: densify, CUDA" in said
+    assert make_head("cpu", 768, 128, 1, backend="reference").describe_kernels(256) == "head: reference, tiles of 4096 labels"

@@ -1,0 +1,223 @@
+"""Launches logits.cu, feature_gradient.cu and weight_gradient.cu: the step and the best labels for rows that are sparse in memory and
+dense on the chip.
+
+Three products, each a kernel that keeps what does not change on the chip and lets the labels pass, a chunk of labels at a time:
+
+    logits.cu              z = X W^T + bias    loss += sum loss(z, y)    s = dloss/dz      keeps 128 texts of X
+    feature_gradient.cu    dX += s W                                                       keeps a part of dX
+    weight_gradient.cu     dW = (s^T X)[index]                                             keeps a part of X
+    triton.dense           weight <- update(weight, dW)    bias <- update(bias, sum of s)
+
+Only the chunk's s and dW are in memory between them. For any number of texts and features. For GPUs of capability 9.0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels, multiprocessors
+from xmc_trainer.kernels.cuda import source
+from xmc_trainer.kernels.cuda.source import TEXTS, TYPES
+from xmc_trainer.kernels.interface import HeadTensors
+from xmc_trainer.kernels.triton import dense
+from xmc_trainer.kernels.triton.bitmap import PairBitmap
+from xmc_trainer.kernels.triton.topk import BLOCK, Blocks
+
+_LABELS = 64  # a tile
+_MOST_FEATURES = 768  # whose logits a launch makes
+# Of the weight gradient: so many tiles of texts a launch, and the features of a block that leave room for them.
+_FEATURES_BY_TEXT_TILES = {1: 256, 2: 192, 4: 128, 8: 64}
+_MOST_OF_BLOCK = 256  # features of the feature gradient
+_TEXT_TILES_TOGETHER = 4  # of the feature gradient
+_ROWS = 1 << 16  # of the index at a time
+# A chunk's workspace: bytes, or this share of the head's weights and index if that is more. (Smaller chunks: more launches.)
+_WORKSPACE, _SHARE = 256 << 20, 0.2
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of densify.cuh, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "weight", "index", "bias", "first_slots", "x", "slopes", "bits", "bias_gradient", "loss", "partial_in", "partial_out",
+            "dx", "gradient")),
+        ("labels_pitch", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in (
+            "first_label", "last_label", "texts", "columns", "first_text_tile", "text_tiles", "first_feature", "fan_in",
+            "columns_of_64", "add")),
+        ("group_factor", ctypes.c_uint32),
+        ("group_shift", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+class Kernel:
+    """A source, compiled for a head, and how many of its blocks a device holds."""
+
+    def __init__(self, file: str, head: HeadTensors, device: torch.device, **defines: int | str) -> None:
+        types = {"WEIGHT": head.weight_LF.dtype, "INDEX": head.index_RF.dtype}
+        words = {name: TYPES[dtype] for name, dtype in types.items()} | {
+            "CHUNK": math.gcd(head.weight_LF.shape[1], 4), "GROUPED": int(head.group_size > 1)
+        }  # fmt: skip
+        capability = torch.cuda.get_device_capability(device)
+        self._library = source.compiled(file, capability, tuple(f"{k}={v}" for k, v in (words | defines).items()))
+        if self._library.arguments_size() != ctypes.sizeof(_Arguments):
+            raise RuntimeError(f"{file} and {__name__} lay their arguments out differently")
+        self._device = device
+        self.blocks = source.checked(self._library.launch_blocks())
+
+    def __call__(self, blocks: int, arguments: dict[str, Any]) -> None:
+        """On the current stream; tensors by their addresses."""
+        plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+        source.checked(-self._library.launch(ctypes.byref(_Arguments(**plain)), blocks, source.stream(self._device)))
+
+
+class Slice(NamedTuple):
+    """Features whose logits a launch makes."""
+
+    first: int
+    x: Tensor  # bfloat16 [columns, features of a launch]
+
+
+def slices(rows: Tensor) -> list[Slice]:
+    """rows: bfloat16 [columns, d]. Each slice has as many features, a multiple of 64; zeros beyond the last one."""
+    d = rows.shape[1]
+    count = -(-d // _MOST_FEATURES)
+    size = -(-d // (64 * count)) * 64
+    return [Slice(first, pad(part := rows[:, first : first + size], (0, size - part.shape[1]))) for first in range(0, d, size)]
+
+
+def first_slots(index_RF: Tensor, d: int) -> Tensor:
+    """int16 [R, ceil(d / 64)]: how many of a row's features come before those of the i-th 64. `index_RF`: ascending rows."""
+    bounds = torch.arange(0, d, 64, device=index_RF.device).to(index_RF.dtype)
+    found = torch.empty(index_RF.shape[0], len(bounds), dtype=torch.int16, device=index_RF.device)
+    for start in range(0, index_RF.shape[0], _ROWS):
+        rows = index_RF[start : start + _ROWS]
+        found[start : start + _ROWS] = torch.searchsorted(rows, bounds.expand(len(rows), -1).contiguous())
+    return found
+
+
+def features_of_block(d: int, most: int) -> int:
+    """A multiple of 64 and at most `most`, such that blocks cover little more than d features, and are few."""
+    return min(range(64, most + 1, 64), key=lambda size: (-(-d // size) * size, -size))
+
+
+class _Logits:
+    """logits.cu, slice after slice.
+
+    Args: labels: of a launch, at most.
+    """
+
+    def __init__(self, head: HeadTensors, rows: Tensor, labels: int, loss: int, best: bool) -> None:
+        self.slices = slices(rows)
+        self.text_tiles = rows.shape[0] // TEXTS
+        fan_in, features = head.weight_LF.shape[1], self.slices[0].x.shape[1]
+        self.kernel = Kernel(
+            "logits.cu", head, rows.device, FEATURES=features, FAN_IN=fan_in, LOSS=loss, BEST=int(best), SLICED=int(len(self.slices) > 1)
+        )
+        self.lanes = max(1, min(self.kernel.blocks // self.text_tiles, -(-labels // BLOCK)))
+        tiles = -(-labels // _LABELS)
+        self.partial = [torch.empty(tiles * _LABELS * rows.shape[0], device=rows.device) for _ in self.slices[:2][1:]]
+
+    def __call__(self, labels: int, arguments: dict[str, Any]) -> None:
+        lanes = min(self.lanes, -(-labels // BLOCK))
+        for number, part in enumerate(self.slices):
+            partial = {} if number == 0 else {"partial_in": self.partial[0]}
+            if number + 1 < len(self.slices):
+                partial |= {"partial_out": self.partial[0]}
+            self.kernel(lanes * self.text_tiles, arguments | partial | dict(
+                x=part.x, first_feature=part.first, first_text_tile=0, text_tiles=self.text_tiles
+            ))  # fmt: skip
+
+
+def _common(head: HeadTensors, rows: Tensor, texts: int) -> dict[str, Any]:
+    factor, shift = source.quotient(head.group_size)
+    return dict(
+        weight=head.weight_LF, index=head.index_RF, bias=head.bias_L, texts=texts, columns=rows.shape[0], fan_in=head.weight_LF.shape[1],
+        columns_of_64=-(-rows.shape[1] // 64), group_factor=factor, group_shift=shift,
+    )  # fmt: skip
+
+
+def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """(loss float32 [columns], feature gradient float32 [columns, d]). batch: of whole tiles of TEXTS texts."""
+    rows, texts = batch.rows, batch.texts
+    (labels, fan_in), (columns, d), device = head.weight_LF.shape, rows.shape, rows.device
+    text_tiles, at_a_time = columns // TEXTS, max(_FEATURES_BY_TEXT_TILES)
+    several = text_tiles > at_a_time  # the weight gradient is a sum of launches
+    gradient_dtype = torch.float32 if several else torch.bfloat16
+    bias_update = step.update and head.bias_L is not None
+    bytes_a_label = columns * 2 + columns // 8 + columns // 4 + fan_in * gradient_dtype.itemsize + (columns * 4 if d > _MOST_FEATURES else 0)
+    head_bytes = head.weight_LF.nbytes + head.index_RF.nbytes
+    unit = BLOCK * max(1, multiprocessors(device) // text_tiles)  # a tile for each block
+    chunk = max(1, int(max(_WORKSPACE, _SHARE * head_bytes)) // bytes_a_label // unit) * unit
+    chunk = min(chunk, -(-labels // BLOCK) * BLOCK)
+
+    logits = _Logits(head, rows, chunk, step.loss, best=False)
+    pairs = PairBitmap(chunk, columns, BLOCK, BLOCK, device)
+    slopes = torch.empty(chunk * columns, dtype=torch.bfloat16, device=device)
+    losses = torch.zeros(logits.lanes, columns, device=device)
+    common = _common(head, rows, texts) | dict(
+        first_slots=head.of_index(first_slots, d), slopes=slopes, bits=pairs.bits, loss=losses, labels_pitch=chunk
+    )  # fmt: skip
+    if bias_update:
+        common |= dict(bias_gradient=torch.empty(columns // 16, chunk, device=device))
+
+    features = features_of_block(d, _MOST_OF_BLOCK)
+    feature_gradient = Kernel("feature_gradient.cu", head, device, FEATURES=features)
+    blocks = -(-d // features)
+    together = max(1, min(_TEXT_TILES_TOGETHER, text_tiles, feature_gradient.blocks // blocks))
+    lanes = max(1, min(feature_gradient.blocks // (together * blocks), -(-chunk // _LABELS)))
+    dx = torch.zeros(lanes, columns, blocks * features, device=device)
+
+    if step.update:
+        tiles = min(at_a_time, 1 << (text_tiles - 1).bit_length())
+        weight_features = features_of_block(d, _FEATURES_BY_TEXT_TILES[tiles])
+        weight_gradient = Kernel(
+            "weight_gradient.cu", head, device, FEATURES=weight_features, TEXT_TILES=tiles, GRADIENT=TYPES[gradient_dtype]
+        )
+        weight_blocks = -(-d // weight_features)
+        weight_lanes = max(1, min(weight_gradient.blocks // weight_blocks, -(-chunk // _LABELS)))
+        padded = pad(rows, (0, weight_blocks * weight_features - d))
+        gradient = torch.empty(chunk, fan_in, dtype=gradient_dtype, device=device)
+
+    for first in range(0, labels, chunk):
+        last = min(first + chunk, labels)
+        pairs.mark(label_P, row_P, first)
+        arguments = common | dict(first_label=first, last_label=last)
+        logits(last - first, arguments)
+        for tile in range(0, text_tiles, together):
+            count = min(together, text_tiles - tile)
+            feature_gradient(lanes * count * blocks, arguments | dict(dx=dx, first_text_tile=tile, text_tiles=count))
+        if not step.update:
+            continue
+        for tile in range(0, text_tiles, at_a_time):
+            weight_gradient(weight_lanes * weight_blocks, arguments | dict(
+                x=padded, gradient=gradient, first_text_tile=tile, text_tiles=min(at_a_time, text_tiles - tile), add=int(tile > 0)
+            ))  # fmt: skip
+        dense.update_from(head, gradient[: last - first], first, last, step, None)
+        if bias_update:
+            dense.update_biases_from(head, common["bias_gradient"], first, last, step)
+    return losses.sum(0), dx.sum(0)[:, :d] * step.text_weight
+
+
+def find_best(
+    head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+) -> None:
+    """See `triton.topk.Find`. batch: of whole tiles of TEXTS texts."""
+    labels, rows, columns = head.weight_LF.shape[0], batch.rows, batch.columns
+    skips = skip_label_P.numel() > 0
+    sliced = rows.shape[1] > _MOST_FEATURES
+    chunk = chunk_labels(labels, WORKSPACE, columns * (4 if sliced else 0) + columns // 8, BLOCK) if skips or sliced else labels
+    pairs = PairBitmap(chunk, columns, BLOCK, BLOCK, rows.device) if skips else None
+    logits = _Logits(head, rows, chunk, loss=0, best=True)
+    arguments = _common(head, rows, batch.texts) | ({} if pairs is None else dict(bits=pairs.bits))
+    for first in range(0, labels, chunk):
+        last = min(first + chunk, labels)
+        if pairs:
+            pairs.mark(skip_label_P, skip_row_P, first)
+        logits(last - first, arguments | dict(first_label=first, last_label=last, loss=best[first // BLOCK :]))

@@ -1,0 +1,105 @@
+"""Compiles the CUDA sources, and what they are called with.
+
+A source is compiled on first use for what a head needs of it, by torch's extension loader, and kept on disk. That takes
+nvcc (torch looks at CUDA_HOME, then at the PATH), ninja, and a GPU of compute capability 8.0 or more; `can_compile` says
+whether it is all there. Where it is and fails (nvcc and the C++ compiler must fit each other), `CompilationFailed` says why,
+and from `give_up` on nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+HEADERS = ("ptx.cuh", "operands.cuh", "losses.cuh", "densify.cuh", "group.cuh", "launch.cuh")
+TEXTS = 128  # texts a tile, as in the sources
+HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups, and clusters
+TYPES = {
+    torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
+}  # fmt: skip
+
+
+def quotient(divisor: int) -> tuple[int, int]:
+    """(factor, shift), such that n // divisor == n * factor >> shift for 0 <= n < 2^31; factor is below 2^32."""
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor), shift
+
+
+class CompilationFailed(RuntimeError):
+    """The compiler's words."""
+
+
+_gave_up = False
+
+
+def give_up(error: CompilationFailed) -> None:
+    """Do without the CUDA sources from here on, with a warning."""
+    global _gave_up
+    _gave_up = True
+    warnings.warn(f"the head's CUDA kernels cannot be compiled, Triton's take their place, which are slower: {error}", stacklevel=2)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether the sources can be compiled for a device."""
+    return not _gave_up and _finds_compiler(device)
+
+
+@functools.cache
+def _finds_compiler(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or shutil.which("ninja") is None:
+        return False
+    from torch.utils.cpp_extension import CUDA_HOME  # takes a while to import
+
+    return CUDA_HOME is not None
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: XDG_CACHE_HOME (default ~/.cache)/xmc_trainer/kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xmc_trainer" / "kernels"
+
+
+@functools.cache
+def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...]) -> ctypes.CDLL:
+    """Ranks that start together each compile their own; the last one's is kept. Raises CompilationFailed."""
+    texts = [(FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS)]
+    made_of = (texts, defines, capability, torch.__version__)
+    name = f"{Path(source).stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
+    kept = cache_folder() / f"{name}.so"
+    if not kept.exists():
+        from torch.utils import cpp_extension
+
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own accord torch compiles for sm_90, which lacks the warpgroup's instructions.
+        target = ["-gencode=arch=compute_90a,code=sm_90a"] if capability == HOPPER else []
+        # A folder of its own: torch's lock file would outlive a process that is killed, and stop every later one.
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            try:
+                cpp_extension.load(
+                    name, [str(FOLDER / source)], build_directory=folder, is_python_module=False,
+                    extra_cuda_cflags=["-O3", *target, *(f"-D{define}" for define in defines)],
+                )  # fmt: skip
+            except (RuntimeError, OSError) as error:
+                raise CompilationFailed(str(error)) from error
+            os.replace(Path(folder) / f"{name}.so", kept)
+    return ctypes.CDLL(str(kept))
+
+
+def stream(device: torch.device) -> ctypes.c_void_p:
+    """The current one."""
+    return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+
+
+def checked(result: int) -> int:
+    """What a source's function returned, unless it is CUDA's error number, negative."""
+    if result < 0:
+        raise RuntimeError(f"CUDA error {-result}")
+    return result
