@@ -32,6 +32,10 @@ def train(settings, *more, hooks=None):
     return trainer, trainer.train()
 
 
+# What a record of the log says that another run of the same training may say otherwise: how often losses were read, and how fast it was.
+BY_THE_CLOCK = ("seconds", "head_skipped", "texts_per_s", "encoder_ms", "head_ms", "waiting", "gib")
+
+
 def log_of(trainer, event):
     lines = (trainer.run_folder / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["event"] == event]
