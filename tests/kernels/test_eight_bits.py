@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from xmc_trainer.rng import Stream, element_bits, make_key
 from xmc_trainer.kernels.eight_bits import decoded, encoded
+from xmc_trainer.rng import Stream, element_bits, make_key
 
 KEY = make_key(1, 2, Stream.ROUND)
 BYTES = {1: [byte for byte in range(256) if byte % 128 < 124], 2: list(range(256))}  # those that stand for a number

@@ -8,8 +8,8 @@ import torch
 from tests.head_helpers import OneOf, OracleHead, assert_parts_train_as_one, dense_of, ragged_batch, target_matrix
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop
 from xmc_trainer.head.losses import bce
-from xmc_trainer.kernels.interface import HeadTensors, Update, unpack_candidates
 from xmc_trainer.kernels.dispatch import select_backend
+from xmc_trainer.kernels.interface import HeadTensors, Update, unpack_candidates
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 

@@ -35,11 +35,11 @@ from xmc_trainer.head.rewire import (
     rewire,
     strongest_index,
 )
-from xmc_trainer.rng import Stream
 from xmc_trainer.kernels.dispatch import GPU, RANKINGS, STEPS, Problem, describe, select_backend
 from xmc_trainer.kernels.interface import HeadTensors, Update, index_rows, unpack_candidates
 from xmc_trainer.kernels.reference import dense_weight_grad
 from xmc_trainer.parallel import Ranks
+from xmc_trainer.rng import Stream
 
 
 def ragged_rows(counts: Tensor, total: int) -> Tensor:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xmc_trainer.rng import Stream, make_key, random_order, uniform
 from xmc_trainer.kernels.interface import HeadTensors
+from xmc_trainer.rng import Stream, make_key, random_order, uniform
 
 _RANKING_BYTES = 32 << 20
 

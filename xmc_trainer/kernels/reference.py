@@ -20,6 +20,7 @@ from xmc_trainer.kernels import eight_bits
 from xmc_trainer.kernels.interface import ID_MAX, HeadTensors, LossFn, Update, index_rows, pack_candidates
 from xmc_trainer.rng import Stream, make_key, round_to_bfloat16
 
+
 class Tile(Protocol):
     """The products of labels start..stop with the features of a batch. `logits` comes first."""
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels, two_states
+from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels
 from xmc_trainer.kernels.cuda import source
 from xmc_trainer.kernels.cuda.source import TEXTS, TYPES
 from xmc_trainer.kernels.interface import HeadTensors

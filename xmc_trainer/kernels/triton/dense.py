@@ -334,7 +334,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """(loss float32 [columns], feature gradient float32 [columns, d])."""
-    (labels, fan_in), columns, device = head.weight_LF.shape, batch.columns, batch.rows.device
+    labels, columns, device = head.weight_LF.shape[0], batch.columns, batch.rows.device
     d, size, programs = batch.rows.shape[1], batch.rows.element_size(), multiprocessors(device)
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
     # Tiles of labels and features, warps and stages.
