@@ -1,7 +1,8 @@
 // As much of CUDA as xmc_trainer/kernels/*.cu use, on a CPU: the threads of a block are coroutines that take turns,
 // and run from one synchronisation to the next. It is slow, and it finds wrong indices, fragments, missing barriers and deadlocks;
 // not what only a GPU does (the order of atomic additions, approximate functions). What is asynchronous happens late: copies and
-// products when a thread awaits them, what comes from memory in bulk some rounds later; and lanes stall now and then. When: by draws that are the same in every run.
+// products when a thread awaits them, what comes from memory in bulk some rounds later; and lanes stall now and then. When: by
+// draws that are the same in every run.
 
 #pragma once
 
