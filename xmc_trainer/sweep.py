@@ -194,6 +194,7 @@ def _differences(config: Config) -> list[str]:
     if not file.is_file():
         return []
     there, here = flatten(saved_settings(file)), flatten(asdict(config))
+    here["training.overwrite"] = there.get("training.overwrite")  # of one start; no run's file has it
     return [f"{name}={shown(there.get(name))}, not {shown(here.get(name))}" for name in here | there if there.get(name) != here.get(name)]
 
 

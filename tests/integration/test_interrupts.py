@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 
 import pytest
@@ -12,6 +11,7 @@ from tests.integration.test_training import log_of, train
 from xmc_trainer import signals
 from xmc_trainer.config import load_config
 from xmc_trainer.hooks import Hook
+from xmc_trainer.run_folder import find_checkpoint
 from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -61,7 +61,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(whole, toy_settings, step
     run_folder = load_config(settings).run_folder
     assert caught.value.number == signal.SIGUSR1
     assert caught.value.said == f"after step {step}, with a checkpoint in {run_folder}; the same command goes on with training.resume=true"
-    assert json.loads((run_folder / "checkpoint" / "manifest.json").read_text())["step"] == step
+    assert find_checkpoint(run_folder).name == f"checkpoint-{step}"
     new_process()
     trainer, metrics = train(settings)
     expected, metrics_of_whole = whole

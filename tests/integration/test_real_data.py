@@ -168,7 +168,7 @@ def test_label_texts_filter_plateau_and_early_stopping(yso, tmp_path):
 
 def test_weights_from_elsewhere_start_ahead(yso, tmp_path):
     def first_epoch(*more):
-        trainer = Trainer(load_config([*yso, f"output_dir={tmp_path}", "training.optimization.epochs=1", *more]))
+        trainer = Trainer(load_config([*yso, f"output_dir={tmp_path}", f"log_fname=first{len(more)}", "training.optimization.epochs=1", *more]))
         return trainer, trainer.train()["P@1"]
 
     teacher, _, _ = learns(yso, tmp_path)

@@ -275,7 +275,7 @@ def test_no_file_of_a_model_or_checkpoint_runs_code(model, checkpoint, saved, tm
     run.mkdir(parents=True)
     shutil.move(checkpoint, run / "checkpoint-6")
     again = load_config([*saved.settings, "training.resume=true", f"output_dir={run.parent}"])
-    assert "config.yaml: not the settings of a run" in message_of(RunFolder, again, saved.trainer.ranks)
+    assert "config.yaml, line 1: data: is a section" in message_of(RunFolder, again, saved.trainer.ranks)
     for name in ("encoder.safetensors", HEAD, "recent.safetensors"):
         folder = shutil.copytree(saved.folder / "checkpoint", tmp_path / name)
         (folder / name).write_bytes(evil)
