@@ -47,6 +47,7 @@ def test_a_run_learns_logs_saves_and_loads(toy_settings):
     floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
     assert metrics["P@1"] > 0.9 and metrics["PSP@1"] > 0.8 > 0.3 > floor["P@1"]
 
+    assert log_of(trainer, "start")[0]["kernels"][0].startswith("head: ")
     steps = log_of(trainer, "step")
     assert [record["step"] for record in steps] == list(range(1, 8 * 20 + 1))  # 611 texts are 20 batches of 32
     assert all(np.isfinite(record["loss"]) and not record["encoder_skipped"] for record in steps)
