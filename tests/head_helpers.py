@@ -24,6 +24,9 @@ class OneOf(Ranks):
     def gather_rows(self, x, sizes):
         return x
 
+    def gather_rows_of(self, tensors, sizes):
+        return tensors
+
     def scatter_sum_rows(self, x, sizes):
         return x
 

@@ -7,6 +7,7 @@ around them (embeddings, attention mask) is compiled once more. The compiled cod
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +40,10 @@ def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
 
     Args: cache_dir: where the code is kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir))
+    # torch, when imported, may have set it to a folder for temporary files, which is gone after a restart.
+    chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchinductor_"))
+    if chosen.parent == Path(tempfile.gettempdir()) and chosen.name.startswith("torchinductor_"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
     backbone = encoder.backbone
     lists = layer_lists(backbone)
     for owner, layers in lists:

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from xmc_trainer import __version__, signals
+from xmc_trainer.checkpoint import head_parts
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig, portable
 from xmc_trainer.engine import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
@@ -53,6 +54,11 @@ def commit() -> str:
 def head_bytes(trainer: Trainer) -> int:
     """Of this process's part of the head: weights, index and optimizer state."""
     return sum(buffer.nbytes for buffer in trainer.head.buffers())
+
+
+def head_kernels(trainer: Trainer) -> list[str]:
+    """Which kernels the labels' head, or each part of a split one, uses for an optimizer step, and why."""
+    return [part.describe_kernels(trainer.config.texts_a_step) for _, part in head_parts(trainer.head)]
 
 
 class Hook:
@@ -303,6 +309,7 @@ class ProgressHook(Hook):
                 f"{trainer.state.steps_per_epoch:,} an epoch",
                 flush=True,
             )
+            print("\n".join(head_kernels(trainer)), flush=True)
             if trainer.state.step:
                 print(f"goes on after step {trainer.state.step:,}, in epoch {trainer.state.epoch + 1}", flush=True)
             warmup = trainer.config.training.optimization.warmup_steps
@@ -391,7 +398,8 @@ class JsonLogHook(Hook):
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
             sizes = {"processes": trainer.ranks.size, "micro_batches": trainer.micro_batches, "compiled": trainer.compiled, "head_bytes": all_bytes, "labels": trainer.corpus.num_labels}
             event = {"event": "resume", "step": trainer.state.step} if trainer.state.step else {"event": "start"}
-            self.write(event | {"device": device, "engine": engine_name(trainer.accelerator)} | versions | sizes)
+            engine = {"engine": engine_name(trainer.accelerator), "kernels": head_kernels(trainer)}
+            self.write(event | {"device": device} | engine | versions | sizes)
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         for record in records:

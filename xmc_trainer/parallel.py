@@ -5,6 +5,7 @@ Everything here moves features, ragged labels or scalars of one batch; nothing g
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -205,6 +206,23 @@ class Ranks:
         out = x.new_empty(self.size * longest, *x.shape[1:])
         _all_gather(out, padded)
         return torch.cat([out[r * longest : r * longest + n] for r, n in enumerate(sizes)])
+
+    def gather_rows_of(self, tensors: list[Tensor], sizes: list[list[int]]) -> list[Tensor]:
+        """`gather_rows` of each tensor, all in one transfer: for small ones the number of transfers is what counts."""
+        if self.size == 1:
+            return tensors
+        # Places of 16 bytes suit every dtype.
+        row_bytes = [x.element_size() * math.prod(x.shape[1:]) for x in tensors]
+        places = [-(-max(each) * length // 16) * 16 for each, length in zip(sizes, row_bytes)]
+        sent = torch.zeros(sum(places), dtype=torch.uint8, device=tensors[0].device)
+        for x, place in zip(tensors, sent.split(places)):
+            place[: x.nbytes] = x.contiguous().view(-1).view(torch.uint8)
+        out = sent.new_empty(self.size, sent.shape[0])
+        _all_gather(out.view(-1), sent)
+        return [
+            torch.cat([column[r, : n * length].view(x.dtype).view(n, *x.shape[1:]) for r, n in enumerate(each)])
+            for x, each, length, column in zip(tensors, sizes, row_bytes, out.split(places, dim=1))
+        ]
 
     def scatter_sum_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
         """[sum n_r, ...] on every rank -> this rank's rows of the sum over ranks: the transpose of `gather_rows`."""

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from tests.integration.test_resume import everything, new_process
-from tests.integration.test_training import log_of, train
+from tests.integration.test_training import BY_THE_CLOCK, log_of, train
 from xmc_trainer import signals
 from xmc_trainer.config import load_config
 from xmc_trainer.hooks import Hook
@@ -66,9 +66,8 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(whole, toy_settings, step
     trainer, metrics = train(settings)
     expected, metrics_of_whole = whole
     assert metrics == metrics_of_whole and not list(run_folder.glob("checkpoint*"))
-    clock = ("seconds", "head_skipped")
     for event in ("step", "evaluate", "rewire"):
-        logs = [[{k: v for k, v in record.items() if k not in clock} for record in log_of(each, event)] for each in (expected, trainer)]
+        logs = [[{k: v for k, v in record.items() if k not in BY_THE_CLOCK} for record in log_of(each, event)] for each in (expected, trainer)]
         assert logs[0] == logs[1], event
     for name, value in everything(expected).items():
         assert value.equal(everything(trainer)[name]), name

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.integration.test_launchers import run_here
-from tests.integration.test_training import log_of, train
+from tests.integration.test_training import BY_THE_CLOCK, log_of, train
 from tests.saved_folders import no_file_longer_than
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
@@ -102,9 +102,7 @@ def test_goes_on_as_if_nothing_had_happened(toy_settings, case, cut):
     trainer, found = train([*settings, "training.resume=true"], hooks=[again := Counter()])
     assert found == metrics and again.steps == counted.steps
     for event in ("step", "evaluate", "rewire"):
-        # Skipped steps are counted, and the speed is told, whenever a second is over.
-        clock = ("seconds", "head_skipped", "texts_per_s", "encoder_ms", "head_ms", "waiting", "gib")
-        logs = [[{k: v for k, v in record.items() if k not in clock} for record in log_of(each, event)] for each in (whole, trainer)]
+        logs = [[{k: v for k, v in record.items() if k not in BY_THE_CLOCK} for record in log_of(each, event)] for each in (whole, trainer)]
         assert logs[0] == logs[1]
     assert [record["step"] for record in log_of(trainer, "resume")] == [cut // 7 * 7]
     assert {record["event"] for record in log_of(whole, "start")} == {record["event"] for record in log_of(trainer, "start")}

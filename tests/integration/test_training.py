@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from contextlib import nullcontext
@@ -32,6 +33,10 @@ def train(settings, *more, hooks=None):
     return trainer, trainer.train()
 
 
+# What a record of the log says that another run of the same training may say otherwise: how often losses were read, and how fast it was.
+BY_THE_CLOCK = ("seconds", "head_skipped", "texts_per_s", "encoder_ms", "head_ms", "waiting", "gib")
+
+
 def log_of(trainer, event):
     lines = (trainer.run_folder / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["event"] == event]
@@ -42,6 +47,7 @@ def test_a_run_learns_logs_saves_and_loads(toy_settings):
     floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
     assert metrics["P@1"] > 0.9 and metrics["PSP@1"] > 0.8 > 0.3 > floor["P@1"]
 
+    assert log_of(trainer, "start")[0]["kernels"][0].startswith("head: ")
     steps = log_of(trainer, "step")
     assert [record["step"] for record in steps] == list(range(1, 8 * 20 + 1))  # 611 texts are 20 batches of 32
     assert all(np.isfinite(record["loss"]) and not record["encoder_skipped"] for record in steps)
@@ -582,6 +588,8 @@ def test_the_compiled_encoder_trains_alike(toy_settings, accumulation):
     plain, _ = train(toy_settings, *more)
     compiled, _ = train(toy_settings, *more, "model.encoder.use_torch_compile=true", "log_fname=compiled")
     assert compiled.encoder_module.backbone._compiled_call_impl is not None
+    # Of the first training of this process that compiled.
+    assert any(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).iterdir()) and os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith("cache/compiled")
     losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, compiled)]
     assert losses[1][:3] == pytest.approx(losses[0][:3], rel=1e-4) and losses[1][-1] == pytest.approx(losses[0][-1], rel=0.1)
     assert XMCModel.load(compiled.run_folder / "model").predict(["w3"], k=1)

@@ -40,6 +40,11 @@ class CountingRanks(Ranks):
         self.sent += (self.size - 1) * max(sizes) * x.element_size() * math.prod(x.shape[1:])
         return super().gather_rows(x, sizes)
 
+    def gather_rows_of(self, tensors: list[Tensor], sizes: list[list[int]]) -> list[Tensor]:
+        for x, each in zip(tensors, sizes):
+            self.sent += (self.size - 1) * max(each) * x.element_size() * math.prod(x.shape[1:])
+        return super().gather_rows_of(tensors, sizes)
+
     def scatter_sum_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
         self.sent += (self.size - 1) * max(sizes) * x.element_size() * math.prod(x.shape[1:])
         return super().scatter_sum_rows(x, sizes)
@@ -91,9 +96,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         known = [texts] * ranks.size, [len(ids)] * ranks.size
 
         def exchange() -> None:
-            gathered = ranks.gather_rows(feat.detach(), known[0])
-            ranks.gather_rows(ids, known[1])
-            ranks.gather_rows(counts, known[0])
+            gathered, _, _ = ranks.gather_rows_of([feat.detach(), ids, counts], [known[0], known[1], known[0]])
             ranks.scatter_sum_rows(gathered, known[0])
             ranks.sum(torch.zeros((), device=device))
 

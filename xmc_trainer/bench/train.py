@@ -250,9 +250,7 @@ class Bench(Trainer):
                 )
 
         def exchange() -> None:
-            gathered = ranks.gather_rows(sent, sizes[0])
-            ranks.gather_rows(labels, sizes[1])
-            ranks.gather_rows(counts, sizes[0])
+            gathered, _, _ = ranks.gather_rows_of([sent, labels, counts], [sizes[0], sizes[1], sizes[0]])
             ranks.scatter_sum_rows(gathered.float(), sizes[0])
             ranks.sum(torch.zeros((), device=self.device))
 

@@ -451,16 +451,10 @@ class FixedFanInHead(nn.Module):
             self.ranks.sizes(feat_bd.shape[0], feat_bd.device),
             self.ranks.sizes(label_ids.shape[0], label_ids.device),
         )
-        feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), rows)
-        label_P, row_P = self._gather_pairs(label_ids, label_counts, rows, pairs)
-        return feat_Bd, label_P, row_P, rows
-
-    def _gather_pairs(
-        self, label_ids: Tensor, label_counts: Tensor, rows: list[int], pairs: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        counts = self.ranks.gather_rows(label_counts, rows)
-        label_P = self.ranks.gather_rows(label_ids, pairs).to(torch.int64)
-        return label_P, ragged_rows(counts, label_P.shape[0])
+        feat_Bd, label_P, counts = self.ranks.gather_rows_of(
+            [feat_bd.to(self.product_dtype), label_ids, label_counts], [rows, pairs, rows]
+        )
+        return feat_Bd, label_P.to(torch.int64), ragged_rows(counts, label_P.shape[0]), rows
 
     @torch.no_grad()
     def topk(
@@ -475,11 +469,12 @@ class FixedFanInHead(nn.Module):
             fewer than k labels are left.
         """
         sizes = self.ranks.sizes(feat_bd.shape[0], feat_bd.device)
-        feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
-        label_P = row_P = torch.empty(0, dtype=torch.int64, device=feat_bd.device)
-        if skip_ids is not None:
+        if skip_ids is None:
+            feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
+            label_P = row_P = torch.empty(0, dtype=torch.int64, device=feat_bd.device)
+        else:
             pairs = self.ranks.sizes(skip_ids.shape[0], skip_ids.device)
-            label_P, row_P = self._gather_pairs(skip_ids, skip_counts, sizes, pairs)
+            feat_Bd, label_P, row_P, _ = self._gather(feat_bd, skip_ids, skip_counts, (sizes, pairs))
             label_P = label_P - self.labels.start
         tensors = dataclasses.replace(self.tensors(), bias_L=self.ranking_bias)
         key_Bk = self._backend.head_topk(tensors, feat_Bd, k, label_P, row_P, tile_labels=self.tile_labels)

@@ -1,8 +1,8 @@
-// As much of CUDA as xmc_trainer/kernels/*.cu use, on a CPU: the threads of a cluster of blocks are coroutines that take turns,
+// As much of CUDA as xmc_trainer/kernels/*.cu use, on a CPU: the threads of a block are coroutines that take turns,
 // and run from one synchronisation to the next. It is slow, and it finds wrong indices, fragments, missing barriers and deadlocks;
 // not what only a GPU does (the order of atomic additions, approximate functions). What is asynchronous happens late: copies and
-// products when a thread awaits them, what goes to another block and comes from memory in bulk some rounds later; and warps stall
-// now and then. When: by draws that are the same in every run.
+// products when a thread awaits them, what comes from memory in bulk some rounds later; and lanes stall now and then. When: by
+// draws that are the same in every run.
 
 #pragma once
 
@@ -175,17 +175,17 @@ inline void run(int grid, int size, int shared_bytes, std::function<void()> what
             makecontext(&thread.context, entry, 0);
         }
         events.clear(), round_now = 0, drawn = first_block;
-        std::vector<int> stalled(count / WARP, 0);  // until which round
+        std::vector<int> stalled(count, 0);  // each lane until which round
         for (int left = count; left;) {
             ++round_now;
             happen();
             bool any = !events.empty();
             for (int& until : stalled)
-                if (until < round_now && !draw(64)) until = round_now + some_rounds();
+                if (until < round_now && !draw(1024)) until = round_now + some_rounds();
             for (Thread& thread : threads) {
                 if (thread.done || (thread.word && *thread.word == thread.value)) continue;
                 any = true;
-                if (stalled[thread.number / WARP] > round_now) continue;
+                if (stalled[thread.number] > round_now) continue;
                 current = &thread;
                 threadIdx.x = thread.number % size;
                 blockIdx.x = first_block + thread.block;

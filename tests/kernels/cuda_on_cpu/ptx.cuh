@@ -111,6 +111,7 @@ template <int LEFT> void await_products() {
     for (size_t i = 0; i < done; ++i)
         if (products[i]) products[i]();
     products.erase(products.begin(), products.begin() + done);
+    cpu::meet(cpu::own_warp());  // .sync: no lane goes on before all have waited
 }
 inline void end_products() { commit_products(), await_products<0>(); }
 template <typename T, int N> void pin(T (&)[N][4]) {}

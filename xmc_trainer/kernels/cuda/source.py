@@ -22,7 +22,7 @@ import torch
 FOLDER = Path(__file__).parent
 HEADERS = ("ptx.cuh", "operands.cuh", "losses.cuh", "densify.cuh", "group.cuh", "launch.cuh")
 TEXTS = 128  # texts a tile, as in the sources
-HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups, and clusters
+HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups
 TYPES = {
     torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
 }  # fmt: skip
