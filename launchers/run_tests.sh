@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The whole test suite: bash launchers/run_tests.sh [pytest arguments]
+# Every day, in a few minutes: bash launchers/run_tests.sh -m "not slow"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/install.sh

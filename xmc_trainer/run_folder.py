@@ -214,8 +214,8 @@ def _locked(folder: Path) -> TextIO:
         lock.seek(0)
         with lock:
             raise UserError(
-                f"{folder}: another training is at work in it ({lock.read().strip()}); end it first (a launcher that was "
-                "killed leaves its processes behind), or name this run otherwise by log_fname"
+                f"{folder}: another training is at work in it ({lock.read().strip()}); end it first, or name this "
+                "run otherwise by log_fname"
             ) from None
     except OSError:
         pass  # a file system without locks

@@ -5,8 +5,12 @@ from __future__ import annotations
 import csv
 import sys
 
+import pytest
+
 from tests.integration.test_launchers import free_port, launch
 from xmc_trainer.bench import ranks
+
+pytestmark = pytest.mark.slow
 
 
 def test_bytes_follow_batch_and_features_and_memory_the_share_of_labels(tmp_path, monkeypatch, capsys):

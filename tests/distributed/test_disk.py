@@ -6,7 +6,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.integration.test_launchers import ROOT, free_port
+
+pytestmark = pytest.mark.slow
 
 CODE = """
 import errno, os, sys

@@ -30,6 +30,8 @@ from xmc_trainer import clusters
 from xmc_trainer.config import load_config
 from xmc_trainer.model import XMCModel
 
+pytestmark = pytest.mark.slow
+
 STAGES = ["0", "1", "2", "3", "2_offload", "3_offload"]
 # 41 labels and 18 texts a step: the labels divide by none, an epoch's last step has 15 texts in three micro-batches.
 UNEVEN = ["data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]

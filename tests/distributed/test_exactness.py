@@ -11,6 +11,8 @@ from tests.distributed import matrix
 from tests.distributed.matrix import CASES, FREQUENT, LABELS
 from tests.integration.test_launchers import launch
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:

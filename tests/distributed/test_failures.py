@@ -11,6 +11,8 @@ import pytest
 
 from tests.integration.test_launchers import ROOT, free_port
 
+pytestmark = pytest.mark.slow
+
 # Ranks that end when another is silent for 3 seconds: not while one works alone, which takes longer.
 RANK = """
 import sys, time, torch

@@ -24,6 +24,8 @@ from tests.integration.test_launchers import (
 from xmc_trainer.config import load_config
 from xmc_trainer.run_folder import find_checkpoint
 
+pytestmark = pytest.mark.slow
+
 # The engine's own precision: its copies, and fp16's loss scale.
 STAGES = {"bfloat16": "3"} | ({"float16": "2"} if FLOAT16 else {})
 

@@ -19,6 +19,8 @@ from tests.docs.preloaded import write_clients
 from tests.docs.snippets import Snippet, snippets_of
 from tests.integration.test_launchers import free_port
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # The blocks of a page run one after another; each page begins in a folder of its own.

@@ -11,6 +11,8 @@ from tests.integration.test_launchers import ROOT, free_port, launch
 from xmc_trainer import cli
 from xmc_trainer.bench import head as bench_head
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def bench(monkeypatch, capsys):

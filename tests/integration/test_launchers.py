@@ -172,6 +172,7 @@ def short(toy_settings):
     return [*toy_settings, "training.optimization.max_steps=20"]
 
 
+@pytest.mark.slow
 def test_every_way_of_starting_gives_the_same_curve(short):
     plain = curve(short, "python")
     assert len(plain) == 20 and plain[-1] < plain[0]
@@ -314,6 +315,7 @@ def tied(model, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
     """The labels shared, output once, equal scores in the same order; with pairs to leave out, and a rank without texts."""
     texts, labels = ((toy_data / "toy" / f"test_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels"))
@@ -423,6 +425,7 @@ def test_print_config_and_refusals(toy_settings, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_launchers_are_told_something_else(toy_settings, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(json.loads((ROOT / "ds_configs/zero2.json").read_text()) | {"gradient_clipping": 1.0}))

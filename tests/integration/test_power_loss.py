@@ -24,7 +24,7 @@ from xmc_trainer.run_folder import RunFolder, differences
 from xmc_trainer.saved_folder import read_folder
 from xmc_trainer.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]
 RUN = "run"
 
 

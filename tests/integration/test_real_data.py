@@ -24,6 +24,8 @@ from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.model import XMCModel
 from xmc_trainer.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 TRAIN, TEST = 1500, 300
 
 

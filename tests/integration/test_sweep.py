@@ -46,6 +46,7 @@ def file(toy_settings, tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys, fresh_accelerator):
     words = ["xmc-trainer", "sweep", str(file), "--jobs", "2", "--csv", str(tmp_path / "toy.csv")]
     sweep = json.loads(file.read_text())
@@ -89,6 +90,7 @@ def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys,
         main()
 
 
+@pytest.mark.slow
 def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, toy_data, tmp_path, fresh_accelerator):
     """With clusters that the sweep has made; the figures worked out from the saved model's scores."""
     data = tmp_path / "data"
@@ -138,6 +140,7 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
     assert results(config, views) is None
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
     sweep = subprocess.Popen([sys.executable, "-m", "xmc_trainer", "sweep", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
 

@@ -579,6 +579,7 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
     assert Trainer._compile_encoder(trainer) is False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.gpu)])
 def test_the_compiled_encoder_trains_alike(toy_settings, accumulation):

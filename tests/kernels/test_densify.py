@@ -12,6 +12,8 @@ import torch
 from tests.head_helpers import assert_parts_train_as_one, oracle_loss, target_matrix
 from xmc_trainer.head import RewireRule
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense_of, error, floats_of, make_head, use  # noqa: E402
 from xmc_trainer.kernels.cuda import densify, source  # noqa: E402

@@ -8,6 +8,8 @@ import dataclasses
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip("triton")
 
 from tests.kernels.cuda_helpers import DEVICES, LABELS, batch, dense_of, make_head, use  # noqa: E402

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import batch, dense_of, error, make_head  # noqa: E402
 from xmc_trainer.kernels.cuda import source as cuda_source  # noqa: E402

