@@ -736,8 +736,13 @@ def load_config(overrides: list[str]) -> Config:
     told = {"data.dataset": Said(escaped(Path(dataset).stem))} | _told_by_defaults()
     told |= (_told_by_shipped_file if dataset in shipped else _told_by_file)(dataset)
     told |= words | {"dataset": Said(escaped(dataset))}
-    if told["log_fname"].text is not None:
-        told["training.verbose.log_fname"] = told["log_fname"]
+    short, whole = "log_fname", "training.verbose.log_fname"
+    if whole in words and (words.get(short) or Said(None)).text not in (None, words[whole].text):
+        raise UserError(f"{short} and {whole}: are the same setting, given two names; say one of them")
+    if whole in words:
+        told[short] = Said(None)  # the command line wins over a file, whichever name each has for it
+    elif told[short].text is not None:
+        told[whole] = told[short]
     values = _values(resolve(told), check=True)
     if values["data.folder"] is None and values["data.dataset"] in shipped:
         folder = _told_by_shipped_file(values["data.dataset"]).get("data.folder")
@@ -776,7 +781,8 @@ def portable(tree: Any) -> Any:
         return {name: portable(value) for name, value in tree.items()}
     if isinstance(tree, list):
         return [portable(value) for value in tree]
-    return Path(tree).name if isinstance(tree, str) and Path(tree).is_absolute() else tree
+    # The root itself has no last part, and says nothing of a machine.
+    return Path(tree).name or tree if isinstance(tree, str) and Path(tree).is_absolute() else tree
 
 
 def portable_yaml(config: Config) -> str:

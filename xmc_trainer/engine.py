@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
-from torch import nn
+from torch import Tensor, nn
 
 from xmc_trainer.errors import UserError, shown
 from xmc_trainer.launch import launched_processes
@@ -322,6 +322,17 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
     with GatheredParameters(parameters):
         yield
+
+
+def own_weights(module: nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, what this process holds of it) of every parameter; under ZeRO 3 that is a part, flat."""
+    for name, parameter in module.named_parameters():
+        part = getattr(parameter, "ds_tensor", None)
+        if part is None:
+            yield name, parameter
+        else:
+            # The last part is filled up to the size of the others with memory that nobody sets.
+            yield name, part[: max(0, parameter.ds_numel - rank * part.numel())]
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:

@@ -24,6 +24,7 @@ _REMEDIES = {
     errno.EDQUOT: "free some of your quota there",
     errno.ENOTDIR: "remove the file that stands where a folder must be",
     errno.ENAMETOOLONG: "choose shorter names",
+    errno.ELOOP: "correct the links, which lead in a circle",
     errno.EROFS: "make that file system writable",
     errno.EACCES: "make it writable for you",
 }
@@ -80,17 +81,22 @@ def sync_tree(folder: Path) -> None:
 def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
     """A text file that takes the place of `path`, on the disk, when the block ends without an error.
 
-    What is no plain file (a device, a pipe) is written to as it is.
+    What is no plain file (a device, a pipe) is written to as it is, and so is a file that is open already, such as
+    /dev/stdout: what it holds stays before the text.
     """
-    if path.exists() and not path.is_file():  # before links are followed: /dev/stdout leads to a name that is no file's
-        with writing(path), open(path, "w", encoding="utf-8", newline=newline) as file:
+    if (path.exists() and not path.is_file()) or _is_open_file(path):
+        with writing(path), open(path, "a", encoding="utf-8", newline=newline) as file:
             yield file
         return
-    path = path.resolve()  # where a link points
+    path = Path(os.path.realpath(path))  # where a link points
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         try:
             with open(partial, "w", encoding="utf-8", newline=newline) as file:
+                if path.exists():
+                    shutil.copymode(path, partial)  # who may not read the old file may not read the new one
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -98,6 +104,17 @@ def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
             sync(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _is_open_file(path: Path) -> bool:
+    """Whether links lead from `path` to an open file's descriptor, as those of /dev/stdout and /dev/fd/3 do."""
+    for _ in range(40):  # the system follows no more links either
+        if not path.is_symlink():
+            break
+        if os.path.realpath(path.parent).startswith("/proc/"):
+            return True
+        path = path.parent / path.readlink()
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

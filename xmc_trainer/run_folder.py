@@ -61,7 +61,7 @@ def find_checkpoint(run_folder: Path) -> Path | None:
 def remove_checkpoints(run_folder: Path, kept: int) -> None:
     """All but the last `kept`, the earliest first."""
     found = checkpoints(run_folder)
-    remove(found[: len(found) - kept])
+    remove(found[: max(len(found) - kept, 0)])
 
 
 def differences(config: Config, file: Path) -> list[str]:

@@ -27,6 +27,7 @@ from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_r
 from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.engine import (
     leave,
+    own_weights,
     set_accumulation,
     step_was_applied,
     whole_weights,
@@ -351,9 +352,8 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Write what an interrupted training goes on from; between two steps, every rank must call. See `xmc_trainer.resume`."""
         self._flush_losses()
-        # Of ZeRO 3 each rank looks at its own part.
-        own = ((name, getattr(p, "ds_tensor", p)) for name, p in self.encoder_module.named_parameters())
-        require_finite((*own, *self._head_tensors()), self.ranks, self.device, self.state.step, self.run_folder)
+        own = (*own_weights(self.encoder_module, self.ranks.rank), *self._head_tensors())
+        require_finite(own, self.ranks, self.device, self.state.step, self.run_folder)
         resume.save(self)
         self._saved = self.state.step, self.state.epoch
 

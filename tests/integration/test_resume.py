@@ -175,11 +175,11 @@ def test_what_is_replaced_stays_until_the_new_run_is_finished(interrupted):
 
 
 def test_the_last_checkpoints_are_kept(toy_settings):
-    settings = settings_of(toy_settings, "kept", "training.checkpoints_kept=2", "training.checkpoint_interval=2")
+    settings = settings_of(toy_settings, "kept", "training.checkpoints_kept=3", "training.checkpoint_interval=2")
     with pytest.raises(PowerCut):
         train(settings, hooks=[CutAfter(9)])
     folder = load_config(settings).run_folder
-    assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-8"]
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
     shutil.rmtree(folder / "checkpoint-8")
     new_process()
     trainer, _ = train([*settings, "training.resume=true"])

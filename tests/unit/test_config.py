@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from xmc_trainer import config as config_module
-from xmc_trainer.config import Config, load_config, settings_page, shipped_configs, to_yaml
+from xmc_trainer.config import Config, load_config, portable_yaml, settings_page, shipped_configs, to_yaml
 from xmc_trainer.errors import UserError
 from xmc_trainer.fields import settings_of
 
@@ -296,3 +296,20 @@ def test_files_that_are_no_configuration_are_refused(content, message, tmp_path)
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         load_config([f"dataset={tmp_path / 'mine.yaml'}"])
+
+
+def test_the_run_has_the_name_that_was_said_last(tmp_path):
+    file = tmp_path / "printed.yaml"
+    file.write_text(to_yaml(load_config(["dataset=wordnet", "log_fname=first"])))
+    assert load_config([f"dataset={file}"]).run_folder.name == "first"
+    for word in ("log_fname=second", "training.verbose.log_fname=second"):
+        assert load_config([f"dataset={file}", word]).run_folder.name == "second"
+    with pytest.raises(UserError, match="log_fname and training.verbose.log_fname: are the same setting"):
+        load_config([f"dataset={file}", "log_fname=second", "training.verbose.log_fname=third"])
+
+
+def test_the_root_folder_may_hold_the_data_of_a_saved_model(tmp_path):
+    config = load_config(["dataset=wordnet", "dataset_path=/", "environment.env2path.guest=/", "data.cache_dir=/home/me/cache"])
+    (tmp_path / "config.yaml").write_text(portable_yaml(config))
+    again = load_config([f"dataset={tmp_path / 'config.yaml'}"])
+    assert (again.dataset_path, again.environment.env2path, again.data.cache_dir) == ("/", {"guest": "/"}, "cache")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from xmc_trainer import engine
-from xmc_trainer.engine import build_accelerator, deepspeed_settings
+from xmc_trainer.engine import build_accelerator, deepspeed_settings, own_weights
 from xmc_trainer.errors import UserError
 from xmc_trainer.launch import launched_processes
 from xmc_trainer.parallel import form_process_group
@@ -305,3 +305,16 @@ def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(environment, monkeyp
 @pytest.mark.gpu
 def test_the_scaler_on_a_gpu_starts_there(fresh_accelerator):
     assert build_accelerator(mixed_precision="fp16", **ON_A_GPU).scaler.get_scale() == 4096.0
+
+
+def test_padding_behind_a_part_of_zero_3_is_nobodys_weight():
+    """DeepSpeed leaves it unset: were it looked at, a training could be told that its weights are not finite."""
+    layer, expected = torch.nn.Linear(5, 1), torch.arange(5.0)
+    for rank, (weights, biases) in enumerate([(2, 1), (2, 0), (1, 0)]):
+        for parameter in layer.parameters():
+            whole = torch.full((3 * -(-parameter.numel() // 3),), torch.nan)
+            whole[: parameter.numel()] = expected[: parameter.numel()]
+            parameter.ds_numel, parameter.ds_tensor = parameter.numel(), whole.chunk(3)[rank]
+        found = dict(own_weights(layer, rank))
+        torch.testing.assert_close(found["weight"], expected[2 * rank : 2 * rank + weights])
+        torch.testing.assert_close(found["bias"], expected[:biases])
