@@ -768,7 +768,7 @@ def config_of_model(folder: Path, overrides: list[str]) -> Config:
         of_run = load_config([f"dataset={folder.absolute().parent / 'config.yaml'}"])
     except UserError:
         return config  # no run's folder
-    paths = _whole_paths(dataclasses.asdict(config), dataclasses.asdict(of_run))
+    paths = _whole_paths(config, of_run)
     return load_config([f"dataset={own_file}", *paths, *overrides])
 
 
@@ -787,15 +787,22 @@ def portable(tree: Any) -> Any:
 
 def portable_yaml(config: Config) -> str:
     """A configuration for a saved model's folder: without absolute paths, and without leave to run anybody's code."""
-    encoder = dataclasses.replace(config.model.encoder, trust_remote_code=False)
-    return _yaml(portable(dataclasses.asdict(dataclasses.replace(config, model=dataclasses.replace(config.model, encoder=encoder)))))
+    return _yaml(_portable_settings(config))
 
 
-def _whole_paths(own: dict[str, Any], of_run: dict[str, Any]) -> list[str]:
+def _portable_settings(config: Config) -> dict[str, Any]:
+    tree = portable(dataclasses.asdict(config))
+    tree["model"]["encoder"]["trust_remote_code"] = False
+    if Path(config.data.cache_dir).is_absolute():
+        tree["data"]["cache_dir"] = DataConfig.cache_dir  # its last part would be a folder wherever the model is evaluated
+    return tree
+
+
+def _whole_paths(config: Config, of_run: Config) -> list[str]:
     """Settings of a model, as key=value words, whose absolute paths the configuration of its run still has."""
-    own, of_run = flatten(own), flatten(of_run)
-    names = [name for name in own if name in of_run and of_run[name] != own[name] == portable(of_run[name])]
-    return [f"{name}={escaped(of_run[name])}" for name in names if name.startswith(MODEL_SETTINGS)]
+    own, left, whole = (flatten(tree) for tree in (dataclasses.asdict(config), _portable_settings(of_run), dataclasses.asdict(of_run)))
+    names = [name for name in own if name in whole and whole[name] != own[name] == left[name]]
+    return [f"{name}={escaped(whole[name])}" for name in names if name.startswith(MODEL_SETTINGS)]
 
 
 def to_yaml(config: Any) -> str:

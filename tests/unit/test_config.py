@@ -312,4 +312,6 @@ def test_the_root_folder_may_hold_the_data_of_a_saved_model(tmp_path):
     config = load_config(["dataset=wordnet", "dataset_path=/", "environment.env2path.guest=/", "data.cache_dir=/home/me/cache"])
     (tmp_path / "config.yaml").write_text(portable_yaml(config))
     again = load_config([f"dataset={tmp_path / 'config.yaml'}"])
-    assert (again.dataset_path, again.environment.env2path, again.data.cache_dir) == ("/", {"guest": "/"}, "cache")
+    assert (again.dataset_path, again.environment.env2path, again.data.cache_dir) == (
+        "/", {"guest": "/"}, "~/.cache/xmc_trainer",
+    )  # fmt: skip
