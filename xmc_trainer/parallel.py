@@ -216,7 +216,7 @@ class Ranks:
         places = [-(-max(each) * length // 16) * 16 for each, length in zip(sizes, row_bytes)]
         sent = torch.zeros(sum(places), dtype=torch.uint8, device=tensors[0].device)
         for x, place in zip(tensors, sent.split(places)):
-            place[: x.nbytes] = x.contiguous().view(-1).view(torch.uint8)
+            place[: x.nbytes].view(x.dtype).copy_(x.reshape(-1))
         out = sent.new_empty(self.size, sent.shape[0])
         _all_gather(out.view(-1), sent)
         return [
