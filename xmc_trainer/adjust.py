@@ -73,9 +73,15 @@ def _add_to_biases(saved: SavedModel, added: Tensor) -> None:
 
 
 def keep(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> None:
-    """Write the model's folder anew, whole or not at all, with the biases of that strength."""
+    """Write the model's folder anew, whole or not at all, with the biases of that strength.
+
+    Raises UserError where the folder holds somebody's file that is no part of the model: it would go, or be sealed with it.
+    """
     folder = saved.folder
     manifest = read_folder(folder, MODEL)
+    others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.relative_to(folder).as_posix() not in manifest["sha256"]]
+    if others := [path for path in others if path != folder / MANIFEST]:
+        raise UserError(f"{others[0]}: is no part of the model, whose folder is written anew; move it elsewhere first")
     added = (config.model.ffi.logit_adjustment - strength) * torch.from_numpy(corpus.log_frequency())
     ffi = dataclasses.replace(config.model.ffi, logit_adjustment=strength)
     yaml = portable_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))

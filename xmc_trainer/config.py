@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -765,7 +766,7 @@ def config_of_model(folder: Path, overrides: list[str]) -> Config:
     config = load_config([f"dataset={own_file}", *overrides])
     try:
         # Where the model still lies in its run's folder, that knows the paths which the model does not hold.
-        of_run = load_config([f"dataset={folder.absolute().parent / 'config.yaml'}"])
+        of_run = load_config([f"dataset={Path(os.path.realpath(folder)).parent / 'config.yaml'}"])
     except UserError:
         return config  # no run's folder
     paths = _whole_paths(config, of_run)

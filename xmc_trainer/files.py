@@ -142,10 +142,19 @@ def remove(folders: list[Path]) -> None:
     """Remove folders, one after another. Each is there whole, or under another name, at every moment."""
     for folder in folders:
         removed = folder.with_name(folder.name + REMOVED)
-        shutil.rmtree(removed, ignore_errors=True)
+        if os.path.lexists(removed):
+            _delete(removed)
         os.rename(folder, removed)
         sync(folder.parent)  # or the folder might come back without some of its files
-        shutil.rmtree(removed)
+        _delete(removed)
+
+
+def _delete(folder: Path) -> None:
+    """Of a link that somebody put in a folder's place, the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 def settle(folder: Path, names: re.Pattern[str]) -> None:
@@ -158,4 +167,4 @@ def settle(folder: Path, names: re.Pattern[str]) -> None:
             os.rename(path, whole)
             sync(folder)
         else:
-            shutil.rmtree(path)
+            _delete(path)

@@ -133,7 +133,8 @@ class RunFolder:
             if found is not None:
                 file = verify_file(found, "config.yaml", remedy=f"put it back, or remove {found} to go on without it")
             differ = differences(self.config, file)
-            if held.name == MODEL and not differ and _ended(self.path / LOG):
+            logged = saved_settings(file).get("training.verbose.logging", True)
+            if held.name == MODEL and not differ and (not logged or _ended(self.path / LOG)):
                 raise NothingToDo(
                     f"{self.path}: this run is finished; training.overwrite=true without training.resume trains it anew"
                 )

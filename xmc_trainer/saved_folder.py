@@ -136,6 +136,7 @@ def save_folder(folder: Path, ranks: Ranks, kind: Kind, write: Callable[[Path], 
         the manifest. The files of other ranks, which may be on other machines, must be synced.
     Raises CannotWrite on all ranks where the disk fails one of them; `folder` is then as it was.
     """
+    folder = Path(os.path.realpath(folder))  # where a link points; and "." has no name
     partial, main = folder.with_name(folder.name + PARTIAL), ranks.rank == 0
     try:
         with ranks.together(), writing(partial):
@@ -190,7 +191,9 @@ def read_folder(folder: Path, kind: Kind, remedy: str = "copy or save the whole 
     path, found = folder / MANIFEST, manifest.get("format")
     if found not in kind.formats or type(found) is not int:
         known = " and ".join(map(str, kind.formats))
-        raise UserError(f"{path}: format {json.dumps(found)[:40]}, this version reads {known} of {kind.name}")
+        raise UserError(
+            f"{path}: format {json.dumps(found)[:40]}, this version reads {known} of {kind.name}; use the version that wrote it"
+        )
     if found >= kind.signed and _DIGEST not in manifest:
         raise UserError(f"{path}: damaged, its digest is missing; {remedy}")
     shape = (

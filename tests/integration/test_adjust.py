@@ -30,7 +30,7 @@ def command(monkeypatch, capsys):
 
 # The labels of a split head stand in the order of their frequency.
 @pytest.mark.parametrize("head_ratio", [0.0, 0.2])
-def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio, fresh_accelerator):
+def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio, fresh_accelerator, tmp_path):
     words = ["environment.device=cpu", "training.optimization.epochs=3", f"model.ffi.head_ratio={head_ratio}"]
     folders, found = {}, {}
     for strength in (0.0, 2.0):
@@ -45,7 +45,14 @@ def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio
         for other, metrics in found.items():
             assert said[str(other)] == pytest.approx(metrics), (strength, other)
 
-    assert "logit_adjustment 0 -> 2" in command(folders[0.0], "--keep", "2")
+    link, notes = tmp_path / "link", folders[0.0] / "notes.txt"
+    link.symlink_to(folders[0.0])
+    notes.write_text("they would be sealed with the model")
+    with pytest.raises(UserError, match="notes.txt: is no part of the model"):
+        command(link, "--keep", "2")
+    notes.unlink()
+    assert "logit_adjustment 0 -> 2" in command(link, "--keep", "2")
+    assert link.readlink() == folders[0.0] and {path.name for path in link.parent.iterdir()} == {"link", "out", "toy.yaml"}
     kept, trained = (XMCModel.load(folder, "cpu").saved.head for folder in folders.values())
     for name, tensor in trained.state_dict().items():
         np.testing.assert_allclose(kept.state_dict()[name], tensor, atol=1e-5, err_msg=name)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
 
-from xmc_trainer.files import CannotWrite, replacing, write_text
+from xmc_trainer.files import CannotWrite, remove, replacing, settle, write_text
 
 
 def test_file_that_is_open_already_keeps_what_it_holds(tmp_path: Path) -> None:
@@ -42,3 +43,15 @@ def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
     with pytest.raises(CannotWrite, match="correct the links"):
         write_text(tmp_path / "a", "text")
     assert all(path.is_symlink() for path in tmp_path.iterdir())
+
+
+def test_of_a_link_in_a_folders_place_the_link_alone_is_removed(tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    for name in ("checkpoint-1", "checkpoint-1.removed", "checkpoint-2.old", "checkpoint-2"):
+        (run / name).symlink_to(elsewhere)
+    remove([run / "checkpoint-1"])
+    settle(run, re.compile("checkpoint-.*"))
+    assert os.listdir(run) == ["checkpoint-2"] and os.listdir(elsewhere) == ["file"]

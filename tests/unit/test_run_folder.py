@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from xmc_trainer.config import load_config
-from xmc_trainer.errors import UserError
+from xmc_trainer.config import load_config, to_yaml
+from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import RunFolder
 
@@ -82,3 +82,15 @@ def test_what_cannot_be_written_is_refused_at_once(settings, more, said):
 def test_what_is_refused_leaves_nothing_behind(settings, tmp_path):
     RunFolder(load_config([*settings, f"output_dir={tmp_path / 'new' / 'out'}"]), Ranks())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"] and not list(Path(tmp_path, "out").iterdir())
+
+
+def test_a_run_that_was_finished_without_a_log_is_finished(settings, tmp_path):
+    """The log is that of its first part, which was interrupted."""
+    config = load_config([*settings, "training.resume=true", "training.verbose.logging=false"])
+    run = tmp_path / "out" / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "manifest.json").write_text("{}")
+    (run / "config.yaml").write_text(to_yaml(config))
+    (run / "log.jsonl").write_text('{"event": "start"}\n{"event": "interrupt"}\n')
+    with pytest.raises(NothingToDo, match="this run is finished"):
+        RunFolder(config, Ranks())
