@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from xmc_trainer import __version__, signals
 from xmc_trainer.errors import NothingToDo, UserError, reason
@@ -128,7 +129,7 @@ def main() -> None:
         if len(words) >= length and name in COMMANDS:
             # What argparse shows as the program's name.
             sys.argv = [f"xmc-trainer {name}", *words[length:]]
-            run(lambda: _call(name))
+            run(partial(_call, name))
             return
     lines = [f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items()]
     usage = "\n".join(

@@ -77,6 +77,47 @@ def main() -> None:
         measure(options, device)
 
 
+def measure_shape(
+    options: argparse.Namespace, ranks: CountingRanks, device: torch.device, labels: int, batch: int, features: int
+) -> dict[str, float]:
+    """A row of the table."""
+    gpu = device.type == "cuda"
+    head = FixedFanInHead(
+        features, labels, fan_in=options.fan_in, optimizer=SGD(), lr=1e-3, first_bias=-9.0, ranks=ranks, device=device
+    )
+    texts = batch // ranks.size
+    feat = torch.randn(texts, features, device=device, requires_grad=True)
+    ids = torch.randint(labels, (texts * options.positives,), device=device)
+    counts = torch.full((texts,), options.positives, device=device)
+    known = [texts] * ranks.size, [len(ids)] * ranks.size
+
+    def step() -> None:
+        head(feat, ids, counts, rank_sizes=known).backward()
+
+    def exchange() -> None:
+        gathered, _, _ = ranks.gather_rows_of([feat.detach(), ids, counts], [known[0], known[1], known[0]])
+        ranks.scatter_sum_rows(gathered, known[0])
+        ranks.sum(torch.zeros((), device=device))
+
+    times, alone, sent = [], [], 0.0
+    for _ in range(options.repeat + 1):
+        ranks.sent = 0.0
+        times.append(milliseconds(step, ranks, gpu))
+        sent = ranks.sent
+        alone.append(milliseconds(exchange, ranks, gpu))
+    return {
+        "labels": labels,
+        "batch": batch,
+        "features": features,
+        "fan_in": options.fan_in,
+        "positives": options.positives,
+        "sent_bytes": round(sent),
+        "head_mib": round(sum(buffer.nbytes for buffer in head.buffers()) / 2**20, 3),
+        "ms": round(statistics.median(times[1:]), 2),
+        "exchange_ms": round(statistics.median(alone[1:]), 3),
+    }
+
+
 def measure(options: argparse.Namespace, device: torch.device) -> None:
     gpu, ranks = device.type == "cuda", CountingRanks()
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads a rank"
@@ -85,35 +126,11 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         print("   labels   batch  features    sent, bytes a step    head, MiB a rank      ms  exchange, ms")
     rows = []
     settings = (map(int, value.split(",")) for value in (options.labels, options.batch, options.features))
-    for labels, batch, features in itertools.product(*settings):
-        head = FixedFanInHead(
-            features, labels, fan_in=options.fan_in, optimizer=SGD(), lr=1e-3, first_bias=-9.0, ranks=ranks, device=device
-        )
-        texts = batch // ranks.size
-        feat = torch.randn(texts, features, device=device, requires_grad=True)
-        ids = torch.randint(labels, (texts * options.positives,), device=device)
-        counts = torch.full((texts,), options.positives, device=device)
-        known = [texts] * ranks.size, [len(ids)] * ranks.size
-
-        def exchange() -> None:
-            gathered, _, _ = ranks.gather_rows_of([feat.detach(), ids, counts], [known[0], known[1], known[0]])
-            ranks.scatter_sum_rows(gathered, known[0])
-            ranks.sum(torch.zeros((), device=device))
-
-        times, alone = [], []
-        for _ in range(options.repeat + 1):
-            ranks.sent = 0.0
-            times.append(milliseconds(lambda: head(feat, ids, counts, rank_sizes=known).backward(), ranks, gpu))
-            sent = ranks.sent
-            alone.append(milliseconds(exchange, ranks, gpu))
-        held = sum(buffer.nbytes for buffer in head.buffers()) / 2**20
-        row = {"ranks": ranks.size, "device": name, "torch": torch.__version__, "labels": labels, "batch": batch}
-        row |= {"features": features, "fan_in": options.fan_in, "positives": options.positives}
-        row |= {"sent_bytes": round(sent), "head_mib": round(held, 3), "ms": round(statistics.median(times[1:]), 2)}
-        row["exchange_ms"] = round(statistics.median(alone[1:]), 3)
-        rows.append(row)
+    for shape in itertools.product(*settings):
+        row = measure_shape(options, ranks, device, *shape)
+        rows.append({"ranks": ranks.size, "device": name, "torch": torch.__version__} | row)
         if ranks.rank == 0:
-            print(f"{labels:9,d}{batch:8d}{features:10d}{row['sent_bytes']:22,d}{held:20.2f}{row['ms']:8.1f}{row['exchange_ms']:14.2f}", flush=True)
+            print("{labels:9,d}{batch:8d}{features:10d}{sent_bytes:22,d}{head_mib:20.2f}{ms:8.1f}{exchange_ms:14.2f}".format(**row), flush=True)
     if ranks.rank == 0:
         with replacing(Path(options.csv), newline="") as file:
             writer = csv.DictWriter(file, rows[0])
