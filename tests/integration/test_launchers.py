@@ -121,8 +121,9 @@ def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], 
     if failure == "raise":
         errors = [line for line in done.stderr.splitlines() if "Error: " in line]
         assert "this rank's own error" in errors[0], done.stderr
-        assert done.stderr.count("Traceback") <= 2   # its own, and the launcher's
-            assert "error: lost the other ranks (" in done.stderr or "failed; see its own error" in done.stderr
+        assert done.stderr.count("Traceback") <= 2  # its own, and the launcher's
+        # The other learns it from its collective, or before that from the store.
+        assert "error: lost the other ranks (" in done.stderr or "failed; see its own error" in done.stderr
     return done
 
 
