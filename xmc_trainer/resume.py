@@ -63,7 +63,7 @@ _LOSS_SCALE = Entry(
 )  # fmt: skip
 CHECKPOINT = Kind(
     name="a checkpoint",
-    formats=(1, 2),  # 2: a digest of the manifest
+    formats=(2,),  # those of format 1 name their texts by a fingerprint that is not made any more
     signed=2,
     shape={
         "step": whole(0),

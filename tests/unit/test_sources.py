@@ -131,11 +131,12 @@ def test_raw_labels_are_split_at_spaces_and_tabs_alone(tmp_path):
     assert [name for name, _ in read_all(raw_source(folder))[0]] == sorted([*odd, "a", "b"])
 
 
-@pytest.mark.parametrize("line, warned", [("net, web", True), ("net; web", True), ("1,2-dichlor web", False)])
-def test_raw_labels_that_end_in_a_comma(tmp_path, line, warned):
+@pytest.mark.parametrize("line, warned", [("net, web", True), ("net; web", True), ("net;web", True), ("1,2-dichlor web", False)])
+def test_raw_labels_that_a_comma_seems_to_separate(tmp_path, line, warned):
     folder = write_raw(tmp_path, [("t", line)], [("t", line)])
     notes = read_with_notes(raw_source(folder))[3]
-    said = f"train_labels.txt: 1 of 2 labels end in a comma or semicolon, like {line.split()[0]!r}"
+    names = line.split()
+    said = f"train_labels.txt: 1 of {len(names)} labels end in a comma or semicolon, or stand alone with one inside, like {names[0]!r}"
     assert (said in notes and "write spaces alone between them" in notes) == warned and bool(notes) == warned
 
 

@@ -237,7 +237,8 @@ def _names_and_line_count(texts: Path, labels: Path, notes: dict[str, str]) -> s
         names.update(found)
         label_lines, total = label_lines + 1, total + len(found)
         for name in found:
-            if name[-1] in ",;":
+            # Inside a name a comma is nothing odd, unless it could be why the line has one name alone.
+            if name[-1] in ",;" or (len(found) == 1 and ("," in name or ";" in name)):
                 odd, example = odd + 1, example or name
     text_lines = sum(1 for _ in read_lines(texts))
     if text_lines != label_lines:
@@ -248,8 +249,8 @@ def _names_and_line_count(texts: Path, labels: Path, notes: dict[str, str]) -> s
         raise UserError(f"{labels}: a label file with no labels; write each text's label names on its line")
     if odd > _ODD_SHARE * total:
         notes[f"{labels.name} commas"] = (
-            f"{labels.name}: {odd} of {total} labels end in a comma or semicolon, like {shown(example)!r}, which is read as part of "
-            "the name; if it separates labels, write spaces alone between them"
+            f"{labels.name}: {odd} of {total} labels end in a comma or semicolon, or stand alone with one inside, like "
+            f"{shown(example)!r}, which is read as part of the name; if it separates labels, write spaces alone between them"
         )
     return names
 
