@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from xmc_trainer.flat_encoder import named_parts
 
@@ -112,6 +113,17 @@ class EncoderState:
         if not self._sharded:
             own = self._copies.get(id(parameter), parameter)
             (own if state is None else self._torch.state[own][state]).copy_(value)
+        elif self._partitioned:
+            from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+            # DeepSpeed takes a whole value only where it divides by the ranks.
+            size = parameter.ds_tensor.numel()
+            own = value.reshape(-1)[size * self._accelerator.process_index :][:size]
+            own = functional.pad(own, (0, size - own.numel()))
+            if state is not None:
+                safe_set_local_optimizer_state(parameter, own, state)
+                return
+            safe_set_local_fp32_param(parameter, own)
         else:
             from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 

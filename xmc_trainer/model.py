@@ -118,13 +118,15 @@ def _checked(texts: Any) -> list[str]:
     """The texts, in their order."""
     # Of a mapping or a table these would be the names, and a set has no order.
     unordered = isinstance(texts, (str, bytes, Mapping, Set)) or hasattr(texts, "columns")
-    if unordered or not isinstance(texts, Iterable):
+    no_column = getattr(texts, "ndim", 1) == 0  # a numpy array of one value, which says that it is iterable
+    if unordered or no_column or not isinstance(texts, Iterable):
         raise UserError(
             f"texts: must be a list of strings, or something else that gives them one by one (a column, a generator ...), not "
             f"{type(texts).__name__}"
         )
     checked = []
     for number, text in enumerate(texts, start=1):
+        text = text.as_py() if hasattr(text, "as_py") else text  # of an Arrow column
         if not isinstance(text, str):
             what = str(text) if text is None or isinstance(text, float) else f"of type {type(text).__name__}"
             raise UserError(f"text {number} is {what}, not a string; give every text as a string, an empty one for none")

@@ -110,6 +110,13 @@ class RunFolder:
         self.checkpoint = self._to_go_on_from()
 
     def _take(self) -> None:
+        # A folder from elsewhere may hold links, which lead to files that are none of its business, or pipes.
+        for name in (".lock", LOG, "config.yaml"):
+            if (file := self.path / name).is_symlink() or (file.exists() and not file.is_file()):
+                raise UserError(f"{file}: is no plain file, and a run writes one there; move it elsewhere")
+        for name in (MODEL, self.config.training.checkpoint_file):
+            if (folder := self.path / name).exists() and not folder.is_dir():
+                raise UserError(f"{folder}: is no folder, and a run makes one there; move it elsewhere")
         self._lock = _locked(self.path)
         best = re.escape(self.config.training.checkpoint_file)
         settle(self.path, re.compile(rf"model|(checkpoint|replaced)(-\d+)?|{best}"))

@@ -217,6 +217,8 @@ def read_folder(folder: Path, kind: Kind, remedy: str = "copy or save the whole 
 def _manifest(folder: Path, remedy: str) -> dict[str, Any]:
     """The manifest, whose digest, if it has one, is right."""
     path = folder / MANIFEST
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise UserError(f"{path}: is no plain file; {remedy}")  # a pipe or a device could be read without end
     try:
         manifest = json.loads(path.read_bytes())
     except OSError as error:

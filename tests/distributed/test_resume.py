@@ -45,6 +45,7 @@ def runs(toy_settings_in, tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
     always = [*toy_settings_in(folder), "training.checkpoint_interval=2", "training.resume=true"]
     exact = [*always, "training.optimization.max_steps=20", "data.batch_size=12", "training.optimization.grad_accum_step=2"]
+    exact += ["model.penultimate.use_penultimate_layer=true", "model.penultimate.penultimate_size=25"]  # a bias that two cannot share
     low = [*always, "training.optimization.max_steps=10", "training.amp.enabled=true", "model.encoder.embed_dropout=0.3"]
     moved = [*exact, "log_fname=moved"]
 

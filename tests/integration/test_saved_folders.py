@@ -283,6 +283,12 @@ def test_no_file_of_a_model_or_checkpoint_runs_code(model, checkpoint, saved, tm
     assert not proof.exists()
 
 
+def test_a_manifest_that_never_ends_is_not_read(model):
+    (model / "manifest.json").unlink()
+    (model / "manifest.json").symlink_to("/dev/zero")
+    assert "manifest.json: is no plain file" in message_of(load_model, model)
+
+
 def test_settings_of_a_model_are_verified_before_they_are_read(model):
     (model / "config.yaml").write_text("data: [not, verified")
     assert "config.yaml: damaged" in message_of(config_of_model, model, [])

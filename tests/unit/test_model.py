@@ -103,6 +103,7 @@ TEXTS = ["w1 w2", "", "w3", "w4 w5 w6"]
         lambda texts: pd.Series(texts, dtype="string"),
         lambda texts: pd.Index(texts),
         lambda texts: datasets.Dataset.from_dict({"text": texts})["text"],
+        lambda texts: datasets.Dataset.from_dict({"text": texts}).with_format("arrow")["text"],
         lambda texts: dict(enumerate(texts)).values(),
     ],
 )
@@ -123,6 +124,7 @@ def test_no_texts_give_no_predictions(model):
         (b"kettle", "texts: must be .* not bytes"),
         (None, "texts: must be .* not NoneType"),
         (7, "texts: must be .* not int"),
+        (np.array("kettle"), "texts: must be .* not ndarray"),
         ({"w1": 1}, "texts: must be .* not dict"),
         ({"w1", "w2"}, "texts: must be .* not set"),
         (pd.DataFrame({"text": ["w1"]}), "texts: must be .* not DataFrame"),

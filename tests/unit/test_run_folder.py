@@ -94,3 +94,14 @@ def test_a_run_that_was_finished_without_a_log_is_finished(settings, tmp_path):
     (run / "log.jsonl").write_text('{"event": "start"}\n{"event": "interrupt"}\n')
     with pytest.raises(NothingToDo, match="this run is finished"):
         RunFolder(config, Ranks())
+
+
+@pytest.mark.parametrize("name, said", [(".lock", "plain file"), ("log.jsonl", "plain file"), ("config.yaml", "plain file"), ("model", "folder")])
+def test_what_stands_in_a_runs_place_is_refused_at_once(settings, tmp_path, name, said):
+    victim = tmp_path / "victim"
+    victim.write_text("of somebody else")
+    (tmp_path / "out" / "run").mkdir()
+    (tmp_path / "out" / "run" / name).symlink_to(victim)
+    with pytest.raises(UserError, match=f"run/{name}: is no {said}, and a run"):
+        RunFolder(load_config(settings), Ranks())
+    assert victim.read_text() == "of somebody else"
