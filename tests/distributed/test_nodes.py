@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_launchers import BIN, ROOT, curve, losses_of, records_of, settings_value
+from xmc_trainer.run_folder import find_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +119,7 @@ def test_the_slurm_example_ends_at_the_notice_and_goes_on(toy_settings, tmp_path
     job.send_signal(signal.SIGUSR1)
     output, _ = job.communicate(timeout=300)
     assert job.returncode and (tmp_path / "queued").is_file(), output
-    assert "SIGTERM: ended after step" in output and (run / "checkpoint" / "manifest.json").is_file()
+    assert "SIGTERM: ended after step" in output and find_checkpoint(run) is not None
     (tmp_path / "queued").unlink()
     job = submit()
     output, _ = job.communicate(timeout=300)

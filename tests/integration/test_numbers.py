@@ -70,7 +70,7 @@ def test_a_step_has_no_more_micro_batches_than_the_texts_fill(toy_settings):
     # 611 texts are 20 micro-batches of 32.
     with pytest.raises(
         UserError,
-        match="grad_accum_step=99999: the 611 training texts fill only 20 micro-batches .* set it to 20 at most",
+        match="grad_accum_step=99999: the 611 training texts fill only 20 batches .* set it to 20 at most",
     ):
         Trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=99999"]))
     assert Trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=20"])).state.steps_per_epoch == 1
