@@ -20,7 +20,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs"
+    )
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object, as fractions")
     arguments = parser.parse_intermixed_args()
     folder = Path(arguments.model)

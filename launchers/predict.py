@@ -90,7 +90,9 @@ def main() -> None:
     parser.add_argument("--output", default="-", help="file to write; - (the default) is standard output")
     parser.add_argument("-k", type=int, default=5, help="labels a text (default 5)")
     parser.add_argument("--batch_size", type=int, default=256, help="texts a batch (default 256)")
-    parser.add_argument("--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: the GPU if there is one")
+    parser.add_argument(
+        "--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: the GPU if there is one"
+    )
     arguments = parser.parse_intermixed_args()
     for name in ("k", "batch_size"):
         if getattr(arguments, name) < 1:

@@ -124,7 +124,9 @@ class OracleHead:
         return loss.detach(), x.grad
 
 
-def assert_parts_train_as_one(make: Callable[..., FixedFanInHead], batches: Iterable[tuple[Tensor, ...]], grad_rtol: float) -> None:
+def assert_parts_train_as_one(
+    make: Callable[..., FixedFanInHead], batches: Iterable[tuple[Tensor, ...]], grad_rtol: float
+) -> None:
     """Three micro-batches, one of them empty, and three shards train as one head does on the whole batch.
 
     Args: make: makes a head, with text_reduction="mean"; takes `ranks`.
@@ -139,7 +141,9 @@ def assert_parts_train_as_one(make: Callable[..., FixedFanInHead], batches: Iter
         cuts, ends, parts_loss = [0, texts - 10, texts - 10, texts], counts.cumsum(0).tolist(), 0.0
         for number, (start, stop) in enumerate(zip(cuts, cuts[1:])):
             first, last = ends[start - 1] if start else 0, ends[stop - 1]
-            part = parts(b[start:stop], ids[first:last], counts[start:stop], end_of_step=number == 2, texts_in_step=texts)
+            part = parts(
+                b[start:stop], ids[first:last], counts[start:stop], end_of_step=number == 2, texts_in_step=texts
+            )
             part.backward()
             parts_loss += part.item()
         assert parts_loss == pytest.approx(loss.item(), rel=1e-5)

@@ -79,7 +79,11 @@ def keep(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> 
     """
     folder = saved.folder
     manifest = read_folder(folder, MODEL)
-    others = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.relative_to(folder).as_posix() not in manifest["sha256"]]
+    others = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.relative_to(folder).as_posix() not in manifest["sha256"]
+    ]
     if others := [path for path in others if path != folder / MANIFEST]:
         raise UserError(f"{others[0]}: is no part of the model, whose folder is written anew; move it elsewhere first")
     added = (config.model.ffi.logit_adjustment - strength) * torch.from_numpy(corpus.log_frequency())
@@ -106,13 +110,20 @@ def keep(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a saved model")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--strengths", default="0,0.1,0.2,0.3,0.4", help="comma-separated")
     what.add_argument(
-        "--keep", type=float, metavar="STRENGTH", help="write this one into the model's folder, and evaluate nothing; 0 takes it out"
+        "--keep",
+        type=float,
+        metavar="STRENGTH",
+        help="write this one into the model's folder, and evaluate nothing; 0 takes it out",
     )
-    parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object by strength, as fractions")
+    parser.add_argument(
+        "--json", action="store_true", help="print the metrics as one JSON object by strength, as fractions"
+    )
     options = parser.parse_intermixed_args()
     try:
         strengths = [float(word) for word in options.strengths.split(",")]
@@ -134,5 +145,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(found))
         return
-    print(f"{config.data.evaluated_split}: {len(corpus.test)} texts, per cent; the model's own strength is {config.model.ffi.logit_adjustment:g}")
+    print(
+        f"{config.data.evaluated_split}: {len(corpus.test)} texts, per cent; the model's own strength is {config.model.ffi.logit_adjustment:g}"
+    )
     print(table({f"{strength:g}": metrics for strength, metrics in found.items()}))

@@ -242,9 +242,14 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
         labels = _read_labels(folder / "labels.parquet", sum(each["arguments"]["num_labels"] for each in described))
     except ValueError as error:
         raise UserError(f"{folder}: {error}; save the model again") from None
-    backbone, tokenizer = load_backbone(str(folder / "encoder"), saved=True), load_tokenizer(str(folder / "tokenizer"), saved=True)
+    backbone, tokenizer = (
+        load_backbone(str(folder / "encoder"), saved=True),
+        load_tokenizer(str(folder / "tokenizer"), saved=True),
+    )
     said, max_len_is = manifest["encoder"], f"{folder}: max_len={manifest['max_len']} in manifest.json"
-    check_tokens_fit(backbone, tokenizer, manifest["max_len"], tokenizer_is=str(folder / "tokenizer"), max_len_is=max_len_is)
+    check_tokens_fit(
+        backbone, tokenizer, manifest["max_len"], tokenizer_is=str(folder / "tokenizer"), max_len_is=max_len_is
+    )
     if said["feature_layers"] > getattr(backbone.config, "num_hidden_layers", 1):
         raise UserError(f"{folder}: the encoder has fewer than {said['feature_layers']} layers; save the model again")
     encoder = TextEncoder(backbone, **said)
@@ -283,7 +288,9 @@ def _check_heads(folder: Path, manifest: dict[str, Any]) -> None:
             "index": None if fan_in is None else (STORED_DTYPES[index_dtype(d)], [group, fan_in]),
             "bias": ("F32", [1]) if options["bias"] else None,
         }
-        check_shards(folder, each["shards"], options["num_labels"], options["group_size"], each["prefix"], rows, headers)
+        check_shards(
+            folder, each["shards"], options["num_labels"], options["group_size"], each["prefix"], rows, headers
+        )
     if left := [name for file, header in headers.items() for name in header]:
         raise ValueError(f"a head's file holds {left[0]!r}, which nobody reads")
 
@@ -307,7 +314,9 @@ def check_shards(
     for shard in shards:
         name, (start, stop) = shard["file"], shard["labels"]
         if start != at or stop <= start or stop > labels or (stop % group_size and stop != labels):
-            raise ValueError(f"{name} has the labels {start} to {stop} of {labels}, after those to {at}: they must be cut between groups of {group_size}")
+            raise ValueError(
+                f"{name} has the labels {start} to {stop} of {labels}, after those to {at}: they must be cut between groups of {group_size}"
+            )
         at = stop
         header = headers.setdefault(name, tensor_header(folder / name))
         for tensor, row in rows.items():
@@ -341,7 +350,9 @@ def _read_labels(path: Path, count: int) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if file.metadata.num_rows != count or {"id", "text"} - set(file.schema_arrow.names):
-            raise ValueError(f"{path.name} has the columns {file.schema_arrow.names} of {file.metadata.num_rows} labels, the heads have {count}")
+            raise ValueError(
+                f"{path.name} has the columns {file.schema_arrow.names} of {file.metadata.num_rows} labels, the heads have {count}"
+            )
         return file.read(["id", "text"])
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path.name} cannot be read ({error})") from None
@@ -361,4 +372,6 @@ def _load_head(folder: Path, description: dict[str, Any], device: str | torch.de
 def check_index(head: FixedFanInHead, folder: Path) -> None:
     """UserError where a label reads a feature that there is not: kernels would read foreign memory."""
     if head.index is not None and not 0 <= int(head.index.min()) <= int(head.index.max()) < head.in_features:
-        raise UserError(f"{folder}: its index names features beyond the {head.in_features} that there are; save it again")
+        raise UserError(
+            f"{folder}: its index names features beyond the {head.in_features} that there are; save it again"
+        )

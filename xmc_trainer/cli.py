@@ -26,7 +26,10 @@ COMMANDS = {
     "sweep": ("xmc_trainer.sweep", "many trainings with several seeds, and their table"),
     "adjust": ("xmc_trainer.adjust", "rank a saved model's rare labels higher: what it would be worth, and do it"),
     "report": ("xmc_trainer.report", "runs side by side: a table and pictures"),
-    "doctor": ("xmc_trainer.doctor", "versions, GPUs, compilers, and which kernels will run: paste it into a bug report"),
+    "doctor": (
+        "xmc_trainer.doctor",
+        "versions, GPUs, compilers, and which kernels will run: paste it into a bug report",
+    ),
     "wordnet": ("xmc_trainer.data.wordnet", "write the quick start's data set"),
     "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.bench.ranks", "what several ranks send each other; start it by torchrun"),
@@ -64,7 +67,9 @@ def run(main: Callable[[], None], interrupted: str = "before its work was done")
             if rank == "0":
                 print(error, flush=True)
         except signals.Interrupted as end:
-            end.with_traceback(None)  # lets go of the data loader, whose processes end now and not at the end of this one
+            end.with_traceback(
+                None
+            )  # lets go of the data loader, whose processes end now and not at the end of this one
             if rank == "0":
                 _say(f"{signal.Signals(end.number).name}: ended {end.said or interrupted}")
             sys.exit(128 + end.number)
@@ -117,7 +122,9 @@ def _nobody_reads_stdout() -> bool:
 def _call(name: str) -> None:
     processes = launched_processes() if "WORLD_SIZE" in os.environ else 1
     if processes > 1 and not name.startswith("bench"):
-        raise UserError(f"xmc-trainer {name}: works in one process, {processes} were started; start it without a launcher")
+        raise UserError(
+            f"xmc-trainer {name}: works in one process, {processes} were started; start it without a launcher"
+        )
     importlib.import_module(COMMANDS[name][0]).main()
 
 
@@ -142,5 +149,10 @@ def main() -> None:
     if words == ["--version"]:
         print(f"xmc-trainer {__version__}")
         return
-    print(f"error: no command {' '.join(words[:2])!r}" if words else "error: which command?", usage, sep="\n", file=sys.stderr)
+    print(
+        f"error: no command {' '.join(words[:2])!r}" if words else "error: which command?",
+        usage,
+        sep="\n",
+        file=sys.stderr,
+    )
     sys.exit(2)

@@ -98,7 +98,12 @@ class LabelClusters:
             raise UserError(f"{path}: of other labels than this data set's; {_REMEDY}")
         if found == _FORMAT and metadata.get("sha256") != _checksum(labels, order, offsets):
             raise UserError(f"{path}: damaged, it differs from its checksum; {_REMEDY}")
-        whole = order.dtype == np.int32 and offsets.dtype == np.int64 and order.ndim == offsets.ndim == 1 and len(offsets) > 1
+        whole = (
+            order.dtype == np.int32
+            and offsets.dtype == np.int64
+            and order.ndim == offsets.ndim == 1
+            and len(offsets) > 1
+        )
         if not whole or not np.array_equal(np.sort(order), np.arange(len(order))):
             raise UserError(f"{path}: does not hold each of its labels once; {_REMEDY}")
         if offsets[0] != 0 or offsets[-1] != len(order) or (np.diff(offsets) <= 0).any():
@@ -180,7 +185,9 @@ def balanced_order(
         def vectors(chunks: list[np.ndarray] = chunks) -> Iterable[Tensor]:
             return (normalize(rows_of(chunk), dim=1) for chunk in chunks)
 
-        order[start:stop] = part[_bisect(vectors, [0, len(part)], [cut - start], torch.from_numpy(part), seed, iterations)]
+        order[start:stop] = part[
+            _bisect(vectors, [0, len(part)], [cut - start], torch.from_numpy(part), seed, iterations)
+        ]
         large += [(cut, stop), (start, cut)]
     for start, stop in small:
         part = order[start:stop]
@@ -313,7 +320,9 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     if not 2 <= count <= labels:
         raise UserError(f"--clusters {count}: must be between 2 and the {labels} labels")
     if features == "labels" and corpus.labels["text"] == corpus.labels["id"]:  # a label without a text goes by its name
-        raise UserError("--features labels: these labels have no texts; set data.label_text_file, or take --features texts")
+        raise UserError(
+            "--features labels: these labels have no texts; set data.label_text_file, or take --features texts"
+        )
     align = config.model.ffi.group_size
     with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
         vectors = label_vectors(config, encoder, corpus, tokenizer, features, Path(folder), device)
@@ -419,9 +428,15 @@ def main() -> None:
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the training that will use the clusters")
-    parser.add_argument("--clusters", type=int, help="of the meta branch; default: the power of two that gives about 64 labels each")
-    parser.add_argument("--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of")
-    parser.add_argument("--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder")
+    parser.add_argument(
+        "--clusters", type=int, help="of the meta branch; default: the power of two that gives about 64 labels each"
+    )
+    parser.add_argument(
+        "--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder"
+    )
     parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead")
     parser.add_argument(
         "--npy-order",
@@ -449,4 +464,3 @@ def main() -> None:
     report |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
     print(json.dumps(report))
     print(f"written to {output}")
-

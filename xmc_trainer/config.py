@@ -98,7 +98,9 @@ class EnvironmentConfig(Section, prefix="environment."):
         on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         if on_gpu and self.cuda_device_id >= torch.cuda.device_count():
             number, remedy = torch.cuda.device_count(), "set environment.cuda_device_id, or environment.device=cpu"
-            raise UserError(f"environment.cuda_device_id={self.cuda_device_id}: there are {number} usable GPUs, numbered from 0; {remedy}")
+            raise UserError(
+                f"environment.cuda_device_id={self.cuda_device_id}: there are {number} usable GPUs, numbered from 0; {remedy}"
+            )
         return f"cuda:{self.cuda_device_id}" if on_gpu else "cpu"
 
 
@@ -117,12 +119,18 @@ class DataConfig(Section, prefix="data."):
     label_text_file: str | None = option(
         None, "raw layout: file `label<TAB>text` in the folder, for readable predictions"
     )
-    test_split: str = option("test", "raw layout: the files to evaluate on, such as dev for dev_raw_texts.txt, dev_labels.txt")
+    test_split: str = option(
+        "test", "raw layout: the files to evaluate on, such as dev for dev_raw_texts.txt, dev_labels.txt"
+    )
     augment_label_data: bool = option(
         False, "add each label's text as a training instance of that label (LF data, or raw with label_text_file)"
     )
-    use_filter_eval: bool = option(False, "leave the pairs of raw_text/filter_labels_test.txt out of the ranking (LF data)")
-    num_labels: int | None = option(None, "number of labels; default: what the data say; a contradiction is refused", _COUNT)
+    use_filter_eval: bool = option(
+        False, "leave the pairs of raw_text/filter_labels_test.txt out of the ranking (LF data)"
+    )
+    num_labels: int | None = option(
+        None, "number of labels; default: what the data say; a contradiction is refused", _COUNT
+    )
     max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off", "[3, 1000000]")
     num_workers: int = option(2, "data loader processes a rank", "[0, 1024]")
     batch_size: int = option(
@@ -136,7 +144,11 @@ class DataConfig(Section, prefix="data."):
         "few as fit the GPU's memory; without a GPU grad_accum_step",
     )
     test_batch_size: int = option(256, "texts an evaluation batch over all ranks together", _BATCH)
-    train_sample: int | None = option(None, "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays", _COUNT)
+    train_sample: int | None = option(
+        None,
+        "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays",
+        _COUNT,
+    )
     length_grouped: bool = option(True, "batches of texts of similar length, in random order: less padding")
     cache_dir: str = option("~/.cache/xmc_trainer", "where tokenised data sets are kept, by content")
 
@@ -148,18 +160,28 @@ class DataConfig(Section, prefix="data."):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_folder("data.cache_dir", self.cache_dir)
-        if self.micro_batches != "auto" and not (re.fullmatch("[0-9]{1,7}", self.micro_batches) and int(self.micro_batches)):
+        if self.micro_batches != "auto" and not (
+            re.fullmatch("[0-9]{1,7}", self.micro_batches) and int(self.micro_batches)
+        ):
             raise UserError(f"data.micro_batches={shown(repr(self.micro_batches))}: must be auto, or a number of parts")
         if self.is_lf_data and self.hf_source:
             raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
         if self.label_text_file and (self.is_lf_data or self.hf_source):
-            raise UserError("data.label_text_file: of the raw layout only; label-feature data bring their labels' texts")
+            raise UserError(
+                "data.label_text_file: of the raw layout only; label-feature data bring their labels' texts"
+            )
         if self.use_filter_eval and not self.is_lf_data:
             raise UserError("data.use_filter_eval=true: needs label-feature data (data.is_lf_data=true)")
         if self.augment_label_data and not (self.is_lf_data or self.label_text_file):
-            raise UserError("data.augment_label_data=true: needs the labels' texts: data.is_lf_data=true or data.label_text_file")
+            raise UserError(
+                "data.augment_label_data=true: needs the labels' texts: data.is_lf_data=true or data.label_text_file"
+            )
         if self.test_split != "test" and (self.is_lf_data or self.hf_source):
-            instead = "set data.hf_test_split" if self.hf_source else "label-feature data have one test set, raw_text/tst.json in data.folder"
+            instead = (
+                "set data.hf_test_split"
+                if self.hf_source
+                else "label-feature data have one test set, raw_text/tst.json in data.folder"
+            )
             raise UserError(f"data.test_split: of the raw layout only; {instead}")
 
 
@@ -175,7 +197,8 @@ class EncoderConfig(Section, prefix="model.encoder."):
     feature_layers: int = option(1, "n of last_nhidden_conlast", "[1, 1000]")
     embed_dropout: float = option(0.3, "dropout on the pooled embedding", "[0, 1)")
     use_torch_compile: str = option(
-        "auto", "compile the encoder (torch.compile; seconds at the start): true, false, or auto: on a GPU, but not under ZeRO 3, and only if it can be"
+        "auto",
+        "compile the encoder (torch.compile; seconds at the start): true, false, or auto: on a GPU, but not under ZeRO 3, and only if it can be",
     )
     use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
     ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
@@ -193,7 +216,9 @@ class EncoderConfig(Section, prefix="model.encoder."):
         if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
             raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
         if self.use_ngame_encoder_weights and not self.ngame_checkpoint:
-            raise UserError("model.encoder.use_ngame_encoder_weights=true: name the file in model.encoder.ngame_checkpoint")
+            raise UserError(
+                "model.encoder.use_ngame_encoder_weights=true: name the file in model.encoder.ngame_checkpoint"
+            )
 
 
 @dataclass
@@ -212,20 +237,25 @@ class PenultimateConfig(Section, prefix="model.penultimate."):
 @dataclass
 class FFIConfig(Section, prefix="model.ffi."):
     use_sparse_layer: bool = option(
-        True, "fixed fan-in head; false: dense head, for which fan_in, index_init, pruning, growth and rewiring mean nothing"
+        True,
+        "fixed fan-in head; false: dense head, for which fan_in, index_init, pruning, growth and rewiring mean nothing",
     )
     fan_in: int = option(128, "features that a label reads", _WIDTH)
     group_size: int = option(1, "consecutive labels that share one index row", _BATCH)
     semantic_groups: bool = option(
-        False, "put the labels in the order of the cluster file (auxiliary.group_y_group): a group's labels are neighbours"
+        False,
+        "put the labels in the order of the cluster file (auxiliary.group_y_group): a group's labels are neighbours",
     )
-    head_ratio: float = option(0.0, "share of the labels, the most frequent ones, that read head_fan_in features; the others fan_in", "[0, 1)")
+    head_ratio: float = option(
+        0.0, "share of the labels, the most frequent ones, that read head_fan_in features; the others fan_in", "[0, 1)"
+    )
     head_fan_in: int | None = option(None, "features that each of these labels reads; default: all", _WIDTH)
     weight_dtype: str = option(
         "float32", "head weights and, but for adamw_8bit, optimizer state: float32, or bfloat16 (stochastic rounding)"
     )
     bias_init: str = option(
-        "prior", "prior: the best constant for the share of positives in the data; frequency: the same of each label; or zero"
+        "prior",
+        "prior: the best constant for the share of positives in the data; frequency: the same of each label; or zero",
     )
     index_init: str = option(
         "random",
@@ -233,11 +263,16 @@ class FFIConfig(Section, prefix="model.ffi."):
         "those that tell them from the other texts best, the features' correlations considered",
     )
     discriminant_ridge: float = option(
-        0.5, "of discriminant: what the correlations are shrunk by, 0 to 1; 1: not considered, as informed",
+        0.5,
+        "of discriminant: what the correlations are shrunk by, 0 to 1; 1: not considered, as informed",
         "(0, 1]",
     )
-    weight_init: str = option("random", "first weights: random, zero, or centroid: along the mean of the label's training texts")
-    centroid_scale: float = option(0.5, "length of the weights of weight_init=centroid, for features of deviation 1", "(0, 1000]")
+    weight_init: str = option(
+        "random", "first weights: random, zero, or centroid: along the mean of the label's training texts"
+    )
+    centroid_scale: float = option(
+        0.5, "length of the weights of weight_init=centroid, for features of deviation 1", "(0, 1000]"
+    )
     logit_adjustment: float = option(
         0.0,
         "taken off a label's score: this times log(its training texts / an average label's): rare labels are found more often; "
@@ -245,10 +280,12 @@ class FFIConfig(Section, prefix="model.ffi."):
         "[0, 100]",
     )
     backend: str = option(
-        "auto", "auto, triton (GPU), reference (plain torch, CPU and GPU) or torch_sparse (PyG's); auto: triton where it runs"
+        "auto",
+        "auto, triton (GPU), reference (plain torch, CPU and GPU) or torch_sparse (PyG's); auto: triton where it runs",
     )
     tile_labels: int | None = option(
-        None, "labels a tile of the backends without triton: bounds its working memory; default 4096 on a CPU, 65536 on a GPU",
+        None,
+        "labels a tile of the backends without triton: bounds its working memory; default 4096 on a CPU, 65536 on a GPU",
         _COUNT,
     )
     prune_mode: str = option("threshold", "threshold (|w| below it) or fraction (the smallest share of each row)")
@@ -256,9 +293,12 @@ class FFIConfig(Section, prefix="model.ffi."):
     rewire_fraction: float = option(0.15, "share of prune_mode=fraction", "[0, 1]")
     rewire_end_threshold: float = option(1e-4, "where the scheduled threshold ends", _RATE)
     growth_mode: str = option(
-        "random", "random: uniform over the features that the row does not read; gradient: those of the largest gradient"
+        "random",
+        "random: uniform over the features that the row does not read; gradient: those of the largest gradient",
     )
-    growth_batches: int = option(16, "of growth_mode=gradient: latest steps over which the gradient is summed", "[1, 10000]")
+    growth_batches: int = option(
+        16, "of growth_mode=gradient: latest steps over which the gradient is summed", "[1, 10000]"
+    )
     growth_init_mode: str = option("zero", "grown weights start at zero, or at random like the first ones")
     input_features: int | None = option(None, "d; checked against the encoder or the penultimate layer", _WIDTH)
     output_features: int | None = option(None, "number of labels; checked against the data", _COUNT)
@@ -269,9 +309,13 @@ class FFIConfig(Section, prefix="model.ffi."):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_ratio and not self.use_sparse_layer:
-            raise UserError("model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0")
+            raise UserError(
+                "model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0"
+            )
         if self.head_fan_in is not None and not self.head_ratio:
-            raise UserError(f"model.ffi.head_fan_in={self.head_fan_in}: of the labels of model.ffi.head_ratio, which is 0; set that too")
+            raise UserError(
+                f"model.ffi.head_fan_in={self.head_fan_in}: of the labels of model.ffi.head_ratio, which is 0; set that too"
+            )
         if self.group_size > 1 and not self.use_sparse_layer:
             raise UserError(
                 f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or "
@@ -287,13 +331,14 @@ class FFIConfig(Section, prefix="model.ffi."):
         _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
         # What the shipped files and Spartex's never say together: whoever says it means something by it.
         if self.use_sparse_layer and self.growth_mode == "gradient" and self.rewire_interval == 0:
-            raise UserError("model.ffi.growth_mode=gradient: nothing grows with model.ffi.rewire_interval=0; set that too")
+            raise UserError(
+                "model.ffi.growth_mode=gradient: nothing grows with model.ffi.rewire_interval=0; set that too"
+            )
         for name, default, choice, needed in (
             ("discriminant_ridge", 0.5, "index_init", "discriminant"), ("centroid_scale", 0.5, "weight_init", "centroid"),
         ):  # fmt: skip
             if getattr(self, name) != default and getattr(self, choice) != needed:
                 raise UserError(f"model.ffi.{name}={getattr(self, name)}: of model.ffi.{choice}={needed}; set that too")
-
 
     @property
     def index_from_texts(self) -> bool:
@@ -304,9 +349,15 @@ class FFIConfig(Section, prefix="model.ffi."):
 @dataclass
 class AuxiliaryConfig(Section, prefix="model.auxiliary."):
     use_meta_branch: bool = option(False, "also predict the labels' clusters, by a dense head of their own, at first")
-    group_y_group: int = option(0, "n of the data folder's cluster file label_group<n>.safetensors (xmc-trainer clusters)", "[0, 2147483647]")
-    meta_cutoff_epoch: int = option(20, "epoch at which the weight of the meta branch has decayed to 0, by a cosine", _EPOCHS)
-    auxloss_scaling: float = option(0.4, "first weight of the meta branch's loss; the labels' loss has the rest of 1", "[0, 1)")
+    group_y_group: int = option(
+        0, "n of the data folder's cluster file label_group<n>.safetensors (xmc-trainer clusters)", "[0, 2147483647]"
+    )
+    meta_cutoff_epoch: int = option(
+        20, "epoch at which the weight of the meta branch has decayed to 0, by a cosine", _EPOCHS
+    )
+    auxloss_scaling: float = option(
+        0.4, "first weight of the meta branch's loss; the labels' loss has the rest of 1", "[0, 1)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -341,13 +392,17 @@ class OptimizationConfig(Section, prefix="training.optimization."):
     loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
     encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9)")
     xmc_optimizer: str = option(
-        "sgd", "optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (states of a byte; meant for weight_dtype=bfloat16), or rowwise_rmsprop (one float of state a label)"
+        "sgd",
+        "optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (states of a byte; meant for weight_dtype=bfloat16), or rowwise_rmsprop (one float of state a label)",
     )
-    xmc_momentum: float = option(0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state", "[0, 1)")
+    xmc_momentum: float = option(
+        0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state", "[0, 1)"
+    )
     epochs: int = option(10, "passes over the training set", _EPOCHS)
     max_steps: int | None = option(None, "end after this many optimizer steps, if that comes before `epochs`", _COUNT)
     dense_epochs: int = option(
-        0, "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one",
+        0,
+        "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one",
         "[0, 100000]",
     )
     grad_accum_step: int = option(
@@ -355,7 +410,9 @@ class OptimizationConfig(Section, prefix="training.optimization."):
     )
     encoder_lr: float = option(2e-5, "peak learning rate of the encoder", _RATE)
     penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer", _RATE)
-    meta_lr: float = option(5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule", _RATE)
+    meta_lr: float = option(
+        5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule", _RATE
+    )
     lr: float = option(0.05, "peak learning rate of the head", _RATE)
     wd_encoder: float = option(0.01, "weight decay of encoder and penultimate layer (not on biases and norms)", _RATE)
     wd: float = option(1e-4, "weight decay of the head's weights", _RATE)
@@ -365,9 +422,13 @@ class OptimizationConfig(Section, prefix="training.optimization."):
     )
     lr_scheduler_xmc: str = option("CosineScheduleWithWarmup", "of the head: one of the same")
     warmup_steps: int = option(500, "optimizer steps of linear warm-up, of every schedule", "[0, 2147483647]")
-    lr_milestones: list[int] = option([], "of MultiStepLR: epochs after which the rate is multiplied by lr_gamma", _EPOCHS)
+    lr_milestones: list[int] = option(
+        [], "of MultiStepLR: epochs after which the rate is multiplied by lr_gamma", _EPOCHS
+    )
     lr_gamma: float = option(0.1, "factor of MultiStepLR and ReduceLROnPlateau", "[0, 1]")
-    lr_patience: int = option(5, "of ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls", "[0, 100000]")
+    lr_patience: int = option(
+        5, "of ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls", "[0, 100000]"
+    )
     training_steps: int = option(1, "computed at run time, as in the seed; leave it at 1 (see max_steps)", _COUNT)
     max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping", _RATE)
 
@@ -413,17 +474,21 @@ class EvaluationConfig(Section, prefix="training.evaluation."):
     train_evaluate: bool = option(False, "evaluate on (a test-sized part of) the training set too")
     train_evaluate_every: int = option(10, "epochs between two evaluations on the training set", _EPOCHS)
     test_evaluate_every: int = option(
-        1, "epochs between two evaluations on the test set; the last epoch is always evaluated",
+        1,
+        "epochs between two evaluations on the test set; the last epoch is always evaluated",
         _EPOCHS,
     )
     A: float = option(0.55, "propensity constant", "[0, 10]")
     B: float = option(1.5, "propensity constant", "[0.001, 1000]")
     eval_psp: bool = option(True, "report PSP@k and PSnDCG@k")
     early_stop_patience: int = option(
-        0, "end the training after this many test evaluations without a better early_stop_metric; 0: never",
+        0,
+        "end the training after this many test evaluations without a better early_stop_metric; 0: never",
         "[0, 100000]",
     )
-    early_stop_delta: float = option(5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)", "[0, 10]")
+    early_stop_delta: float = option(
+        5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)", "[0, 10]"
+    )
     early_stop_metric: str = option("P@3", "P@1, P@3, P@5, or another metric of the test evaluation")
 
     def __post_init__(self) -> None:
@@ -449,7 +514,8 @@ class VerboseConfig(Section, prefix="training.verbose."):
 
 # What a run's folder holds beside training.checkpoint_file, and what stands there while folders are written and removed.
 _RUN_FILES = re.compile(
-    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|figures\.json|wandb|.*\.(partial|old|removed)", re.DOTALL
+    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|figures\.json|wandb|.*\.(partial|old|removed)",
+    re.DOTALL,
 )
 
 
@@ -466,19 +532,24 @@ class TrainingConfig(Section, prefix="training."):
     checkpoint_file: str = option("best", "folder name of that model")
     best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept", "[0, 1]")
     checkpoint_interval: int = option(
-        1000, "optimizer steps between two checkpoints of the training, which are removed at its end; 0: not by steps",
+        1000,
+        "optimizer steps between two checkpoints of the training, which are removed at its end; 0: not by steps",
         "[0, 2147483647]",
     )
     checkpoint_minutes: float = option(
-        10.0, "minutes between two checkpoints, whichever comes first; 0: not by time. With both at 0 a signal leaves none either",
+        10.0,
+        "minutes between two checkpoints, whichever comes first; 0: not by time. With both at 0 a signal leaves none either",
         "[0, 525600]",
     )
     checkpoints_kept: int = option(
-        1, "how many of the last checkpoints are kept until the training ends; the best model is kept apart", "[1, 1000]"
+        1,
+        "how many of the last checkpoints are kept until the training ends; the best model is kept apart",
+        "[1, 1000]",
     )
     resume: bool = option(False, "go on from the run's checkpoint; from the beginning where there is none")
     overwrite: bool = option(
-        False, "replace the earlier run of that name, which otherwise is refused; it is removed once this one is finished"
+        False,
+        "replace the earlier run of that name, which otherwise is refused; it is removed once this one is finished",
     )
 
     def __post_init__(self) -> None:
@@ -518,9 +589,13 @@ class Config(Section):
                 "set one of them back"
             )
         if ffi.head_ratio and opt.dense_epochs:
-            raise UserError("training.optimization.dense_epochs: not together with model.ffi.head_ratio; set one of them to 0")
+            raise UserError(
+                "training.optimization.dense_epochs: not together with model.ffi.head_ratio; set one of them to 0"
+            )
         if ffi.semantic_groups and not (ffi.use_sparse_layer and ffi.group_size > 1):
-            raise UserError("model.ffi.semantic_groups=true: needs labels that share an index row; set model.ffi.group_size")
+            raise UserError(
+                "model.ffi.semantic_groups=true: needs labels that share an index row; set model.ffi.group_size"
+            )
         d, known = ffi.input_features, self._known_features()
         if d is not None and known is not None and d != known:
             raise UserError(f"model.ffi.input_features={d}: the layer below gives {known} features")
@@ -608,7 +683,9 @@ def _told_by_tree(root: Node | None, where: str, known_only: bool = True) -> Ite
     if root is None or yaml_nodes.is_null(root):
         return
     if not isinstance(root, MappingNode):
-        raise UserError(f"{where}: must hold sections such as data, model and training; begin with a copy of a shipped file")
+        raise UserError(
+            f"{where}: must hold sections such as data, model and training; begin with a copy of a shipped file"
+        )
     yield from _told_by_section(root, "", where, known_only)
 
 
@@ -624,7 +701,9 @@ def _told_by_section(node: Node, prefix: str, where: str, known_only: bool) -> I
         elif isinstance(value, MappingNode) and (is_section or not known_only):
             yield from _told_by_section(value, f"{name}.", where, known_only)
         elif is_section:
-            raise UserError(f"{place}: {name}: is a section, and needs settings below it, not a {yaml_nodes.kind(value)}")
+            raise UserError(
+                f"{place}: {name}: is a section, and needs settings below it, not a {yaml_nodes.kind(value)}"
+            )
         elif known_only:
             raise UserError(f"{place}: {_unknown(name)}")
         elif isinstance(value, ScalarNode):
@@ -636,13 +715,17 @@ def _told_by_node(setting: Setting, node: Node, where: str) -> Iterator[tuple[st
     name, place = setting.name, f"{yaml_nodes.place(node, where)}: "
     if setting.type is dict:
         if not isinstance(node, MappingNode):
-            raise UserError(f"{place}{name}: must be a mapping such as {{guest: ./data}}, not a {yaml_nodes.kind(node)}")
+            raise UserError(
+                f"{place}{name}: must be a mapping such as {{guest: ./data}}, not a {yaml_nodes.kind(node)}"
+            )
         for key, value in yaml_nodes.entries(node, where):
             yield f"{name}.{key}", Said(yaml_nodes.scalar(value, where), place)
     elif setting.type is list and isinstance(node, SequenceNode):
         yield name, Said([yaml_nodes.scalar(item, where) for item in node.value], place)
     elif not isinstance(node, ScalarNode):
-        raise UserError(f"{place}{name}: needs one value, not a {yaml_nodes.kind(node)}; put it in quotes if it is text")
+        raise UserError(
+            f"{place}{name}: needs one value, not a {yaml_nodes.kind(node)}; put it in quotes if it is text"
+        )
     else:
         text = yaml_nodes.scalar(node, where)
         says_null = yaml_nodes.is_null(node) and (setting.optional or setting.type is not str)
@@ -659,7 +742,9 @@ def _told_by_word(word: str) -> Iterator[tuple[str, Said]]:
     bare = word.lstrip("+")
     if word.startswith("~"):
         key = word[1:].partition("=")[0]
-        raise UserError(f"argument {shown(repr(word))}: settings cannot be removed; write {shown(key)}=null, or leave it at its default")
+        raise UserError(
+            f"argument {shown(repr(word))}: settings cannot be removed; write {shown(key)}=null, or leave it at its default"
+        )
     if bare.startswith("dataset."):
         bare = bare.removeprefix("dataset.")
     if bare != word:
@@ -676,7 +761,9 @@ def _told_by_word(word: str) -> Iterator[tuple[str, Said]]:
         yield name, Said(text)
     elif setting is None:
         if any(other.startswith(f"{name}.") for other in settings):
-            raise UserError(f"argument {shown(repr(word))}: {name} is a section; set what is in it, such as {_first_of(name)}=...")
+            raise UserError(
+                f"argument {shown(repr(word))}: {name} is a section; set what is in it, such as {_first_of(name)}=..."
+            )
         raise UserError(_unknown(name))
     elif setting.type in (dict, list):
         node = yaml_nodes.parse(text, name)
@@ -731,7 +818,9 @@ def load_config(overrides: list[str]) -> Config:
     for word in overrides:
         words.update(_told_by_word(word))
     if "dataset" not in words:
-        raise UserError(f"dataset=NAME is missing; shipped are {', '.join(sorted(shipped_configs()))}; or name a .yaml file")
+        raise UserError(
+            f"dataset=NAME is missing; shipped are {', '.join(sorted(shipped_configs()))}; or name a .yaml file"
+        )
     dataset = words["dataset"].text
     shipped = shipped_configs()
     told = {"data.dataset": Said(escaped(Path(dataset).stem))} | _told_by_defaults()
@@ -795,13 +884,17 @@ def _portable_settings(config: Config) -> dict[str, Any]:
     tree = portable(dataclasses.asdict(config))
     tree["model"]["encoder"]["trust_remote_code"] = False
     if Path(config.data.cache_dir).is_absolute():
-        tree["data"]["cache_dir"] = DataConfig.cache_dir  # its last part would be a folder wherever the model is evaluated
+        tree["data"]["cache_dir"] = (
+            DataConfig.cache_dir
+        )  # its last part would be a folder wherever the model is evaluated
     return tree
 
 
 def _whole_paths(config: Config, of_run: Config) -> list[str]:
     """Settings of a model, as key=value words, whose absolute paths the configuration of its run still has."""
-    own, left, whole = (flatten(tree) for tree in (dataclasses.asdict(config), _portable_settings(of_run), dataclasses.asdict(of_run)))
+    own, left, whole = (
+        flatten(tree) for tree in (dataclasses.asdict(config), _portable_settings(of_run), dataclasses.asdict(of_run))
+    )
     names = [name for name in own if name in whole and whole[name] != own[name] == left[name]]
     return [f"{name}={escaped(whole[name])}" for name in names if name.startswith(MODEL_SETTINGS)]
 
@@ -848,7 +941,9 @@ def settings_page() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Every setting of a training: dotted name, default, for numbers the domain, and meaning.")
+    parser = argparse.ArgumentParser(
+        description="Every setting of a training: dotted name, default, for numbers the domain, and meaning."
+    )
     parser.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
     if parser.parse_args().markdown:
         print(settings_page())

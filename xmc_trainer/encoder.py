@@ -127,7 +127,9 @@ class TextEncoder(nn.Module):
             state = load_file(path)
             self.penultimate.load_state_dict({k.removeprefix("penultimate."): v for k, v in state.items()})
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{path}: does not hold the penultimate layer ({reason(error)}); save the model again") from None
+            raise UserError(
+                f"{path}: does not hold the penultimate layer ({reason(error)}); save the model again"
+            ) from None
 
 
 def _load(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bool, **options: Any) -> Any:
@@ -237,7 +239,9 @@ def _load_whole(loader: Any, name: str, where: str, trust_remote_code: bool, sav
             f"{missing[0]}{like}: name the folder of a whole model, saved with the names that transformers gives"
         )
     if found["error_msgs"]:
-        raise UserError(f"{where}: its weights are not those of its config.json ({found['error_msgs'][0].splitlines()[0]})")
+        raise UserError(
+            f"{where}: its weights are not those of its config.json ({found['error_msgs'][0].splitlines()[0]})"
+        )
     wrong = [key for key in found["mismatched_keys"] if not _LEFT_OUT.search(key[0])]
     if wrong:
         weight, shape, own = wrong[0]
@@ -340,7 +344,13 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
     field = f"model.encoder.ngame_checkpoint={path}"
     try:
         empty = not Path(path).stat().st_size
-        state = {} if empty else load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        state = (
+            {}
+            if empty
+            else load_file(path)
+            if path.endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except OSError as error:
         raise UserError(f"{field}: {error.strerror or error}") from None
     except Exception as error:  # what the libraries raise for a damaged file is of many kinds
@@ -368,7 +378,9 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
         )
     for name, value in own.items():
         if name in given and given[name].shape != value.shape:
-            raise UserError(f"{field}: {name} has the shape {list(given[name].shape)}, the encoder's has {list(value.shape)}")
+            raise UserError(
+                f"{field}: {name} has the shape {list(given[name].shape)}, the encoder's has {list(value.shape)}"
+            )
     backbone.load_state_dict({name: given[name] for name in own if name in given}, strict=False)
 
 

@@ -196,7 +196,9 @@ def _read_json(path: str) -> Any:
         with open(path, "rb") as file:
             content = file.read(_LONGEST_JSON + 1)
         if len(content) > _LONGEST_JSON:
-            raise UserError(f"--deepspeed_config={path}: larger than {_LONGEST_JSON >> 10} KiB; begin with one of ds_configs/")
+            raise UserError(
+                f"--deepspeed_config={path}: larger than {_LONGEST_JSON >> 10} KiB; begin with one of ds_configs/"
+            )
         return json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
     except OSError as error:
         raise UserError(f"--deepspeed_config={path}: {error.strerror}; name a file of ds_configs/") from None
@@ -209,7 +211,9 @@ def _read_json(path: str) -> Any:
     except RecursionError:
         raise UserError(f"{path}: nested too deeply; begin with one of ds_configs/") from None
     except ValueError:  # more digits than Python reads, or a file name that cannot be
-        raise UserError(f"--deepspeed_config={path}: cannot be read, or holds a number of thousands of digits") from None
+        raise UserError(
+            f"--deepspeed_config={path}: cannot be read, or holds a number of thousands of digits"
+        ) from None
 
 
 def _let_deepspeed_check(path: str, settings: dict[str, Any]) -> None:
@@ -226,7 +230,9 @@ def _let_deepspeed_check(path: str, settings: dict[str, Any]) -> None:
         DeepSpeedConfig(chosen(settings))
     except Exception as error:  # the file is all that it was given: whatever it dislikes stands there
         said = " ".join(str(error).split("[type=")[0].split())
-        raise UserError(f"{path}: DeepSpeed refuses it: {said or type(error).__name__}; begin with one of ds_configs/") from None
+        raise UserError(
+            f"{path}: DeepSpeed refuses it: {said or type(error).__name__}; begin with one of ds_configs/"
+        ) from None
 
 
 def deepspeed_settings(

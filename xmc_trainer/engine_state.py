@@ -18,7 +18,11 @@ from torch.nn import functional
 from xmc_trainer.flat_encoder import named_parts
 
 # What each of torch's optimizers keeps for a parameter beside its count of steps.
-_STATES = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Adam: ("exp_avg", "exp_avg_sq"), torch.optim.SGD: ("momentum_buffer",)}
+_STATES = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
 
 
 class EncoderState:
@@ -34,7 +38,11 @@ class EncoderState:
         self._partitioned = hasattr(first, "ds_id")  # ZeRO 3: the module holds no whole parameter
         self._sharded = self._partitioned or hasattr(first, "_hp_mapping")
         # ZeRO 0 with bfloat16 keeps a float32 copy of each parameter.
-        pairs = zip(getattr(self._engine, "fp16_groups", []), getattr(self._engine, "fp32_groups", [])) if not self._sharded else ()
+        pairs = (
+            zip(getattr(self._engine, "fp16_groups", []), getattr(self._engine, "fp32_groups", []))
+            if not self._sharded
+            else ()
+        )
         self._copies = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs)}
 
     def _flat(self) -> list[Tensor]:
@@ -67,7 +75,11 @@ class EncoderState:
         if self._sharded:
             from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-            return safe_get_full_fp32_param(parameter) if state is None else safe_get_full_optimizer_state(parameter, state)
+            return (
+                safe_get_full_fp32_param(parameter)
+                if state is None
+                else safe_get_full_optimizer_state(parameter, state)
+            )
         own = self._copies.get(id(parameter), parameter)
         return own.detach() if state is None else self._torch.state[own][state]
 
@@ -157,7 +169,9 @@ class EncoderState:
         if state is None or self.loss_scale() is None:
             return
         if (ours := self._accelerator.scaler) is not None:
-            ours.load_state_dict(ours.state_dict() | {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])})
+            ours.load_state_dict(
+                ours.state_dict() | {"scale": state["scale"], "_growth_tracker": int(state["good_steps"])}
+            )
             return
         theirs = self._engine.loss_scaler
         theirs.cur_scale = state["scale"]

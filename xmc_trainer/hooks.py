@@ -127,7 +127,9 @@ class CheckpointHook(Hook):
             self._last_step, self._last_time = step, time.monotonic()
 
         def ask() -> list[int]:
-            minutes_over = trainer.ranks.rank == 0 and self.seconds and time.monotonic() - self._last_time >= self.seconds
+            minutes_over = (
+                trainer.ranks.rank == 0 and self.seconds and time.monotonic() - self._last_time >= self.seconds
+            )
             return [signals.pending(), int(minutes_over)]
 
         self._answer = trainer.ranks.largest(ask)
@@ -320,7 +322,12 @@ class ProgressHook(Hook):
                     flush=True,
                 )
             self._bar = tqdm(
-                total=trainer.state.total_steps, initial=trainer.state.step, desc="train", unit="step", mininterval=1.0, smoothing=0.05
+                total=trainer.state.total_steps,
+                initial=trainer.state.step,
+                desc="train",
+                unit="step",
+                mininterval=1.0,
+                smoothing=0.05,
             )
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
@@ -348,7 +355,9 @@ class ProgressHook(Hook):
             self._bar.close()
             floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
             called = trainer.config.data.evaluated_split
-            print(f"\n{called} set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}")
+            print(
+                f"\n{called} set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}"
+            )
             print(table({"this model": trainer.metrics["test"], "most popular labels": floor}), flush=True)
 
     def on_interrupt(self, trainer: Trainer) -> None:
@@ -396,7 +405,13 @@ class JsonLogHook(Hook):
             on_gpu = trainer.device.type == "cuda"
             device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
-            sizes = {"processes": trainer.ranks.size, "micro_batches": trainer.micro_batches, "compiled": trainer.compiled, "head_bytes": all_bytes, "labels": trainer.corpus.num_labels}
+            sizes = {
+                "processes": trainer.ranks.size,
+                "micro_batches": trainer.micro_batches,
+                "compiled": trainer.compiled,
+                "head_bytes": all_bytes,
+                "labels": trainer.corpus.num_labels,
+            }
             event = {"event": "resume", "step": trainer.state.step} if trainer.state.step else {"event": "start"}
             engine = {"engine": engine_name(trainer.accelerator), "kernels": head_kernels(trainer)}
             self.write(event | {"device": device} | engine | versions | sizes)
@@ -486,7 +501,10 @@ def default_hooks(config: Config) -> list[Hook]:
     """
     ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
     dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0
-    hooks: list[Hook] = [CheckpointHook(config.training.checkpoint_interval, config.training.checkpoint_minutes), ScheduleHook(optimization)]
+    hooks: list[Hook] = [
+        CheckpointHook(config.training.checkpoint_interval, config.training.checkpoint_minutes),
+        ScheduleHook(optimization),
+    ]
     if dense_epochs:
         hooks.append(SparsifyHook(dense_epochs, ffi))
     if ffi.use_sparse_layer and ffi.rewire_interval:

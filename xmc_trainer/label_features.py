@@ -74,7 +74,9 @@ def encode_training_texts(
     nothing = np.zeros(0, dtype=np.int64)
     batches += [nothing] * (-len(batches) % ranks.size)
     plan = [MicroBatch(tuple(batches[at : at + ranks.size]), 0) for at in range(0, len(batches), ranks.size)]
-    loader = loader_of(corpus, "train", plan, rank=ranks.rank, pad_token_id=pad_token_id, workers=workers, device=device)
+    loader = loader_of(
+        corpus, "train", plan, rank=ranks.rank, pad_token_id=pad_token_id, workers=workers, device=device
+    )
     out = array_on_disk(file, (len(lengths), width))
     for micro, batch in zip(plan, tqdm(loader, desc="encode texts", unit="batch", disable=not progress)):
         with torch.no_grad():

@@ -38,7 +38,9 @@ def _number(name: str, smallest: int) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= smallest):
-        raise UserError(f"{name}={text!r} in the environment: must be a whole number of at least {smallest}; correct or unset it")
+        raise UserError(
+            f"{name}={text!r} in the environment: must be a whole number of at least {smallest}; correct or unset it"
+        )
     return int(text)
 
 

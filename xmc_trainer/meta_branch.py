@@ -26,10 +26,14 @@ class MetaBranch:
         self._cluster_of = torch.from_numpy(cluster_of.astype(np.int32)).to(head.weight.device)
 
     @classmethod
-    def build(cls, features: int, cluster_of: np.ndarray, *, scaling: float, last_step: int, **head: object) -> MetaBranch:
+    def build(
+        cls, features: int, cluster_of: np.ndarray, *, scaling: float, last_step: int, **head: object
+    ) -> MetaBranch:
         """`head`: arguments of FixedFanInHead that the labels' head has too."""
         clusters = int(cluster_of.max()) + 1
-        return cls(FixedFanInHead(features, clusters, fan_in=None, optimizer=AdamW(), **head), cluster_of, scaling, last_step)
+        return cls(
+            FixedFanInHead(features, clusters, fan_in=None, optimizer=AdamW(), **head), cluster_of, scaling, last_step
+        )
 
     def weight(self, step: int) -> float:
         """Of the branch's loss after `step` optimizer steps: scaling at 0, 0 from last_step on."""

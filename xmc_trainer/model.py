@@ -36,7 +36,9 @@ def device_of(name: str | torch.device | None) -> torch.device:
     if device.type == "cuda" and not usable:
         raise UserError(f"device {device}: there is no usable GPU; choose cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0; choose one of them")
+        raise UserError(
+            f"device {device}: there are {torch.cuda.device_count()} GPUs, counted from 0; choose one of them"
+        )
     return device
 
 
@@ -93,7 +95,9 @@ class XMCModel:
             features = self.encode(**own)[: len(mine)]
             scores, labels = (ranks.gather_rows(x, sizes) for x in self.saved.head.topk(features, k))
             if not scores.isfinite().all():
-                raise UserError(f"{self.saved.folder}: gives scores that are not finite; train the model again, with lower rates")
+                raise UserError(
+                    f"{self.saved.folder}: gives scores that are not finite; train the model again, with lower rates"
+                )
             if self.saved.head.loss_name == "bce":
                 scores = scores.sigmoid()
             for row, row_scores, row_labels in zip(rows, scores.tolist(), labels.tolist()):
@@ -129,7 +133,9 @@ def _checked(texts: Any) -> list[str]:
         text = text.as_py() if hasattr(text, "as_py") else text  # of an Arrow column
         if not isinstance(text, str):
             what = str(text) if text is None or isinstance(text, float) else f"of type {type(text).__name__}"
-            raise UserError(f"text {number} is {what}, not a string; give every text as a string, an empty one for none")
+            raise UserError(
+                f"text {number} is {what}, not a string; give every text as a string, an empty one for none"
+            )
         check_unicode(text, f"text {number}")
         checked.append(str(text))  # numpy's strings are of a type of their own
     return checked

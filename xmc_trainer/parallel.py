@@ -48,9 +48,13 @@ def form_process_group(backend: str, timeout: timedelta = TIMEOUT) -> None:
                 f"port {os.environ['MASTER_PORT']} is in use on this machine: choose another with --master_port (deepspeed, torchrun) or "
                 "--main_process_port (accelerate launch)"
             ) from None
-        raise UserError(f"{where}: the first process is out of reach ({reason(error)}); check the address, the port and the network") from None
+        raise UserError(
+            f"{where}: the first process is out of reach ({reason(error)}); check the address, the port and the network"
+        ) from None
     except (dist.DistStoreError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}: the {os.environ['WORLD_SIZE']} processes did not all meet ({reason(error)}); start every one of them") from None
+        raise UserError(
+            f"{where}: the {os.environ['WORLD_SIZE']} processes did not all meet ({reason(error)}); start every one of them"
+        ) from None
     _Heartbeat(timeout)
 
 
@@ -149,7 +153,9 @@ def use_gpu(number: int) -> None:
     """Make it this process's. UserError if the machine has no such GPU."""
     there = torch.cuda.device_count()
     if number >= there:
-        raise UserError(f"GPU {number}: there are {there} on this machine, counted from 0; start fewer processes, or choose another GPU")
+        raise UserError(
+            f"GPU {number}: there are {there} on this machine, counted from 0; start fewer processes, or choose another GPU"
+        )
     torch.cuda.set_device(number)
 
 

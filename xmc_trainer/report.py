@@ -53,7 +53,9 @@ def find_runs(folders: list[Path]) -> list[Run]:
             if log is not None and config.is_file():
                 runs.append(Run(file.parent, _settings(config), log))
     if not runs:
-        raise UserError(f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl) in there")
+        raise UserError(
+            f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl) in there"
+        )
     return runs
 
 
@@ -74,14 +76,19 @@ def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run
     shown = [name if short.count(last) > 1 else last for name, last in zip(differ, short)]
     lines: dict[str, list[Run]] = {}
     for run, each in zip(runs, settings):
-        name = ", ".join(f"{word}={each.get(full)}" for full, word in zip(differ, shown)) or runs[0].settings["data.dataset"]
+        name = (
+            ", ".join(f"{word}={each.get(full)}" for full, word in zip(differ, shown))
+            or runs[0].settings["data.dataset"]
+        )
         lines.setdefault(name, []).append(run)
     # By the folders' names, if there is one for all seeds of the same settings, and for no others.
     stems: dict[tuple[str, ...], set[str]] = {}
     for line, members in lines.items():
         for run in members:
             values = [str(run.settings.get(name)) for name in apart]
-            stems.setdefault((line, *values), set()).add(run.folder.name.removesuffix(f"-{run.settings['training.seed']}"))
+            stems.setdefault((line, *values), set()).add(
+                run.folder.name.removesuffix(f"-{run.settings['training.seed']}")
+            )
     if all(len(names) == 1 for names in stems.values()) and len(set.union(*stems.values())) == len(stems):
         of_line = {line: [name for (of, *_), (name,) in stems.items() if of == line] for line in lines}
         return {", ".join(of_line[line]): members for line, members in lines.items()}
@@ -111,7 +118,9 @@ def against(runs: list[Run], setting: str, metric: str) -> tuple[np.ndarray, np.
     )
 
 
-def picture(file: Path, lines: dict[str, list[Run]], x_label: str, draw: Callable[[Any, str, list[Run], str], None]) -> None:
+def picture(
+    file: Path, lines: dict[str, list[Run]], x_label: str, draw: Callable[[Any, str, list[Run], str], None]
+) -> None:
     """One panel a metric; `draw` puts a line into it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"{file}: pictures need matplotlib: pip install matplotlib")
@@ -142,8 +151,12 @@ def _draw_curve(panel: Any, name: str, runs: list[Run], metric: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that hold runs")
-    parser.add_argument("--curves", type=Path, metavar="PICTURE", help="draw P@1 and PSP@1 over the minutes of training")
-    parser.add_argument("--against", metavar="SETTING", help="draw the last P@1 and PSP@1 over this setting; see --picture")
+    parser.add_argument(
+        "--curves", type=Path, metavar="PICTURE", help="draw P@1 and PSP@1 over the minutes of training"
+    )
+    parser.add_argument(
+        "--against", metavar="SETTING", help="draw the last P@1 and PSP@1 over this setting; see --picture"
+    )
     parser.add_argument("--picture", type=Path, help="file for --against")
     options = parser.parse_args()
     if (options.against is None) != (options.picture is None):
@@ -151,16 +164,22 @@ def main() -> None:
     runs = find_runs(options.folders)
     missing = [run.folder for run in runs if not run.evaluations() or _SHOWN[-1] not in run.evaluations()[-1]]
     if missing:
-        raise UserError(f"{missing[0]}: was evaluated without PSP; set training.evaluation.eval_psp=true, or leave it out")
+        raise UserError(
+            f"{missing[0]}: was evaluated without PSP; set training.evaluation.eval_psp=true, or leave it out"
+        )
     lines = lines_of(runs)
     print(table([(name, run.settings["training.seed"], result(run.log)) for name, own in lines.items() for run in own]))
     if options.curves:
         picture(options.curves, lines, "minutes", _draw_curve)
     if options.against:
         if any(options.against not in run.settings for run in runs):
-            raise UserError(f"--against {options.against}: no such setting in every run; xmc-trainer settings lists them")
+            raise UserError(
+                f"--against {options.against}: no such setting in every run; xmc-trainer settings lists them"
+            )
         if len({run.settings[options.against] for run in runs}) == 1:
-            raise UserError(f"--against {options.against}: is {runs[0].settings[options.against]} in every run; name a setting that differs")
+            raise UserError(
+                f"--against {options.against}: is {runs[0].settings[options.against]} in every run; name a setting that differs"
+            )
 
         def draw(panel: Any, name: str, own: list[Run], metric: str) -> None:
             values, mean, (low, high) = against(own, options.against, metric)

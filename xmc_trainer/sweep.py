@@ -71,7 +71,9 @@ class Views:
         """(split, strength) of each evaluation of that run."""
         if not self.splits and not self.strengths:
             return []
-        return list(product(self.splits or [config.data.test_split], self.strengths or [config.model.ffi.logit_adjustment]))
+        return list(
+            product(self.splits or [config.data.test_split], self.strengths or [config.model.ffi.logit_adjustment])
+        )
 
 
 def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]], Views]:
@@ -120,11 +122,15 @@ def _read_plan(file: Path) -> _Plan:
     if isinstance(root, MappingNode):
         for name, node in yaml_nodes.entries(root, str(file)):
             if name not in _Plan.__dataclass_fields__:
-                raise UserError(f"{yaml_nodes.place(node, str(file))}: {shown(name)}: write settings, seeds, rows, splits and strengths only")
+                raise UserError(
+                    f"{yaml_nodes.place(node, str(file))}: {shown(name)}: write settings, seeds, rows, splits and strengths only"
+                )
             if name != "rows":
                 setattr(said, name, _words(node, name, file))
             elif isinstance(node, MappingNode):
-                said.rows = {row: _words(own, f"rows: {shown(row)}", file) for row, own in yaml_nodes.entries(node, str(file))}
+                said.rows = {
+                    row: _words(own, f"rows: {shown(row)}", file) for row, own in yaml_nodes.entries(node, str(file))
+                }
     if not said.rows:
         raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
     return said
@@ -135,7 +141,9 @@ def _words(node: Node, name: str, file: Path) -> list[str]:
         return []
     if not isinstance(node, SequenceNode):
         place = yaml_nodes.place(node, str(file))
-        raise UserError(f"{place}: {name}: must be a list, in brackets or with a dash a line, not a {yaml_nodes.kind(node)}")
+        raise UserError(
+            f"{place}: {name}: must be a list, in brackets or with a dash a line, not a {yaml_nodes.kind(node)}"
+        )
     return [yaml_nodes.scalar(word, str(file)) for word in node.value]
 
 
@@ -175,15 +183,21 @@ def read_log(file: Path) -> list[dict[str, Any]] | None:
         try:
             record = json.loads(line)
             event = record["event"]
-            missing = [name for name, kinds in _RECORDS.get(event, {}).items() if not isinstance(record.get(name), kinds)]
-            missing += [name for name in METRICS if event == "evaluate" and not isinstance(record.get(name, 0.0), (int, float))]
+            missing = [
+                name for name, kinds in _RECORDS.get(event, {}).items() if not isinstance(record.get(name), kinds)
+            ]
+            missing += [
+                name for name in METRICS if event == "evaluate" and not isinstance(record.get(name, 0.0), (int, float))
+            ]
             problem = f"its {event} record has no valid {missing[0]}" if missing else ""
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             problem = "is no record of a training"
         if problem and number == len(lines):
             return None
         if problem:
-            raise UserError(f"{file}, line {number}: {problem}; the log is damaged, remove {file.parent} and train again")
+            raise UserError(
+                f"{file}, line {number}: {problem}; the log is damaged, remove {file.parent} and train again"
+            )
         records.append(record)
     return records if records and (records[0]["event"], records[-1]["event"]) == ("start", "end") else None
 
@@ -195,7 +209,11 @@ def _differences(config: Config) -> list[str]:
         return []
     there, here = flatten(saved_settings(file)), flatten(asdict(config))
     here["training.overwrite"] = there.get("training.overwrite")  # of one start; no run's file has it
-    return [f"{name}={shown(there.get(name))}, not {shown(here.get(name))}" for name in here | there if there.get(name) != here.get(name)]
+    return [
+        f"{name}={shown(there.get(name))}, not {shown(here.get(name))}"
+        for name in here | there
+        if there.get(name) != here.get(name)
+    ]
 
 
 def refuse_to_replace(runs: list[list[str]]) -> None:
@@ -220,7 +238,11 @@ def _known_figures(config: Config) -> dict[str, dict[str, dict[str, float]]]:
     except (OSError, ValueError, RecursionError):
         return {}
     # What is not as `run_one` writes it is made again.
-    if not isinstance(known, dict) or known.get("log_sha256") != _digest(config) or not isinstance(known.get("figures"), dict):
+    if (
+        not isinstance(known, dict)
+        or known.get("log_sha256") != _digest(config)
+        or not isinstance(known.get("figures"), dict)
+    ):
         return {}
     return {split: of_split for split, of_split in known["figures"].items() if isinstance(of_split, dict)}
 
@@ -243,7 +265,9 @@ def results(config: Config, views: Views) -> list[dict[str, Any]] | None:
     of_training = {name: value for name, value in result(log).items() if name not in METRICS}
     found = [(split, strength, known[split][f"{strength:g}"]) for split, strength in wanted]
     return [
-        {"split": split, "strength": strength} | {name: metrics[name] for name in METRICS if name in metrics} | of_training
+        {"split": split, "strength": strength}
+        | {name: metrics[name] for name in METRICS if name in metrics}
+        | of_training
         for split, strength, metrics in found
     ]
 
@@ -310,7 +334,9 @@ def table(runs: list[tuple[str, int, dict[str, Any]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path, help="the sweep's YAML file")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of every run; a row's own come after them")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on several GPUs they are shared out")
@@ -335,9 +361,15 @@ def main() -> None:
     done = [(row, seed, words, entries) for row, seed, words, entries in found if entries is not None]
     if not done:
         where = load_config(runs[0][2]).run_folder.parent
-        raise UserError(f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)")
+        raise UserError(
+            f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)"
+        )
     target = options.csv or Path(options.file.with_suffix(".csv").name)
-    lines = [{"row": row, "seed": seed, "settings": " ".join(words)} | entry for row, seed, words, entries in done for entry in entries]
+    lines = [
+        {"row": row, "seed": seed, "settings": " ".join(words)} | entry
+        for row, seed, words, entries in done
+        for entry in entries
+    ]
     with replacing(target, newline="") as file:
         columns = dict.fromkeys(name for line in lines for name in line if name not in ("row", "seed", "settings"))
         writer = csv.DictWriter(file, ["row", "seed", *columns, "settings"])
@@ -378,7 +410,10 @@ def make_clusters(runs: list[list[str]]) -> None:
         print(f"{file}: ", end="", flush=True)
         done = subprocess.run([sys.executable, "-m", "xmc_trainer", "clusters", *words], capture_output=True, text=True)
         # Without them the runs say what they lack: the others can go on.
-        print("made" if done.returncode == 0 else f"failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}", flush=True)
+        print(
+            "made" if done.returncode == 0 else f"failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}",
+            flush=True,
+        )
 
 
 def visible_gpus() -> list[str]:
@@ -400,7 +435,9 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
     if waiting:
         first = load_config(waiting[0]).run_folder
         print(f"{min(jobs, len(waiting))} at a time; what the first one says is in {first}.txt, and so on", flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    }
     gpus = visible_gpus()
     live: dict[str, tuple[subprocess.Popen, Path, float, str | None]] = {}
     succeeded = failed = 0
@@ -409,7 +446,10 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
             if number := signals.pending():
                 raise signals.Interrupted(number, "before all runs were done; the same command goes on with the others")
             if waiting and failed >= _FAILURES and not succeeded:
-                print(f"{len(waiting)} runs are not started: the first {failed} failed, most likely for one reason", flush=True)
+                print(
+                    f"{len(waiting)} runs are not started: the first {failed} failed, most likely for one reason",
+                    flush=True,
+                )
                 waiting = []
             while waiting and len(live) < jobs:
                 words = waiting.pop(0)
@@ -420,7 +460,9 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                     log.parent.mkdir(parents=True, exist_ok=True)
                     log.touch()
                 except OSError as error:
-                    raise UserError(f"{log}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
+                    raise UserError(
+                        f"{log}: cannot be written ({error.strerror}); set output_dir to a folder of yours"
+                    ) from None
                 gpu = None
                 if len(gpus) > 1 and config.environment.cuda_device_id == 0:  # another number was chosen
                     gpu = min(gpus, key=[own for *_, own in live.values()].count)
@@ -437,7 +479,10 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                 errors = [line for line in lines if line.startswith("error")] or lines[-1:]
                 succeeded, failed = succeeded + (process.returncode == 0), failed + (process.returncode != 0)
                 said = "done" if process.returncode == 0 else f"failed: {errors[0]} (see {output})"
-                print(f"{name}: {said}, {(time.monotonic() - begin) / 60:.1f} min, {len(waiting) + len(live)} to go", flush=True)
+                print(
+                    f"{name}: {said}, {(time.monotonic() - begin) / 60:.1f} min, {len(waiting) + len(live)} to go",
+                    flush=True,
+                )
     finally:
         for process, *_ in live.values():
             process.terminate()

@@ -199,7 +199,11 @@ class Trainer:
         )
         made = self.state.step - self.state.epoch * self.state.steps_per_epoch  # of this epoch, before a checkpoint
         steps = steps[made : made + self.state.total_steps - self.state.step]
-        batches = iter(self._loader("train", [micro for step in steps for micro in step], self.config.texts_a_step // self.micro_batches))
+        batches = iter(
+            self._loader(
+                "train", [micro for step in steps for micro in step], self.config.texts_a_step // self.micro_batches
+            )
+        )
         for _ in steps:
             self.dispatch("on_step_begin")
             self._seed_draws()
@@ -451,7 +455,9 @@ class Trainer:
             undo(self.encoder_module)
             why = f"{type(error).__name__}: {reason(error)}"
             if wish == "true":
-                raise UserError(f"model.encoder.use_torch_compile=true: this encoder cannot be compiled ({why}); set it to auto or false") from error
+                raise UserError(
+                    f"model.encoder.use_torch_compile=true: this encoder cannot be compiled ({why}); set it to auto or false"
+                ) from error
             print(f"the encoder cannot be compiled and trains uncompiled, more slowly ({why})", flush=True)
             return False
         if self.accelerator.is_main_process:
@@ -473,7 +479,9 @@ class Trainer:
         if ffi.head_ratio and frequent < self.ranks.size:
             raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: means {frequent} labels, fewer than processes")
         counts = self.corpus.label_counts()
-        adjustment = torch.from_numpy(ffi.logit_adjustment * self.corpus.log_frequency()) if ffi.logit_adjustment else None
+        adjustment = (
+            torch.from_numpy(ffi.logit_adjustment * self.corpus.log_frequency()) if ffi.logit_adjustment else None
+        )
         optimizers = {
             "sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "adamw_8bit": AdamW(eight_bits=True),
             "rowwise_rmsprop": RowwiseRMSprop(),
@@ -552,7 +560,9 @@ class Trainer:
         if clusters < self.ranks.size:
             raise UserError(f"{self.config.cluster_file}: has fewer clusters ({clusters}) than there are processes")
         labels = self.corpus.train_labels()
-        pairs = np.repeat(np.arange(len(labels.offsets) - 1) * clusters, np.diff(labels.offsets)) + cluster_of[labels.ids]
+        pairs = (
+            np.repeat(np.arange(len(labels.offsets) - 1) * clusters, np.diff(labels.offsets)) + cluster_of[labels.ids]
+        )
         return MetaBranch.build(
             self.encoder_module.out_features,
             cluster_of,

@@ -42,9 +42,20 @@ class Case(NamedTuple):
 
 # Of an optimizer, every two of loss, accumulation and group size meet; of all of them, each with and without a meta branch.
 CASES = [
-    Case(optimizer, "bce" if (accumulation == 3) == (group_size == 16) else "squared_hinge", accumulation, group_size, auxiliary)
+    Case(
+        optimizer,
+        "bce" if (accumulation == 3) == (group_size == 16) else "squared_hinge",
+        accumulation,
+        group_size,
+        auxiliary,
+    )
     for number, optimizer in enumerate(OPTIMIZERS)
-    for accumulation, group_size, auxiliary in [(1, 1, False), (1, 16, True), (3, 1, number % 2 == 0), (3, 16, number % 2 == 1)]
+    for accumulation, group_size, auxiliary in [
+        (1, 1, False),
+        (1, 16, True),
+        (3, 1, number % 2 == 0),
+        (3, 16, number % 2 == 1),
+    ]
 ]
 for variant in ("gradient", "sum", "dense", "split", "bfloat16"):
     CASES.append(Case("adamw", "bce", 3, 1, variant=variant))
@@ -95,7 +106,10 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
                 engine_divisor=float(ranks.size * accumulation),
                 rank_sizes=known if step % 2 else None,
             )
-            features, label_counts = encoder(texts[rows]), torch.tensor([len(ids[row]) for row in rows], dtype=torch.int64)
+            features, label_counts = (
+                encoder(texts[rows]),
+                torch.tensor([len(ids[row]) for row in rows], dtype=torch.int64),
+            )
             share = branch.weight(step - 1) if branch else 0.0
             parts = head.terms(1 - share) + (branch.terms(share) if share else [])
             loss = multi_head_step(parts, features, positives, label_counts, **arguments)
@@ -109,7 +123,9 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
         encoder_optimizer.zero_grad()
         curve.append(total)
         if step % 7 == 0 and case.rewires:
-            moved += head.rewire(RewireRule("fraction", 0.3, "random", "gradient" if case.variant == "gradient" else "random")).moved
+            moved += head.rewire(
+                RewireRule("fraction", 0.3, "random", "gradient" if case.variant == "gradient" else "random")
+            ).moved
     parts = {"frequent.": head.frequent, "": head.tail} if isinstance(head, SplitHead) else {"": head}
     tensors = {
         prefix + name: getattr(part, name)
@@ -128,7 +144,9 @@ def ties(variant: str) -> torch.Tensor:
     for part in (head.frequent, head.tail) if isinstance(head, SplitHead) else (head,):
         part.weight.zero_()
         part.bias.copy_(torch.tensor([float(label % 7 == 0) for label in part.labels]))
-    texts = range(4)[{1: slice(4), 2: slice(4 * ranks.rank, 4), 3: (slice(0), slice(3), slice(3, 4))[ranks.rank]}[ranks.size]]
+    texts = range(4)[
+        {1: slice(4), 2: slice(4 * ranks.rank, 4), 3: (slice(0), slice(3), slice(3, 4))[ranks.rank]}[ranks.size]
+    ]
     return head.topk(torch.ones(len(texts), FEATURES), 60)[1]
 
 

@@ -17,13 +17,36 @@ def test_bytes_follow_batch_and_features_and_memory_the_share_of_labels(tmp_path
     rows = {}
     for size in (1, 3):
         path = tmp_path / f"{size}.csv"
-        words = ["--labels", "3000,9000", "--batch", "12,48", "--features", "32,64", "--fan-in", "8", "--repeat", "1", "--csv", str(path)]
+        words = [
+            "--labels",
+            "3000,9000",
+            "--batch",
+            "12,48",
+            "--features",
+            "32,64",
+            "--fan-in",
+            "8",
+            "--repeat",
+            "1",
+            "--csv",
+            str(path),
+        ]
         if size == 1:
             monkeypatch.setattr(sys, "argv", ["ranks", *words])
             ranks.main()
             output = capsys.readouterr().out
         else:
-            start = ["torchrun", "--nproc_per_node", str(size), "--master_port", free_port(), "-m", "xmc_trainer", "bench", "ranks"]
+            start = [
+                "torchrun",
+                "--nproc_per_node",
+                str(size),
+                "--master_port",
+                free_port(),
+                "-m",
+                "xmc_trainer",
+                "bench",
+                "ranks",
+            ]
             done = launch(*start, *words)
             assert done.returncode == 0, done.stderr
             output = done.stdout

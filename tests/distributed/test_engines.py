@@ -76,9 +76,14 @@ def two_under_deepspeed(short, tmp_path_factory):
         {"settings": [*short, *more, f"log_fname={dtype}-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
         for dtype, stage, more in cases
     ]
-    trainings.append({"settings": [*short, *FROM_TEXTS, "log_fname=start-3"], "deepspeed_config": "ds_configs/zero3.json"})
+    trainings.append(
+        {"settings": [*short, *FROM_TEXTS, "log_fname=start-3"], "deepspeed_config": "ds_configs/zero3.json"}
+    )
     # Compiled code expects parameters in their place.
-    compiled = {"settings": [*short, "model.encoder.use_torch_compile=true"], "deepspeed_config": "ds_configs/zero3.json"}
+    compiled = {
+        "settings": [*short, "model.encoder.use_torch_compile=true"],
+        "deepspeed_config": "ds_configs/zero3.json",
+    }
     trainings.append(compiled | {"refused": "model.encoder.use_torch_compile=true: not under ZeRO stage 3"})
     trainings.append(failing(short, "deepspeed", "raise") | {"deepspeed_config": "ds_configs/zero1.json"})
     train_in_turn("deepspeed", 2, trainings, tmp_path_factory.mktemp("deepspeed"))
@@ -104,7 +109,9 @@ def plain(short, folder):
     return losses
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [pytest.param(*case, marks=needs_float16 if case[0] == "float16" else ()) for case in LOW])
+@pytest.mark.parametrize(
+    ("dtype", "stage"), [pytest.param(*case, marks=needs_float16 if case[0] == "float16" else ()) for case in LOW]
+)
 def test_low_precision_trains_nearly_as_without_deepspeed(two_under_deepspeed, plain, folder, dtype, stage):
     found = losses_of(folder / f"{dtype}-{stage}")
     assert found == pytest.approx(plain(dtype), rel=0.05) and found[-1] < 0.95 * found[0]
@@ -113,11 +120,18 @@ def test_low_precision_trains_nearly_as_without_deepspeed(two_under_deepspeed, p
 def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tmp_path):
     stages = ["2", "3_offload"]
     trainings = [
-        {"settings": [*short, *amp("bfloat16"), f"log_fname=one-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
+        {
+            "settings": [*short, *amp("bfloat16"), f"log_fname=one-{stage}"],
+            "deepspeed_config": f"ds_configs/zero{stage}.json",
+        }
         for stage in stages
     ]
     # To the process and both launchers, which end at once.
-    ending = {"settings": [*short, "log_fname=signal"], "deepspeed_config": "ds_configs/zero2.json", "signal": [signal.SIGUSR1, "group", 5]}
+    ending = {
+        "settings": [*short, "log_fname=signal"],
+        "deepspeed_config": "ds_configs/zero2.json",
+        "signal": [signal.SIGUSR1, "group", 5],
+    }
     assert_ended(train_in_turn("deepspeed", 1, [*trainings, ending], tmp_path), signal.SIGUSR1, 5)
     for stage in stages:
         found = losses_of(folder / f"one-{stage}")
@@ -137,11 +151,20 @@ def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, t
     moving = [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
     begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 9}
     # Longformer trains weights of global attention that no text here uses: no process waits for their gradients.
-    encoder = save_encoder("longformer", tmp_path / "long", vocab_size=94, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    unused = [*short, *UNEVEN, f"model.encoder.encoder_model={encoder}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
+    encoder = save_encoder(
+        "longformer", tmp_path / "long", vocab_size=94, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    unused = [
+        *short,
+        *UNEVEN,
+        f"model.encoder.encoder_model={encoder}",
+        f"model.encoder.encoder_tokenizer={tiny_encoder}",
+    ]
     unused += ["training.optimization.max_steps=4"]
     long = {"settings": [*unused, "log_fname=long"]}
-    train_in_turn("torchrun", 3, [without, under, begun, long, failing([*short, *UNEVEN], "torchrun", "kill")], tmp_path)
+    train_in_turn(
+        "torchrun", 3, [without, under, begun, long, failing([*short, *UNEVEN], "torchrun", "kill")], tmp_path
+    )
     train_here([*unused, "log_fname=long-here"])
     assert losses_of(folder / "long") == pytest.approx(losses_of(folder / "long-here"), rel=1e-5)
     for name in ("three", "three-3"):
@@ -161,12 +184,18 @@ def test_groups_meta_branch_and_split_head_on_two_processes(short, one, folder, 
     settings += ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
                  "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
     train_here([*settings, "log_fname=groups-here"])
-    trainings = [{"settings": [*settings, "log_fname=groups-2"]}, {"settings": [*short, *UNEVEN, "log_fname=accelerate-2"]}]
+    trainings = [
+        {"settings": [*settings, "log_fname=groups-2"]},
+        {"settings": [*short, *UNEVEN, "log_fname=accelerate-2"]},
+    ]
     train_in_turn("accelerate-2", 2, [*trainings, failing(short, "accelerate", "raise")], tmp_path)
     assert_same(one, outcome_of(folder / "accelerate-2", 2))
     assert_same(outcome_of(folder / "groups-here", 1), outcome_of(folder / "groups-2", 2))
     first, second = (
-        [[label.id for label in labels] for labels in XMCModel.load(folder / name / "model").predict(["w3 w50", "w7"], k=3)]
+        [
+            [label.id for label in labels]
+            for labels in XMCModel.load(folder / name / "model").predict(["w3 w50", "w7"], k=3)
+        ]
         for name in ("groups-here", "groups-2")
     )
     assert first == second and len(first) == 2

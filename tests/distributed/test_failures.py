@@ -38,17 +38,30 @@ cli.run(main)
     "stopped, said",
     [
         (1, "rank 1 gave no sign of life for 0.1 min (environment.timeout_minutes); look at its machine"),
-        (0, "rank 0 or the launcher on its machine, 127.0.0.1:{port}, gave no sign of life"),  # it keeps the job's store
+        (
+            0,
+            "rank 0 or the launcher on its machine, 127.0.0.1:{port}, gave no sign of life",
+        ),  # it keeps the job's store
     ],
 )
 def test_a_silent_rank_is_named_and_not_waited_for(stopped, said):
     port, running = free_port(), []
     for rank in range(2):
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         running.append(
             subprocess.Popen(
-                [sys.executable, "-c", RANK, str(1 - stopped)], cwd=ROOT, env=os.environ | variables,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-c", RANK, str(1 - stopped)],
+                cwd=ROOT,
+                env=os.environ | variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
             )  # fmt: skip
         )
     try:

@@ -74,8 +74,12 @@ def test_two_machines_train_as_one_process(settings_and_one, hosts, launcher, tm
         command = ["ip", "netns", "exec", host, *start, "launchers/train.py", *more, *settings, f"log_fname={launcher}"]
         running.append(
             subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"v{rank}"},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                command,
+                cwd=ROOT,
+                env=os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": f"v{rank}"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )  # fmt: skip
         )
     try:
@@ -101,10 +105,21 @@ def test_the_slurm_example_ends_at_the_notice_and_goes_on(toy_settings, tmp_path
     for name, text in commands.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n1", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
+    slurm = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "n1",
+        "SLURM_NNODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_ID": "7",
+    }
     slurm["SLURM_STEP_NUM_TASKS"] = "2"  # tasks without a launcher in each would be refused
     slurm |= {"GPUS": "1", "PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"}
-    settings = [*toy_settings, "training.optimization.max_steps=400", "training.evaluation.test_evaluate_every=100", "log_fname=slurm"]
+    settings = [
+        *toy_settings,
+        "training.optimization.max_steps=400",
+        "training.evaluation.test_evaluate_every=100",
+        "log_fname=slurm",
+    ]
     run = Path(settings_value(toy_settings, "output_dir=")) / "slurm"
 
     def submit():

@@ -44,9 +44,22 @@ def runs(toy_settings_in, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("resume")
     always = [*toy_settings_in(folder), "training.checkpoint_interval=2", "training.resume=true"]
-    exact = [*always, "training.optimization.max_steps=20", "data.batch_size=12", "training.optimization.grad_accum_step=2"]
-    exact += ["model.penultimate.use_penultimate_layer=true", "model.penultimate.penultimate_size=25"]  # a bias that two cannot share
-    low = [*always, "training.optimization.max_steps=10", "training.amp.enabled=true", "model.encoder.embed_dropout=0.3"]
+    exact = [
+        *always,
+        "training.optimization.max_steps=20",
+        "data.batch_size=12",
+        "training.optimization.grad_accum_step=2",
+    ]
+    exact += [
+        "model.penultimate.use_penultimate_layer=true",
+        "model.penultimate.penultimate_size=25",
+    ]  # a bias that two cannot share
+    low = [
+        *always,
+        "training.optimization.max_steps=10",
+        "training.amp.enabled=true",
+        "model.encoder.embed_dropout=0.3",
+    ]
     moved = [*exact, "log_fname=moved"]
 
     def training(kind, dtype, cut=None):
@@ -85,7 +98,12 @@ def test_half_of_the_gpus_go_on(toy_settings, tmp_path):
     gpus = min(4, torch.cuda.device_count())
     if gpus < 2:
         pytest.skip("needs two GPUs")
-    settings = [*toy_settings, "training.optimization.max_steps=20", "training.checkpoint_interval=2", "training.resume=true"]
+    settings = [
+        *toy_settings,
+        "training.optimization.max_steps=20",
+        "training.checkpoint_interval=2",
+        "training.resume=true",
+    ]
     whole = outcome(settings, "accelerate-2", gpus)
     moving = [*settings, f"output_dir={settings_value(settings, 'output_dir=')}/again", "log_fname=python-1"]
     begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "fails": ["kill", 7]}

@@ -82,7 +82,9 @@ def main() -> None:
                 load_config(training["settings"]),
                 deepspeed_config=training.get("deepspeed_config"),
                 hooks=[
-                    CutBefore(training.get("cut")), Fail(*training.get("fails", ("", None))), Signal(*training.get("signal", (0, "", None))),
+                    CutBefore(training.get("cut")),
+                    Fail(*training.get("fails", ("", None))),
+                    Signal(*training.get("signal", (0, "", None))),
                 ],
             )
             trainer.train()

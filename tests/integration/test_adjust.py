@@ -38,7 +38,9 @@ def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio
         trainer = Trainer(load_config(settings))
         trainer.train()
         folders[strength] = trainer.run_folder / "model"
-        found[strength], _ = evaluate_saved(XMCModel.load(folders[strength], "cpu").saved, trainer.config, torch.device("cpu"))
+        found[strength], _ = evaluate_saved(
+            XMCModel.load(folders[strength], "cpu").saved, trainer.config, torch.device("cpu")
+        )
     assert found[0.0]["P@1"] != found[2.0]["P@1"]
     for strength, folder in folders.items():  # from either model the same
         said = json.loads(command(folder, "--strengths", "0,2,0", "--json"))
@@ -52,7 +54,11 @@ def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio
         command(link, "--keep", "2")
     notes.unlink()
     assert "logit_adjustment 0 -> 2" in command(link, "--keep", "2")
-    assert link.readlink() == folders[0.0] and {path.name for path in link.parent.iterdir()} == {"link", "out", "toy.yaml"}
+    assert link.readlink() == folders[0.0] and {path.name for path in link.parent.iterdir()} == {
+        "link",
+        "out",
+        "toy.yaml",
+    }
     kept, trained = (XMCModel.load(folder, "cpu").saved.head for folder in folders.values())
     for name, tensor in trained.state_dict().items():
         np.testing.assert_allclose(kept.state_dict()[name], tensor, atol=1e-5, err_msg=name)
@@ -64,6 +70,11 @@ def test_what_cannot_be_adjusted_is_refused(tmp_path, command):
         command(tmp_path)
     with pytest.raises(UserError, match="model.ffi.logit_adjustment=2: a saved model can be given only"):
         command(tmp_path, "model.ffi.logit_adjustment=2")
-    for wrong in (["--strengths", "0,x"], ["--strengths", "0", "--keep", "1"], ["--strengths", "-1"], ["--keep", "inf"]):
+    for wrong in (
+        ["--strengths", "0,x"],
+        ["--strengths", "0", "--keep", "1"],
+        ["--strengths", "-1"],
+        ["--keep", "inf"],
+    ):
         with pytest.raises(SystemExit):
             command(tmp_path, *wrong)

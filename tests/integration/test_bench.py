@@ -37,7 +37,9 @@ def test_head_benchmark_writes_its_table(bench, tmp_path, capsys):
     assert all(float(row["ms"]) > 0 and row["device"] and row["torch"] for row in rows)
     slow = bench_head.slower_rows(tmp_path / "head.csv", [row | {"ms": 1.04 * float(row["ms"])} for row in rows[:2]])
     assert len(slow) == 2 and rows[0]["what"] in slow[0]
-    assert not bench_head.slower_rows(tmp_path / "head.csv", [row | {"ms": 1.02 * float(row["ms"])} for row in rows] + [rows[0] | {"batch": "17"}])
+    assert not bench_head.slower_rows(
+        tmp_path / "head.csv", [row | {"ms": 1.02 * float(row["ms"])} for row in rows] + [rows[0] | {"batch": "17"}]
+    )
     with pytest.raises(SystemExit, match="2"):
         bench(*words, "--optimizers", "adam")
     assert "--optimizers: adam" in capsys.readouterr().err
@@ -46,11 +48,42 @@ def test_head_benchmark_writes_its_table(bench, tmp_path, capsys):
 def test_train_benchmark_times_whole_steps(bench, tmp_path):
     """Generated data, without DeepSpeed; then two processes under it: the second row is compared with the first's kind."""
     settings = ["dataset=amazon3m", "data.num_labels=601", "data.max_len=16", "data.batch_size=8", "data.num_workers=0"]
-    settings += ["model.encoder.encoder_ftr_dim=32", "model.ffi.fan_in=8", "training.amp.enabled=false", f"output_dir={tmp_path}"]
-    words = ["--steps", "2", "--texts", "200", "--tokens", "8", "--positives", "4", "--layers", "1", "--csv", str(tmp_path / "train.csv")]
+    settings += [
+        "model.encoder.encoder_ftr_dim=32",
+        "model.ffi.fan_in=8",
+        "training.amp.enabled=false",
+        f"output_dir={tmp_path}",
+    ]
+    words = [
+        "--steps",
+        "2",
+        "--texts",
+        "200",
+        "--tokens",
+        "8",
+        "--positives",
+        "4",
+        "--layers",
+        "1",
+        "--csv",
+        str(tmp_path / "train.csv"),
+    ]
     output = bench("train", *words, *settings)
     assert "100 % of 1 times one process's texts/s" in output and "generated data of 601 labels" in output
-    done = launch("torchrun", "--nproc_per_node", "2", "--master_port", free_port(), "-m", "xmc_trainer", "bench", "train", *words, "--no-floor", *settings)
+    done = launch(
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        free_port(),
+        "-m",
+        "xmc_trainer",
+        "bench",
+        "train",
+        *words,
+        "--no-floor",
+        *settings,
+    )
     assert done.returncode == 0, done.stderr
     with (tmp_path / "train.csv").open(newline="") as file:
         one, two = csv.DictReader(file)
@@ -59,7 +92,10 @@ def test_train_benchmark_times_whole_steps(bench, tmp_path):
         parts = [float(row[f"{part}_ms"]) for part in ("data", "forward", "head", "backward", "engine")]
         assert min(parts) > 0 and sum(parts) < float(row["ms"]) and row["device"] and row["torch"]
         assert float(row["texts_s"]) == pytest.approx(16e3 / float(row["ms"]), rel=0.01)
-    assert float(one["ratio"]) == pytest.approx(float(one["encoder_ms"]) / float(one["floor_ms"]), rel=0.01) and not two["ratio"]
+    assert (
+        float(one["ratio"]) == pytest.approx(float(one["encoder_ms"]) / float(one["floor_ms"]), rel=0.01)
+        and not two["ratio"]
+    )
     assert float(two["efficiency"]) == pytest.approx(float(two["texts_s"]) / float(one["texts_s"]) / 2, abs=1e-3)
     assert not list(tmp_path.glob("run"))  # nothing is trained
 
@@ -67,4 +103,7 @@ def test_train_benchmark_times_whole_steps(bench, tmp_path):
 def test_train_benchmark_needs_a_shape(bench, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench("train", "dataset=wordnet", f"dataset_path={tmp_path}", "data.num_labels=null")
-    assert "no such folder; set dataset_path or data.folder, or for generated data data.num_labels" in capsys.readouterr().err
+    assert (
+        "no such folder; set dataset_path or data.folder, or for generated data data.num_labels"
+        in capsys.readouterr().err
+    )

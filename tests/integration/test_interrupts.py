@@ -60,14 +60,20 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(whole, toy_settings, step
         train(settings, hooks=[SignalAt(patch, step, split)])
     run_folder = load_config(settings).run_folder
     assert caught.value.number == signal.SIGUSR1
-    assert caught.value.said == f"after step {step}, with a checkpoint in {run_folder}; the same command goes on with training.resume=true"
+    assert (
+        caught.value.said
+        == f"after step {step}, with a checkpoint in {run_folder}; the same command goes on with training.resume=true"
+    )
     assert find_checkpoint(run_folder).name == f"checkpoint-{step}"
     new_process()
     trainer, metrics = train(settings)
     expected, metrics_of_whole = whole
     assert metrics == metrics_of_whole and not list(run_folder.glob("checkpoint*"))
     for event in ("step", "evaluate", "rewire"):
-        logs = [[{k: v for k, v in record.items() if k not in BY_THE_CLOCK} for record in log_of(each, event)] for each in (expected, trainer)]
+        logs = [
+            [{k: v for k, v in record.items() if k not in BY_THE_CLOCK} for record in log_of(each, event)]
+            for each in (expected, trainer)
+        ]
         assert logs[0] == logs[1], event
     for name, value in everything(expected).items():
         assert value.equal(everything(trainer)[name]), name
@@ -84,7 +90,9 @@ def test_a_signal_in_the_last_moments_comes_after_the_model(toy_settings, monkey
 
 def test_without_checkpoints_a_signal_leaves_none(toy_settings, monkeypatch):
     settings = [*toy_settings, "training.checkpoint_interval=0", "training.checkpoint_minutes=0"]
-    with pytest.raises(signals.Interrupted, match=r"after step 2, without a checkpoint \(training.checkpoint_interval=0"):
+    with pytest.raises(
+        signals.Interrupted, match=r"after step 2, without a checkpoint \(training.checkpoint_interval=0"
+    ):
         train(settings, hooks=[SignalAt(monkeypatch, 2)])
     assert not list(load_config(settings).run_folder.glob("checkpoint*"))
 
@@ -102,6 +110,10 @@ def test_checkpoints_come_by_time_as_well(toy_settings, monkeypatch, minutes, sa
             ends.append(trainer.state.step)
 
     interval = 0 if minutes else 5
-    settings = [f"training.checkpoint_minutes={minutes}", f"training.checkpoint_interval={interval}", "training.optimization.max_steps=9"]
+    settings = [
+        f"training.checkpoint_minutes={minutes}",
+        f"training.checkpoint_interval={interval}",
+        "training.optimization.max_steps=9",
+    ]
     train([*toy_settings, *settings], hooks=[Clock()])
     assert steps == saved

@@ -103,7 +103,9 @@ def start_command(how: str, processes: int = 1, script: str = "launchers/train.p
     ]  # fmt: skip
 
 
-def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], folder: Path) -> subprocess.CompletedProcess[str]:
+def train_in_turn(
+    how: str, processes: int, trainings: list[dict[str, object]], folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Several trainings in the processes of one launch, see tests/distributed/trainings.py; `how` may be deepspeed without a stage.
 
     Where one fails, the last, the launcher must end its other processes within a minute, and the error of the rank that failed
@@ -130,7 +132,9 @@ def train_in_turn(how: str, processes: int, trainings: list[dict[str, object]], 
 def assert_ended(done: subprocess.CompletedProcess[str], number: signal.Signals, step: int) -> None:
     """By a signal, after a step, with one line."""
     said = [line for line in done.stderr.splitlines() if line.startswith("SIG")]
-    assert len(said) == 1 and said[0].startswith(f"{number.name}: ended after step {step}, with a checkpoint in "), done.stderr
+    assert len(said) == 1 and said[0].startswith(f"{number.name}: ended after step {step}, with a checkpoint in "), (
+        done.stderr
+    )
     assert "in train" not in done.stderr  # no rank's traceback
 
 
@@ -221,7 +225,13 @@ def model(tmp_path_factory, toy_data, tiny_encoder):
         "training: {optimization: {xmc_optimizer: adamw, encoder_lr: 2.0e-3, lr: 2.0e-2, epochs: 6, warmup_steps: 5}}\n"
     )
     train_here(
-        [f"dataset={yaml}", f"dataset_path={toy_data}", f"output_dir={out}", f"data.cache_dir={out / 'cache'}", "log_fname=m"]
+        [
+            f"dataset={yaml}",
+            f"dataset_path={toy_data}",
+            f"output_dir={out}",
+            f"data.cache_dir={out / 'cache'}",
+            "log_fname=m",
+        ]
     )
     return out / "m" / "model", [record for record in records_of(out / "m") if record["event"] == "evaluate"][-1]
 
@@ -318,11 +328,20 @@ def tied(model, tmp_path):
 @pytest.mark.slow
 def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
     """The labels shared, output once, equal scores in the same order; with pairs to leave out, and a rank without texts."""
-    texts, labels = ((toy_data / "toy" / f"test_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels"))
+    texts, labels = (
+        (toy_data / "toy" / f"test_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels")
+    )
     records = [instance(text, [int(tag[3:]) for tag in line.split()]) for text, line in zip(texts, labels)]
-    inside = write_lf(tmp_path / "toy", records, records, [{"uid": f"tag{n:02d}", "title": f"w{n}", "content": ""} for n in range(41)])
+    inside = write_lf(
+        tmp_path / "toy", records, records, [{"uid": f"tag{n:02d}", "title": f"w{n}", "content": ""} for n in range(41)]
+    )
     (inside / "filter_labels_test.txt").write_text("".join(f"{row} {row % 41}\n" for row in range(len(records))))
-    settings = [f"dataset_path={tmp_path}", "data.is_lf_data=true", "data.use_filter_eval=true", "data.label_text_file=null"]
+    settings = [
+        f"dataset_path={tmp_path}",
+        "data.is_lf_data=true",
+        "data.use_filter_eval=true",
+        "data.label_text_file=null",
+    ]
     (tmp_path / "some.txt").write_text("\n".join(texts[:5]) + "\n")
     scripts = [
         ["launchers/evaluate.py", str(tied), "--json", "data.test_batch_size=20", *settings],
@@ -331,7 +350,9 @@ def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
     ]
     here = [run_here(*words) for words in scripts]
     in_turn = json.dumps([[free_port(), *words] for words in scripts])
-    there = launch("torchrun", "--nproc_per_node", "2", "--master_port", free_port(), "tests/distributed/scripts.py", in_turn)
+    there = launch(
+        "torchrun", "--nproc_per_node", "2", "--master_port", free_port(), "tests/distributed/scripts.py", in_turn
+    )
     assert all(done.returncode == 0 for done in (*here, there)), there.stderr
     (found, *one), (found_by_two, *two) = (
         list(map(json.loads, output.splitlines())) for output in ("".join(done.stdout for done in here), there.stdout)
@@ -340,7 +361,9 @@ def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
     assert [record["text"] for record in two] == [record["text"] for record in one] == texts[:5]
     for left, right in zip(one, two):
         assert [label["id"] for label in right["labels"]] == [label["id"] for label in left["labels"]]
-        assert [label["score"] for label in right["labels"]] == pytest.approx([label["score"] for label in left["labels"]], rel=1e-5)
+        assert [label["score"] for label in right["labels"]] == pytest.approx(
+            [label["score"] for label in left["labels"]], rel=1e-5
+        )
         alike = [label["id"] for label in left["labels"] if int(label["id"][3:]) % 3 == 0]
         assert alike == sorted(alike) and len(alike) == 14
 

@@ -91,7 +91,9 @@ def test_weight_decay_and_loss_reduction_of_the_head(toy_settings):
 
 
 def test_the_logit_adjustment_is_that_of_the_labels_frequencies(toy_settings):
-    trainer = train(toy_settings, "model.ffi.logit_adjustment=0.3", "model.ffi.head_ratio=0.2", "training.optimization.max_steps=1")
+    trainer = train(
+        toy_settings, "model.ffi.logit_adjustment=0.3", "model.ffi.head_ratio=0.2", "training.optimization.max_steps=1"
+    )
     counts = trainer.corpus.label_counts()
     expected = 0.3 * (np.log(counts) - np.log(counts.sum() / len(counts)))
     found = torch.cat([trainer.head.frequent.logit_shift, trainer.head.tail.logit_shift]).numpy()
@@ -201,7 +203,10 @@ def test_a_training_that_is_all_warm_up_says_so_and_says_what_drives_it(toy_sett
     steps = ["training.optimization.max_steps=2", "environment.device=cpu"]
     trainer = train(toy_settings, *steps, "training.optimization.warmup_steps=2")
     said = capsys.readouterr().out
-    assert "all 2 steps are warm-up (training.optimization.warmup_steps=2)" in said and "on cpu, without DeepSpeed: " in said
+    assert (
+        "all 2 steps are warm-up (training.optimization.warmup_steps=2)" in said
+        and "on cpu, without DeepSpeed: " in said
+    )
     assert log_of(trainer, "start")[0]["engine"] == "without DeepSpeed"
     train(toy_settings, *steps, "training.optimization.warmup_steps=1")
     assert "warm-up" not in capsys.readouterr().out
@@ -209,5 +214,7 @@ def test_a_training_that_is_all_warm_up_says_so_and_says_what_drives_it(toy_sett
 
 def test_missing_clusters_are_noticed_before_the_texts_are_read(toy_settings, monkeypatch):
     monkeypatch.setattr("xmc_trainer.trainer.corpus_of", lambda *_, **__: pytest.fail("texts were read"))
-    with pytest.raises(UserError, match="label_group7.safetensors: no such label clusters; make it by xmc-trainer clusters"):
+    with pytest.raises(
+        UserError, match="label_group7.safetensors: no such label clusters; make it by xmc-trainer clusters"
+    ):
         train(toy_settings, *PLAIN, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=7")

@@ -36,10 +36,14 @@ def save_encoder(folder, texts):
     backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.Lowercase()
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
     torch.manual_seed(0)
-    size = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, max_position_embeddings=40)
+    size = dict(
+        hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128, max_position_embeddings=40
+    )
     BertModel(BertConfig(vocab_size=len(words), initializer_range=0.1, **size)).save_pretrained(folder)
 
 
@@ -170,7 +174,11 @@ def test_label_texts_filter_plateau_and_early_stopping(yso, tmp_path):
 
 def test_weights_from_elsewhere_start_ahead(yso, tmp_path):
     def first_epoch(*more):
-        trainer = Trainer(load_config([*yso, f"output_dir={tmp_path}", f"log_fname=first{len(more)}", "training.optimization.epochs=1", *more]))
+        trainer = Trainer(
+            load_config(
+                [*yso, f"output_dir={tmp_path}", f"log_fname=first{len(more)}", "training.optimization.epochs=1", *more]
+            )
+        )
         return trainer, trainer.train()["P@1"]
 
     teacher, _, _ = learns(yso, tmp_path)

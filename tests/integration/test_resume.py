@@ -68,7 +68,14 @@ def new_process() -> None:
 
 
 def settings_of(toy_settings, name, *more):
-    return [*toy_settings, f"log_fname={name}", "training.checkpoint_interval=7", "training.optimization.epochs=3", "training.overwrite=false", *more]
+    return [
+        *toy_settings,
+        f"log_fname={name}",
+        "training.checkpoint_interval=7",
+        "training.optimization.epochs=3",
+        "training.overwrite=false",
+        *more,
+    ]
 
 
 CASES = {
@@ -102,10 +109,15 @@ def test_goes_on_as_if_nothing_had_happened(toy_settings, case, cut):
     trainer, found = train([*settings, "training.resume=true"], hooks=[again := Counter()])
     assert found == metrics and again.steps == counted.steps
     for event in ("step", "evaluate", "rewire"):
-        logs = [[{k: v for k, v in record.items() if k not in BY_THE_CLOCK} for record in log_of(each, event)] for each in (whole, trainer)]
+        logs = [
+            [{k: v for k, v in record.items() if k not in BY_THE_CLOCK} for record in log_of(each, event)]
+            for each in (whole, trainer)
+        ]
         assert logs[0] == logs[1]
     assert [record["step"] for record in log_of(trainer, "resume")] == [cut // 7 * 7]
-    assert {record["event"] for record in log_of(whole, "start")} == {record["event"] for record in log_of(trainer, "start")}
+    assert {record["event"] for record in log_of(whole, "start")} == {
+        record["event"] for record in log_of(trainer, "start")
+    }
     expected = everything(whole)
     assert expected.keys() == everything(trainer).keys()
     for name, value in everything(trainer).items():
@@ -142,13 +154,19 @@ def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
     new_process()
     trainer, _ = train([*interrupted, "training.resume=true"])
     new_process()
-    before = {path: path.read_bytes() for path in trainer.run_folder.rglob("*") if path.is_file() and path.name != ".lock"}
-    done = run_here("launchers/train.py", *interrupted, "training.resume=true")  # by a script that is always started again
+    before = {
+        path: path.read_bytes() for path in trainer.run_folder.rglob("*") if path.is_file() and path.name != ".lock"
+    }
+    done = run_here(
+        "launchers/train.py", *interrupted, "training.resume=true"
+    )  # by a script that is always started again
     assert not done.returncode and "this run is finished" in done.stdout and "step" not in done.stdout
     shorter = [*interrupted, "training.optimization.epochs=1"]
     assert "cut: holds a finished run; " in (message := message_of(shorter)) and other in message
     new_process()
-    assert "a finished run with training.optimization.epochs=3, not 1; set that again" in message_of([*shorter, "training.resume=true"])
+    assert "a finished run with training.optimization.epochs=3, not 1; set that again" in message_of(
+        [*shorter, "training.resume=true"]
+    )
     assert before == {path: path.read_bytes() for path in before}
 
 
@@ -170,7 +188,9 @@ def test_what_is_replaced_stays_until_the_new_run_is_finished(interrupted):
     assert json.loads((folder / "model" / "manifest.json").read_text())["step"] == 40
     # Whoever starts from that file replaces nothing.
     new_process()
-    message = message_of([f"dataset={folder / 'config.yaml'}", "training.resume=false", "training.optimization.epochs=1"])
+    message = message_of(
+        [f"dataset={folder / 'config.yaml'}", "training.resume=false", "training.optimization.epochs=1"]
+    )
     assert "holds a finished run" in message
 
 
@@ -227,7 +247,10 @@ def test_two_trainings_do_not_share_a_folder(interrupted):
     assert not taken()
     new_process()
     file = load_config(interrupted).run_folder / "log.jsonl"
-    assert "cannot be written (Not a directory); remove the file that stands where a folder must be, or set output_dir to another folder" in run_message_of([*interrupted, f"output_dir={file}"])
+    assert (
+        "cannot be written (Not a directory); remove the file that stands where a folder must be, or set output_dir to another folder"
+        in run_message_of([*interrupted, f"output_dir={file}"])
+    )
 
 
 @pytest.mark.parametrize("kilobytes, file", [(60, "checkpoint-14.partial"), (0, "log.jsonl")])
@@ -243,7 +266,10 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence(interrupted, kilobytes
         message = run_message_of([*interrupted, "training.resume=true"], hooks=[Full()])
     folder = load_config(interrupted).run_folder
     assert message.startswith(f"{folder / file}: cannot be written (File too large); ")
-    assert message.endswith("; training.resume=true then goes on from checkpoint-7, which is whole") and "\n" not in message
+    assert (
+        message.endswith("; training.resume=true then goes on from checkpoint-7, which is whole")
+        and "\n" not in message
+    )
     assert not list(folder.glob("*.partial"))
     new_process()
     trainer, _ = train([*interrupted, "training.resume=true", "training.checkpoint_interval=0"])
@@ -253,7 +279,11 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence(interrupted, kilobytes
 def test_what_may_change_does(interrupted):
     trainer, _ = train(
         [
-            *interrupted, "training.resume=true", "model.ffi.tile_labels=8", "data.test_batch_size=16", "training.checkpoint_interval=0",
+            *interrupted,
+            "training.resume=true",
+            "model.ffi.tile_labels=8",
+            "data.test_batch_size=16",
+            "training.checkpoint_interval=0",
             "data.micro_batches=4",
         ]
     )
@@ -267,7 +297,10 @@ def test_a_checkpoint_of_the_version_before_is_refused_and_kept(interrupted):
     (folder / "checkpoint-7" / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     (folder / "checkpoint-7").rename(folder / "checkpoint.old")  # as it was called, cut off between two renamings
     message = message_of([*interrupted, "training.resume=true"])
-    assert "checkpoint/manifest.json: format 1, this version reads 2 of a checkpoint; use the version that wrote it" in message
+    assert (
+        "checkpoint/manifest.json: format 1, this version reads 2 of a checkpoint; use the version that wrote it"
+        in message
+    )
     assert (folder / "checkpoint" / "encoder.safetensors").is_file()
 
 

@@ -216,7 +216,10 @@ FORGERIES = {
         lambda m: m.update(max_len="16"),
         'max_len must be a whole number from 1 to 9007199254740991, not "16"',
     ),
-    "ten million layers": (lambda m: m["encoder"].update(feature_layers=10**7), "the encoder has fewer than 10000000 layers"),
+    "ten million layers": (
+        lambda m: m["encoder"].update(feature_layers=10**7),
+        "the encoder has fewer than 10000000 layers",
+    ),
     "an entry more": (lambda m: m.update({"more\nof": 1}), r'"more\nof" is unknown'),
     "true as a number": (lambda m: m.update(step=True), "step must be a whole number"),
 }

@@ -61,7 +61,9 @@ def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys,
     assert "broken-1: failed: error: " in said and "nowhere: no such folder" in said
 
     log = tmp_path / "out/F_12-1/log.jsonl"
-    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # cut off at its very end: it is trained again
+    log.write_text(
+        "".join(log.read_text().splitlines(keepends=True)[:-1])
+    )  # cut off at its very end: it is trained again
     sweep["seeds"], sweep["rows"] = [1, 2], {"F = 12": []}
     file.write_text(json.dumps(sweep))
     done = launch(*words)
@@ -98,9 +100,17 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
     for kind in ("raw_texts", "labels"):
         (data / f"toy/dev_{kind}.txt").write_text("".join((data / f"toy/train_{kind}.txt").open().readlines()[:150]))
     row = ["model.ffi.group_size=4", "model.ffi.semantic_groups=true", "model.auxiliary.group_y_group=7"]
-    settings = [*toy_settings, f"dataset_path={data}", "environment.device=cpu", "training.optimization.max_steps=60", "model.ffi.weight_init=zero"]
+    settings = [
+        *toy_settings,
+        f"dataset_path={data}",
+        "environment.device=cpu",
+        "training.optimization.max_steps=60",
+        "model.ffi.weight_init=zero",
+    ]
     file = tmp_path / "views.yaml"
-    file.write_text(json.dumps({"settings": settings, "rows": {"a": row}, "splits": ["dev", "test"], "strengths": [0, 2]}))
+    file.write_text(
+        json.dumps({"settings": settings, "rows": {"a": row}, "splits": ["dev", "test"], "strengths": [0, 2]})
+    )
     [(_, seed, words)], views = plan(file, [])
     config = load_config(words)
     make_clusters([words])
@@ -108,19 +118,30 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
     assert seed == 42 and results(config, views) is None
     run_one(words, views)
     entries = results(config, views)
-    assert [(entry["split"], entry["strength"]) for entry in entries] == [("dev", 0), ("dev", 2), ("test", 0), ("test", 2)]
+    assert [(entry["split"], entry["strength"]) for entry in entries] == [
+        ("dev", 0),
+        ("dev", 2),
+        ("test", 0),
+        ("test", 2),
+    ]
 
     model = XMCModel.load(config.run_folder / "model", "cpu")
     counts = Counter(label for line in (data / "toy/train_labels.txt").open() for label in line.split())
     ids = model.saved.label_ids.to_pylist()
     shift = torch.tensor([math.log(counts[name] * len(ids) / counts.total()) for name in ids])
     for entry in entries:
-        texts, true = ((data / f"toy/{entry['split']}_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels"))
+        texts, true = (
+            (data / f"toy/{entry['split']}_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels")
+        )
         every = model.predict(texts, k=len(ids))
-        score = torch.tensor([[{p.id: p.score for p in one}[name] for name in ids] for one in every], dtype=torch.float64).logit()
+        score = torch.tensor(
+            [[{p.id: p.score for p in one}[name] for name in ids] for one in every], dtype=torch.float64
+        ).logit()
         best = (score - entry["strength"] * shift).argmax(1)
         right = [ids[label] in line.split() for label, line in zip(best.tolist(), true)]
-        assert entry["P@1"] == pytest.approx(sum(right) / len(right), abs=1.01 / len(right))  # a text may have two best labels
+        assert entry["P@1"] == pytest.approx(
+            sum(right) / len(right), abs=1.01 / len(right)
+        )  # a text may have two best labels
     assert len({entry["P@1"] for entry in entries}) == 4 and len({entry["minutes"] for entry in entries}) == 1
 
     log = config.run_folder / "log.jsonl"
@@ -128,12 +149,20 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
     more = Views(["test"], [0, 2, 1])
     assert results(config, more) is None
     run_one(words, more)
-    assert log.stat().st_mtime_ns == before and results(config, more)[0] == entries[2] and results(config, views) == entries
-    with pytest.raises(UserError, match=rf"1 of the 1 runs would replace .*{config.run_folder} \(data.batch_size=32, not 16\)"):
+    assert (
+        log.stat().st_mtime_ns == before
+        and results(config, more)[0] == entries[2]
+        and results(config, views) == entries
+    )
+    with pytest.raises(
+        UserError, match=rf"1 of the 1 runs would replace .*{config.run_folder} \(data.batch_size=32, not 16\)"
+    ):
         refuse_to_replace([[*words, "data.batch_size=16"]])
     refuse_to_replace([words])
     find_splits([words], views)
-    with pytest.raises(UserError, match=r"valid_raw_texts.txt or .* is missing, .*; the split is data.test_split=valid"):
+    with pytest.raises(
+        UserError, match=r"valid_raw_texts.txt or .* is missing, .*; the split is data.test_split=valid"
+    ):
         find_splits([words], Views(["dev", "valid"]))
     with log.open("a") as file:
         file.write(log.read_text().splitlines()[-1] + "\n")  # of another training
@@ -142,7 +171,9 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
 
 @pytest.mark.slow
 def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
-    sweep = subprocess.Popen([sys.executable, "-m", "xmc_trainer", "sweep", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "xmc_trainer", "sweep", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
 
     def runs():
         words = [command_of(pid) for pid in os.listdir("/proc") if pid.isdigit()]
@@ -205,7 +236,11 @@ def test_when_nothing_but_failures_comes_the_rest_is_not_tried(file, monkeypatch
     runs, views = plan(file, [])
     train([words for _, _, words in runs], views, file, jobs=1)
     said = capsys.readouterr().out
-    assert len(started) == 3 and said.count("failed: error: of all") == 3 and "3 runs are not started: the first 3 failed" in said
+    assert (
+        len(started) == 3
+        and said.count("failed: error: of all") == 3
+        and "3 runs are not started: the first 3 failed" in said
+    )
 
 
 def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):

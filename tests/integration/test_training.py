@@ -54,7 +54,9 @@ def test_a_run_learns_logs_saves_and_loads(toy_settings):
     assert steps[-1]["loss"] < steps[0]["loss"] / 3 and steps[-1]["head_skipped"] == 0
     assert len(list(trainer.encoder.parameters())) == 2  # with weight decay and without: all that an engine sees
     told = [record for record in steps if "texts_per_s" in record]
-    assert told[-1] == steps[-1] and all(0 <= record["waiting"] <= 1 and record["head_ms"] > 0 < record["encoder_ms"] for record in told)
+    assert told[-1] == steps[-1] and all(
+        0 <= record["waiting"] <= 1 and record["head_ms"] > 0 < record["encoder_ms"] for record in told
+    )
     # Each covers the steps since the one before; a step of its rate lasts no longer than all of the training did.
     assert all(32 / record["texts_per_s"] < log_of(trainer, "end")[0]["seconds"] for record in told)
     evaluations = log_of(trainer, "evaluate")
@@ -138,7 +140,9 @@ def test_hooks_are_called_in_order(toy_settings):
 VARIANTS = {
     "dense": ["model.ffi.use_sparse_layer=false"],
     "groups, states in a byte": [
-        "model.ffi.group_size=4", "model.ffi.prune_mode=fraction", "model.ffi.growth_init_mode=random",
+        "model.ffi.group_size=4",
+        "model.ffi.prune_mode=fraction",
+        "model.ffi.growth_init_mode=random",
         "training.optimization.xmc_optimizer=adamw_8bit",
     ],
     "bfloat16": ["model.ffi.weight_dtype=bfloat16", "training.amp.enabled=true", "training.amp.dtype=bfloat16"],
@@ -298,7 +302,9 @@ def test_what_the_encoder_contradicts_is_refused_before_tokenising(toy_settings,
 
 def test_roberta_reads_fewer_tokens_than_it_has_positions(toy_settings, tiny_encoder, tmp_path):
     size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=94)
-    RobertaModel(RobertaConfig(max_position_embeddings=14, pad_token_id=1, **size)).save_pretrained(tmp_path / "roberta")
+    RobertaModel(RobertaConfig(max_position_embeddings=14, pad_token_id=1, **size)).save_pretrained(
+        tmp_path / "roberta"
+    )
     roberta = [f"model.encoder.encoder_model={tmp_path / 'roberta'}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
     with pytest.raises(UserError, match="data.max_len=13: this encoder reads at most 12 tokens"):
         Trainer(load_config([*toy_settings, *roberta, "data.max_len=13"]))
@@ -386,7 +392,10 @@ class FirstOfTen(Ranks):
     [
         (["model.ffi.group_size=5"], "model.ffi.group_size=5: leaves fewer groups of labels than processes"),
         (["model.ffi.head_ratio=0.2"], "model.ffi.head_ratio=0.2: means 8 labels, fewer than processes"),
-        (["model.auxiliary.use_meta_branch=true"], r"label_group0.safetensors: has fewer clusters \(8\) than there are processes"),
+        (
+            ["model.auxiliary.use_meta_branch=true"],
+            r"label_group0.safetensors: has fewer clusters \(8\) than there are processes",
+        ),
     ],
 )
 def test_more_processes_than_parts_are_refused(toy_settings, clusters, monkeypatch, more, message):
@@ -397,7 +406,9 @@ def test_more_processes_than_parts_are_refused(toy_settings, clusters, monkeypat
 
 def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
     """The first step's loss, from features, weights and clusters, in float64."""
-    trainer = Trainer(load_config([*toy_settings, "model.auxiliary.use_meta_branch=true", "training.optimization.max_steps=1"]))
+    trainer = Trainer(
+        load_config([*toy_settings, "model.auxiliary.use_meta_branch=true", "training.optimization.max_steps=1"])
+    )
     branch, head = trainer.meta_branch, trainer.head
     kept = []
     micro_step = trainer._micro_step
@@ -420,7 +431,9 @@ def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
                     where = label if part is head else next(n for n, group in enumerate(groups) if label in group)
                     target[row, where] = 1
                 at += count
-            expected += weight * torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum").item()
+            expected += (
+                weight * torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum").item()
+            )
         loss = micro_step(batch, end_of_step)
         kept.append((loss.item(), expected))
         assert len(names) == 41
@@ -439,7 +452,9 @@ def _clusters_of(path):
 
 
 def test_semantic_groups_change_no_name(toy_settings, clusters):
-    trainer, metrics = train(toy_settings, "model.ffi.group_size=4", "model.ffi.semantic_groups=true", "model.ffi.fan_in=20")
+    trainer, metrics = train(
+        toy_settings, "model.ffi.group_size=4", "model.ffi.semantic_groups=true", "model.ffi.fan_in=20"
+    )
     order, _ = _clusters_of(clusters)
     assert trainer.corpus.labels["id"] == [f"tag{n:02d}" for n in order] != sorted(trainer.corpus.labels["id"])
     assert metrics["P@1"] > 0.9
@@ -457,7 +472,12 @@ def test_semantic_groups_change_no_name(toy_settings, clusters):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["model.ffi.group_size=4", "model.ffi.semantic_groups=true"], ["model.ffi.head_fan_in=20", "model.ffi.index_init=informed"]]
+    "more",
+    [
+        [],
+        ["model.ffi.group_size=4", "model.ffi.semantic_groups=true"],
+        ["model.ffi.head_fan_in=20", "model.ffi.index_init=informed"],
+    ],
 )
 def test_frequent_labels_read_more(toy_settings, clusters, more):
     trainer, metrics = train(toy_settings, "model.ffi.head_ratio=0.2", *more)
@@ -529,7 +549,11 @@ def test_a_dense_start_is_neither_waited_for_nor_kept(toy_settings):
 
 
 def test_schedules_and_early_stopping(toy_settings):
-    settings = [*toy_settings, "training.optimization.lr_scheduler=MultiStepLR", "training.optimization.lr_milestones=[1,2]"]
+    settings = [
+        *toy_settings,
+        "training.optimization.lr_scheduler=MultiStepLR",
+        "training.optimization.lr_milestones=[1,2]",
+    ]
     settings += ["training.optimization.lr_scheduler_xmc=ReduceLROnPlateau", "training.optimization.lr_patience=0"]
     settings += ["training.evaluation.early_stop_patience=2", "training.evaluation.early_stop_metric=R@5"]
     trainer, _ = train(settings, "training.evaluation.early_stop_delta=2.0", "training.optimization.epochs=20")
@@ -537,7 +561,11 @@ def test_schedules_and_early_stopping(toy_settings):
     # Nothing beats the first evaluation by 200 points: two more and it ends.
     assert len(log_of(trainer, "evaluate")) == 3 and len(steps) == 60 and trainer.state.stopped
     rates = [record["encoder_lr"] for record in steps]
-    assert rates[5] == rates[19] == 2e-3 and rates[20:40] == pytest.approx([2e-4] * 20) and rates[40:] == pytest.approx([2e-5] * 20)
+    assert (
+        rates[5] == rates[19] == 2e-3
+        and rates[20:40] == pytest.approx([2e-4] * 20)
+        and rates[40:] == pytest.approx([2e-5] * 20)
+    )
     p1 = [record["P@1"] for record in log_of(trainer, "evaluate")]
     reductions = np.cumsum([0, 0, p1[1] <= p1[0]])
     assert [steps[at]["lr"] for at in (19, 39, 59)] == pytest.approx([2e-2 * 0.1**n for n in reductions])
@@ -561,7 +589,12 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
         state=SimpleNamespace(deepspeed_plugin=None), autocast=nullcontext, is_main_process=True
     )
     trainer = SimpleNamespace(
-        device=torch.device("cuda"), accelerator=accelerator, encoder_module=encoder, micro_batches=1, _rows=int, _longest=lambda: 16
+        device=torch.device("cuda"),
+        accelerator=accelerator,
+        encoder_module=encoder,
+        micro_batches=1,
+        _rows=int,
+        _longest=lambda: 16,
     )
 
     def fails(*arguments):
@@ -570,10 +603,15 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
     monkeypatch.setattr("xmc_trainer.trainer.warm_up", fails)
     trainer.config = load_config(["dataset=amazon3m"])
     assert Trainer._compile_encoder(trainer) is False
-    assert "cannot be compiled and trains uncompiled, more slowly (RuntimeError: no compiler here)" in capsys.readouterr().out
+    assert (
+        "cannot be compiled and trains uncompiled, more slowly (RuntimeError: no compiler here)"
+        in capsys.readouterr().out
+    )
     assert all(module._compiled_call_impl is None and "forward" not in vars(module) for module in encoder.modules())
     trainer.config = load_config(["dataset=amazon3m", "model.encoder.use_torch_compile=true"])
-    with pytest.raises(UserError, match="use_torch_compile=true: this encoder cannot be compiled .*; set it to auto or false"):
+    with pytest.raises(
+        UserError, match="use_torch_compile=true: this encoder cannot be compiled .*; set it to auto or false"
+    ):
         Trainer._compile_encoder(trainer)
     trainer.config = load_config(["dataset=amazon3m", "model.encoder.use_torch_compile=False"])
     assert Trainer._compile_encoder(trainer) is False
@@ -589,7 +627,11 @@ def test_the_compiled_encoder_trains_alike(toy_settings, accumulation):
     compiled, _ = train(toy_settings, *more, "model.encoder.use_torch_compile=true", "log_fname=compiled")
     assert compiled.encoder_module.backbone._compiled_call_impl is not None
     # Of the first training of this process that compiled.
-    assert any(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).iterdir()) and os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith("cache/compiled")
+    assert any(Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).iterdir()) and os.environ[
+        "TORCHINDUCTOR_CACHE_DIR"
+    ].endswith("cache/compiled")
     losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, compiled)]
-    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=1e-4) and losses[1][-1] == pytest.approx(losses[0][-1], rel=0.1)
+    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=1e-4) and losses[1][-1] == pytest.approx(
+        losses[0][-1], rel=0.1
+    )
     assert XMCModel.load(compiled.run_folder / "model").predict(["w3"], k=1)

@@ -38,9 +38,13 @@ def library_for_cpu(source, capability, defines):
     replaced = 0
     for name in (source, *cuda_source.HEADERS):
         text = (cuda_source.FOLDER / name).read_text()
-        text, shared = re.subn(r"extern __shared__ (.*)uint8_t memory\[\];", "uint8_t* memory = cpu::aligned_memory();", text)
+        text, shared = re.subn(
+            r"extern __shared__ (.*)uint8_t memory\[\];", "uint8_t* memory = cpu::aligned_memory();", text
+        )
         text, launches = re.subn(
-            r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);", r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });", text
+            r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);",
+            r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });",
+            text,
         )
         (folder / name.replace(".cu", ".cpp") if name == source else folder / name).write_text(text)
         replaced += shared + launches
@@ -84,9 +88,21 @@ def use(device, module, name, monkeypatch):
 
 
 def make_head(device, features, fan_in, group_size, optimizer="sgd", labels=LABELS, **options):
-    options = {"lr": 0.03, "weight_decay": 0.02, "seed": 5, "backend": "triton", "product_dtype": torch.bfloat16} | options
+    options = {
+        "lr": 0.03,
+        "weight_decay": 0.02,
+        "seed": 5,
+        "backend": "triton",
+        "product_dtype": torch.bfloat16,
+    } | options
     return FixedFanInHead(
-        features, labels, fan_in=fan_in, group_size=group_size, optimizer=OPTIMIZERS[optimizer], device=device, **options
+        features,
+        labels,
+        fan_in=fan_in,
+        group_size=group_size,
+        optimizer=OPTIMIZERS[optimizer],
+        device=device,
+        **options,
     )
 
 
@@ -104,7 +120,9 @@ def dense_of(head):
     row = torch.arange(head.weight.shape[0], device=head.weight.device) // head.group_size
     index = head.index.long()[row]
     dense = torch.zeros(head.weight.shape[0], head.in_features, dtype=torch.float64, device=head.weight.device)
-    return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
+    return dense.scatter(1, index, head.weight.double()), torch.zeros_like(dense, dtype=torch.bool).scatter(
+        1, index, True
+    )
 
 
 def floats_of(head):

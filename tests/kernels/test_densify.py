@@ -59,7 +59,9 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, with_posit
     assert error(feat.grad, z.grad @ before) <= 1.05 * error(twin_dx, z.grad @ before)
     dw = (z.grad.T @ x) * mask
     assert error(before - dense_of(head)[0], dw) <= 1.05 * error(twin_dw, dw)
-    torch.testing.assert_close(-head.bias.double(), z.grad.sum(0), rtol=1e-2, atol=1e-2 * z.grad.sum(0).abs().max().item())
+    torch.testing.assert_close(
+        -head.bias.double(), z.grad.sum(0), rtol=1e-2, atol=1e-2 * z.grad.sum(0).abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype, texts", [
@@ -69,8 +71,17 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, with_posit
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, texts, device):
     features, fan_in, group_size = HEADS[number]
     labels = LABELS
-    options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean", "bias": number != 1, "labels": labels}
-    heads = [make_head(device, features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    options = {
+        "weight_dtype": weight_dtype,
+        "lr": 1e-3,
+        "text_reduction": "mean",
+        "bias": number != 1,
+        "labels": labels,
+    }
+    heads = [
+        make_head(device, features, fan_in, group_size, optimizer, backend=name, **options)
+        for name in ("triton", "reference")
+    ]
     start = floats_of(heads[0])
     for step in range(2):
         for head in heads:
@@ -135,11 +146,15 @@ def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
 @pytest.mark.parametrize("number", [2])
 def test_steps_without_update_take_states_of_a_byte(number, device):
     options = {"weight_dtype": torch.bfloat16, "lr": 1e-3, "text_reduction": "mean"}
-    heads = [make_head(device, *HEADS[number], "adamw_8bit", backend=name, **options) for name in ("triton", "reference")]
+    heads = [
+        make_head(device, *HEADS[number], "adamw_8bit", backend=name, **options) for name in ("triton", "reference")
+    ]
     start, losses = floats_of(heads[0]), []
     for head in heads:
         first, second = (batch(device, HEADS[number][0], texts, seed=texts) for texts in (60, 40))
-        losses.append([head(*first, end_of_step=False, texts_in_step=100).item(), head(*second, texts_in_step=100).item()])
+        losses.append(
+            [head(*first, end_of_step=False, texts_in_step=100).item(), head(*second, texts_in_step=100).item()]
+        )
         head.eval()
         losses[-1].append(head(*first).item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and not source._gave_up
@@ -176,10 +191,14 @@ def test_no_texts_no_positives_and_rewired_rows(number, device):
     assert head(torch.empty(0, features, device=device), none, none).item() == 0
     feat = torch.randn(2, features, device=device).bfloat16().float()
     for _ in range(2):
-        expected = oracle_loss(feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS, device=device), "bce")
+        expected = oracle_loss(
+            feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS, device=device), "bce"
+        )
         with torch.no_grad():
             head.eval()
-            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(expected.sum().item(), rel=1e-3)
+            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(
+                expected.sum().item(), rel=1e-3
+            )
             head.train()
         head.rewire(RewireRule("fraction", 0.3, "random"))
 
@@ -189,7 +208,9 @@ def test_rows_that_one_block_has_all_features_of(number, device):
     """Runs of slots that are longer than what registers hold, and none."""
     features, fan_in, group_size = HEADS[number]
     options = {"weight_dtype": torch.bfloat16, "lr": 1.0}
-    heads = [make_head(device, features, fan_in, group_size, backend=name, **options) for name in ("triton", "reference")]
+    heads = [
+        make_head(device, features, fan_in, group_size, backend=name, **options) for name in ("triton", "reference")
+    ]
     feat, ids, counts = batch(device, features, 100)
     found = []
     for head in heads:

@@ -26,9 +26,18 @@ def hopper(monkeypatch):
 def test_shipped_configurations_get_the_cuda_kernels(name, ranks, hopper):
     config = load_config([f"dataset={name}"])
     model, optimization = config.model, config.training.optimization
-    features = model.penultimate.penultimate_size if model.penultimate.use_penultimate_layer else model.encoder.encoder_ftr_dim
+    features = (
+        model.penultimate.penultimate_size if model.penultimate.use_penultimate_layer else model.encoder.encoder_ftr_dim
+    )
     optimizer = {"rowwise_rmsprop": "rowwise"}.get(optimization.xmc_optimizer, optimization.xmc_optimizer)
-    head = make_head("cpu", features, model.ffi.fan_in, model.ffi.group_size, optimizer, weight_dtype=getattr(torch, model.ffi.weight_dtype))
+    head = make_head(
+        "cpu",
+        features,
+        model.ffi.fan_in,
+        model.ffi.group_size,
+        optimizer,
+        weight_dtype=getattr(torch, model.ffi.weight_dtype),
+    )
     dtype = torch.bfloat16 if config.training.amp.enabled else torch.float32
     texts = ranks * config.data.batch_size * optimization.grad_accum_step
     problem = Problem.of(head.tensors(), texts, features, dtype)
@@ -57,12 +66,21 @@ def test_each_condition_is_named():
         ({"bytes_in_float32": True}, "does not take states of a byte beside float32 weights"), ({"texts": 1 << 22}, "too many texts and features"),
     ]:  # fmt: skip
         assert group.refuses(problem._replace(**change)) == reason
-    assert group.refuses(problem) is None and densify.refuses(problem._replace(capability=(8, 0))) == "needs a GPU of capability 9.0"
+    assert (
+        group.refuses(problem) is None
+        and densify.refuses(problem._replace(capability=(8, 0))) == "needs a GPU of capability 9.0"
+    )
     assert densify.refuses(problem._replace(capability=(10, 0))) == "needs a GPU of capability 9.0"
-    assert describe(STEPS, problem._replace(group_size=1)) == "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 16)"
+    assert (
+        describe(STEPS, problem._replace(group_size=1))
+        == "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 16)"
+    )
 
 
 def test_a_head_says_which_kernels_it_gets(hopper):
     said = make_head("cpu", 768, 128, 1).describe_kernels(256)
     assert said.startswith("head: densify, CUDA, 64 labels x 128 texts (") and "; best labels: densify, CUDA" in said
-    assert make_head("cpu", 768, 128, 1, backend="reference").describe_kernels(256) == "head: reference, tiles of 4096 labels"
+    assert (
+        make_head("cpu", 768, 128, 1, backend="reference").describe_kernels(256)
+        == "head: reference, tiles of 4096 labels"
+    )

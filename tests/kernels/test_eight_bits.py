@@ -16,7 +16,9 @@ BYTES = {1: [byte for byte in range(256) if byte % 128 < 124], 2: list(range(256
 
 def number_of(byte: int, state: int) -> float:
     """Exponent and mantissa by hand: four numbers to each power of two; as float32 has it."""
-    if state == 1:  # a sign, five bits of exponent, of which 0 has the steps of 1, two of mantissa; of 128 times the state
+    if (
+        state == 1
+    ):  # a sign, five bits of exponent, of which 0 has the steps of 1, two of mantissa; of 128 times the state
         exponent, mantissa = byte % 128 // 4, byte % 4
         size = Fraction(mantissa + 4 * (exponent > 0), 4) * Fraction(2) ** (max(exponent, 1) - 15) / 128
         return float(-size if byte > 127 else size)
@@ -32,7 +34,11 @@ def test_every_byte_is_its_number_and_goes_back_to_itself(state):
     for column in range(50):  # whatever the draw
         row = torch.zeros(len(byte), dtype=torch.int64)
         assert torch.equal(encoded(value, KEY, row, torch.tensor(column), state), byte)
-    assert decoded(torch.zeros(3, dtype=torch.uint8), state).tolist() == [0, 0, 0]  # what a head starts with and rewiring writes
+    assert decoded(torch.zeros(3, dtype=torch.uint8), state).tolist() == [
+        0,
+        0,
+        0,
+    ]  # what a head starts with and rewiring writes
 
 
 @pytest.mark.parametrize("state, value", [
@@ -60,7 +66,9 @@ def test_what_is_too_large_is_the_largest(state):
         assert decoded(encoded(torch.tensor([-1e9]), KEY, row[:1], column[:1], state), state).item() == -largest
 
 
-@pytest.mark.parametrize("state, decay, start, end", [(1, 0.9, -0.3, 2e-3), (2, 0.999, 1e-4, 1e-6), (2, 0.999, 0.0, 3e-9)])
+@pytest.mark.parametrize(
+    "state, decay, start, end", [(1, 0.9, -0.3, 2e-3), (2, 0.999, 1e-4, 1e-6), (2, 0.999, 0.0, 3e-9)]
+)
 def test_an_average_goes_where_float32_s_does(state, decay, start, end):
     # A step changes an average by less than a byte can say: to the nearest, the second would stay where it is for ever.
     row, column = torch.arange(1000)[:, None], torch.arange(64)
@@ -80,7 +88,9 @@ def test_an_average_goes_where_float32_s_does(state, decay, start, end):
 
 def test_draws_of_the_two_states_are_uniform_together():
     rows, columns, cells = 20_000, 128, 32
-    product = element_bits(make_key(4, 9, Stream.ROUND), torch.arange(rows)[:, None] + 2**21, torch.arange(columns), 1).flatten()
+    product = element_bits(
+        make_key(4, 9, Stream.ROUND), torch.arange(rows)[:, None] + 2**21, torch.arange(columns), 1
+    ).flatten()
     first, second = (product >> 8) & 0xFF, (product >> 11) & 0x1FFFFF
     counts = torch.bincount((first >> 3) * cells + (second >> 16), minlength=cells**2).double()
     expected = rows * columns / cells**2

@@ -22,6 +22,7 @@ BY_ELEMENT = ["sgd", "momentum", "adamw"]
 # (features, fan_in, group_size): of one tile and several, short tiles and groups.
 GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300), (300, 40, 50)]
 
+
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
     """Where the kernel runs; fails a test in which it was not launched."""
@@ -61,7 +62,9 @@ def test_errs_no_more_than_eager_bfloat16(number, inputs, with_positives, device
     assert error(feat.grad, z.grad @ before) <= 1.05 * error(twin_dx, z.grad @ before)
     dw = (z.grad.T @ x) * mask
     assert error(before - dense_of(head)[0], dw) <= 1.05 * error(twin_dw, dw)
-    torch.testing.assert_close(-head.bias.double(), z.grad.sum(0), rtol=1e-2, atol=1e-2 * z.grad.sum(0).abs().max().item())
+    torch.testing.assert_close(
+        -head.bias.double(), z.grad.sum(0), rtol=1e-2, atol=1e-2 * z.grad.sum(0).abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
@@ -72,7 +75,10 @@ def test_errs_no_more_than_eager_bfloat16(number, inputs, with_positives, device
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = GROUPS[number]
     options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean"}
-    heads = [make_head(device, features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    heads = [
+        make_head(device, features, fan_in, group_size, optimizer, backend=name, **options)
+        for name in ("triton", "reference")
+    ]
     start = floats_of(heads[0])
     for step in range(3):
         for head in heads:
@@ -86,12 +92,17 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
         assert error(got[name] - start[name], (expected - start[name]).double()) < allowed, name
 
 
-@pytest.mark.parametrize("number, optimizer", [(1, "sgd"), (1, "adamw"), (3, "momentum"), (3, "adamw"), (3, "adamw_8bit")])
+@pytest.mark.parametrize(
+    "number, optimizer", [(1, "sgd"), (1, "adamw"), (3, "momentum"), (3, "adamw"), (3, "adamw_8bit")]
+)
 def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     features, fan_in, group_size = GROUPS[number]
     # With weights of zero the hinge's slopes are +-2: nothing but the order of sums differs between the backends.
     options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}
-    heads = [make_head(device, features, fan_in, group_size, optimizer, backend=name, **options) for name in ("triton", "reference")]
+    heads = [
+        make_head(device, features, fan_in, group_size, optimizer, backend=name, **options)
+        for name in ("triton", "reference")
+    ]
     for head in heads:
         head.weight.zero_()
         head(*batch(device, features, 200))
@@ -159,9 +170,13 @@ def test_no_texts_no_positives_and_rewired_rows(features, fan_in, group_size, de
     assert head(torch.empty(0, features, device=device), none, none).item() == 0
     feat = torch.randn(2, features, device=device).bfloat16().float()
     for _ in range(2):
-        expected = oracle_loss(feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS, device=device), "bce")
+        expected = oracle_loss(
+            feat.double() @ dense_of(head)[0].T + head.bias.double(), torch.zeros(2, LABELS, device=device), "bce"
+        )
         with torch.no_grad():
             head.eval()
-            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(expected.sum().item(), rel=1e-3)
+            assert head(feat, none, torch.zeros(2, dtype=torch.int64, device=device)).item() == pytest.approx(
+                expected.sum().item(), rel=1e-3
+            )
             head.train()
         head.rewire(RewireRule("fraction", 0.3, "random"))

@@ -38,7 +38,10 @@ def test_bits_equal_python_integers():
 def test_streams_steps_and_seeds_differ():
     keys = {make_key(seed, step, stream) for seed in (0, 1, 2**33) for step in range(50) for stream in Stream}
     assert len(keys) == 3 * 50 * len(Stream)
-    a, b = (uniform(make_key(0, step, Stream.ROUND), torch.arange(1000)[:, None], torch.arange(100)).flatten() for step in (1, 2))
+    a, b = (
+        uniform(make_key(0, step, Stream.ROUND), torch.arange(1000)[:, None], torch.arange(100)).flatten()
+        for step in (1, 2)
+    )
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.015
 
 
@@ -76,7 +79,9 @@ def test_draws_of_an_element_are_uniform_together():
         squares = ((counts - expected) ** 2 / expected).sum().item()
         assert squares < 1250, (first, second)  # chi squared, 1,023 degrees of freedom: p < 1e-6
         for shift in (1, 2, columns):  # the next columns, the next row
-            correlation = torch.corrcoef(torch.stack([draws[first][:-shift], draws[second][shift:]]).float())[0, 1].item()
+            correlation = torch.corrcoef(torch.stack([draws[first][:-shift], draws[second][shift:]]).float())[
+                0, 1
+            ].item()
             assert abs(correlation) < 0.005, (first, second, shift)
 
 

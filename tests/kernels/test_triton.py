@@ -81,7 +81,9 @@ def eager_twin(head, feat, ids, counts):
 @pytest.mark.parametrize("fan_in, group_size", [(None, 1), (12, 1), (12, 40)])
 def test_bfloat16_products_err_no_more_than_eager_ones(fan_in, group_size, scale, device):
     # scale 60 saturates most logits, on both sides.
-    head = make_head(device, fan_in=fan_in, group_size=group_size, product_dtype=torch.bfloat16, lr=1.0, weight_decay=0.0)
+    head = make_head(
+        device, fan_in=fan_in, group_size=group_size, product_dtype=torch.bfloat16, lr=1.0, weight_decay=0.0
+    )
     head.weight.copy_((head.weight * scale).bfloat16())
     before, mask = dense_of(head)
     feat, ids, counts = next(batches(1, device))
@@ -172,7 +174,9 @@ def test_no_texts_and_no_positives(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("labels, fan_in, group_size", [(400, None, 1), (400, 12, 1), (509, 12, 40), (129, 48, 1), (5, 12, 1)])
+@pytest.mark.parametrize(
+    "labels, fan_in, group_size", [(400, None, 1), (400, 12, 1), (509, 12, 40), (129, 48, 1), (5, 12, 1)]
+)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, device):
     whole = make_head(device, labels=labels, fan_in=fan_in, group_size=group_size)
@@ -218,14 +222,21 @@ def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, devi
         (131, 4, 33, 129, None, 1),  # padded to 256 texts, which are one tile in bfloat16
     ],
 )
-def test_topk_of_odd_shapes_and_of_blocks_that_are_skipped(texts, k, features, labels, fan_in, group_size, dtype, device):
-    head = make_head(device, features=features, labels=labels, fan_in=fan_in, group_size=group_size, product_dtype=dtype)
+def test_topk_of_odd_shapes_and_of_blocks_that_are_skipped(
+    texts, k, features, labels, fan_in, group_size, dtype, device
+):
+    head = make_head(
+        device, features=features, labels=labels, fan_in=fan_in, group_size=group_size, product_dtype=dtype
+    )
     head.weight.copy_((head.weight * 6).round().clamp(-3, 3))  # sums are exact, and many equal: ties decide
     head.bias.copy_(torch.arange(labels) % 3)
     generator = torch.Generator().manual_seed(4)
     feat = torch.randint(-1, 2, (texts, features), generator=generator).float()
     # Even texts skip the first block or two, the first one every label, odd ones a few.
-    most = [range(labels) if n == 0 and texts > 1 else range(0, 0 if n % 2 else min(labels - 1, 256), 1) for n in range(texts)]
+    most = [
+        range(labels) if n == 0 and texts > 1 else range(0, 0 if n % 2 else min(labels - 1, 256), 1)
+        for n in range(texts)
+    ]
     skips = [sorted({*some, *torch.randint(labels, (3,), generator=generator).tolist()}) for some in most]
     skip_ids = torch.tensor([label for some in skips for label in some])
     skip_counts = torch.tensor([len(some) for some in skips])
@@ -258,7 +269,9 @@ def test_the_best_of_many_blocks():
 def test_rewiring_shows_in_the_next_step_and_ranking(device):
     head, twin = make_head(device), make_head("cpu", backend="reference")
     for feat, ids, counts in batches(2, "cpu"):
-        losses = [h(feat.to(h.weight.device), ids.to(h.weight.device), counts.to(h.weight.device)) for h in (head, twin)]
+        losses = [
+            h(feat.to(h.weight.device), ids.to(h.weight.device), counts.to(h.weight.device)) for h in (head, twin)
+        ]
         assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-5)
         rankings = [h.topk(feat.to(h.weight.device), 5)[1].cpu() for h in (head, twin)]
         assert torch.equal(*rankings)
@@ -279,7 +292,9 @@ def test_the_dense_way_takes_any_shape(fan_in, group_size, texts, features, bias
     labels = 131
     results = []
     for where, name in [(device, "triton"), ("cpu", "reference")]:
-        whole = make_head(where, "momentum", features=features, labels=labels, fan_in=fan_in, group_size=group_size, backend=name)
+        whole = make_head(
+            where, "momentum", features=features, labels=labels, fan_in=fan_in, group_size=group_size, backend=name
+        )
         head = whole.tensors()
         if not bias:
             head.bias_L, head.bias_state = None, []

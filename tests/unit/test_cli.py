@@ -51,11 +51,20 @@ def test_a_user_s_error_is_one_line(monkeypatch, capsys):
 
 
 def test_commands_work_in_one_process(monkeypatch, capsys):
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "h",
+        "MASTER_PORT": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=wordnet")
-    assert "xmc-trainer clusters: works in one process, 2 were started; start it without a launcher" in capsys.readouterr().err
+    assert (
+        "xmc-trainer clusters: works in one process, 2 were started; start it without a launcher"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_reader_that_leaves_ends_it_quietly():
@@ -78,8 +87,16 @@ def test_another_broken_pipe_is_an_error_of_ours(capsys):
 @pytest.mark.parametrize(
     "error, status, said",
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/out/run"), 2, "error: /out/run: No space left on device; free some space\n"),
-        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), 2, "error: lost the other ranks ("),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/out/run"),
+            2,
+            "error: /out/run: No space left on device; free some space\n",
+        ),
+        (
+            RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+            2,
+            "error: lost the other ranks (",
+        ),
         (signals.Interrupted(signal.SIGUSR1, "after step 7"), 128 + signal.SIGUSR1, "SIGUSR1: ended after step 7\n"),
         (NothingToDo("done before"), 0, ""),
     ],

@@ -16,7 +16,9 @@ from xmc_trainer.clusters import LabelClusters, balanced_order, cluster_bounds, 
 from xmc_trainer.errors import UserError
 
 
-@pytest.mark.parametrize("labels, clusters, align", [(41, 8, 1), (1009, 64, 1), (1009, 3, 1), (1000, 16, 16), (5, 5, 1), (7, 64, 4)])
+@pytest.mark.parametrize(
+    "labels, clusters, align", [(41, 8, 1), (1009, 64, 1), (1009, 3, 1), (1000, 16, 16), (5, 5, 1), (7, 64, 4)]
+)
 def test_bounds_are_even_and_aligned(labels, clusters, align):
     bounds = cluster_bounds(labels, clusters, align)
     sizes = np.diff(bounds)

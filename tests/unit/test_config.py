@@ -165,7 +165,9 @@ def test_what_a_dense_head_would_ignore_is_refused():
         with pytest.raises(UserError, match=setting.split("=")[0]):
             load_config([*dense, setting])
     # Spartex's own layout says these beside its dense head, and so do the shipped files when a head is made dense.
-    ffi = load_config([*dense, "model.ffi.fan_in=64", "model.ffi.prune_mode=fraction", "model.ffi.index_init=informed"]).model.ffi
+    ffi = load_config(
+        [*dense, "model.ffi.fan_in=64", "model.ffi.prune_mode=fraction", "model.ffi.index_init=informed"]
+    ).model.ffi
     assert ffi.fan_in == 64 and not ffi.index_from_texts
 
 
@@ -283,15 +285,24 @@ def test_shipped_settings_are_the_published_ones():
                 found = getattr(found, part)
             assert str(found) == value, f"{name}: {field}"
     by_name = dict(zip(names, configs))
-    auxiliary = {n: (c.model.auxiliary.auxloss_scaling, c.model.auxiliary.meta_cutoff_epoch) for n, c in by_name.items() if c.model.auxiliary.use_meta_branch}
+    auxiliary = {
+        n: (c.model.auxiliary.auxloss_scaling, c.model.auxiliary.meta_cutoff_epoch)
+        for n, c in by_name.items()
+        if c.model.auxiliary.use_meta_branch
+    }
     assert auxiliary == {"amazon670k": (0.4, 15), "wiki500k": (0.4, 8), "lfamazontitles131k": (0.4, 12)}
-    prune = {n: c.model.ffi.rewire_threshold if c.model.ffi.prune_mode == "threshold" else c.model.ffi.rewire_fraction for n, c in by_name.items()}
+    prune = {
+        n: c.model.ffi.rewire_threshold if c.model.ffi.prune_mode == "threshold" else c.model.ffi.rewire_fraction
+        for n, c in by_name.items()
+    }
     assert list(prune.values()) == [0.01, 0.01, 0.05, 0.25, 0.15, 0.02]
     wiki = by_name["wiki31k"]
     assert (wiki.model.penultimate.penultimate_size, wiki.training.optimization.penultimate_lr) == (4096, 0.01)
 
 
-@pytest.mark.parametrize("content, message", [("data: {dataset: mine\nx", "not YAML"), ("- a\n- b\n", "must hold sections")])
+@pytest.mark.parametrize(
+    "content, message", [("data: {dataset: mine\nx", "not YAML"), ("- a\n- b\n", "must hold sections")]
+)
 def test_files_that_are_no_configuration_are_refused(content, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
@@ -309,7 +320,9 @@ def test_the_run_has_the_name_that_was_said_last(tmp_path):
 
 
 def test_the_root_folder_may_hold_the_data_of_a_saved_model(tmp_path):
-    config = load_config(["dataset=wordnet", "dataset_path=/", "environment.env2path.guest=/", "data.cache_dir=/home/me/cache"])
+    config = load_config(
+        ["dataset=wordnet", "dataset_path=/", "environment.env2path.guest=/", "data.cache_dir=/home/me/cache"]
+    )
     (tmp_path / "config.yaml").write_text(portable_yaml(config))
     again = load_config([f"dataset={tmp_path / 'config.yaml'}"])
     assert (again.dataset_path, again.environment.env2path, again.data.cache_dir) == (

@@ -231,7 +231,9 @@ def test_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path, monkeypa
     write_tokens = corpus._write_tokens
 
     def interrupt(*arguments):
-        if stage == "_write_tokens" and arguments[0].name == "train.arrow":  # so that there is something to leave behind
+        if (
+            stage == "_write_tokens" and arguments[0].name == "train.arrow"
+        ):  # so that there is something to leave behind
             return write_tokens(*arguments)
         raise KeyboardInterrupt
 
@@ -246,7 +248,9 @@ def test_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path, monkeypa
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     folder = write_raw(tmp_path / "d")
-    with pytest.raises(UserError, match=r"data\.cache_dir=.*/file/c: cannot be written \(Not a directory\); name a folder"):
+    with pytest.raises(
+        UserError, match=r"data\.cache_dir=.*/file/c: cannot be written \(Not a directory\); name a folder"
+    ):
         load(folder, tmp_path / "file" / "c")
     with pytest.raises(UserError, match=r"data\.cache_dir=.*: cannot be written \(File name too long\); name a folder"):
         load(folder, tmp_path / ("c" * 300))
@@ -394,7 +398,11 @@ def test_what_the_source_noticed_is_said_at_every_start(tmp_path, caplog):
         )  # fmt: skip
         said.append(caplog.messages)
     assert said[0] == [] and said[1] == said[2] and len(said[1]) == 3
-    assert "1 of 2 labels have a text" in said[1][0] and "1 texts are empty" in said[1][1] and "dropped 1 labels" in said[1][2]
+    assert (
+        "1 of 2 labels have a text" in said[1][0]
+        and "1 texts are empty" in said[1][1]
+        and "dropped 1 labels" in said[1][2]
+    )
 
 
 # Real data ------------------------------------------------------------------------------------------------------------

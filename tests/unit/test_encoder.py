@@ -43,7 +43,11 @@ def test_an_encoder_is_loaded_whole_saved_and_loaded_again(name, tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_encoder_of_masked_texts_is_refused(name, tmp_path):
-    said = {"fnet": "takes no attention_mask", "vit": "takes no input_ids", "convbert": "other features where it is padded"}
+    said = {
+        "fnet": "takes no attention_mask",
+        "vit": "takes no input_ids",
+        "convbert": "other features where it is padded",
+    }
     with pytest.raises(UserError, match=said.get(name, "a decoder .*name an encoder")):
         encoder = TextEncoder(load_backbone(str(save_encoder(name, tmp_path))))
         check_padding_is_hidden(encoder, 16, name)
@@ -55,10 +59,17 @@ def test_what_is_no_encoder_of_masked_texts_is_refused(name, tmp_path):
 def renamed(folder: Path, rename) -> None:
     """The weights of a folder under other names; None leaves one out."""
     state = load_file(folder / "model.safetensors")
-    save_file({rename(name): value for name, value in state.items() if rename(name)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {rename(name): value for name, value in state.items() if rename(name)},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "encoder.", "module._orig_mod.", "model.encoder.", "_orig_mod.module.encoder.bert."])
+@pytest.mark.parametrize(
+    "prefix",
+    ["_orig_mod.", "module.", "encoder.", "module._orig_mod.", "model.encoder.", "_orig_mod.module.encoder.bert."],
+)
 @pytest.mark.parametrize("name", ["bert", "t5 encoder"])
 def test_a_prefix_before_all_weights_is_stripped_and_said(name, prefix, tmp_path, capsys):
     plain = load_backbone(str(save_encoder(name, tmp_path))).state_dict()
@@ -91,7 +102,9 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path):
     renamed(tmp_path, lambda name: None if "pooler" in name else name)
     load_backbone(folder)  # pooling is ours
     save_file(state | {"embeddings.LayerNorm.weight": torch.ones(3)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"embeddings.LayerNorm.weight has the shape \[3\] in its files, by config.json it is \[16\]"):
+    with pytest.raises(
+        UserError, match=r"embeddings.LayerNorm.weight has the shape \[3\] in its files, by config.json it is \[16\]"
+    ):
         load_backbone(folder)
 
 
@@ -173,7 +186,10 @@ def test_code_that_comes_with_a_model_is_not_run(hostile, tmp_path, kind, saved)
         try:
             load(str(hostile), saved=saved)
         except UserError as error:
-            assert "Python code of its own, which is not run; " in str(error) and ("trust_remote_code=true" in str(error)) != saved
+            assert (
+                "Python code of its own, which is not run; " in str(error)
+                and ("trust_remote_code=true" in str(error)) != saved
+            )
             assert kind == "evil" or load is load_tokenizer
     assert not (tmp_path / "was_run").exists()
     if kind == "evil" and not saved:
@@ -200,7 +216,12 @@ def test_pickled_weights_run_nothing(hostile, tmp_path, saved):
 def test_matrices_decay_and_vectors_do_not_at_every_stage(tiny_encoder: Path):
     encoder = TextEncoder(load_backbone(str(tiny_encoder)), penultimate_size=8, penultimate_activation="relu")
     groups = encoder.parameter_groups(1e-4, 1e-2, 0.01)
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-4, 0.01), (1e-4, 0.0), (1e-2, 0.01), (1e-2, 0.0)]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (1e-4, 0.01),
+        (1e-4, 0.0),
+        (1e-2, 0.01),
+        (1e-2, 0.0),
+    ]
     assert all(p.ndim > 1 for group in groups[::2] for p in group["params"])
     assert all(p.ndim == 1 for group in groups[1::2] for p in group["params"])
     members = [[id(p) for p in group["params"]] for group in groups]

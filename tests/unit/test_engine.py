@@ -87,7 +87,9 @@ def test_the_shipped_way_passes(environment, started):
 
 def test_processes_that_would_train_alone(environment, started):
     environment(TWO)
-    with pytest.raises(UserError, match="2 processes were started but would not train together; start them by accelerate"):
+    with pytest.raises(
+        UserError, match="2 processes were started but would not train together; start them by accelerate"
+    ):
         build()
     assert started["group"] == ("gloo", timedelta(minutes=7))
 
@@ -103,10 +105,18 @@ def test_a_batch_that_does_not_divide(environment, started):
     "variables, argument, message",
     [
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, None, r"mixed_precision=bf16; drop it .* training.amp decides \(no\)"),
-        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, None, r"gradient_accumulation_steps=4; .*grad_accum_step decides \(2\)"),
+        (
+            {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            None,
+            r"gradient_accumulation_steps=4; .*grad_accum_step decides \(2\)",
+        ),
         ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, None, r"gradient_clipping=1.0; .*max_grad_norm decides \(0.0\)"),
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, None, r"zero_stage=3; .*DeepSpeed JSON decides \(2\)"),
-        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, None, r"offload_optimizer_device=cpu; .*decides \(none\)"),
+        (
+            {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            None,
+            r"offload_optimizer_device=cpu; .*decides \(none\)",
+        ),
         ({"ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file,mixed_precision"}, None, "mixed_precision=no; drop it"),
         ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "none"}, None, "names no deepspeed_config_file; take one of ds_configs/"),
         ({}, "other.json", f"--deepspeed_config=other.json: accelerate launch already hands over {ZERO2}; drop one"),
@@ -123,7 +133,10 @@ def test_accelerate_is_told_something_else(environment, started, variables, argu
 @pytest.mark.parametrize(
     "variables, message",
     [
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, r"2 processes were started \(SLURM_STEP_NUM_TASKS\) .* one a machine"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"},
+            r"2 processes were started \(SLURM_STEP_NUM_TASKS\) .* one a machine",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "4 processes were started"),
         ({"PMI_SIZE": "4"}, "4 processes were started"),
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "started only one process"),
@@ -140,10 +153,16 @@ def test_processes_that_do_not_know_of_each_other(environment, variables, messag
 @pytest.mark.parametrize(
     "variables, message",
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start with accelerate launch"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 without RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR: start with accelerate launch",
+        ),
         ({"RANK": "0"}, "RANK=0 without WORLD_SIZE, .*unset them for one process"),
         (TWO | {"RANK": "2"}, "RANK=2: must be below WORLD_SIZE=2"),
-        (TWO | {"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' in the environment: must be a whole number of at least 0; correct or unset it"),
+        (
+            TWO | {"LOCAL_RANK": "-1"},
+            "LOCAL_RANK='-1' in the environment: must be a whole number of at least 0; correct or unset it",
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment: must be a whole number of at least 1"),
         (TWO | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000: must be below 65536"),
         ({"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS='2\(x3\)' in the environment"),
@@ -159,7 +178,9 @@ def test_a_port_in_use(environment):
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1])
         environment(TWO | {"MASTER_PORT": port})
-        with pytest.raises(UserError, match=f"port {port} is in use on this machine: choose another with --master_port"):
+        with pytest.raises(
+            UserError, match=f"port {port} is in use on this machine: choose another with --master_port"
+        ):
             form_process_group("gloo", timedelta(seconds=3))
 
 
@@ -172,9 +193,15 @@ def test_one_process_is_no_matter_what(environment):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"gradient_accumulation_steps": 4}, 'gradient_accumulation_steps=4 contradicts .*grad_accum_step=2; write "auto"'),
+        (
+            {"gradient_accumulation_steps": 4},
+            'gradient_accumulation_steps=4 contradicts .*grad_accum_step=2; write "auto"',
+        ),
         ({"gradient_clipping": 1.0}, "gradient_clipping=1.0 contradicts"),
-        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu=8 contradicts data.batch_size / processes=4"),
+        (
+            {"train_micro_batch_size_per_gpu": 8},
+            "train_micro_batch_size_per_gpu=8 contradicts data.batch_size / processes=4",
+        ),
         ({"train_batch_size": 8}, "train_batch_size=8 contradicts data.batch_size x grad_accum_step=24"),
         ({"bf16": {"enabled": True}}, "enabled=True contradicts"),
         ({"bf16": True}, "bf16, zero_optimization in it, must be JSON objects"),
@@ -216,7 +243,11 @@ def test_a_deepspeed_json_that_is_none(tmp_path):
     path.write_text("{}")
     settings = deepspeed_settings(str(path), "bf16", 1, 4, 2, 0.5)
     assert not settings["timers"]["throughput"]["enabled"]  # it makes the host wait for the GPU
-    assert settings["zero_optimization"] == {"stage": 0} and settings["bf16"]["enabled"] and settings["train_batch_size"] == 8
+    assert (
+        settings["zero_optimization"] == {"stage": 0}
+        and settings["bf16"]["enabled"]
+        and settings["train_batch_size"] == 8
+    )
 
 
 @pytest.mark.parametrize("change, message", [

@@ -22,12 +22,33 @@ from xmc_trainer.errors import UserError
 fuzz = settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
 # Texts with what makes trouble: half surrogate pairs, zero bytes, odd blanks, marks of encodings, long digits.
-ODD = ["", " ", "\t", "\ud800", "\0", "\ufeff", "\u00a0", "\u3000", "\u2028", "\x85", "\r", "\r\n", "9" * 5000, "\x1b[2J", "../../x", ","]
+ODD = [
+    "",
+    " ",
+    "\t",
+    "\ud800",
+    "\0",
+    "\ufeff",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\x85",
+    "\r",
+    "\r\n",
+    "9" * 5000,
+    "\x1b[2J",
+    "../../x",
+    ",",
+]
 texts = st.one_of(st.sampled_from(ODD), st.text(st.characters(), max_size=8), st.just("w1"))
 numbers = st.one_of(st.integers(-2, 4), st.sampled_from([10**30, -(10**400), 2**63]), st.booleans(), st.floats())
 scalars = st.one_of(st.none(), numbers, texts)
-values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=2), max_leaves=6)
-deep = st.sampled_from([b"[" * 10_000, b'{"title": ' * 10_000, b'{"text": "x", "labels": [' + b"[" * 10_000 + b"]" * 10_000 + b"]}"])
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=2), max_leaves=6
+)
+deep = st.sampled_from(
+    [b"[" * 10_000, b'{"title": ' * 10_000, b'{"text": "x", "labels": [' + b"[" * 10_000 + b"]" * 10_000 + b"]}"]
+)
 lists = st.one_of(st.lists(st.integers(0, 3), max_size=4), st.lists(st.integers(0, 1), min_size=3, max_size=3), values)
 
 
@@ -42,7 +63,9 @@ def json_line(fields: dict[str, st.SearchStrategy]) -> st.SearchStrategy[bytes]:
 def lines(line: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     ends = st.sampled_from([b"\n", b"\n", b"\r\n", b""])
     joined = st.lists(st.tuples(line, ends), max_size=4).map(lambda parts: b"".join(map(b"".join, parts)))
-    return st.one_of(joined, joined, joined.map(lambda content: b"\xef\xbb\xbf" + content), st.binary(max_size=40), deep)
+    return st.one_of(
+        joined, joined, joined.map(lambda content: b"\xef\xbb\xbf" + content), st.binary(max_size=40), deep
+    )
 
 
 @st.composite
@@ -98,7 +121,9 @@ def test_raw(data):
     try:
         write_raw(folder)
         (folder / "names.tsv").write_text("a\tA\nb\tB\n")
-        line = st.lists(texts, max_size=3).map(lambda words: encoded(data.draw(st.sampled_from([" ", "\t", ", "])).join(words)))
+        line = st.lists(texts, max_size=3).map(
+            lambda words: encoded(data.draw(st.sampled_from([" ", "\t", ", "])).join(words))
+        )
         chosen = data.draw(st.sets(st.sampled_from(sorted(folder.iterdir())), min_size=1))
         for file in sorted(chosen):
             replaced(data, file, lines(line))
@@ -107,7 +132,9 @@ def test_raw(data):
         if (folder / "train_raw_texts.txt").is_file():
             content = (folder / "train_raw_texts.txt").read_bytes()
             rows = content.count(b"\n") + (not content.endswith(b"\n") and content not in (b"", b"\xef\xbb\xbf"))
-        check(lambda folder: raw_source(folder, "names.tsv" if with_table else None, augment and with_table), folder, rows)
+        check(
+            lambda folder: raw_source(folder, "names.tsv" if with_table else None, augment and with_table), folder, rows
+        )
     finally:
         shutil.rmtree(folder)
 
@@ -122,7 +149,9 @@ def test_label_features(data):
         (inside / "filter_labels_test.txt").write_text("0 1\n")
         text = {name: st.one_of(texts, texts, values) for name in ("title", "content", "uid")}
         row = json_line(text | {"target_ind": lists})
-        pair = st.lists(st.sampled_from(["0", "1", "9", "9" * 5000, "x", "-1", "²"]), max_size=3).map(lambda words: encoded(" ".join(words)))
+        pair = st.lists(st.sampled_from(["0", "1", "9", "9" * 5000, "x", "-1", "²"]), max_size=3).map(
+            lambda words: encoded(" ".join(words))
+        )
         chosen = data.draw(st.sets(st.sampled_from(sorted(inside.iterdir())), min_size=1))
         for file in sorted(chosen):
             replaced(data, file, lines(pair if file.suffix == ".txt" else row))
@@ -158,7 +187,11 @@ def test_parquet(data):
         for split in ("train", "test"):
             size = data.draw(st.integers(0, 4))
             columns = {}
-            for name, value in (("text", st.one_of(texts, values)), ("labels", st.one_of(lists, scalars)), ("other", values)):
+            for name, value in (
+                ("text", st.one_of(texts, values)),
+                ("labels", st.one_of(lists, scalars)),
+                ("other", values),
+            ):
                 column = data.draw(st.lists(value, min_size=size, max_size=size))
                 try:
                     columns[name] = pa.array(column)

@@ -35,7 +35,9 @@ def backend(request, monkeypatch):
 
 
 def make_head(optimizer="sgd", **options):
-    options = {"backend": BACKEND} | {"fan_in": 12, "lr": 0.03, "weight_decay": 0.02, "tile_labels": 50, "seed": 5} | options
+    options = (
+        {"backend": BACKEND} | {"fan_in": 12, "lr": 0.03, "weight_decay": 0.02, "tile_labels": 50, "seed": 5} | options
+    )
     return FixedFanInHead(FEATURES, LABELS, optimizer=WITH_BYTES[optimizer], **options)
 
 

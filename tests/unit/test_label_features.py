@@ -166,7 +166,9 @@ def test_both_parts_of_a_split_head_start_from_their_labels(texts):
     assert torch.equal(head.tail.index[known], whole.index[5:][known])
     torch.testing.assert_close(head.tail.weight[known], whole.weight[5:][known])
     dense = head.frequent.weight
-    torch.testing.assert_close(dense * deviation.float(), torch.nn.functional.normalize(sums[:5].float(), dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        dense * deviation.float(), torch.nn.functional.normalize(sums[:5].float(), dim=1), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
@@ -175,7 +177,9 @@ def test_the_best_constant_has_no_slope(loss):
 
     share = torch.tensor([0.001, 0.2, 0.9])
     logit = best_constant(loss, share)
-    up, down = (LOSSES[loss](logit, torch.full_like(logit, positive, dtype=torch.bool))[1] for positive in (True, False))
+    up, down = (
+        LOSSES[loss](logit, torch.full_like(logit, positive, dtype=torch.bool))[1] for positive in (True, False)
+    )
     torch.testing.assert_close(share * up + (1 - share) * down, torch.zeros(3), rtol=0, atol=1e-6)
 
 

@@ -37,7 +37,17 @@ ALLOWED = {
     "micro_batches": set(),
     "step_clock": set(),
     "run_folder": {"config", "errors", "files", "parallel", "saved_folder"},
-    "resume": {"checkpoint", "config", "engine_state", "errors", "files", "head", "run_folder", "saved_folder", "trainer"},  # the trainer only as a type
+    "resume": {
+        "checkpoint",
+        "config",
+        "engine_state",
+        "errors",
+        "files",
+        "head",
+        "run_folder",
+        "saved_folder",
+        "trainer",
+    },  # the trainer only as a type
 }
 
 

@@ -26,11 +26,15 @@ def trained(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
         backend = Tokenizer(models.BPE(unk_token="[UNK]"))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=1200, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+        )
     else:  # as XLM-R's
         backend = Tokenizer(models.Unigram())
         backend.normalizer, backend.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=1200, special_tokens=SPECIALS, unk_token="[UNK]", show_progress=False)
+        trainer = trainers.UnigramTrainer(
+            vocab_size=1200, special_tokens=SPECIALS, unk_token="[UNK]", show_progress=False
+        )
     backend.train_from_iterator(texts, trainer)
     places = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=places)
@@ -48,7 +52,9 @@ def words() -> list[str]:
     return ["".join(rng.choices(syllables, k=rng.randint(1, 5))) for _ in range(1000)]
 
 
-@pytest.mark.parametrize("kind, side", [("wordpiece", "right"), ("bpe", "right"), ("unigram", "right"), ("bpe", "left")])
+@pytest.mark.parametrize(
+    "kind, side", [("wordpiece", "right"), ("bpe", "right"), ("unigram", "right"), ("bpe", "left")]
+)
 def test_ids_of_long_texts_are_those_of_the_whole_text(words, kind, side):
     rng = random.Random(1)
     tokenizer = trained(kind, [" ".join(words[at : at + 20]) for at in range(0, len(words), 20)])

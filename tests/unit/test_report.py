@@ -16,14 +16,28 @@ from xmc_trainer.report import against, curve, find_runs, lines_of, main
 @pytest.fixture
 def make_run(tmp_path):
     def make(name, *words, scores=(0.1, 0.3), end=True):
-        config = load_config(["dataset=wordnet", "dataset_path=d", f"output_dir={tmp_path}", f"log_fname={name}", *words])
+        config = load_config(
+            ["dataset=wordnet", "dataset_path=d", f"output_dir={tmp_path}", f"log_fname={name}", *words]
+        )
         config.run_folder.mkdir()
         (config.run_folder / "config.yaml").write_text(to_yaml(config))
         names = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
-        log = [{"event": "start", "head_bytes": 3 << 20, "device": "x", "torch": "2", "version": "0", "commit": "c", "seconds": 0}]
+        log = [
+            {
+                "event": "start",
+                "head_bytes": 3 << 20,
+                "device": "x",
+                "torch": "2",
+                "version": "0",
+                "commit": "c",
+                "seconds": 0,
+            }
+        ]
         for step, score in enumerate(scores, 1):
             log.append({"event": "step", "step": step, "loss": 1.0, "seconds": 0})
-            log.append({"event": "evaluate", "split": "test", "step": step, "seconds": 60 * step} | dict.fromkeys(names, score))
+            log.append(
+                {"event": "evaluate", "split": "test", "step": step, "seconds": 60 * step} | dict.fromkeys(names, score)
+            )
         log += [{"event": "end", "seconds": 200}] if end else []
         (config.run_folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
 
@@ -122,15 +136,27 @@ def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp
         (1, b'{"event": "start", "head_bytes": "many"}', "line 1: its start record has no valid head_bytes"),
         (3, b"[]", "line 3: is no record of a training"),
         (3, b'{"event": ["evaluate"]}', "line 3: is no record of a training"),
-        (3, b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": null}', "line 3: its evaluate record has no valid P@1"),
-        (3, b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": 1, "PSP@1": "x"}', "no valid PSP@1"),
+        (
+            3,
+            b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": null}',
+            "line 3: its evaluate record has no valid P@1",
+        ),
+        (
+            3,
+            b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": 1, "PSP@1": "x"}',
+            "no valid PSP@1",
+        ),
     ]:
         log.write_bytes(b"".join([*lines[: number - 1], line + b"\n", *lines[number:]]))
         with pytest.raises(UserError, match=said) as error:
             find_runs([tmp_path])
         assert str(log) in str(error.value)
     log.write_bytes(b"".join(lines))
-    for content, said in ((b"\xff", "config.yaml, line 1: not UTF-8"), (b"a: [", "config.yaml, line 1: not YAML"), (b"a: 1", "says nothing of training.seed")):
+    for content, said in (
+        (b"\xff", "config.yaml, line 1: not UTF-8"),
+        (b"a: [", "config.yaml, line 1: not YAML"),
+        (b"a: 1", "says nothing of training.seed"),
+    ):
         (tmp_path / "damaged" / "config.yaml").write_bytes(content)
         with pytest.raises(UserError, match=said):
             find_runs([tmp_path])

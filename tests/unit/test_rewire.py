@@ -65,12 +65,16 @@ def test_rewire_moves_exactly_the_small_slots(rule, dtype, optimizer, group_size
     if rule.growth_init_mode == "zero":
         assert (grown == 0).all()
     else:
-        assert grown.abs().max() <= 12**-0.5 + 1e-3 and grown.std() > 0.1 and not torch.isin(grown, weight.float()).all()
+        assert (
+            grown.abs().max() <= 12**-0.5 + 1e-3 and grown.std() > 0.1 and not torch.isin(grown, weight.float()).all()
+        )
 
 
 def trained(steps=5, **options):
     """A head after some steps of which it remembers three, and the batches of those."""
-    head = FixedFanInHead(D, LABELS, fan_in=12, optimizer=AdamW(), lr=0.05, seed=3, tile_labels=33, growth_batches=3, **options)
+    head = FixedFanInHead(
+        D, LABELS, fan_in=12, optimizer=AdamW(), lr=0.05, seed=3, tile_labels=33, growth_batches=3, **options
+    )
     generator, batches = torch.Generator().manual_seed(1), []
     for _ in range(steps):
         feat = torch.randn(17, D, generator=generator)

@@ -66,7 +66,10 @@ def test_the_next_free_name_is_offered(settings, tmp_path):
 @pytest.mark.parametrize(
     "more, said",
     [
-        ([f"output_dir={'x' * 256}"], "cannot be written (File name too long); choose shorter names, or set output_dir"),
+        (
+            [f"output_dir={'x' * 256}"],
+            "cannot be written (File name too long); choose shorter names, or set output_dir",
+        ),
         (
             ["output_dir=/proc/nowhere"],
             "/proc/nowhere/run: cannot be written (No such file or directory); check that disk, or set",
@@ -96,7 +99,10 @@ def test_a_run_that_was_finished_without_a_log_is_finished(settings, tmp_path):
         RunFolder(config, Ranks())
 
 
-@pytest.mark.parametrize("name, said", [(".lock", "plain file"), ("log.jsonl", "plain file"), ("config.yaml", "plain file"), ("model", "folder")])
+@pytest.mark.parametrize(
+    "name, said",
+    [(".lock", "plain file"), ("log.jsonl", "plain file"), ("config.yaml", "plain file"), ("model", "folder")],
+)
 def test_what_stands_in_a_runs_place_is_refused_at_once(settings, tmp_path, name, said):
     victim = tmp_path / "victim"
     victim.write_text("of somebody else")

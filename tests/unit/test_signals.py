@@ -124,7 +124,9 @@ LAUNCH = "import subprocess, sys; subprocess.run(sys.argv[1:])"
 
 @pytest.mark.parametrize(("variable", "depth"), [("TORCHELASTIC_RUN_ID", 1), ("CROSS_RANK", 2)])
 def test_the_death_of_the_launcher_is_a_sigterm(start, variable, depth):
-    launcher = start("defers", [*[sys.executable, "-c", LAUNCH] * depth, sys.executable, "-c", SCRIPT], **{variable: "0"})
+    launcher = start(
+        "defers", [*[sys.executable, "-c", LAUNCH] * depth, sys.executable, "-c", SCRIPT], **{variable: "0"}
+    )
     launcher.kill()
     _, err = launcher.communicate(timeout=10)  # until the script has closed its outputs
     assert "SIGTERM: ended after step 7\n" in err

@@ -110,7 +110,10 @@ def test_raw_label_texts_that_name_nobody(tmp_path, table, said):
     folder = write_raw(tmp_path, [("t", "net web")], [("t", "net")])
     (folder / "names.tsv").write_text(table)
     message = message_of(lambda: raw_source(folder, "names.tsv").read())
-    assert f"{folder}/names.tsv: none of its {table.count(chr(10))} names is a label of the training set: {said}" in message
+    assert (
+        f"{folder}/names.tsv: none of its {table.count(chr(10))} names is a label of the training set: {said}"
+        in message
+    )
     assert "correct the file, or remove data.label_text_file" in message
     if table:
         assert f"{folder}/train_labels.txt has 'net'" in message  # the one that is meant
@@ -121,7 +124,9 @@ def test_lf_label_texts_are_counted(tmp_path):
     assert read_with_notes(lf_source(tmp_path))[3].endswith("lbl.json: 2 of 3 labels have a text; 1 lines repeat a uid")
     write_lf(tmp_path, labels=[{"uid": f"L{n}", "name": "of another field"} for n in range(3)])
     assert "0 of 3 labels have a text" in read_with_notes(lf_source(tmp_path))[3]
-    with pytest.raises(UserError, match="lbl.json: no label has a title or a content, which data.augment_label_data=true"):
+    with pytest.raises(
+        UserError, match="lbl.json: no label has a title or a content, which data.augment_label_data=true"
+    ):
         lf_source(tmp_path, augment=True).read()
 
 
@@ -131,7 +136,9 @@ def test_raw_labels_are_split_at_spaces_and_tabs_alone(tmp_path):
     assert [name for name, _ in read_all(raw_source(folder))[0]] == sorted([*odd, "a", "b"])
 
 
-@pytest.mark.parametrize("line, warned", [("net, web", True), ("net; web", True), ("net;web", True), ("1,2-dichlor web", False)])
+@pytest.mark.parametrize(
+    "line, warned", [("net, web", True), ("net; web", True), ("net;web", True), ("1,2-dichlor web", False)]
+)
 def test_raw_labels_that_a_comma_seems_to_separate(tmp_path, line, warned):
     folder = write_raw(tmp_path, [("t", line)], [("t", line)])
     notes = read_with_notes(raw_source(folder))[3]
@@ -196,7 +203,9 @@ def test_empty_texts_stay_and_are_counted(tmp_path, layout, blank):
         where = "'trn.json, line 2'"
         source = lf_source(tmp_path)
     else:
-        columns = [{"text": [text for text, _ in split], "labels": [[label] for _, label in split]} for split in (train, test)]
+        columns = [
+            {"text": [text for text, _ in split], "labels": [[label] for _, label in split]} for split in (train, test)
+        ]
         source = hf_source(str(write_hf(tmp_path, layout, *columns)), "train", "test", "text", "labels")
         where = "'train"
     _, train, test, notes = read_with_notes(source)
@@ -465,8 +474,16 @@ def test_hf_missing_column(tmp_path, kind, file):
     "text, labels, said",
     [
         ([["x"], ["y"]], [["a"], ["a"]], "column 'text' must hold strings; set data.text_column"),
-        (["x", "y"], [None, [1.5]], "column 'labels' must hold names or whole numbers, one or a list of them, not float in a list"),
-        (["x", "y"], [None, 0.5], "column 'labels' must hold names or whole numbers, one or a list of them, not float;"),
+        (
+            ["x", "y"],
+            [None, [1.5]],
+            "column 'labels' must hold names or whole numbers, one or a list of them, not float in a list",
+        ),
+        (
+            ["x", "y"],
+            [None, 0.5],
+            "column 'labels' must hold names or whole numbers, one or a list of them, not float;",
+        ),
         (["x", "y"], [None, [True]], "not bool in a list; write the whole numbers 0 and 1 for multi-hot"),
         (["x", "y"], [["a"], ["a", None]], "one or a list of them, not null in a list"),
         (["x", "y"], [[], [["a"]]], "one or a list of them, not list in a list"),
@@ -489,7 +506,9 @@ def test_hf_one_label_a_row_is_a_list_of_one(tmp_path, kind, labels):
 
 def class_labels(tmp_path, kind, feature, labels):
     features = datasets.Features({"text": datasets.Value("string"), "labels": feature})
-    data = datasets.Dataset.from_dict({"text": [f"w{n}" for n in range(len(labels))], "labels": labels}, features=features)
+    data = datasets.Dataset.from_dict(
+        {"text": [f"w{n}" for n in range(len(labels))], "labels": labels}, features=features
+    )
     if kind == "saved":
         datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path)
     else:
@@ -508,7 +527,9 @@ def test_hf_one_class_label_a_row(tmp_path, kind):
 def test_hf_multi_hot_class_labels(tmp_path, kind):
     feature = datasets.List(datasets.ClassLabel(names=["zeta", "alpha", "unused"]))
     assert class_labels(tmp_path, kind, feature, [[1, 1, 0], [0, 0, 0]]) == (["zeta", "alpha", "unused"], [[0, 1], []])
-    with pytest.raises(UserError, match="lists of 4 times 0 or 1, and there are 3 class labels; write one number for each"):
+    with pytest.raises(
+        UserError, match="lists of 4 times 0 or 1, and there are 3 class labels; write one number for each"
+    ):
         class_labels(tmp_path / "four", kind, feature, [[1, 1, 0, 0], [0, 0, 0, 0]])
 
 
@@ -586,7 +607,10 @@ def write_parts(folder, names):
     "train, test",
     [
         (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], "test-00000-of-00001.parquet"),
-        (["data/train-00000-of-00002-0a1b.parquet", "data/train-00001-of-00002-2c3d.parquet"], "data/test-00000-of-00001-ff.parquet"),
+        (
+            ["data/train-00000-of-00002-0a1b.parquet", "data/train-00001-of-00002-2c3d.parquet"],
+            "data/test-00000-of-00001-ff.parquet",
+        ),
         (["train_2.jsonl", "train_10.jsonl"], "test.jsonl.gz"),
         (["train-0.jsonl.gz", "train-1.jsonl.gz"], "test-0.jsonl"),
         (["train/a.jsonl", "train/b.jsonl"], "test/anything.parquet"),
@@ -598,7 +622,10 @@ def test_hf_parts_as_the_hub_stores_them(tmp_path, train, test):
     expected = write_parts(tmp_path, train)
     write_parts(tmp_path, [test])
     # What belongs to neither split.
-    write_parts(tmp_path, [".cache/train.jsonl", "training.jsonl", "train_small.jsonl", "deep/er/and/train.jsonl", "data/test2.parquet"])
+    write_parts(
+        tmp_path,
+        [".cache/train.jsonl", "training.jsonl", "train_small.jsonl", "deep/er/and/train.jsonl", "data/test2.parquet"],
+    )
     labels, rows, _ = read_hf(tmp_path)
     assert rows == expected and labels == [("a", "a")]
 
@@ -609,19 +636,26 @@ def test_hf_parts_that_are_not_whole_or_not_one_set(tmp_path):
     assert "train is not whole, it has train-00000-of-00003.parquet, train-00002-of-00003.parquet; fetch" in message
     write_parts(tmp_path / "two", ["en/train-00000-of-00001.parquet", "de/train-00000-of-00001.parquet"])
     message = message_of(lambda: read_hf(tmp_path / "two"))
-    assert f"train may be {tmp_path}/two/de/*.parquet and {tmp_path}/two/en/*.parquet; name the folder of one" in message
+    assert (
+        f"train may be {tmp_path}/two/de/*.parquet and {tmp_path}/two/en/*.parquet; name the folder of one" in message
+    )
 
 
 def test_hf_reads_two_columns_alone(tmp_path):
     """Whatever else a file holds: types and features that the library does not know are no matter."""
     odd = pa.array([b"\xff\xd8"], pa.binary()), pa.array([{"a": [1]}]), pa.array([12345], pa.duration("us"))
     table = pa.table({"image": odd[0], "text": ["one"], "meta": odd[1], "took": odd[2], "labels": [["a"]]})
-    features = {"image": {"_type": "Hologram"}, "labels": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}}
+    features = {
+        "image": {"_type": "Hologram"},
+        "labels": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"},
+    }
     table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     for split in ("train", "test"):
         pq.write_table(table, tmp_path / f"{split}.parquet")
     assert read_hf(tmp_path)[1] == [("one", [0])]
-    images = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string"), "labels": datasets.Value("string")})
+    images = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "labels": datasets.Value("string")}
+    )
     data = datasets.Dataset.from_dict({"image": [None], "text": ["one"], "labels": ["a"]}, features=images)
     data = data.cast_column("image", datasets.Image())
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "saved")

@@ -109,7 +109,9 @@ def test_heads_that_read_the_same_features_exchange_them_once():
             return x
 
     sent, ranks = [], Counting()
-    head = SplitHead(*(FixedFanInHead(FEATURES, n, fan_in=f, ranks=ranks) for n, f in ((FREQUENT, None), (LABELS - FREQUENT, 5))))
+    head = SplitHead(
+        *(FixedFanInHead(FEATURES, n, fan_in=f, ranks=ranks) for n, f in ((FREQUENT, None), (LABELS - FREQUENT, 5)))
+    )
     branch = MetaBranch.build(FEATURES, np.arange(LABELS) % 3, scaling=0.4, last_step=9, ranks=ranks)
     feat, ids, counts = batch()
     multi_head_step(head.terms(0.6) + branch.terms(0.4), feat.requires_grad_(), ids, counts).backward()

@@ -81,7 +81,9 @@ def test_small_dictionary(tmp_path, dictionary):
         ("bread: baked", [f"n{N2}"])
     ]
     # The test synset is a label, too, of food: none is to be looked for under itself.
-    assert [ids[label] for label in contents.filter_pairs.ids] == [f"n{NT}"] and list(contents.filter_pairs.offsets) == [0, 1]
+    assert [ids[label] for label in contents.filter_pairs.ids] == [f"n{NT}"] and list(
+        contents.filter_pairs.offsets
+    ) == [0, 1]
 
 
 def test_building_again_replaces_the_folder_and_nothing_else(tmp_path, dictionary):
@@ -91,7 +93,12 @@ def test_building_again_replaces_the_folder_and_nothing_else(tmp_path, dictionar
     (out / "mine.txt").write_text("keep")
     wordnet.build(out, dictionary)
     assert sorted(path.name for path in out.iterdir()) == ["mine.txt", "raw_text"]
-    assert sorted(path.name for path in (out / "raw_text").iterdir()) == ["filter_labels_test.txt", "lbl.json", "trn.json", "tst.json"]
+    assert sorted(path.name for path in (out / "raw_text").iterdir()) == [
+        "filter_labels_test.txt",
+        "lbl.json",
+        "trn.json",
+        "tst.json",
+    ]
 
 
 @pytest.mark.parametrize(

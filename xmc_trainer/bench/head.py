@@ -191,7 +191,13 @@ def measure_batch(
             fan_in = options.fan_in if group else None
             label = f"F={fan_in} G={group}, {optimizer}" if group else f"dense head (F={options.features}), {optimizer}"
             if group or optimizer == "sgd":
-                measure(label, head_step(fan_in, group or 1, optimizer), fan_in=fan_in, group_size=group, optimizer=optimizer)
+                measure(
+                    label,
+                    head_step(fan_in, group or 1, optimizer),
+                    fan_in=fan_in,
+                    group_size=group,
+                    optimizer=optimizer,
+                )
     for group in dict.fromkeys((groups[0], groups[-1])):
         settings = {"fan_in": options.fan_in, "group_size": group}
         measure(f"G={group}, feature gradient only", head_step(options.fan_in, group, "sgd", False), **settings)
@@ -206,7 +212,10 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=768 if gpu else 384)
     parser.add_argument("--fan-in", type=int, default=128 if gpu else 32)
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[128 if gpu else 64],
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[128 if gpu else 64],
         help="texts; of several, one that is N times the first is measured with labels / N, as on N GPUs",
     )
     parser.add_argument("--positives", type=int, default=36, help="labels a text")

@@ -130,11 +130,15 @@ def measure(options: argparse.Namespace, device: torch.device) -> None:
         row = measure_shape(options, ranks, device, *shape)
         rows.append({"ranks": ranks.size, "device": name, "torch": torch.__version__} | row)
         if ranks.rank == 0:
-            print("{labels:9,d}{batch:8d}{features:10d}{sent_bytes:22,d}{head_mib:20.2f}{ms:8.1f}{exchange_ms:14.2f}".format(**row), flush=True)
+            print(
+                "{labels:9,d}{batch:8d}{features:10d}{sent_bytes:22,d}{head_mib:20.2f}{ms:8.1f}{exchange_ms:14.2f}".format(
+                    **row
+                ),
+                flush=True,
+            )
     if ranks.rank == 0:
         with replacing(Path(options.csv), newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
         print(f"written to {options.csv}")
-

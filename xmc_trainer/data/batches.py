@@ -65,7 +65,9 @@ def plan_epoch(
     UserError if the ranks cannot share a micro-batch equally.
     """
     if batch_size % world_size:
-        raise UserError(f"data.batch_size={batch_size}: does not divide by the {world_size} processes; change either one")
+        raise UserError(
+            f"data.batch_size={batch_size}: does not divide by the {world_size} processes; change either one"
+        )
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(np.arange(len(lengths)) if rows is None else rows)
     step_size = batch_size * accumulation
@@ -99,9 +101,7 @@ def plan_eval(
     return [MicroBatch(tuple(np.array_split(part, world_size)), len(part)) for part in parts]
 
 
-def padded(
-    tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows: int = 1
-) -> dict[str, Tensor]:
+def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows: int = 1) -> dict[str, Tensor]:
     """What the encoder reads of some texts: {"input_ids", "attention_mask"}, int64 [b, T]. Every batch is made here.
 
     Padding stands on the right, whatever side a tokenizer prefers: T is the length of the longest text, rounded up to a
@@ -179,9 +179,7 @@ class TextBatches(torch.utils.data.Dataset):
             labels = Ragged(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
         if self._places is not None:
             labels = Ragged(self._places[labels.ids], labels.offsets)
-        batch = padded(
-            tokens, longest=self._longest, pad_token_id=self._pad_token_id, least_rows=self._least_rows
-        ) | {
+        batch = padded(tokens, longest=self._longest, pad_token_id=self._pad_token_id, least_rows=self._least_rows) | {
             "rows": torch.from_numpy(rows.copy()),  # the plan's own array stays out of the caller's reach
             "rows_in_step": micro.rows_in_step,
             # Every rank knows the plan: nobody has to ask the others how much they bring.

@@ -84,7 +84,9 @@ def locked(target: Path) -> Iterator[None]:
     path = _lock_file(target)
     lock = _take(path, wait=True)
     try:
-        for owner in {entry.name.split(".")[0] for entry in target.parent.iterdir() if entry.suffix in (".partial", ".lock")}:
+        for owner in {
+            entry.name.split(".")[0] for entry in target.parent.iterdir() if entry.suffix in (".partial", ".lock")
+        }:
             _remove_leftovers(target.with_name(owner), own=owner == target.name)
         yield
     finally:

@@ -57,7 +57,9 @@ class Corpus:
     filter_pairs: Ragged | None
     fingerprint: str
     texts: int  # real training texts: rows made from label texts come after them
-    places: np.ndarray | None = None  # int32 [L]: where each label number of train and test stands in `labels`; None: there
+    places: np.ndarray | None = (
+        None  # int32 [L]: where each label number of train and test stands in `labels`; None: there
+    )
 
     @property
     def num_labels(self) -> int:
@@ -212,7 +214,9 @@ def _open_or_make(target: Path, make: Callable[[Path], None]) -> tuple[Corpus, l
     try:
         return _open(target)
     except Damaged as error:
-        raise UserError(f"data.cache_dir={target.parent}: {error}, just after it was written; name a folder on another disk") from None
+        raise UserError(
+            f"data.cache_dir={target.parent}: {error}, just after it was written; name a folder on another disk"
+        ) from None
 
 
 def _open(folder: Path) -> tuple[Corpus, list[str]]:
@@ -258,7 +262,12 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 
 def _build(
-    folder: Path, contents: Contents, origin: Path | str, tokenizer: PreTrainedTokenizerBase, max_len: int, progress: bool
+    folder: Path,
+    contents: Contents,
+    origin: Path | str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_len: int,
+    progress: bool,
 ) -> None:
     """Write everything that the cache keeps of a data set into an empty folder."""
     sizes = {}
@@ -283,9 +292,7 @@ def _arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchS
         yield writer
 
 
-def _write_tokens(
-    path: Path, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase, max_len: int, bar: tqdm
-) -> int:
+def _write_tokens(path: Path, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase, max_len: int, bar: tqdm) -> int:
     """Tokenise rows as they come into an Arrow file; returns their number."""
     written = 0
     waiting: list[tuple[Ragged, list[list[int]]]] = []

@@ -122,7 +122,9 @@ class _Column:
                 if "," in value or ";" in value:
                     self._commas, self._example = self._commas + 1, self._example or value
             if value is not None and self._only_bits:
-                self._only_bits = isinstance(value, list) and all(type(entry) is int and 0 <= entry <= 1 for entry in entries)
+                self._only_bits = isinstance(value, list) and all(
+                    type(entry) is int and 0 <= entry <= 1 for entry in entries
+                )
                 self._lengths.add(len(entries))
                 self._repeats |= len(set(entries)) < len(entries)
             if self._class_names is None:
@@ -213,7 +215,9 @@ def _open_split(name: str, split: str, columns: list[str]) -> _Split:
         is_saved = (saved / "state.json").is_file() and not any(map(os.path.exists, _exact(folder, split)))
         files = [] if is_saved else _find_files(folder, split)
     except OSError as error:
-        raise UserError(f"data.hf_source={name}: {error.filename}: {error.strerror}; check the split names and permissions") from None
+        raise UserError(
+            f"data.hf_source={name}: {error.filename}: {error.strerror}; check the split names and permissions"
+        ) from None
     if is_saved:
         return _open_dataset(lambda: datasets.load_from_disk(str(saved)), str(saved), split, columns)
     if not files:
@@ -258,15 +262,24 @@ def _find_files(folder: Path, split: str) -> list[Path]:
                 sets.setdefault((parent, kind), []).append((number, path.name, path, of))
         if sets:
             break
-        level = [path for parent in level for path in sorted(parent.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+        level = [
+            path
+            for parent in level
+            for path in sorted(parent.iterdir())
+            if path.is_dir() and not path.name.startswith(".")
+        ]
     if len(sets) > 1:
         found_in = " and ".join(f"{parent}/*{kind}" for parent, kind in sorted(sets))
-        raise UserError(f"data.hf_source={folder}: {split} may be {found_in}; name the folder of one, or move the others away")
+        raise UserError(
+            f"data.hf_source={folder}: {split} may be {found_in}; name the folder of one, or move the others away"
+        )
     parts = sorted(next(iter(sets.values()), []), key=lambda part: part[:2])
     wholes = {of for *_, of in parts}
     if wholes - {None} and (len(wholes) > 1 or [number for number, *_ in parts] != list(range(max(wholes)))):
         have = ", ".join(name for _, name, *_ in parts[:8])
-        raise UserError(f"data.hf_source={folder}: {split} is not whole, it has {have}; fetch the missing parts, or remove those of another set")
+        raise UserError(
+            f"data.hf_source={folder}: {split} is not whole, it has {have}; fetch the missing parts, or remove those of another set"
+        )
     return [path for _, _, path, _ in parts]
 
 
@@ -275,8 +288,7 @@ def _check_columns(found: Iterable[str], columns: list[str], where: str) -> None
         if column not in found:
             names = ", ".join(found)
             raise UserError(
-                f"{where}: has no column {column!r}, only {names}; set data.text_column and "
-                "data.label_column"
+                f"{where}: has no column {column!r}, only {names}; set data.text_column and data.label_column"
             )
 
 
@@ -320,7 +332,9 @@ def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
         # Of the label column alone: other columns may be of types that the datasets library does not know.
         class_names.append(_class_names_in(schema, columns[1]))
         if class_names[0] != class_names[-1]:
-            raise UserError(f"{path}: its class labels of {columns[1]!r} are not those of {paths[0].name}; write them all alike")
+            raise UserError(
+                f"{path}: its class labels of {columns[1]!r} are not those of {paths[0].name}; write them all alike"
+            )
     return _Split(paths, records, class_names[0])
 
 
@@ -354,7 +368,9 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: list
             for number, record in enumerate(dataset.select_columns(wanted), start=1):
                 yield f"{where}, split {split}, row {number}", record
         except _UNREADABLE as error:
-            raise UserError(f"{where}, split {split}, after row {number}: cannot be read ({reason(error)}); write it again") from None
+            raise UserError(
+                f"{where}, split {split}, after row {number}: cannot be read ({reason(error)}); write it again"
+            ) from None
 
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
     return _Split(files, records, _class_names(dataset.features[columns[1]]))

@@ -124,7 +124,9 @@ class Vocabulary:
         return sorted({self._number[name] for name in names if name in self._number})
 
     def train_rows(self, rows: Iterable[NamedRow], notes: dict[str, str]) -> Iterator[Row]:
-        return count_unlabelled((Row(text, self.known(names)) for text, names in count_empty(rows, "training", notes)), notes)
+        return count_unlabelled(
+            (Row(text, self.known(names)) for text, names in count_empty(rows, "training", notes)), notes
+        )
 
     def test_rows(self, rows: Iterable[NamedRow], notes: dict[str, str]) -> Iterator[Row]:
         """Labels never seen in training cannot be predicted: they go, and so do texts left with none."""
@@ -137,7 +139,9 @@ class Vocabulary:
             else:
                 dropped += 1
         if unseen or dropped:
-            notes["test labels"] = f"test set: dropped {unseen} labels never seen in training and {dropped} texts without one"
+            notes["test labels"] = (
+                f"test set: dropped {unseen} labels never seen in training and {dropped} texts without one"
+            )
 
 
 def _numerical(name: str) -> tuple[int, str, str]:
@@ -158,7 +162,9 @@ def count_empty(rows: Iterable[NamedRow], split: str, notes: dict[str, str]) -> 
             empty, first = empty + 1, first or os.path.basename(where)
         yield text, labels
     if empty:
-        notes[f"{split} texts"] = f"{split} set: {empty} texts are empty, the first at {first!r}; they stay, as texts without words"
+        notes[f"{split} texts"] = (
+            f"{split} set: {empty} texts are empty, the first at {first!r}; they stay, as texts without words"
+        )
 
 
 def count_unlabelled(rows: Iterable[Row], notes: dict[str, str]) -> Iterator[Row]:
@@ -177,7 +183,9 @@ _RAW_LAYOUT = "raw layout: {train,test}_raw_texts.txt or {train,test}_texts.txt,
 _WRONG_FOLDER = "set dataset_path, data.folder or data.is_lf_data"
 
 
-def raw_source(folder: Path, label_text_file: str | None = None, augment: bool = False, test_split: str = "test") -> Source:
+def raw_source(
+    folder: Path, label_text_file: str | None = None, augment: bool = False, test_split: str = "test"
+) -> Source:
     """`train_raw_texts.txt` (or `train_texts.txt`) beside `train_labels.txt`, and the same for `test_split`.
 
     A line is a text, which may be empty; the same line of the label file holds its label names, separated by spaces or
@@ -205,7 +213,11 @@ def raw_source(folder: Path, label_text_file: str | None = None, augment: bool =
         names = {split: _names_and_line_count(texts[split], labels[split], notes) for split in ("train", test_split)}
         vocabulary = Vocabulary.of(names["train"])
         table = _label_texts(table_file, vocabulary.names, labels["train"], notes) if table_file else {}
-        own = [(number, table[name]) for number, name in enumerate(vocabulary.names) if table.get(name)] if augment else []
+        own = (
+            [(number, table[name]) for number, name in enumerate(vocabulary.names) if table.get(name)]
+            if augment
+            else []
+        )
 
         def train() -> Iterator[Row]:
             yield from vocabulary.train_rows(rows("train"), notes)

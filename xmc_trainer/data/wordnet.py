@@ -100,7 +100,9 @@ def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Count
     try:
         _write(out, files)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name a folder that can be written and has room") from None
+        raise UserError(
+            f"{out}: cannot be written ({error.strerror}); name a folder that can be written and has room"
+        ) from None
     return counts
 
 
@@ -140,4 +142,3 @@ def main() -> None:
     else:
         counts = build(arguments.out, arguments.dict)
     print("{}: {:,} synsets, {:,} training texts, {:,} test texts, {:,} labels".format(arguments.out, *counts))
-

@@ -54,13 +54,19 @@ def check_batch(feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, featur
     if feat_bd.ndim != 2 or feat_bd.shape[1] != features:
         raise ValueError(f"features of shape {list(feat_bd.shape)}: the head reads [texts, {features}]")
     if label_counts.shape != feat_bd.shape[:1]:
-        raise ValueError(f"label_counts of shape {list(label_counts.shape)}: one number for each of the {feat_bd.shape[0]} texts")
+        raise ValueError(
+            f"label_counts of shape {list(label_counts.shape)}: one number for each of the {feat_bd.shape[0]} texts"
+        )
     if label_ids.is_cuda or label_counts.is_cuda:
         return
     if int(label_counts.sum()) != label_ids.shape[0]:
-        raise ValueError(f"label_counts add up to {int(label_counts.sum())}, and there are {label_ids.shape[0]} label_ids")
+        raise ValueError(
+            f"label_counts add up to {int(label_counts.sum())}, and there are {label_ids.shape[0]} label_ids"
+        )
     if label_ids.numel() and not 0 <= int(label_ids.min()) <= int(label_ids.max()) < labels:
-        raise ValueError(f"label_ids from {int(label_ids.min())} to {int(label_ids.max())}: there are labels 0 to {labels - 1}")
+        raise ValueError(
+            f"label_ids from {int(label_ids.min())} to {int(label_ids.max())}: there are labels 0 to {labels - 1}"
+        )
 
 
 class HeadTerm(NamedTuple):
@@ -125,7 +131,13 @@ def _step(
     feat_Bd, label_P, row_P, sizes = first._gather(feat_bd, label_ids, label_counts, rank_sizes)
     done = [
         head._step(
-            feat_Bd, label_P if ids_of is None else ids_of(label_P), row_P, train, end_of_step, texts_in_step, loss_weight
+            feat_Bd,
+            label_P if ids_of is None else ids_of(label_P),
+            row_P,
+            train,
+            end_of_step,
+            texts_in_step,
+            loss_weight,
         )
         for head, ids_of, loss_weight in terms
     ]
@@ -227,7 +239,9 @@ class FixedFanInHead(nn.Module):
         if bias:
             own_bias = torch.empty(shape[:1], device=device)
             own_bias.copy_(
-                first_bias[self.labels.start : self.labels.stop] if isinstance(first_bias, Tensor) else torch.tensor(first_bias)
+                first_bias[self.labels.start : self.labels.stop]
+                if isinstance(first_bias, Tensor)
+                else torch.tensor(first_bias)
             )
         self.register_buffer("bias", own_bias)
         if logit_shift is not None:
@@ -291,7 +305,8 @@ class FixedFanInHead(nn.Module):
     def recent_steps(self) -> list[dict[str, Tensor]]:
         """What is kept for growth by gradient, the oldest step first: features [B, d], labels (global ids) and rows (int64 [P])."""
         return [
-            {"features": feat_Bd, "labels": label_P + self.labels.start, "rows": row_P} for feat_Bd, label_P, row_P in self._recent
+            {"features": feat_Bd, "labels": label_P + self.labels.start, "rows": row_P}
+            for feat_Bd, label_P, row_P in self._recent
         ]
 
     def load_recent_steps(self, steps: list[dict[str, Tensor]]) -> None:

@@ -72,7 +72,9 @@ class SplitHead(nn.Module):
         """As of FixedFanInHead."""
         first = self.frequent.num_labels
         self.frequent.start_from_texts(texts_of, **arguments)
-        self.tail.start_from_texts(lambda labels: texts_of(range(labels.start + first, labels.stop + first)), **arguments)
+        self.tail.start_from_texts(
+            lambda labels: texts_of(range(labels.start + first, labels.stop + first)), **arguments
+        )
 
     def rewire(self, rule: RewireRule) -> RewireReport:
         """Of the sparse labels; see FixedFanInHead."""

@@ -80,14 +80,23 @@ class Kernel:
             (self.capability and problem.capability is None, "needs nvcc, ninja and a GPU of capability 8.0"),
             (self.hopper and problem.capability != source.HOPPER, "needs a GPU of capability 9.0"),
             (self.index and problem.group_size is None, "needs an index"),
-            (self.least_group > 1 and (problem.group_size or 0) < self.least_group, f"needs group_size >= {self.least_group}"),
+            (
+                self.least_group > 1 and (problem.group_size or 0) < self.least_group,
+                f"needs group_size >= {self.least_group}",
+            ),
             (most and problem.fan_in > most, f"needs fan_in <= {most}"),
             (problem.fan_in % self.fan_in_multiple, f"needs a fan_in that is a multiple of {self.fan_in_multiple}"),
             (self.bf16 and not problem.bf16, "needs bfloat16 or float16 features"),
             (problem.deterministic and not self.deterministic, "its sums have no fixed order"),
             (self.by_weight and not problem.by_weight, "does not take an optimizer with one state a label"),
-            (self.by_weight and self.capability and problem.bytes_in_float32, "does not take states of a byte beside float32 weights"),
-            (self.most_numbers and (problem.texts + 128) * problem.features >= self.most_numbers, "too many texts and features"),
+            (
+                self.by_weight and self.capability and problem.bytes_in_float32,
+                "does not take states of a byte beside float32 weights",
+            ),
+            (
+                self.most_numbers and (problem.texts + 128) * problem.features >= self.most_numbers,
+                "too many texts and features",
+            ),
         ]
         return next((reason for applies, reason in reasons if applies), None)
 
@@ -169,7 +178,9 @@ class GPU:
         def run() -> Tensor:
             kernel = choose(RANKINGS, Problem.of(head, *feat_Bd.shape, feat_Bd.dtype))
             batch = Batch.of(feat_Bd, kernel.texts)
-            return topk.best_labels(head, batch, k, skip_label_P, skip_row_P, kernel, group_blocks=kernel.least_group > 1)
+            return topk.best_labels(
+                head, batch, k, skip_label_P, skip_row_P, kernel, group_blocks=kernel.least_group > 1
+            )
 
         return _compiling(run, feat_Bd.device)
 

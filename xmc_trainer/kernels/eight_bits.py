@@ -24,7 +24,11 @@ from torch import Tensor
 from xmc_trainer.rng import element_bits
 
 _SCALE, _LARGEST = 2.0**7, 57344.0  # of the first state, and as float16
-_SQUARES_SCALE, _FIRST, _FIRST_BITS = 2.0**-17, 2.0**-63, 64 << 23  # of the second; what is added to it, also as a float32's bits
+_SQUARES_SCALE, _FIRST, _FIRST_BITS = (
+    2.0**-17,
+    2.0**-63,
+    64 << 23,
+)  # of the second; what is added to it, also as a float32's bits
 
 
 def decoded(byte: Tensor, state: int) -> Tensor:
@@ -42,7 +46,9 @@ def encoded(value: Tensor, key: tuple[int, int], row: Tensor, column: Tensor, st
         row, column: int, as of `rng.random_bits`; they broadcast to the shape of `value`.
         state: 1 or 2.
     """
-    draw = element_bits(key, row, column, 1)  # of both: the second's bits are the upper 21, the first's are lower but for five
+    draw = element_bits(
+        key, row, column, 1
+    )  # of both: the second's bits are the upper 21, the first's are lower but for five
     if state == 1:
         half = (value * _SCALE).to(torch.float16).clamp(-_LARGEST, _LARGEST)
         return ((half.view(torch.int16).to(torch.int32) + ((draw >> 8) & 0xFF)) >> 8).to(torch.uint8)

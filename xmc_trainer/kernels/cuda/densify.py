@@ -89,7 +89,10 @@ def slices(rows: Tensor) -> list[Slice]:
     d = rows.shape[1]
     count = -(-d // _MOST_FEATURES)
     size = -(-d // (64 * count)) * 64
-    return [Slice(first, pad(part := rows[:, first : first + size], (0, size - part.shape[1]))) for first in range(0, d, size)]
+    return [
+        Slice(first, pad(part := rows[:, first : first + size], (0, size - part.shape[1])))
+        for first in range(0, d, size)
+    ]
 
 
 def first_slots(index_RF: Tensor, d: int) -> Tensor:
@@ -118,7 +121,14 @@ class _Logits:
         self.text_tiles = rows.shape[0] // TEXTS
         fan_in, features = head.weight_LF.shape[1], self.slices[0].x.shape[1]
         self.kernel = Kernel(
-            "logits.cu", head, rows.device, FEATURES=features, FAN_IN=fan_in, LOSS=loss, BEST=int(best), SLICED=int(len(self.slices) > 1)
+            "logits.cu",
+            head,
+            rows.device,
+            FEATURES=features,
+            FAN_IN=fan_in,
+            LOSS=loss,
+            BEST=int(best),
+            SLICED=int(len(self.slices) > 1),
         )
         self.lanes = max(1, min(self.kernel.blocks // self.text_tiles, -(-labels // BLOCK)))
         tiles = -(-labels // _LABELS)
@@ -151,7 +161,13 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     several = text_tiles > at_a_time  # the weight gradient is a sum of launches
     gradient_dtype = torch.float32 if several else torch.bfloat16
     bias_update = step.update and head.bias_L is not None
-    bytes_a_label = columns * 2 + columns // 8 + columns // 4 + fan_in * gradient_dtype.itemsize + (columns * 4 if d > _MOST_FEATURES else 0)
+    bytes_a_label = (
+        columns * 2
+        + columns // 8
+        + columns // 4
+        + fan_in * gradient_dtype.itemsize
+        + (columns * 4 if d > _MOST_FEATURES else 0)
+    )
     head_bytes = head.weight_LF.nbytes + head.index_RF.nbytes
     unit = BLOCK * max(1, multiprocessors(device) // text_tiles)  # a tile for each block
     chunk = max(1, int(max(_WORKSPACE, _SHARE * head_bytes)) // bytes_a_label // unit) * unit
@@ -178,7 +194,12 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
         tiles = min(at_a_time, 1 << (text_tiles - 1).bit_length())
         weight_features = features_of_block(d, _FEATURES_BY_TEXT_TILES[tiles])
         weight_gradient = Kernel(
-            "weight_gradient.cu", head, device, FEATURES=weight_features, TEXT_TILES=tiles, GRADIENT=TYPES[gradient_dtype]
+            "weight_gradient.cu",
+            head,
+            device,
+            FEATURES=weight_features,
+            TEXT_TILES=tiles,
+            GRADIENT=TYPES[gradient_dtype],
         )
         weight_blocks = -(-d // weight_features)
         weight_lanes = max(1, min(weight_gradient.blocks // weight_blocks, -(-chunk // _LABELS)))
@@ -212,7 +233,11 @@ def find_best(
     labels, rows, columns = head.weight_LF.shape[0], batch.rows, batch.columns
     skips = skip_label_P.numel() > 0
     sliced = rows.shape[1] > _MOST_FEATURES
-    chunk = chunk_labels(labels, WORKSPACE, columns * (4 if sliced else 0) + columns // 8, BLOCK) if skips or sliced else labels
+    chunk = (
+        chunk_labels(labels, WORKSPACE, columns * (4 if sliced else 0) + columns // 8, BLOCK)
+        if skips or sliced
+        else labels
+    )
     pairs = PairBitmap(chunk, columns, BLOCK, BLOCK, rows.device) if skips else None
     logits = _Logits(head, rows, chunk, loss=0, best=True)
     arguments = _common(head, rows, batch.texts) | ({} if pairs is None else dict(bits=pairs.bits))

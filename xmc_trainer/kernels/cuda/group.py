@@ -69,7 +69,9 @@ def state_dtype(head: HeadTensors) -> torch.dtype | None:
 
 def _compiled(head: HeadTensors, device: torch.device, step: Step, blocks: Blocks, one_tile: bool) -> ctypes.CDLL:
     weight = head.weight_LF.dtype
-    state = state_dtype(head) if step.rule["RULE"] else None  # a step without update has the plainest rule, and reads none
+    state = (
+        state_dtype(head) if step.rule["RULE"] else None
+    )  # a step without update has the plainest rule, and reads none
     words = {
         "WEIGHT": TYPES[weight], "INDEX": TYPES[head.index_RF.dtype], "STATE": TYPES[state or weight], "RULE": step.rule["RULE"],
         "LOSS": step.loss, "LABELS": tile_labels(head.group_size, blocks), "FEATURES": 64 if head.weight_LF.shape[1] <= 64 else 128,
@@ -92,7 +94,12 @@ def in_warpgroup_order(x_dB: Tensor) -> Tensor:
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """(loss float32 [columns], feature gradient float32 [columns, d]). batch: of whole tiles of TEXTS texts."""
-    (labels, fan_in), group, rows, device = head.weight_LF.shape, head.group_size, head.index_RF.shape[0], batch.rows.device
+    (labels, fan_in), group, rows, device = (
+        head.weight_LF.shape,
+        head.group_size,
+        head.index_RF.shape[0],
+        batch.rows.device,
+    )
     blocks = blocks_for(group, fan_in, torch.cuda.get_device_capability(device))
     tile = tile_labels(group, blocks)
     library = _compiled(head, device, step, blocks, one_tile=batch.columns == TEXTS)

@@ -45,7 +45,10 @@ def give_up(error: CompilationFailed) -> None:
     """Do without the CUDA sources from here on, with a warning."""
     global _gave_up
     _gave_up = True
-    warnings.warn(f"the head's CUDA kernels cannot be compiled, Triton's take their place, which are slower: {error}", stacklevel=2)
+    warnings.warn(
+        f"the head's CUDA kernels cannot be compiled, Triton's take their place, which are slower: {error}",
+        stacklevel=2,
+    )
 
 
 def can_compile(device: torch.device) -> bool:

@@ -378,9 +378,9 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     return loss.sum(0), dx.sum(0) * step.text_weight
 
 
-
-
-def update_from(head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step, index_RF: Tensor | None) -> None:
+def update_from(
+    head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step, index_RF: Tensor | None
+) -> None:
     """Update the weights of labels first..last by their gradient, but for `text_weight`: [last - first, d], read at the index if given."""
     fan_in, by_label = head.weight_LF.shape[1], step.rule["RULE"] == ROWWISE.value
     # Rows of 2048 elements in all for each program; with ROWWISE whole ones.
