@@ -51,7 +51,13 @@ def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accel
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer that a configuration names. Raises UserError where it is not to be had."""
     chosen = config.model.encoder
-    return load_tokenizer(chosen.encoder_tokenizer, trust_remote_code=chosen.trust_remote_code)
+    # By default it is the encoder's own, and that is the setting which the user wrote.
+    field = "encoder_model" if chosen.encoder_tokenizer == chosen.encoder_model else "encoder_tokenizer"
+    return load_tokenizer(
+        chosen.encoder_tokenizer,
+        where=f"model.encoder.{field}={chosen.encoder_tokenizer}",
+        trust_remote_code=chosen.trust_remote_code,
+    )
 
 
 def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:

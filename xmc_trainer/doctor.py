@@ -21,6 +21,7 @@ _LIBRARIES = (
     "torch", "triton", "deepspeed", "accelerate", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "scipy",
     "safetensors", "pyyaml", "torch_sparse",
 )  # fmt: skip
+_MODULES = {"pyyaml": "yaml"}  # of libraries whose module has another name
 _OPTIONAL = ("triton", "torch_sparse")
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
@@ -38,7 +39,7 @@ def library_version(name: str) -> str:
     except metadata.PackageNotFoundError:
         return "not installed" + (" (optional)" if name in _OPTIONAL else ": pip install --editable .")
     try:
-        importlib.import_module(name)
+        importlib.import_module(_MODULES.get(name, name))
     except Exception as error:  # whatever a broken installation raises is what this page is for
         return f"{version}, cannot be imported: {reason(error)}"
     return version

@@ -384,7 +384,11 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
     backbone.load_state_dict({name: given[name] for name in own if name in given}, strict=False)
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False, saved: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; arguments and errors as of `load_backbone`."""
-    where = name if saved else f"model.encoder.encoder_tokenizer={name}"
-    return _load(AutoTokenizer, name, where, trust_remote_code, saved)
+def load_tokenizer(
+    name: str, *, where: str = "", trust_remote_code: bool = False, saved: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; other arguments and errors as of `load_backbone`.
+
+    Args: where: how the message of an error begins; default: `name`.
+    """
+    return _load(AutoTokenizer, name, where or name, trust_remote_code, saved)

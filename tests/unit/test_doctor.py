@@ -19,7 +19,8 @@ def test_the_page_says_what_is_here_and_what_would_run(monkeypatch, capsys):
     page = capsys.readouterr().out
     lines = dict(line.split(maxsplit=1) for line in page.splitlines() if not line.startswith(("backend", "GPU")))
     assert lines["xmc_trainer"] == __version__ and lines["torch"] == importlib.metadata.version("torch")
-    assert lines["deepspeed"] == importlib.metadata.version("deepspeed")
+    for name in ("deepspeed", "pyyaml", "pyarrow", "safetensors"):
+        assert lines[name] == importlib.metadata.version(name)
     assert lines["NCCL_SOCKET_IFNAME"] == "eth7" and "secret" not in page  # pasted in public
     auto = next(line for line in page.splitlines() if line.startswith("backend auto"))
     if torch.cuda.is_available():

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.data_helpers import tiny_tokenizer
 from tests.encoders import READ, REFUSED, WORDS, save_encoder
+from xmc_trainer.builders import tokenizer_of
+from xmc_trainer.config import load_config
 from xmc_trainer.encoder import (
     TextEncoder,
     check_padding_is_hidden,
@@ -277,3 +279,10 @@ def test_state_dicts_are_loaded_safely_or_refused(tiny_encoder, tmp_path):
             load_state_dict_file(target, str(tmp_path / file), prefix)
         assert str(error.value).isprintable(), file  # one line, without the colours of torch's messages
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+def test_a_missing_tokenizer_is_named_by_the_setting_that_was_written(tmp_path):
+    for field in ("encoder_model", "encoder_tokenizer"):
+        config = load_config(["dataset=wordnet", f"model.encoder.{field}={tmp_path / 'none'}"])
+        with pytest.raises(UserError, match=f"model.encoder.{field}={tmp_path / 'none'}: "):
+            tokenizer_of(config)
