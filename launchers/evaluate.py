@@ -12,7 +12,7 @@ import json
 import os
 from pathlib import Path
 
-from xmc_trainer.cli import run
+from xmc_trainer.commands.cli import run
 
 
 def main() -> None:

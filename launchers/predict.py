@@ -23,7 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from xmc_trainer.cli import run
+from xmc_trainer.commands.cli import run
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import replacing
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from xmc_trainer.cli import USAGE, run
+from xmc_trainer.commands.cli import USAGE, run
 
 
 def main() -> None:

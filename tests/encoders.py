@@ -10,7 +10,7 @@ import transformers as hf
 from datasets import Dataset
 
 from tests.data_helpers import tiny_tokenizer
-from xmc_trainer.checkpoint import save_model
+from xmc_trainer.checkpoint.saved_model import save_model
 from xmc_trainer.encoder import TextEncoder, load_backbone
 from xmc_trainer.head import SGD, FixedFanInHead
 

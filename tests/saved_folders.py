@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from xmc_trainer.saved_folder import _digest
+from xmc_trainer.checkpoint.folder import _digest
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:

@@ -1,3 +1,3 @@
-from xmc_trainer.cli import main
+from xmc_trainer.commands.cli import main
 
 main()

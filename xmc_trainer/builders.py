@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xmc_trainer.compiling import layer_lists
+from xmc_trainer.encoder.compiling import layer_lists
 from xmc_trainer.config import Config
 from xmc_trainer.encoder import (
     TextEncoder,
@@ -23,7 +23,7 @@ from xmc_trainer.encoder import (
 )
 from xmc_trainer.engine import build_accelerator, whole_weights, zero_stage
 from xmc_trainer.errors import UserError
-from xmc_trainer.flat_encoder import FlatEncoder
+from xmc_trainer.encoder.flat import FlatEncoder
 
 _ENCODER_OPTIMIZERS = {
     "adamw": torch.optim.AdamW,

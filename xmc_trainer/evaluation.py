@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from xmc_trainer import signals
-from xmc_trainer.checkpoint import SavedModel
+from xmc_trainer.checkpoint.saved_model import SavedModel
 from xmc_trainer.config import Config, EvaluationConfig
 from xmc_trainer.data import Corpus, MicroBatch, TextBatches, load_corpus, plan_eval
 from xmc_trainer.errors import UserError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xmc_trainer.checkpoint import SavedModel, load_model
+from xmc_trainer.checkpoint.saved_model import SavedModel, load_model
 from xmc_trainer.data import batch_of_texts
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError

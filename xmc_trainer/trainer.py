@@ -17,11 +17,12 @@ from accelerate.utils import set_seed
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from xmc_trainer import resume, signals
+from xmc_trainer import signals
+from xmc_trainer.checkpoint import resume
 from xmc_trainer.builders import accelerator_of, backbone_of, encoder_of, in_precision_of, prepare_encoder, tokenizer_of
-from xmc_trainer.checkpoint import head_parts, save_model
-from xmc_trainer.clusters import LabelClusters
-from xmc_trainer.compiling import compile_encoder, undo, warm_up
+from xmc_trainer.checkpoint.saved_model import head_parts, save_model
+from xmc_trainer.labels.clusters import LabelClusters
+from xmc_trainer.encoder.compiling import compile_encoder, undo, warm_up
 from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder import TextEncoder
@@ -35,14 +36,14 @@ from xmc_trainer.engine import (
 )
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.finite import require_finite
+from xmc_trainer.checkpoint.finite import require_finite
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, multi_head_step
 from xmc_trainer.head.losses import starting_bias
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.kernels.dispatch import select_backend
-from xmc_trainer.label_features import LabelSums, encode_training_texts, whitener
-from xmc_trainer.meta_branch import MetaBranch
-from xmc_trainer.micro_batches import bytes_a_text, fewest_parts, free_bytes
+from xmc_trainer.labels.features import LabelSums, encode_training_texts, whitener
+from xmc_trainer.head.cluster_branch import MetaBranch
+from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_bytes
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import MODEL, RunFolder
 from xmc_trainer.step_clock import StepClock
@@ -354,7 +355,7 @@ class Trainer:
         return sample_rows(len(self._train_lengths), size, self.config.training.seed)
 
     def save_checkpoint(self) -> None:
-        """Write what an interrupted training goes on from; between two steps, every rank must call. See `xmc_trainer.resume`."""
+        """Write what an interrupted training goes on from; between two steps, every rank must call. See `xmc_trainer.checkpoint.resume`."""
         self._flush_losses()
         own = (*own_weights(self.encoder_module, self.ranks.rank), *self._head_tensors())
         require_finite(own, self.ranks, self.device, self.state.step, self.run_folder)
@@ -362,7 +363,7 @@ class Trainer:
         self._saved = self.state.step, self.state.epoch
 
     def save(self, folder: Any) -> None:
-        """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint`."""
+        """Write the model for evaluation and prediction; see `xmc_trainer.checkpoint.saved_model`."""
         encoder_state = self.accelerator.get_state_dict(self.encoder)
         own = (*(encoder_state or {}).items(), *self._head_tensors())  # ZeRO 3 gives it to the main rank alone
         require_finite(own, self.ranks, self.device, self.state.step, folder)

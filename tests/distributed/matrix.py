@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop, SplitHead, multi_head_step
-from xmc_trainer.meta_branch import MetaBranch
+from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
 LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 15

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.integration.test_launchers import free_port, launch
-from xmc_trainer.bench import ranks
+from xmc_trainer.commands.bench import ranks
 
 pytestmark = pytest.mark.slow
 

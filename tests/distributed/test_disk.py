@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from xmc_trainer.errors import UserError
 from xmc_trainer.parallel import Ranks, joined_ranks
-from xmc_trainer.saved_folder import TEXT, Kind, read_folder, save_folder
+from xmc_trainer.checkpoint.folder import TEXT, Kind, read_folder, save_folder
 
 folder = Path(sys.argv[1]) / "saved"
 kind = Kind("a saved test", (1,), 1, {"said": TEXT}, lambda manifest: ["rank-0", "rank-1"])

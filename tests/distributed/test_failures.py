@@ -17,7 +17,8 @@ pytestmark = pytest.mark.slow
 RANK = """
 import sys, time, torch
 from datetime import timedelta
-from xmc_trainer import cli, parallel
+from xmc_trainer import parallel
+from xmc_trainer.commands import cli
 
 def main():
     with parallel.joined_ranks(torch.device("cpu"), timedelta(seconds=6)):

@@ -18,7 +18,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from xmc_trainer import signals
-from xmc_trainer.cli import run
+from xmc_trainer.commands.cli import run
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook

@@ -44,7 +44,7 @@ def _run(words: list[str], folder: str, environment: dict[str, str], streams: li
     name = Path(words[0]).name
     try:
         if name == "xmc-trainer":
-            from xmc_trainer.cli import main
+            from xmc_trainer.commands.cli import main
 
             sys.argv = words
             main()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from xmc_trainer import adjust
+from xmc_trainer.commands import adjust
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import evaluate_saved

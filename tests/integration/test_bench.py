@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from tests.integration.test_launchers import ROOT, free_port, launch
-from xmc_trainer import cli
-from xmc_trainer.bench import head as bench_head
+from xmc_trainer.commands import cli
+from xmc_trainer.commands.bench import head as bench_head
 
 pytestmark = pytest.mark.slow
 

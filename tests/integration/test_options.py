@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from xmc_trainer.clusters import LabelClusters
+from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook

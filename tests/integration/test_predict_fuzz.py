@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.encoders import save_untrained
 from tests.fuzz import examples
-from xmc_trainer.cli import run
+from xmc_trainer.commands.cli import run
 from xmc_trainer.errors import UserError
 from xmc_trainer.model import XMCModel
 

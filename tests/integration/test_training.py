@@ -344,7 +344,7 @@ def test_damaged_models_are_refused(toy_settings, tmp_path):
 @pytest.fixture
 def clusters(toy_settings, toy_data, monkeypatch):
     """The cluster file of the toy data, made by the command; its path."""
-    from xmc_trainer.clusters import main
+    from xmc_trainer.labels.clusters import main
 
     path = toy_data / "toy" / "label_group0.safetensors"
     monkeypatch.setattr(sys, "argv", ["clusters", *toy_settings, "--clusters", "8", "model.ffi.group_size=4"])

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from xmc_trainer import signals
-from xmc_trainer.cli import COMMANDS, main, run
+from xmc_trainer.commands.cli import COMMANDS, main, run
 from xmc_trainer.errors import NothingToDo
 
 
@@ -69,7 +69,7 @@ def test_commands_work_in_one_process(monkeypatch, capsys):
 
 def test_a_reader_that_leaves_ends_it_quietly():
     """As `xmc-trainer settings | head -1` does, with more to say than a pipe holds."""
-    code = "from xmc_trainer.cli import run; run(lambda: print('x' * 10**6))"
+    code = "from xmc_trainer.commands.cli import run; run(lambda: print('x' * 10**6))"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.read(1)
     child.stdout.close()

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from xmc_trainer import config as config_module
 from xmc_trainer.config import Config, load_config, portable_yaml, settings_page, shipped_configs, to_yaml
 from xmc_trainer.errors import UserError
-from xmc_trainer.fields import settings_of
+from xmc_trainer.config.fields import settings_of
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DOCS = Path(__file__).parents[2] / "docs"

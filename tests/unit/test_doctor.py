@@ -7,8 +7,9 @@ import sys
 
 import torch
 
-from xmc_trainer import __version__, doctor
-from xmc_trainer.cli import main
+from xmc_trainer import __version__
+from xmc_trainer.commands import doctor
+from xmc_trainer.commands.cli import main
 
 
 def test_the_page_says_what_is_here_and_what_would_run(monkeypatch, capsys):

@@ -14,7 +14,7 @@ import pytest
 SCRIPT = """
 import contextlib, ctypes, os, sys, time
 from xmc_trainer import signals
-from xmc_trainer.cli import run
+from xmc_trainer.commands.cli import run
 
 signals._GRACE_SECONDS = 0.5
 

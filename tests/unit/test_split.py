@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xmc_trainer.head import SGD, FixedFanInHead, RewireRule, SplitHead, multi_head_step
-from xmc_trainer.meta_branch import MetaBranch
+from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
 FEATURES, FREQUENT, LABELS, TEXTS = 13, 7, 41, 9

@@ -1,7 +1,7 @@
 """Whole training steps on this machine: texts a second, where the time goes, and how far that is from the parts alone.
 
 xmc-trainer bench train                                                   # Amazon-3M's shape, one process without DeepSpeed
-deepspeed --module xmc_trainer.bench.train --deepspeed_config ds_configs/zero2.json dataset=amazon3m
+deepspeed --module xmc_trainer.commands.bench.train --deepspeed_config ds_configs/zero2.json dataset=amazon3m
 accelerate launch --config_file launchers/accelerate_zero2.yaml -m xmc_trainer bench train dataset=wordnet dataset_path=./data
 
 The steps are those of a training with these settings, from the batches that loader processes make to the update. Where the
@@ -37,13 +37,13 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from xmc_trainer.builders import encoder_of
-from xmc_trainer.cli import run
+from xmc_trainer.commands.cli import run
 from xmc_trainer.config import load_config
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.engine import engine_name
 from xmc_trainer.errors import UserError
-from xmc_trainer.flat_encoder import FlatEncoder
+from xmc_trainer.encoder.flat import FlatEncoder
 from xmc_trainer.hooks import Hook, ScheduleHook
 from xmc_trainer.trainer import Trainer
 

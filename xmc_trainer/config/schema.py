@@ -23,9 +23,9 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from xmc_trainer import yaml_nodes
+from xmc_trainer.config import yaml_nodes
 from xmc_trainer.errors import UserError, shown
-from xmc_trainer.fields import (
+from xmc_trainer.config.fields import (
     REQUIRED,
     Said,
     Section,
@@ -40,7 +40,7 @@ from xmc_trainer.fields import (
     settings_of,
     value_of,
 )
-from xmc_trainer.saved_folder import verify_file
+from xmc_trainer.checkpoint.folder import verify_file
 from xmc_trainer.schedules import SCHEDULES
 
 # Counts of steps, labels and texts; of epochs; of texts in a batch; sizes of layers; rates, which float32 must hold.
@@ -811,7 +811,7 @@ def load_config(overrides: list[str]) -> Config:
     """The configuration of a run, from the command line's `key=value` words.
 
     `dataset=` names the YAML to start from, the others are dotted overrides of single fields. `key=null` empties a setting
-    that may be empty; all else that a text setting is told, it takes letter by letter, but for references (`xmc_trainer.fields`).
+    that may be empty; all else that a text setting is told, it takes letter by letter, but for references (`xmc_trainer.config.fields`).
     Raises UserError with the field to change: unknown keys, wrong types, impossible combinations.
     """
     words: dict[str, Said] = {}

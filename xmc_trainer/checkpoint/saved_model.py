@@ -29,7 +29,7 @@ from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
 from xmc_trainer.head.losses import LOSSES
 from xmc_trainer.head.rewire import index_dtype
 from xmc_trainer.parallel import Ranks
-from xmc_trainer.saved_folder import (
+from xmc_trainer.checkpoint.folder import (
     NAME,
     SHA256,
     TEXT,

@@ -32,14 +32,14 @@ from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from xmc_trainer.builders import accelerator_of, backbone_of, encoder_of, in_precision_of, tokenizer_of
-from xmc_trainer.cli import USAGE
+from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus, batch_of_texts, sample_rows
 from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.files import PARTIAL, sync, writing
-from xmc_trainer.label_features import ROWS_AT_ONCE, LabelSums, array_on_disk, encode_training_texts
+from xmc_trainer.labels.features import ROWS_AT_ONCE, LabelSums, array_on_disk, encode_training_texts
 from xmc_trainer.rng import Stream, make_key, uniform
 
 _FORMAT = "2"  # 2: a checksum

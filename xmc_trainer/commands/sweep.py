@@ -40,11 +40,12 @@ from typing import Any
 
 from yaml.nodes import MappingNode, Node, SequenceNode
 
-from xmc_trainer import signals, yaml_nodes
-from xmc_trainer.cli import USAGE
+from xmc_trainer import signals
+from xmc_trainer.config import yaml_nodes
+from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import Config, config_of_model, flatten, load_config, saved_settings
 from xmc_trainer.errors import UserError, shown
-from xmc_trainer.fields import settings_of
+from xmc_trainer.config.fields import settings_of
 from xmc_trainer.files import replacing, write_text
 from xmc_trainer.run_folder import find_checkpoint
 
@@ -285,7 +286,7 @@ def run_one(words: list[str], views: Views) -> None:
         return
     import torch
 
-    from xmc_trainer.adjust import figures
+    from xmc_trainer.commands.adjust import figures
     from xmc_trainer.evaluation import corpus_of_saved
     from xmc_trainer.model import XMCModel
 

@@ -22,18 +22,18 @@ and dotted fields such as model.ffi.fan_in=64; --print-config of train.py shows 
 # command -> the module with its `main`, and what it does. Modules are imported when they are called.
 COMMANDS = {
     "settings": ("xmc_trainer.config", "list every setting, its default and its meaning"),
-    "clusters": ("xmc_trainer.clusters", "compute label clusters, for the meta branch and semantic groups"),
-    "sweep": ("xmc_trainer.sweep", "many trainings with several seeds, and their table"),
-    "adjust": ("xmc_trainer.adjust", "rank a saved model's rare labels higher: what it would be worth, and do it"),
-    "report": ("xmc_trainer.report", "runs side by side: a table and pictures"),
+    "clusters": ("xmc_trainer.labels.clusters", "compute label clusters, for the meta branch and semantic groups"),
+    "sweep": ("xmc_trainer.commands.sweep", "many trainings with several seeds, and their table"),
+    "adjust": ("xmc_trainer.commands.adjust", "rank a saved model's rare labels higher: what it would be worth, and do it"),
+    "report": ("xmc_trainer.commands.report", "runs side by side: a table and pictures"),
     "doctor": (
-        "xmc_trainer.doctor",
+        "xmc_trainer.commands.doctor",
         "versions, GPUs, compilers, and which kernels will run: paste it into a bug report",
     ),
-    "wordnet": ("xmc_trainer.data.wordnet", "write the quick start's data set"),
-    "bench head": ("xmc_trainer.bench.head", "time and memory of the head's step on this machine"),
-    "bench ranks": ("xmc_trainer.bench.ranks", "what several ranks send each other; start it by torchrun"),
-    "bench train": ("xmc_trainer.bench.train", "whole training steps: texts a second, and where the time goes"),
+    "wordnet": ("xmc_trainer.commands.wordnet", "write the quick start's data set"),
+    "bench head": ("xmc_trainer.commands.bench.head", "time and memory of the head's step on this machine"),
+    "bench ranks": ("xmc_trainer.commands.bench.ranks", "what several ranks send each other; start it by torchrun"),
+    "bench train": ("xmc_trainer.commands.bench.train", "whole training steps: texts a second, and where the time goes"),
 }
 
 # Errors of the system that are nobody's bug.

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from xmc_trainer.flat_encoder import named_parts
+from xmc_trainer.encoder.flat import named_parts
 
 # What each of torch's optimizers keeps for a parameter beside its count of steps.
 _STATES = {

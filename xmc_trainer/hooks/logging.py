@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from xmc_trainer import __version__, signals
-from xmc_trainer.checkpoint import head_parts
+from xmc_trainer.checkpoint.saved_model import head_parts
 from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig, portable
 from xmc_trainer.engine import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
