@@ -16,7 +16,7 @@ from xmc_trainer.commands.cli import run
 
 
 def main() -> None:
-    from xmc_trainer.config import MODEL_SETTINGS, config_of_model
+    from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")

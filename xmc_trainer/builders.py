@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xmc_trainer.encoder.compiling import layer_lists
 from xmc_trainer.config import Config
-from xmc_trainer.encoder import (
+from xmc_trainer.encoder.compiling import layer_lists
+from xmc_trainer.encoder.flat import FlatEncoder
+from xmc_trainer.encoder.text_encoder import (
     TextEncoder,
     check_padding_is_hidden,
     check_tokens_fit,
@@ -21,9 +22,14 @@ from xmc_trainer.encoder import (
     load_state_dict_file,
     load_tokenizer,
 )
-from xmc_trainer.engine import build_accelerator, whole_weights, zero_stage
+from xmc_trainer.engine.accelerator import build_accelerator, whole_weights, zero_stage
 from xmc_trainer.errors import UserError
-from xmc_trainer.encoder.flat import FlatEncoder
+from xmc_trainer.hooks.base import Hook
+from xmc_trainer.hooks.checkpoint import CheckpointHook
+from xmc_trainer.hooks.evaluate import BestModelHook, EarlyStopHook, EvaluateHook
+from xmc_trainer.hooks.logging import JsonLogHook, ProgressHook, WandbHook
+from xmc_trainer.hooks.rewire import RewireHook, SparsifyHook
+from xmc_trainer.hooks.schedule import ScheduleHook
 
 _ENCODER_OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -148,3 +154,32 @@ def in_precision_of(
             return forward(input_ids.to(device), attention_mask.to(device)).float()
 
     return encode
+
+
+def default_hooks(config: Config) -> list[Hook]:
+    """The hooks of a configuration, in the order in which they run.
+
+    Checkpoints are of what the step before left. Rates are set before anything else; rewiring and sparsifying edit the head before anyone looks at it; evaluation comes
+    before the hooks that save, show and act on its result.
+    """
+    ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
+    dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0
+    hooks: list[Hook] = [
+        CheckpointHook(config.training.checkpoint_interval, config.training.checkpoint_minutes),
+        ScheduleHook(optimization),
+    ]
+    if dense_epochs:
+        hooks.append(SparsifyHook(dense_epochs, ffi))
+    if ffi.use_sparse_layer and ffi.rewire_interval:
+        hooks.append(RewireHook(ffi))
+    hooks.append(EvaluateHook(config.training.evaluation))
+    if config.training.evaluation.early_stop_patience:
+        hooks.append(EarlyStopHook(config.training.evaluation, dense_epochs))
+    if config.training.use_checkpoint:
+        hooks.append(BestModelHook(config.training.checkpoint_file, config.training.best_p1, dense_epochs))
+    hooks.append(ProgressHook(verbose.print_iter if verbose.show_iter else None))
+    if verbose.logging:
+        hooks.append(JsonLogHook())
+    if verbose.use_wandb:
+        hooks.append(WandbHook(config))
+    return hooks

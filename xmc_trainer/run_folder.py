@@ -22,10 +22,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from xmc_trainer.checkpoint.folder import MANIFEST, verify_file
 from xmc_trainer.config import Config, flatten, saved_settings, to_yaml
 from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.files import CannotWrite, remove, settle, sync, write_text, writing
-from xmc_trainer.checkpoint.folder import MANIFEST, verify_file
 
 if TYPE_CHECKING:
     from xmc_trainer.parallel import Ranks

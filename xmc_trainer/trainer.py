@@ -18,15 +18,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from xmc_trainer import signals
+from xmc_trainer.builders import (
+    accelerator_of,
+    backbone_of,
+    default_hooks,
+    encoder_of,
+    in_precision_of,
+    prepare_encoder,
+    tokenizer_of,
+)
 from xmc_trainer.checkpoint import resume
-from xmc_trainer.builders import accelerator_of, backbone_of, encoder_of, in_precision_of, prepare_encoder, tokenizer_of
+from xmc_trainer.checkpoint.finite import require_finite
 from xmc_trainer.checkpoint.saved_model import head_parts, save_model
-from xmc_trainer.labels.clusters import LabelClusters
-from xmc_trainer.encoder.compiling import compile_encoder, undo, warm_up
 from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
-from xmc_trainer.encoder import TextEncoder
-from xmc_trainer.engine import (
+from xmc_trainer.encoder.compiling import compile_encoder, undo, warm_up
+from xmc_trainer.encoder.text_encoder import TextEncoder
+from xmc_trainer.engine.accelerator import (
     leave,
     own_weights,
     set_accumulation,
@@ -34,16 +42,16 @@ from xmc_trainer.engine import (
     whole_weights,
     zero_stage,
 )
+from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_bytes
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.checkpoint.finite import require_finite
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, multi_head_step
-from xmc_trainer.head.losses import starting_bias
-from xmc_trainer.hooks import Hook, default_hooks
-from xmc_trainer.kernels.dispatch import select_backend
-from xmc_trainer.labels.features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.head.cluster_branch import MetaBranch
-from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_bytes
+from xmc_trainer.head.losses import starting_bias
+from xmc_trainer.hooks import Hook
+from xmc_trainer.kernels.dispatch import select_backend
+from xmc_trainer.labels.clusters import LabelClusters
+from xmc_trainer.labels.features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import MODEL, RunFolder
 from xmc_trainer.step_clock import StepClock

@@ -101,7 +101,7 @@ def test_without_checkpoints_a_signal_leaves_none(toy_settings, monkeypatch):
 def test_checkpoints_come_by_time_as_well(toy_settings, monkeypatch, minutes, saved):
     """A step takes 31 seconds by this clock, two of them more than a minute."""
     steps = []
-    monkeypatch.setattr("xmc_trainer.hooks.time.monotonic", lambda: 31.0 * len(ends))
+    monkeypatch.setattr("xmc_trainer.hooks.checkpoint.time.monotonic", lambda: 31.0 * len(ends))
     monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer: steps.append(trainer.state.step))
     ends = []
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
+from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.model import XMCModel
 from xmc_trainer.trainer import Trainer
 

@@ -14,14 +14,14 @@ from tests.crash_disk import CrashDisk
 from tests.fuzz import examples
 from tests.integration.test_resume import new_process
 from tests.integration.test_training import log_of, train
+from xmc_trainer.checkpoint.folder import read_folder
+from xmc_trainer.checkpoint.resume import CHECKPOINT
 from xmc_trainer.checkpoint.saved_model import MODEL
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.hooks import Hook
 from xmc_trainer.parallel import Ranks
-from xmc_trainer.checkpoint.resume import CHECKPOINT
 from xmc_trainer.run_folder import RunFolder, differences
-from xmc_trainer.checkpoint.folder import read_folder
 from xmc_trainer.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_accelerator")]

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tests.data_helpers import real_data, write_lf, write_raw
-from xmc_trainer.labels import clusters
 from xmc_trainer.config import load_config
 from xmc_trainer.evaluation import metrics_of, most_popular
+from xmc_trainer.labels import clusters
 from xmc_trainer.model import XMCModel
 from xmc_trainer.trainer import Trainer
 

@@ -23,15 +23,16 @@ from safetensors.torch import load_file, save_file
 from tests.fuzz import examples
 from tests.integration.test_resume import new_process
 from tests.saved_folders import forge, no_file_longer_than
+from xmc_trainer.checkpoint.folder import read_folder
+from xmc_trainer.checkpoint.model_config import config_of_model
+from xmc_trainer.checkpoint.resume import CHECKPOINT, restore
 from xmc_trainer.checkpoint.saved_model import MODEL, load_model
-from xmc_trainer.config import config_of_model, load_config
+from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import CannotWrite
 from xmc_trainer.hooks import Hook
 from xmc_trainer.model import XMCModel
-from xmc_trainer.checkpoint.resume import CHECKPOINT, restore
 from xmc_trainer.run_folder import RunFolder, find_checkpoint
-from xmc_trainer.checkpoint.folder import read_folder
 from xmc_trainer.trainer import Trainer
 
 TEXTS = ["w3 w60 w61", "w7 w12", "w40 w50 w51 w52"]

@@ -19,10 +19,6 @@ import pytest
 import torch
 
 from tests.integration.test_launchers import ROOT, launch
-from xmc_trainer.labels.clusters import LabelClusters
-from xmc_trainer.config import load_config
-from xmc_trainer.errors import UserError
-from xmc_trainer.model import XMCModel
 from xmc_trainer.commands.sweep import (
     Views,
     find_splits,
@@ -35,6 +31,10 @@ from xmc_trainer.commands.sweep import (
     table,
     train,
 )
+from xmc_trainer.config import load_config
+from xmc_trainer.errors import UserError
+from xmc_trainer.labels.clusters import LabelClusters
+from xmc_trainer.model import XMCModel
 
 
 @pytest.fixture

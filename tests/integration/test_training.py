@@ -17,10 +17,12 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import RobertaConfig, RobertaModel
 
-from xmc_trainer.config import config_of_model, load_config
+from xmc_trainer.checkpoint.model_config import config_of_model
+from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
-from xmc_trainer.hooks import BestModelHook, Hook
+from xmc_trainer.hooks import Hook
+from xmc_trainer.hooks.evaluate import BestModelHook
 from xmc_trainer.model import XMCModel
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.trainer import Trainer
@@ -572,7 +574,7 @@ def test_schedules_and_early_stopping(toy_settings):
 
 
 def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tmp_path):
-    from xmc_trainer.encoder import load_backbone
+    from xmc_trainer.encoder.text_encoder import load_backbone
 
     state = {f"e.{name}": value * 0 + 0.25 for name, value in load_backbone(str(tiny_encoder)).state_dict().items()}
     torch.save(state, tmp_path / "w.pt")
@@ -582,7 +584,7 @@ def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tm
 
 
 def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeypatch, capsys):
-    from xmc_trainer.encoder import TextEncoder, load_backbone
+    from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
 
     encoder = TextEncoder(load_backbone(str(tiny_encoder)))
     accelerator = SimpleNamespace(

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from xmc_trainer import config as config_module
-from xmc_trainer.config import Config, load_config, portable_yaml, settings_page, shipped_configs, to_yaml
-from xmc_trainer.errors import UserError
+import xmc_trainer
+from xmc_trainer.config import Config, load_config, portable_yaml, shipped_configs, to_yaml
+from xmc_trainer.config.describe import settings_page
 from xmc_trainer.config.fields import settings_of
+from xmc_trainer.errors import UserError
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -208,7 +209,7 @@ def test_every_option_is_described():
 
 def test_every_option_is_read_somewhere():
     """By what builds something of it: not by the configuration's own checks."""
-    package, read = Path(config_module.__file__).parent, set()
+    package, read = Path(xmc_trainer.__file__).parent, set()
     for path in package.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         checks = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__post_init__"]

@@ -15,7 +15,7 @@ from tests.data_helpers import tiny_tokenizer
 from tests.encoders import READ, REFUSED, WORDS, save_encoder
 from xmc_trainer.builders import tokenizer_of
 from xmc_trainer.config import load_config
-from xmc_trainer.encoder import (
+from xmc_trainer.encoder.text_encoder import (
     TextEncoder,
     check_padding_is_hidden,
     check_tokens_fit,

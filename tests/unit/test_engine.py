@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from xmc_trainer import engine
-from xmc_trainer.engine import build_accelerator, deepspeed_settings, own_weights
+from xmc_trainer.engine import accelerator as engine
+from xmc_trainer.engine.accelerator import build_accelerator, deepspeed_settings, own_weights
 from xmc_trainer.errors import UserError
 from xmc_trainer.launch import launched_processes
 from xmc_trainer.parallel import form_process_group

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.head_helpers import OneOf
-from xmc_trainer.labels import features as label_features
 from xmc_trainer.data import Ragged
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import FixedFanInHead, SplitHead
 from xmc_trainer.head.losses import best_constant, starting_bias
+from xmc_trainer.labels import features as label_features
 from xmc_trainer.labels.features import LabelSums, whitener
 
 TEXTS, LABELS, D = 60, 31, 20

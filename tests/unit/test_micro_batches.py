@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from xmc_trainer.config import load_config
-from xmc_trainer.engine import set_accumulation
-from xmc_trainer.errors import UserError
+from xmc_trainer.engine.accelerator import set_accumulation
 from xmc_trainer.engine.micro_batches import fewest_parts
+from xmc_trainer.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from xmc_trainer.commands.report import against, curve, find_runs, lines_of, main
 from xmc_trainer.config import load_config, to_yaml
 from xmc_trainer.errors import UserError
-from xmc_trainer.commands.report import against, curve, find_runs, lines_of, main
 
 
 @pytest.fixture

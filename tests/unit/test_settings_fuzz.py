@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import examples
-from xmc_trainer.config import Config, load_config, shipped_configs, to_yaml
-from xmc_trainer.engine import _let_deepspeed_check, deepspeed_settings
-from xmc_trainer.errors import UserError
-from xmc_trainer.config.fields import escaped, settings_of
 from xmc_trainer.commands.sweep import plan
+from xmc_trainer.config import Config, load_config, shipped_configs, to_yaml
+from xmc_trainer.config.fields import escaped, settings_of
+from xmc_trainer.engine.accelerator import _let_deepspeed_check, deepspeed_settings
+from xmc_trainer.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 BASE = ["dataset=eurlex4k", "dataset_path=d"]

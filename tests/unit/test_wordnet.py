@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from xmc_trainer.data import wordnet
+from xmc_trainer.commands import wordnet
 from xmc_trainer.data.sources import lf_source
 from xmc_trainer.errors import UserError
 

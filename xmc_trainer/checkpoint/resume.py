@@ -22,23 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xmc_trainer.checkpoint.saved_model import (
-    SHARDS,
-    STORED_DTYPES,
-    check_index,
-    check_shards,
-    head_parts,
-    load_shards,
-    save_tensors,
-    shard_names,
-    shard_ranges,
-)
-from xmc_trainer.config import to_yaml
 from xmc_trainer.checkpoint.encoder_state import EncoderState
-from xmc_trainer.errors import UserError
-from xmc_trainer.files import writing
-from xmc_trainer.head import FixedFanInHead
-from xmc_trainer.run_folder import ELSEWHERE, checkpoint_folder, remove_checkpoints
 from xmc_trainer.checkpoint.folder import (
     NUMBER,
     TEXT,
@@ -52,6 +36,22 @@ from xmc_trainer.checkpoint.folder import (
     tensor_header,
     whole,
 )
+from xmc_trainer.checkpoint.saved_model import (
+    SHARDS,
+    STORED_DTYPES,
+    check_index,
+    check_shards,
+    head_parts,
+    load_shards,
+    save_tensors,
+    shard_names,
+    shard_ranges,
+)
+from xmc_trainer.config import to_yaml
+from xmc_trainer.errors import UserError
+from xmc_trainer.files import writing
+from xmc_trainer.head import FixedFanInHead
+from xmc_trainer.run_folder import ELSEWHERE, checkpoint_folder, remove_checkpoints
 
 if TYPE_CHECKING:
     from xmc_trainer.trainer import Trainer

@@ -23,12 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import xmc_trainer
-from xmc_trainer.errors import UserError
-from xmc_trainer.files import sync
-from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
-from xmc_trainer.head.losses import LOSSES
-from xmc_trainer.head.rewire import index_dtype
-from xmc_trainer.parallel import Ranks
 from xmc_trainer.checkpoint.folder import (
     NAME,
     SHA256,
@@ -42,12 +36,18 @@ from xmc_trainer.checkpoint.folder import (
     tensor_header,
     whole,
 )
+from xmc_trainer.errors import UserError
+from xmc_trainer.files import sync
+from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
+from xmc_trainer.head.losses import LOSSES
+from xmc_trainer.head.rewire import index_dtype
+from xmc_trainer.parallel import Ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from xmc_trainer.encoder import TextEncoder
+    from xmc_trainer.encoder.text_encoder import TextEncoder
 
 _HEAD_TENSORS = ("weight", "index", "bias")
 _FREQUENT = "frequent."  # prefix of a split head's first part
@@ -229,7 +229,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     Raises UserError if the folder is not a model, is of another format, or a file is not what the manifest says.
     """
     # It imports transformers, which takes seconds: who only looks for checkpoints, as a sweep does, need not wait for it.
-    from xmc_trainer.encoder import TextEncoder, check_tokens_fit, load_backbone, load_tokenizer
+    from xmc_trainer.encoder.text_encoder import TextEncoder, check_tokens_fit, load_backbone, load_tokenizer
 
     folder = Path(folder)
     manifest = read_folder(folder, MODEL)

@@ -23,15 +23,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from xmc_trainer.checkpoint.folder import MANIFEST, read_folder, save_folder
+from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
 from xmc_trainer.checkpoint.saved_model import MODEL, SavedModel, head_parts, save_tensors
-from xmc_trainer.config import MODEL_SETTINGS, Config, config_of_model, portable_yaml
+from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus
-from xmc_trainer.encoder import TextEncoder
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import corpus_of_saved, evaluate, loader_of_tests, metrics_of
 from xmc_trainer.metrics import table
 from xmc_trainer.model import XMCModel
-from xmc_trainer.checkpoint.folder import MANIFEST, read_folder, save_folder
 
 
 def figures(

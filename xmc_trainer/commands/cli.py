@@ -21,10 +21,13 @@ and dotted fields such as model.ffi.fan_in=64; --print-config of train.py shows 
 
 # command -> the module with its `main`, and what it does. Modules are imported when they are called.
 COMMANDS = {
-    "settings": ("xmc_trainer.config", "list every setting, its default and its meaning"),
-    "clusters": ("xmc_trainer.labels.clusters", "compute label clusters, for the meta branch and semantic groups"),
+    "settings": ("xmc_trainer.commands.settings", "list every setting, its default and its meaning"),
+    "clusters": ("xmc_trainer.commands.clusters", "compute label clusters, for the meta branch and semantic groups"),
     "sweep": ("xmc_trainer.commands.sweep", "many trainings with several seeds, and their table"),
-    "adjust": ("xmc_trainer.commands.adjust", "rank a saved model's rare labels higher: what it would be worth, and do it"),
+    "adjust": (
+        "xmc_trainer.commands.adjust",
+        "rank a saved model's rare labels higher: what it would be worth, and do it",
+    ),
     "report": ("xmc_trainer.commands.report", "runs side by side: a table and pictures"),
     "doctor": (
         "xmc_trainer.commands.doctor",
@@ -33,7 +36,10 @@ COMMANDS = {
     "wordnet": ("xmc_trainer.commands.wordnet", "write the quick start's data set"),
     "bench head": ("xmc_trainer.commands.bench.head", "time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.commands.bench.ranks", "what several ranks send each other; start it by torchrun"),
-    "bench train": ("xmc_trainer.commands.bench.train", "whole training steps: texts a second, and where the time goes"),
+    "bench train": (
+        "xmc_trainer.commands.bench.train",
+        "whole training steps: texts a second, and where the time goes",
+    ),
 }
 
 # Errors of the system that are nobody's bug.

@@ -105,7 +105,7 @@ def _gpus() -> Iterator[tuple[str, str]]:
 
 
 def _commit() -> str:
-    from xmc_trainer.hooks import commit
+    from xmc_trainer.version import commit
 
     return commit()
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from xmc_trainer.commands.sweep import read_log, result, table
 from xmc_trainer.config import flatten, saved_settings
 from xmc_trainer.errors import UserError
-from xmc_trainer.commands.sweep import read_log, result, table
 
 # In which two runs of one line may differ.
 _OWN = (

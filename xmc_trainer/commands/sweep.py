@@ -41,11 +41,11 @@ from typing import Any
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 from xmc_trainer import signals
-from xmc_trainer.config import yaml_nodes
+from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.commands.cli import USAGE
-from xmc_trainer.config import Config, config_of_model, flatten, load_config, saved_settings
-from xmc_trainer.errors import UserError, shown
+from xmc_trainer.config import Config, flatten, load_config, saved_settings, yaml_nodes
 from xmc_trainer.config.fields import settings_of
+from xmc_trainer.errors import UserError, shown
 from xmc_trainer.files import replacing, write_text
 from xmc_trainer.run_folder import find_checkpoint
 

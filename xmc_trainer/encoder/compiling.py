@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from xmc_trainer.encoder import TextEncoder
+from xmc_trainer.encoder.text_encoder import TextEncoder
 
 _DYNAMIC = {"dynamic": True}  # one compilation for all lengths
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xmc_trainer.encoder import TextEncoder
+from xmc_trainer.encoder.text_encoder import TextEncoder
 
 
 class _Encode(torch.autograd.Function):

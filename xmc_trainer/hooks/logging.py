@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-import subprocess
 import time
-from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,32 +20,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from xmc_trainer import __version__, signals
+from xmc_trainer import __version__
 from xmc_trainer.checkpoint.saved_model import head_parts
-from xmc_trainer.config import Config, EvaluationConfig, FFIConfig, OptimizationConfig, portable
-from xmc_trainer.engine import engine_name
+from xmc_trainer.config import Config, portable
+from xmc_trainer.engine.accelerator import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
 from xmc_trainer.files import sync, writing
-from xmc_trainer.head import RewireReport, RewireRule
-from xmc_trainer.head.rewire import scheduled_amount
+from xmc_trainer.head import RewireReport
+from xmc_trainer.hooks.base import Hook
 from xmc_trainer.metrics import table
 from xmc_trainer.run_folder import ELSEWHERE, LOG
-from xmc_trainer.schedules import SCHEDULES, Schedule
+from xmc_trainer.version import commit
 
 if TYPE_CHECKING:
     from xmc_trainer.trainer import Trainer
-
-
-def commit() -> str:
-    """The git commit of this code, with a + where it was edited since; "none" if it does not lie in a repository."""
-    here = Path(__file__).parent
-    words = ["git", "-C", str(here), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
-    try:
-        inside = subprocess.run([*words[:3], "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        done = subprocess.run(words, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "none"
-    return done.stdout.strip() if inside.returncode == done.returncode == 0 else "none"
 
 
 def head_bytes(trainer: Trainer) -> int:
@@ -59,238 +44,6 @@ def head_bytes(trainer: Trainer) -> int:
 def head_kernels(trainer: Trainer) -> list[str]:
     """Which kernels the labels' head, or each part of a split one, uses for an optimizer step, and why."""
     return [part.describe_kernels(trainer.config.texts_a_step) for _, part in head_parts(trainer.head)]
-
-
-class Hook:
-    """The protocol. Every method is called on every rank, with the trainer, whose `state` says where training is."""
-
-    def on_train_start(self, trainer: Trainer) -> None:
-        """Before the first step, or the first after the checkpoint that the training goes on from."""
-
-    def on_step_begin(self, trainer: Trainer) -> None:
-        """Before the micro-batches of an optimizer step."""
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        """After a real optimizer step: encoder and head hold new weights. Not after one that fp16 skipped."""
-
-    def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """Every second or so: the steps since the last call, as {"step", "epoch", "loss", "lr", "encoder_lr", ...}.
-
-        The last one also has the speed of them all: "texts_per_s", the milliseconds of a step "encoder_ms" (forward, backward and
-        update) and "head_ms", the share of the time "waiting" for data, and on a GPU "gib", the memory allocated at most.
-        """
-
-    def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
-        """After a rewiring with the scheduled threshold or fraction `amount`; the report covers this rank's labels."""
-
-    def on_epoch_end(self, trainer: Trainer) -> None: ...
-
-    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None: ...
-
-    def on_save(self, trainer: Trainer, folder: Any) -> None: ...
-
-    def on_train_end(self, trainer: Trainer) -> None: ...
-
-    def on_interrupt(self, trainer: Trainer) -> None:
-        """Instead of `on_train_end`: a signal ends the training, which may go on in another process."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this hook, of rank 0's; JSON."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes it over, on every rank, before `on_train_start`."""
-
-
-class CheckpointHook(Hook):
-    """Writes the training's checkpoint every `interval` optimizer steps and every `minutes`, and ends the training for a signal.
-
-    0 turns an interval off. Ranks get signals, and see minutes pass, at different moments, but must act before the same
-    step: they ask each other at the beginning of a step and hear the answer a step later, when it has long arrived.
-    """
-
-    def __init__(self, interval: int, minutes: float) -> None:
-        self.interval, self.seconds = interval, 60 * minutes
-        self._answer: Callable[[], list[int]] = lambda: [0, 0]
-
-    def on_train_start(self, trainer: Trainer) -> None:
-        self._last_step, self._last_time = trainer.state.step, time.monotonic()
-
-    def on_step_begin(self, trainer: Trainer) -> None:
-        # Not at the end of a step: every hook is to be through with it.
-        number, minutes_over = self._answer()
-        if number:
-            trainer.stop(number)
-        step = trainer.state.step
-        if step > self._last_step and (minutes_over or (self.interval and step % self.interval == 0)):
-            trainer.save_checkpoint()
-            self._last_step, self._last_time = step, time.monotonic()
-
-        def ask() -> list[int]:
-            minutes_over = (
-                trainer.ranks.rank == 0 and self.seconds and time.monotonic() - self._last_time >= self.seconds
-            )
-            return [signals.pending(), int(minutes_over)]
-
-        self._answer = trainer.ranks.largest(ask)
-
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        number, _ = self._answer()
-        if number:
-            trainer.stop(number)
-
-
-class ScheduleHook(Hook):
-    """Sets the learning rates of encoder (and meta branch) and head before each step."""
-
-    def __init__(self, config: OptimizationConfig) -> None:
-        self.config = config
-        self._peaks: list[float] = []
-        self._loaded: dict[str, Any] = {"encoder": {}, "head": {}}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"encoder": self._encoder.state_dict(), "head": self._head.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._loaded = state
-
-    def on_train_start(self, trainer: Trainer) -> None:
-        self._peaks = [group["lr"] for group in trainer.optimizer.param_groups]
-        config, state = self.config, trainer.state
-
-        def schedule(name: str) -> Schedule:
-            return SCHEDULES[name](
-                warmup_steps=config.warmup_steps, total_steps=state.total_steps, steps_per_epoch=state.steps_per_epoch,
-                milestones=config.lr_milestones, gamma=config.lr_gamma, patience=config.lr_patience,
-            )  # fmt: skip
-
-        self._encoder, self._head = schedule(config.lr_scheduler), schedule(config.lr_scheduler_xmc)
-        self._encoder.load_state_dict(self._loaded["encoder"])
-        self._head.load_state_dict(self._loaded["head"])
-
-    def on_step_begin(self, trainer: Trainer) -> None:
-        factor = self._encoder.factor(trainer.state.step)
-        for group, peak in zip(trainer.optimizer.param_groups, self._peaks):
-            group["lr"] = peak * factor
-        if trainer.meta_branch is not None:
-            trainer.meta_branch.head.lr = self.config.meta_lr * factor
-        trainer.head.lr = self.config.lr * self._head.factor(trainer.state.step)
-
-    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-        if split == "test":
-            self._encoder.observe(metrics["P@1"])
-            self._head.observe(metrics["P@1"])
-
-
-class SparsifyHook(Hook):
-    """Turns the dense head of the first `dense_epochs` epochs into the sparse one."""
-
-    def __init__(self, dense_epochs: int, ffi: FFIConfig) -> None:
-        self.dense_epochs, self.ffi = dense_epochs, ffi
-
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        # It is sparse already if the training was stopped in the evaluation that followed.
-        if trainer.state.epoch + 1 == self.dense_epochs and trainer.head.index is None:
-            trainer.head.become_sparse(self.ffi.fan_in, self.ffi.group_size)
-
-
-class RewireHook(Hook):
-    """Rewires the head every `rewire_interval` real steps until the share `rewire_end_epoch` of the training."""
-
-    def __init__(self, ffi: FFIConfig) -> None:
-        self.ffi = ffi
-        self._real_steps = 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"real_steps": self._real_steps}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._real_steps = state["real_steps"]
-
-    def on_step_end(self, trainer: Trainer) -> None:
-        if trainer.head.index is None:
-            return  # still dense
-        self._real_steps += 1
-        last_step = int(self.ffi.rewire_end_epoch * trainer.state.total_steps)
-        if self._real_steps % self.ffi.rewire_interval or trainer.state.step > last_step:
-            return
-        by_threshold = self.ffi.prune_mode == "threshold"
-        amount = self.ffi.rewire_threshold if by_threshold else self.ffi.rewire_fraction
-        if self.ffi.use_rewire_scheduling:
-            end = min(self.ffi.rewire_end_threshold, amount) if by_threshold else 0.0
-            amount = scheduled_amount(amount, end, trainer.state.step, last_step)
-        rule = RewireRule(self.ffi.prune_mode, amount, self.ffi.growth_init_mode, self.ffi.growth_mode)
-        report = trainer.head.rewire(rule)
-        trainer.dispatch("on_rewire", report, amount)
-
-
-class EvaluateHook(Hook):
-    """Evaluates at the end of epochs; always after the last."""
-
-    def __init__(self, config: EvaluationConfig) -> None:
-        self.config = config
-
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        done, last = trainer.state.epoch + 1, trainer.state.finished
-        splits = ["test"] if last or done % self.config.test_evaluate_every == 0 else []
-        if self.config.train_evaluate and (last or done % self.config.train_evaluate_every == 0):
-            splits.append("train")
-        # A signal may end an evaluation, which is then repeated: no hook has heard of it before all are done.
-        found = {split: trainer.evaluate(split) for split in splits}
-        for split, metrics in found.items():
-            trainer.dispatch("on_evaluate", split, metrics)
-
-
-class EarlyStopHook(Hook):
-    """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`.
-
-    Evaluations of the first `dense_epochs` epochs do not count: a dense head is better than the sparse one made of it.
-    """
-
-    def __init__(self, config: EvaluationConfig, dense_epochs: int) -> None:
-        self.config, self.dense_epochs = config, dense_epochs
-        self._best, self._waited = -math.inf, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self._best, "waited": self._waited}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._best, self._waited = state["best"], state["waited"]
-
-    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-        if split != "test" or trainer.state.epoch < self.dense_epochs:
-            return
-        value = metrics[self.config.early_stop_metric]
-        if value > self._best + self.config.early_stop_delta:
-            self._best, self._waited = value, 0
-            return
-        self._waited += 1
-        if self._waited >= self.config.early_stop_patience and not trainer.state.finished:
-            trainer.state.stopped = True
-            if trainer.accelerator.is_main_process:
-                print(
-                    f"stopped early: {self.config.early_stop_metric} has not risen above {100 * self._best:.2f} for "
-                    f"{self._waited} evaluations",
-                    flush=True,
-                )
-
-
-class BestModelHook(Hook):
-    """Keeps the model with the best test P@1 so far, of those after the first `dense_epochs` epochs."""
-
-    def __init__(self, folder_name: str, best_p1: float, dense_epochs: int) -> None:
-        self.folder_name, self.best_p1, self.dense_epochs = folder_name, best_p1, dense_epochs
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best_p1": self.best_p1}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best_p1 = max(self.best_p1, state["best_p1"])
-
-    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-        if split == "test" and trainer.state.epoch >= self.dense_epochs and metrics["P@1"] > self.best_p1:
-            self.best_p1 = metrics["P@1"]
-            trainer.save(trainer.run_folder / self.folder_name)
 
 
 class ProgressHook(Hook):
@@ -491,32 +244,3 @@ class WandbHook(Hook):
             self._run.finish()
 
     on_interrupt = on_train_end
-
-
-def default_hooks(config: Config) -> list[Hook]:
-    """The hooks of a configuration, in the order in which they run.
-
-    Checkpoints are of what the step before left. Rates are set before anything else; rewiring and sparsifying edit the head before anyone looks at it; evaluation comes
-    before the hooks that save, show and act on its result.
-    """
-    ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
-    dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0
-    hooks: list[Hook] = [
-        CheckpointHook(config.training.checkpoint_interval, config.training.checkpoint_minutes),
-        ScheduleHook(optimization),
-    ]
-    if dense_epochs:
-        hooks.append(SparsifyHook(dense_epochs, ffi))
-    if ffi.use_sparse_layer and ffi.rewire_interval:
-        hooks.append(RewireHook(ffi))
-    hooks.append(EvaluateHook(config.training.evaluation))
-    if config.training.evaluation.early_stop_patience:
-        hooks.append(EarlyStopHook(config.training.evaluation, dense_epochs))
-    if config.training.use_checkpoint:
-        hooks.append(BestModelHook(config.training.checkpoint_file, config.training.best_p1, dense_epochs))
-    hooks.append(ProgressHook(verbose.print_iter if verbose.show_iter else None))
-    if verbose.logging:
-        hooks.append(JsonLogHook())
-    if verbose.use_wandb:
-        hooks.append(WandbHook(config))
-    return hooks

@@ -40,11 +40,12 @@ from xmc_trainer.builders import encoder_of
 from xmc_trainer.commands.cli import run
 from xmc_trainer.config import load_config
 from xmc_trainer.data import Corpus
-from xmc_trainer.encoder import TextEncoder
-from xmc_trainer.engine import engine_name
-from xmc_trainer.errors import UserError
 from xmc_trainer.encoder.flat import FlatEncoder
-from xmc_trainer.hooks import Hook, ScheduleHook
+from xmc_trainer.encoder.text_encoder import TextEncoder
+from xmc_trainer.engine.accelerator import engine_name
+from xmc_trainer.errors import UserError
+from xmc_trainer.hooks import Hook
+from xmc_trainer.hooks.schedule import ScheduleHook
 from xmc_trainer.trainer import Trainer
 
 _COUNTED = 4  # steps in which the host's waits are counted

@@ -1,0 +1,1 @@
+"""What `xmc-trainer` offers, a module a command."""

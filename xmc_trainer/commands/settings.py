@@ -1,0 +1,24 @@
+"""`xmc-trainer settings`: lists every setting."""
+
+from __future__ import annotations
+
+import argparse
+
+from xmc_trainer.config.describe import settings_page
+from xmc_trainer.config.fields import (
+    settings_of,
+)
+from xmc_trainer.config.schema import Config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Every setting of a training: dotted name, default, for numbers the domain, and meaning."
+    )
+    parser.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
+    if parser.parse_args().markdown:
+        print(settings_page())
+        return
+    for name, setting in settings_of(Config).items():
+        domain = f"   in {setting.domain.text}" if setting.domain else ""
+        print(f"{name} = {setting.default}{domain}\n    {setting.help}")

@@ -1,0 +1,1 @@
+"""accelerate and DeepSpeed around the encoder, and how a step is cut."""

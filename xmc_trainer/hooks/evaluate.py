@@ -1,0 +1,81 @@
+"""Evaluation at the end of epochs, and what follows from its result."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from xmc_trainer.config import EvaluationConfig
+from xmc_trainer.hooks.base import Hook
+
+if TYPE_CHECKING:
+    from xmc_trainer.trainer import Trainer
+
+
+class EvaluateHook(Hook):
+    """Evaluates at the end of epochs; always after the last."""
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self.config = config
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        done, last = trainer.state.epoch + 1, trainer.state.finished
+        splits = ["test"] if last or done % self.config.test_evaluate_every == 0 else []
+        if self.config.train_evaluate and (last or done % self.config.train_evaluate_every == 0):
+            splits.append("train")
+        # A signal may end an evaluation, which is then repeated: no hook has heard of it before all are done.
+        found = {split: trainer.evaluate(split) for split in splits}
+        for split, metrics in found.items():
+            trainer.dispatch("on_evaluate", split, metrics)
+
+
+class EarlyStopHook(Hook):
+    """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`.
+
+    Evaluations of the first `dense_epochs` epochs do not count: a dense head is better than the sparse one made of it.
+    """
+
+    def __init__(self, config: EvaluationConfig, dense_epochs: int) -> None:
+        self.config, self.dense_epochs = config, dense_epochs
+        self._best, self._waited = -math.inf, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "waited": self._waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best, self._waited = state["best"], state["waited"]
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        if split != "test" or trainer.state.epoch < self.dense_epochs:
+            return
+        value = metrics[self.config.early_stop_metric]
+        if value > self._best + self.config.early_stop_delta:
+            self._best, self._waited = value, 0
+            return
+        self._waited += 1
+        if self._waited >= self.config.early_stop_patience and not trainer.state.finished:
+            trainer.state.stopped = True
+            if trainer.accelerator.is_main_process:
+                print(
+                    f"stopped early: {self.config.early_stop_metric} has not risen above {100 * self._best:.2f} for "
+                    f"{self._waited} evaluations",
+                    flush=True,
+                )
+
+
+class BestModelHook(Hook):
+    """Keeps the model with the best test P@1 so far, of those after the first `dense_epochs` epochs."""
+
+    def __init__(self, folder_name: str, best_p1: float, dense_epochs: int) -> None:
+        self.folder_name, self.best_p1, self.dense_epochs = folder_name, best_p1, dense_epochs
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_p1": self.best_p1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_p1 = max(self.best_p1, state["best_p1"])
+
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        if split == "test" and trainer.state.epoch >= self.dense_epochs and metrics["P@1"] > self.best_p1:
+            self.best_p1 = metrics["P@1"]
+            trainer.save(trainer.run_folder / self.folder_name)
