@@ -12,10 +12,10 @@ from transformers import BertModel
 
 from tests.data_helpers import write_lf
 from xmc_trainer.builders import in_precision_of
+from xmc_trainer.commands import clusters
 from xmc_trainer.config import load_config
 from xmc_trainer.data import sample_rows
 from xmc_trainer.errors import UserError
-from xmc_trainer.commands import clusters
 from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.trainer import Trainer
 
