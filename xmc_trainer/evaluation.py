@@ -16,14 +16,14 @@ from xmc_trainer.checkpoint.saved_model import SavedModel
 from xmc_trainer.config import Config, EvaluationConfig
 from xmc_trainer.data import Corpus, MicroBatch, TextBatches, load_corpus, plan_eval
 from xmc_trainer.errors import UserError
-from xmc_trainer.head import FixedFanInHead, SplitHead
+from xmc_trainer.head import Head
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity
 
 
 @torch.no_grad()
 def evaluate(
     encode: Callable[[Tensor, Tensor], Tensor],
-    head: FixedFanInHead | SplitHead,
+    head: Head,
     batches: Iterable[dict[str, Any]],
     metrics: RankingMetrics,
     device: torch.device,

@@ -29,7 +29,7 @@ from xmc_trainer.builders import (
 )
 from xmc_trainer.checkpoint import resume
 from xmc_trainer.checkpoint.finite import require_finite
-from xmc_trainer.checkpoint.saved_model import head_parts, save_model
+from xmc_trainer.checkpoint.saved_model import save_model
 from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder.compiling import compile_encoder, undo, warm_up
@@ -45,7 +45,7 @@ from xmc_trainer.engine.accelerator import (
 from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_bytes
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, multi_head_step
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, Head, RowwiseRMSprop, SplitHead, multi_head_step
 from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.head.losses import starting_bias
 from xmc_trainer.hooks import Hook
@@ -390,7 +390,7 @@ class Trainer:
 
     def _head_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Weights and optimizer state of this rank's labels."""
-        heads = head_parts(self.head) + ([] if self.meta_branch is None else [("meta.", self.meta_branch.head)])
+        heads = self.head.parts() + ([] if self.meta_branch is None else [("meta.", self.meta_branch.head)])
         return ((f"head {prefix}{name}", value) for prefix, head in heads for name, value in head.state_dict().items())
 
     # Building -------------------------------------------------------------------------------------------------------
@@ -477,7 +477,7 @@ class Trainer:
         """The most of a batch's `texts` that one rank gets."""
         return -(-texts // self.ranks.size)
 
-    def _build_head(self, features: int) -> FixedFanInHead | SplitHead:
+    def _build_head(self, features: int) -> Head:
         ffi, optimization = self.config.model.ffi, self.config.training.optimization
         labels = self.corpus.num_labels
         if ffi.output_features not in (None, labels):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop, SplitHead, multi_head_step
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, Head, RewireRule, RowwiseRMSprop, SplitHead, multi_head_step
 from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
@@ -62,7 +62,7 @@ for variant in ("gradient", "sum", "dense", "split", "bfloat16"):
     CASES.append(Case("momentum", "squared_hinge", 1, 1 if variant == "dense" else 4, variant=variant))
 
 
-def head_of(case: Case, ranks: Ranks) -> FixedFanInHead | SplitHead:
+def head_of(case: Case, ranks: Ranks) -> Head:
     arguments = dict(
         group_size=case.group_size, loss=case.loss, text_reduction="sum" if case.variant == "sum" else "mean", seed=4,
         lr=0.002 if case.variant == "sum" else 0.02, optimizer=OPTIMIZERS[case.optimizer], weight_decay=0.01,
@@ -126,10 +126,9 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
             moved += head.rewire(
                 RewireRule("fraction", 0.3, "random", "gradient" if case.variant == "gradient" else "random")
             ).moved
-    parts = {"frequent.": head.frequent, "": head.tail} if isinstance(head, SplitHead) else {"": head}
     tensors = {
         prefix + name: getattr(part, name)
-        for prefix, part in parts.items()
+        for prefix, part in head.parts()
         for name in ("index", "weight", "bias")
         if getattr(part, name) is not None
     }
@@ -141,7 +140,7 @@ def ties(variant: str) -> torch.Tensor:
     """int64 [b, 60] best labels of this rank's texts, of a head that scores every label alike but for a few."""
     ranks = Ranks()
     head = head_of(Case("sgd", "bce", 1, 1, variant=variant), ranks)
-    for part in (head.frequent, head.tail) if isinstance(head, SplitHead) else (head,):
+    for _, part in head.parts():
         part.weight.zero_()
         part.bias.copy_(torch.tensor([float(label % 7 == 0) for label in part.labels]))
     texts = range(4)[

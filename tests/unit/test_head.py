@@ -10,7 +10,7 @@ import torch
 
 from tests.head_helpers import OneOf, OracleHead, dense_of, ragged_batch
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RewireRule, RowwiseRMSprop
-from xmc_trainer.head.partition import label_range
+from xmc_trainer.head.layer import label_range
 from xmc_trainer.kernels.dispatch import select_backend
 from xmc_trainer.kernels.interface import unpack_candidates
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from xmc_trainer.head import SGD, FixedFanInHead, RewireRule, SplitHead, multi_head_step
+from xmc_trainer.head import SGD, FixedFanInHead, Head, RewireRule, SplitHead, multi_head_step
 from xmc_trainer.head.cluster_branch import MetaBranch
+from xmc_trainer.head.split import head_of_parts
 from xmc_trainer.parallel import Ranks
 
 FEATURES, FREQUENT, LABELS, TEXTS = 13, 7, 41, 9
@@ -92,6 +93,30 @@ def test_rate_and_rewiring_reach_the_parts():
     assert (report.moved, report.slots) == (2 * 9 + 3 * FREQUENT, 5 * 9 + 9 * FREQUENT)
     with pytest.raises(ValueError, match="one loss"):
         SplitHead(made("bce").frequent, made("squared_hinge").tail)
+
+
+def test_a_dense_tail_becomes_sparse_and_frequent_labels_stay():
+    frequent, tail = (FixedFanInHead(FEATURES, n, fan_in=None, group_size=g) for n, g in ((FREQUENT, 1), (34, 4)))
+    head = SplitHead(frequent, tail)
+    strength = torch.nn.functional.pad(tail.weight.abs(), (0, 0, 0, 2)).view(9, 4, FEATURES).sum(1)
+    assert head.index is None
+    head.become_sparse(5, 4)
+    assert frequent.index is None and (tail.fan_in, tail.group_size) == (5, 4)
+    assert torch.equal(head.index.long(), strength.topk(5, dim=1).indices.sort(dim=1).values)
+    with pytest.raises(ValueError, match="sparse already"):
+        head.become_sparse(5, 4)
+    with pytest.raises(ValueError, match="by groups of 4"):
+        SplitHead(frequent, FixedFanInHead(FEATURES, 34, fan_in=None, group_size=4)).become_sparse(5, 2)
+
+
+def test_the_parts_of_a_head_make_it_again():
+    head, plain = made(), FixedFanInHead(FEATURES, LABELS, fan_in=5)
+    for each in (head, plain):
+        again = head_of_parts([part for _, part in each.parts()])
+        assert isinstance(again, Head) and type(again) is type(each) and again.num_labels == LABELS
+        names = [prefix + name for prefix, part in each.parts() for name in part.state_dict()]
+        assert len(set(names)) == len(names) == len(list(each.state_dict()))
+    assert [prefix for prefix, _ in head.parts()] == ["frequent.", ""]
 
 
 def test_heads_that_read_the_same_features_exchange_them_once():

@@ -41,7 +41,6 @@ from xmc_trainer.checkpoint.saved_model import (
     STORED_DTYPES,
     check_index,
     check_shards,
-    head_parts,
     load_shards,
     save_tensors,
     shard_names,
@@ -153,7 +152,7 @@ def save(trainer: Trainer) -> None:
 
 def _heads(trainer: Trainer) -> list[tuple[str, FixedFanInHead]]:
     branch = [] if trainer.meta_branch is None else [("meta.", trainer.meta_branch.head)]
-    return head_parts(trainer.head) + branch
+    return trainer.head.parts() + branch
 
 
 def restore(folder: Path, trainer: Trainer) -> None:

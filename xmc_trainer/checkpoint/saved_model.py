@@ -38,9 +38,10 @@ from xmc_trainer.checkpoint.folder import (
 )
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import sync
-from xmc_trainer.head import SGD, FixedFanInHead, SplitHead
+from xmc_trainer.head import SGD, FixedFanInHead, Head
 from xmc_trainer.head.losses import LOSSES
 from xmc_trainer.head.rewire import index_dtype
+from xmc_trainer.head.split import FREQUENT, head_of_parts
 from xmc_trainer.parallel import Ranks
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from xmc_trainer.encoder.text_encoder import TextEncoder
 
 _HEAD_TENSORS = ("weight", "index", "bias")
-_FREQUENT = "frequent."  # prefix of a split head's first part
 # What safetensors calls the types of tensors that a head has.
 STORED_DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8",
@@ -58,7 +58,7 @@ STORED_DTYPES = {
 }  # fmt: skip
 SHARDS = ListOf({"file": NAME, "labels": (whole(0), whole(1))})
 _HEAD = {
-    "prefix": one_of("", _FREQUENT),
+    "prefix": one_of("", FREQUENT),
     "arguments": {
         "in_features": whole(1, 1 << 16),
         "num_labels": whole(1),
@@ -110,7 +110,7 @@ def save_model(
     encoder: TextEncoder,
     encoder_state: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
-    head: FixedFanInHead | SplitHead,
+    head: Head,
     labels: Dataset,
     max_len: int,
     step: int,
@@ -124,7 +124,7 @@ def save_model(
         max_len: tokens a text is cut to.
     Raises CannotWrite, on all ranks, if the disk fails one of them.
     """
-    ranks, parts = head.ranks, head_parts(head)
+    ranks, parts = head.ranks, head.parts()
     shards = shard_names(ranks)
 
     def write(partial: Path) -> dict[str, Any] | None:
@@ -188,11 +188,6 @@ def load_shards(
         head.load_labels(range(start, stop), tensors)
 
 
-def head_parts(head: FixedFanInHead | SplitHead) -> list[tuple[str, FixedFanInHead]]:
-    """(prefix of its tensors, head), in the order of their labels."""
-    return [(_FREQUENT, head.frequent), ("", head.tail)] if isinstance(head, SplitHead) else [("", head)]
-
-
 def _description(prefix: str, head: FixedFanInHead, shards: list[str]) -> dict[str, Any]:
     """What a head is made from again: arguments of its class, and which of its labels each file has."""
     return {
@@ -216,7 +211,7 @@ class SavedModel:
 
     encoder: TextEncoder
     tokenizer: PreTrainedTokenizerBase
-    head: FixedFanInHead | SplitHead
+    head: Head
     label_ids: Any  # pyarrow string columns, in label order
     label_texts: Any
     max_len: int
@@ -256,7 +251,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     _check_encoder(encoder, folder, described[0]["arguments"]["in_features"])
     encoder.load_penultimate(folder / "encoder")
     heads = [_load_head(folder, description, device) for description in described]
-    head = SplitHead(*heads) if len(heads) > 1 else heads[0]
+    head = head_of_parts(heads)
     return SavedModel(
         encoder=encoder.to(device).eval(),
         tokenizer=tokenizer,
@@ -272,7 +267,7 @@ def _check_heads(folder: Path, manifest: dict[str, Any]) -> None:
     """ValueError where the heads cannot be made of their files: what was said about them, before memory is taken."""
     described = manifest["heads"]
     prefixes = [each["prefix"] for each in described]
-    if prefixes not in ([""], [_FREQUENT, ""]):
+    if prefixes not in ([""], [FREQUENT, ""]):
         raise ValueError(f"heads {prefixes}: there must be one, or the frequent labels' and the others'")
     if len({(each["arguments"]["in_features"], each["arguments"]["loss"]) for each in described}) > 1:
         raise ValueError("its two heads differ in in_features or loss")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from xmc_trainer.checkpoint.folder import MANIFEST, read_folder, save_folder
 from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
-from xmc_trainer.checkpoint.saved_model import MODEL, SavedModel, head_parts, save_tensors
+from xmc_trainer.checkpoint.saved_model import MODEL, SavedModel, save_tensors
 from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
@@ -68,7 +68,7 @@ class _Remembering:
 
 def _add_to_biases(saved: SavedModel, added: Tensor) -> None:
     first = 0
-    for _, head in head_parts(saved.head):
+    for _, head in saved.head.parts():
         head.bias += added[first : first + head.num_labels]
         first += head.num_labels
 
@@ -135,7 +135,7 @@ def main() -> None:
     config = config_of_model(options.model, options.settings)
     device = torch.device(config.environment.device_name())
     saved = XMCModel.load(options.model, device).saved
-    if any(head.bias is None for _, head in head_parts(saved.head)):
+    if any(head.bias is None for _, head in saved.head.parts()):
         raise UserError(f"{options.model}: its head has no biases, which is where an adjustment stands")
     corpus = corpus_of_saved(saved, config)
     if options.keep is not None:

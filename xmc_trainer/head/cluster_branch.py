@@ -1,4 +1,4 @@
-"""The meta branch: a dense head over label clusters, whose loss helps the encoder along while the labels' head is young."""
+"""The meta branch: a dense head over label clusters, whose loss trains the encoder early, while the labels' head is poor."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from xmc_trainer.head import AdamW, FixedFanInHead, HeadTerm
 
 
 class MetaBranch:
-    """Predicts which clusters a text's labels are in.
+    """A head that predicts the clusters of a text's labels.
 
     Args:
-        head: dense, one output a cluster.
+        head: dense, one output per cluster.
         cluster_of: int [L], the cluster of every label.
-        scaling: weight of this loss at step 0; the labels' loss has the rest of 1.
-        last_step: optimizer step at which the weight has decayed to 0, by a cosine.
+        scaling: weight of this loss at step 0; the labels' loss has weight 1 - scaling.
+        last_step: optimizer step at which the weight reaches 0; it decays by a cosine.
     """
 
     def __init__(self, head: FixedFanInHead, cluster_of: np.ndarray, scaling: float, last_step: int) -> None:
@@ -29,20 +29,20 @@ class MetaBranch:
     def build(
         cls, features: int, cluster_of: np.ndarray, *, scaling: float, last_step: int, **head: object
     ) -> MetaBranch:
-        """`head`: arguments of FixedFanInHead that the labels' head has too."""
+        """Build the head too; `head` are further arguments of FixedFanInHead."""
         clusters = int(cluster_of.max()) + 1
         return cls(
             FixedFanInHead(features, clusters, fan_in=None, optimizer=AdamW(), **head), cluster_of, scaling, last_step
         )
 
     def weight(self, step: int) -> float:
-        """Of the branch's loss after `step` optimizer steps: scaling at 0, 0 from last_step on."""
+        """Weight of the branch's loss after `step` optimizer steps: scaling at 0, 0 from last_step on."""
         return self.scaling * 0.5 * (1 + math.cos(math.pi * min(step / self.last_step, 1.0)))
 
     def clusters(self, label_ids: Tensor) -> Tensor:
-        """int [n] label ids -> int32 [n] cluster ids; labels of one cluster repeat it, which a head counts once."""
+        """int [n] label ids -> int32 [n] cluster ids. Labels of one cluster repeat its id; a head counts it once."""
         return self._cluster_of[label_ids.to(torch.int64)]
 
     def terms(self, loss_weight: float) -> list[HeadTerm]:
-        """What `multi_head_step` takes, beside the labels' head."""
+        """The branch's part of a step, for `multi_head_step`."""
         return [HeadTerm(self.head, self.clusters, loss_weight)]

@@ -1,22 +1,30 @@
-"""SplitHead: the most frequent labels read more features than all others; two heads that look like one."""
+"""SplitHead: the most frequent labels read more features than the others; two layers that work as one head."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from xmc_trainer.head.layer import FixedFanInHead, HeadTerm, check_batch, multi_head_step
+from xmc_trainer.head.layer import FixedFanInHead
+from xmc_trainer.head.protocol import Head
 from xmc_trainer.head.rewire import RewireReport, RewireRule
+from xmc_trainer.head.step import HeadTerm
 from xmc_trainer.kernels.interface import ID_MAX, pack_candidates, unpack_candidates
 
+FREQUENT = "frequent."  # prefix of the frequent labels' tensors
 
-class SplitHead(nn.Module):
-    """Labels 0..H-1 in a head of their own, labels H.. in another, with the methods of FixedFanInHead.
 
-    Args: frequent: dense or sparse, over the first H labels. tail: sparse, over the other labels, numbered from 0. Both of one
-        loss, on one set of ranks, each of which owns a share of both.
+class SplitHead(Head):
+    """Labels 0..H-1 in a layer of their own, labels H.. in another.
+
+    Args:
+        frequent: dense or sparse, over the first H labels.
+        tail: dense or sparse, over the other labels, numbered from 0. `index` and `become_sparse` are the tail's.
+
+    Both layers must have one loss, read the same features, and be on one set of ranks, each of which owns labels of both.
     """
 
     def __init__(self, frequent: FixedFanInHead, tail: FixedFanInHead) -> None:
@@ -24,7 +32,7 @@ class SplitHead(nn.Module):
         if frequent.loss_name != tail.loss_name or frequent.in_features != tail.in_features:
             raise ValueError("the two heads must have one loss and read the same features")
         self.frequent, self.tail = frequent, tail
-        self.ranks, self.loss_name = tail.ranks, tail.loss_name
+        self.ranks, self.loss_name, self.in_features = tail.ranks, tail.loss_name, tail.in_features
         self.num_labels = frequent.num_labels + tail.num_labels
 
     @property
@@ -33,7 +41,7 @@ class SplitHead(nn.Module):
 
     @property
     def skipped(self) -> Tensor:
-        return self.tail.skipped  # both read the same features
+        return self.tail.skipped  # both layers read the same features
 
     @property
     def lr(self) -> float:
@@ -43,23 +51,17 @@ class SplitHead(nn.Module):
     def lr(self, value: float) -> None:
         self.frequent.lr = self.tail.lr = value
 
-    def forward(
-        self, feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, *, loss_weight: float = 1.0, **arguments: object
-    ) -> Tensor:
-        """As of FixedFanInHead."""
-        check_batch(feat_bd, label_ids, label_counts, self.frequent.in_features, self.num_labels)
-        return multi_head_step(self.terms(loss_weight), feat_bd, label_ids, label_counts, **arguments)
-
     def terms(self, loss_weight: float) -> list[HeadTerm]:
-        """What `multi_head_step` takes."""
         tail = HeadTerm(self.tail, lambda label_ids: label_ids - self.frequent.num_labels, loss_weight)
         return [*self.frequent.terms(loss_weight), tail]
+
+    def parts(self) -> list[tuple[str, FixedFanInHead]]:
+        return [(FREQUENT, self.frequent), ("", self.tail)]
 
     @torch.no_grad()
     def topk(
         self, feat_bd: Tensor, k: int, skip_ids: Tensor | None = None, skip_counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """As of FixedFanInHead: equal scores go to the smaller label id."""
         first = self.frequent.num_labels
         candidates = []
         for head, start in ((self.frequent, 0), (self.tail, first)):
@@ -68,15 +70,22 @@ class SplitHead(nn.Module):
             candidates.append(pack_candidates(score, torch.where(label < 0, ID_MAX, label + start)))
         return unpack_candidates(torch.cat(candidates, 1).topk(k, dim=1).values)
 
-    def start_from_texts(self, texts_of: Callable[[range], tuple[Tensor, Tensor]], **arguments: object) -> None:
-        """As of FixedFanInHead."""
+    def start_from_texts(self, texts_of: Callable[[range], tuple[Tensor, Tensor]], **arguments: Any) -> None:
         first = self.frequent.num_labels
         self.frequent.start_from_texts(texts_of, **arguments)
         self.tail.start_from_texts(
             lambda labels: texts_of(range(labels.start + first, labels.stop + first)), **arguments
         )
 
+    def become_sparse(self, fan_in: int, group_size: int) -> None:
+        self.tail.become_sparse(fan_in, group_size)
+
     def rewire(self, rule: RewireRule) -> RewireReport:
-        """Of the sparse labels; see FixedFanInHead."""
+        """Rewire the layers that are sparse; see `Head.rewire`."""
         reports = [head.rewire(rule) for head in (self.frequent, self.tail) if head.index is not None]
         return RewireReport(sum(report.moved for report in reports), sum(report.slots for report in reports))
+
+
+def head_of_parts(parts: list[FixedFanInHead]) -> Head:
+    """The head whose `parts()` these layers are."""
+    return SplitHead(*parts) if len(parts) > 1 else parts[0]

@@ -21,7 +21,6 @@ import torch
 from tqdm import tqdm
 
 from xmc_trainer import __version__
-from xmc_trainer.checkpoint.saved_model import head_parts
 from xmc_trainer.config import Config, portable
 from xmc_trainer.engine.accelerator import engine_name
 from xmc_trainer.evaluation import metrics_of, most_popular
@@ -43,7 +42,7 @@ def head_bytes(trainer: Trainer) -> int:
 
 def head_kernels(trainer: Trainer) -> list[str]:
     """Which kernels the labels' head, or each part of a split one, uses for an optimizer step, and why."""
-    return [part.describe_kernels(trainer.config.texts_a_step) for _, part in head_parts(trainer.head)]
+    return [part.describe_kernels(trainer.config.texts_a_step) for _, part in trainer.head.parts()]
 
 
 class ProgressHook(Hook):

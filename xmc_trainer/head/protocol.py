@@ -1,0 +1,149 @@
+"""Head: what the trainer, checkpoints, hooks and evaluation use of a classifier."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from xmc_trainer.head.rewire import RewireReport, RewireRule
+from xmc_trainer.head.step import HeadTerm, check_batch, multi_head_step
+from xmc_trainer.parallel import Ranks
+
+if TYPE_CHECKING:
+    from xmc_trainer.head.layer import FixedFanInHead
+
+
+class Head(nn.Module, ABC):
+    """A classifier over labels, sharded by labels over the ranks, that trains itself inside its forward pass.
+
+    Attributes:
+        in_features: d, features of a text.
+        num_labels: labels over all ranks.
+        loss_name: "bce" or "squared_hinge".
+        lr: learning rate of the next update; a schedule sets it.
+        ranks: the processes that share the labels.
+        index: features that the sparse labels read; None as long as the head is dense.
+        skipped: int64 scalar on the device, updates skipped because a feature was not finite.
+    """
+
+    in_features: int
+    num_labels: int
+    loss_name: str
+    lr: float
+    ranks: Ranks
+    index: Tensor | None
+    skipped: Tensor
+
+    def forward(
+        self,
+        feat_bd: Tensor,
+        label_ids: Tensor,
+        label_counts: Tensor,
+        *,
+        end_of_step: bool = True,
+        texts_in_step: int | None = None,
+        loss_weight: float = 1.0,
+        engine_divisor: float = 1.0,
+        rank_sizes: tuple[list[int], list[int]] | None = None,
+    ) -> Tensor:
+        """The loss of this micro-batch over all ranks. In training mode the last micro-batch of a step updates the weights.
+
+        Args:
+            feat_bd: this rank's features, float [b, d]; b may be 0 and may differ between ranks.
+            label_ids: int [sum of label_counts], global ids of the positives, text after text.
+            label_counts: int [b].
+            end_of_step: false for every micro-batch of an optimizer step but the last. The head keeps the features and
+                labels of these micro-batches and makes one update from all of them at the end.
+            texts_in_step: texts of the whole optimizer step. Needed only for text_reduction="mean" with several
+                micro-batches; by default the texts of this micro-batch, over all ranks.
+            loss_weight: weight of this loss beside others, the same for all micro-batches of a step. The update happens
+                here, so a factor on the returned loss would come too late.
+            engine_divisor: what the training engine divides gradients by, to be undone here: ranks times the
+                micro-batches that it averages over.
+            rank_sizes: (texts, positives) of every rank in this micro-batch, if the caller knows them. Otherwise the
+                ranks tell each other, which makes the host wait for the device.
+        Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
+            of a step's micro-batches add up to the step's loss.
+        Raises ValueError if the arguments do not fit each other or the head.
+        """
+        check_batch(feat_bd, label_ids, label_counts, self.in_features, self.num_labels)
+        return multi_head_step(
+            self.terms(loss_weight),
+            feat_bd,
+            label_ids,
+            label_counts,
+            end_of_step=end_of_step,
+            texts_in_step=texts_in_step,
+            engine_divisor=engine_divisor,
+            rank_sizes=rank_sizes,
+        )
+
+    @abstractmethod
+    def terms(self, loss_weight: float) -> list[HeadTerm]:
+        """The head's part of a step, for `multi_head_step`."""
+
+    @abstractmethod
+    def parts(self) -> list[tuple[str, FixedFanInHead]]:
+        """The layers that the head consists of, in label order, each with a prefix for the names of its tensors.
+
+        Every part holds one contiguous range of labels and numbers them from 0. Files are written and read by part.
+        """
+
+    @abstractmethod
+    def topk(
+        self, feat_bd: Tensor, k: int, skip_ids: Tensor | None = None, skip_counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k best labels over all ranks for this rank's texts. Equal scores go to the smaller label id.
+
+        Args:
+            feat_bd: [b, d]; every rank must call, b may differ and be 0.
+            skip_ids, skip_counts: ragged global label ids to leave out for each text; None on every rank or on none.
+        Returns: scores float32 [b, k] (logits) and label ids int64 [b, k], best first; id -1 and score -inf where
+            fewer than k labels are left.
+        """
+
+    @abstractmethod
+    def start_from_texts(
+        self,
+        texts_of: Callable[[range], tuple[Tensor, Tensor]],
+        *,
+        index: bool = False,
+        whitener_dd: Tensor | None = None,
+        centroid_scale: float = 0.0,
+        mean_d: Tensor | None = None,
+        deviation_d: Tensor | None = None,
+    ) -> None:
+        """Set the first index and weights from each label's training texts. Labels without texts keep their random start.
+
+        Args:
+            texts_of: range of global label ids -> (float32 [T, d], sums of standardised features over each label's
+                texts; int64 [T], numbers of texts), on the head's device.
+            index: each index row reads the features on which the mean of its labels' texts deviates most, up or down.
+            whitener_dd: float64 [d, d], symmetric. The sums are multiplied by it before the index is chosen; see
+                `xmc_trainer.labels.features.whitener`.
+            centroid_scale: length of the first weights in standardised features. They point along the mean z of the
+                label's texts: w_f = scale z_f / |z| / deviation_f, and the bias subtracts the mean features. 0 leaves
+                the weights as they are.
+            mean_d, deviation_d: float32 [d], moments of the features; needed for centroid_scale.
+        """
+
+    @abstractmethod
+    def become_sparse(self, fan_in: int, group_size: int) -> None:
+        """Turn a dense head into a sparse one: each index row keeps the features of the largest mean |weight|.
+
+        Keeps the weights and optimizer state of these features and drops all others.
+
+        Args:
+            group_size: must be that of the constructor, by which the ranks share the labels.
+        Raises ValueError if the head is sparse already.
+        """
+
+    @abstractmethod
+    def rewire(self, rule: RewireRule) -> RewireReport:
+        """Prune and regrow this rank's connections; see `xmc_trainer.head.rewire`. Deterministic in (seed, steps).
+
+        Raises ValueError if the head is dense, or if growth by gradient finds no recent steps.
+        """
