@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from xmc_trainer import signals
 from xmc_trainer.checkpoint.saved_model import SavedModel
 from xmc_trainer.config import Config, EvaluationConfig
-from xmc_trainer.data import Corpus, MicroBatch, TextBatches, load_corpus, plan_eval
+from xmc_trainer.data import Corpus, batch_loader, load_corpus, plan_eval
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import Head
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity
@@ -81,39 +80,6 @@ def corpus_of(config: Config, tokenizer: Any, progress: bool = True) -> Corpus:
     )
 
 
-def loader_of(
-    corpus: Corpus,
-    split: str,
-    plan: list[MicroBatch],
-    *,
-    rank: int,
-    pad_token_id: int | None,
-    workers: int,
-    device: torch.device,
-    least_rows: int = 1,
-) -> DataLoader:
-    """This rank's batches of a plan over "train" or "test"; test batches carry the filter pairs, if there are any.
-
-    Args: least_rows: of input_ids in a batch.
-    """
-    batches = TextBatches(
-        corpus.train if split == "train" else corpus.test,
-        plan,
-        rank=rank,
-        pad_token_id=pad_token_id,
-        places=corpus.places,
-        filter_pairs=corpus.filter_pairs if split == "test" else None,
-        least_rows=least_rows,
-    )
-    return DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=min(workers, len(plan)),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=signals.ignore_in_worker,
-    )
-
-
 def metrics_of(config: EvaluationConfig, corpus: Corpus) -> RankingMetrics:
     """Empty metrics, with the propensities of the whole training set if they are asked for."""
     if not config.eval_psp:
@@ -156,7 +122,7 @@ def loader_of_tests(saved: SavedModel, corpus: Corpus, config: Config, device: t
     """This rank's batches of the test set."""
     ranks = saved.head.ranks
     plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=ranks.size)
-    return loader_of(
+    return batch_loader(
         corpus,
         "test",
         plan,

@@ -31,7 +31,7 @@ from xmc_trainer.checkpoint import resume
 from xmc_trainer.checkpoint.finite import require_finite
 from xmc_trainer.checkpoint.saved_model import save_model
 from xmc_trainer.config import Config, portable_yaml
-from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
+from xmc_trainer.data import Corpus, MicroBatch, batch_loader, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder.compiling import compile_encoder, undo, warm_up
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import (
@@ -44,7 +44,7 @@ from xmc_trainer.engine.accelerator import (
 )
 from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_bytes
 from xmc_trainer.errors import UserError, reason
-from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
+from xmc_trainer.evaluation import corpus_of, evaluate, metrics_of
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, Head, RowwiseRMSprop, SplitHead, multi_head_step
 from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.head.losses import starting_bias
@@ -604,7 +604,7 @@ class Trainer:
 
     def _loader(self, split: str, plan: list[MicroBatch], texts: int) -> DataLoader:
         """This rank's batches of a plan, of at most `texts` over all ranks."""
-        return loader_of(
+        return batch_loader(
             self.corpus,
             split,
             plan,

@@ -24,7 +24,7 @@ ALLOWED = {
     "config": {"config", "errors", "schedules"},
     "kernels": {"kernels", "rng"},
     "head": {"head", "kernels", "parallel", "rng"},
-    "data": {"data", "errors"},
+    "data": {"data", "errors", "signals"},
     "encoder": {"encoder", "errors"},
     "engine": {"encoder", "engine", "errors", "launch", "parallel"},
     "checkpoint.folder": {"errors", "files", "parallel"},

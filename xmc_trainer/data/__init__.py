@@ -2,6 +2,7 @@
 
 from xmc_trainer.data.batches import MicroBatch, TextBatches, batch_of_texts, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.data.corpus import Corpus, load_corpus
+from xmc_trainer.data.loader import batch_loader
 from xmc_trainer.data.sources import Ragged
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "MicroBatch",
     "Ragged",
     "TextBatches",
+    "batch_loader",
     "batch_of_texts",
     "load_corpus",
     "plan_epoch",

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from xmc_trainer.data import Corpus, MicroBatch, Ragged, plan_eval
+from xmc_trainer.data import Corpus, MicroBatch, Ragged, batch_loader, plan_eval
 from xmc_trainer.errors import UserError
-from xmc_trainer.evaluation import loader_of
 from xmc_trainer.parallel import Ranks
 
 # Rows of features in memory at a time, in float32: at 768 features 0.4 GiB.
@@ -74,7 +73,7 @@ def encode_training_texts(
     nothing = np.zeros(0, dtype=np.int64)
     batches += [nothing] * (-len(batches) % ranks.size)
     plan = [MicroBatch(tuple(batches[at : at + ranks.size]), 0) for at in range(0, len(batches), ranks.size)]
-    loader = loader_of(
+    loader = batch_loader(
         corpus, "train", plan, rank=ranks.rank, pad_token_id=pad_token_id, workers=workers, device=device
     )
     out = array_on_disk(file, (len(lengths), width))
