@@ -31,7 +31,9 @@ def main() -> None:
     # Imported here, for torch and transformers take seconds: what stands above does not wait for them.
     import torch
 
-    from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
+    from xmc_trainer.builders.data import metrics_of
+    from xmc_trainer.builders.saved_model import evaluate_saved
+    from xmc_trainer.evaluation import most_popular
     from xmc_trainer.metrics import table
     from xmc_trainer.model import XMCModel
     from xmc_trainer.parallel import joined_ranks
@@ -44,7 +46,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(metrics))
         return
-    floor = most_popular(corpus, metrics_of(config.training.evaluation, corpus))
+    floor = most_popular(corpus, metrics_of(config, corpus))
     print(f"{config.data.evaluated_split}: {len(corpus.test)} texts, {corpus.num_labels} labels, per cent")
     for names in (("P", "PSP"), ("nDCG", "PSnDCG"), ("R",)):
         columns = tuple(f"{name}@{k}" for name in names for k in (1, 3, 5) if f"{name}@{k}" in metrics)

@@ -34,9 +34,9 @@ def main() -> None:
         return
 
     from xmc_trainer import signals
-    from xmc_trainer.trainer import Trainer
+    from xmc_trainer.builders.training import build_trainer
 
-    trainer = Trainer(config, deepspeed_config=arguments.deepspeed_config)
+    trainer = build_trainer(config, deepspeed_config=arguments.deepspeed_config)
     with signals.deferred():
         trainer.train()
         trainer.close()

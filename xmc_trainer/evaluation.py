@@ -1,4 +1,4 @@
-"""Evaluation: the top labels of every text, over all ranks, into the ranking metrics; in training and afterwards."""
+"""Evaluation: rank the labels of every text, over all ranks, and compute the ranking metrics."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from xmc_trainer.checkpoint.saved_model import SavedModel
-from xmc_trainer.config import Config, EvaluationConfig
-from xmc_trainer.data import Corpus, batch_loader, load_corpus, plan_eval
+from xmc_trainer.data import Corpus
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import Head
-from xmc_trainer.metrics import RankingMetrics, inverse_propensity
+from xmc_trainer.metrics import RankingMetrics
 
 
 @torch.no_grad()
@@ -28,13 +25,13 @@ def evaluate(
     device: torch.device,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The metrics of a data set; the same on every rank.
+    """The metrics of a data set, the same on every rank.
 
     Args:
-        encode: (input_ids, attention_mask) -> features.
-        batches: of `TextBatches`, this rank's; every rank must have the same number of them.
-        metrics: empty.
-    Raises UserError, on every rank, where features or scores are not finite: they would count as a ranking.
+        encode: (input_ids, attention_mask) -> features [b, d].
+        batches: this rank's, as `TextBatches` makes them; every rank must have the same number of them.
+        metrics: without texts yet.
+    Raises UserError, on every rank, if features or scores are not finite: ranked anyway, they would look like a result.
     """
     ranks = head.ranks
     not_finite = torch.zeros((), dtype=torch.int64, device=device)  # texts
@@ -56,88 +53,10 @@ def evaluate(
     return metrics.result()
 
 
-def corpus_of(config: Config, tokenizer: Any, progress: bool = True) -> Corpus:
-    """The tokenised data set that a configuration names."""
-    data = config.data
-    layout = "hf" if data.hf_source else "lf" if data.is_lf_data else "raw"
-    return load_corpus(
-        folder=config.data_folder,
-        layout=layout,
-        tokenizer=tokenizer,
-        max_len=data.max_len,
-        cache_dir=data.cache_dir,
-        hf_source=data.hf_source,
-        hf_train_split=data.hf_train_split,
-        hf_test_split=data.hf_test_split,
-        text_column=data.text_column,
-        label_column=data.label_column,
-        label_text_file=data.label_text_file,
-        test_split=data.test_split,
-        augment_label_data=data.augment_label_data,
-        use_filter_eval=data.use_filter_eval,
-        num_labels=data.num_labels,
-        progress=progress,
-    )
-
-
-def metrics_of(config: EvaluationConfig, corpus: Corpus) -> RankingMetrics:
-    """Empty metrics, with the propensities of the whole training set if they are asked for."""
-    if not config.eval_psp:
-        return RankingMetrics()
-    return RankingMetrics(inverse_propensity(corpus.label_counts(), corpus.texts, config.A, config.B))
-
-
 def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
-    """The floor of every comparison: the most frequent training labels, predicted for every test text."""
+    """The metrics of predicting the most frequent training labels for every test text: a floor for every model."""
     popular = np.argsort(-corpus.label_counts(), kind="stable")[: metrics.k]
     relevant = corpus.test_labels()
     counts = np.diff(relevant.offsets)
     metrics.add(np.broadcast_to(popular, (len(counts), len(popular))), relevant.ids, counts)
     return metrics.result()
-
-
-def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
-    """The data set that `config` names, its labels in the model's order. UserError if they are not the model's."""
-    ranks = saved.head.ranks
-    with ranks.one_a_machine_first():
-        corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0)
-    if corpus.num_labels != saved.head.num_labels:
-        raise UserError(
-            f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; name the data set "
-            "that it was trained on (dataset_path, data.folder)"
-        )
-    ids, model_ids = corpus.labels["id"], saved.label_ids.to_pylist()
-    if ids == model_ids:
-        return corpus
-    place = {name: number for number, name in enumerate(ids)}
-    if len(place) != len(ids) or place.keys() != set(model_ids):
-        raise UserError(
-            f"{config.data_folder}: its labels are others than the model's; name the data set that it was trained on "
-            "(dataset_path, data.folder)"
-        )
-    return corpus.reordered(np.array([place[name] for name in model_ids]))
-
-
-def loader_of_tests(saved: SavedModel, corpus: Corpus, config: Config, device: torch.device) -> DataLoader:
-    """This rank's batches of the test set."""
-    ranks = saved.head.ranks
-    plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=ranks.size)
-    return batch_loader(
-        corpus,
-        "test",
-        plan,
-        rank=ranks.rank,
-        pad_token_id=saved.tokenizer.pad_token_id,
-        workers=config.data.num_workers,
-        device=device,
-    )
-
-
-def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
-    """Metrics of a saved model on the test set that `config` names, and that data set; the same on every rank of its head.
-
-    Raises UserError if the data set's labels are not the model's.
-    """
-    corpus = corpus_of_saved(saved, config)
-    loader, metrics = loader_of_tests(saved, corpus, config, device), metrics_of(config.training.evaluation, corpus)
-    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=saved.head.ranks.rank == 0), corpus

@@ -18,6 +18,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 
 from xmc_trainer import signals
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.commands.cli import run
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
@@ -78,7 +79,7 @@ def main() -> None:
         training = json.loads(file.read_text())
         refused = training.get("refused")
         try:
-            trainer = Trainer(
+            trainer = build_trainer(
                 load_config(training["settings"]),
                 deepspeed_config=training.get("deepspeed_config"),
                 hooks=[

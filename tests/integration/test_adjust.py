@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from xmc_trainer.builders.saved_model import evaluate_saved
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.commands import adjust
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
-from xmc_trainer.evaluation import evaluate_saved
 from xmc_trainer.model import XMCModel
-from xmc_trainer.trainer import Trainer
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio
     folders, found = {}, {}
     for strength in (0.0, 2.0):
         settings = [*toy_settings, *words, f"model.ffi.logit_adjustment={strength}", f"log_fname=at{strength:g}"]
-        trainer = Trainer(load_config(settings))
+        trainer = build_trainer(load_config(settings))
         trainer.train()
         folders[strength] = trainer.run_folder / "model"
         found[strength], _ = evaluate_saved(

@@ -11,13 +11,13 @@ import torch
 from transformers import BertModel
 
 from tests.data_helpers import write_lf
-from xmc_trainer.builders import in_precision_of
+from xmc_trainer.builders.encoder import in_precision_of
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.commands import clusters
 from xmc_trainer.config import load_config
 from xmc_trainer.data import sample_rows
 from xmc_trainer.errors import UserError
 from xmc_trainer.labels.clusters import LabelClusters
-from xmc_trainer.trainer import Trainer
 
 LABELS = 41
 
@@ -145,7 +145,7 @@ def test_a_hugging_face_source_gets_a_folder_for_its_clusters(command, toy_setti
     made = LabelClusters.load(path, [f"w{n}" for n in range(5)])
     assert sorted(made.order) == list(range(5)) and len(made.offsets) == 3
     # And a training finds it there.
-    trainer = Trainer(
+    trainer = build_trainer(
         load_config([*toy_settings, *hf, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=3"])
     )
     assert trainer.meta_branch.clusters(torch.arange(5)).tolist() == made.cluster_of.tolist()

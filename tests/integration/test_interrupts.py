@@ -62,7 +62,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(whole, toy_settings, step
     assert caught.value.number == signal.SIGUSR1
     assert (
         caught.value.said
-        == f"after step {step}, with a checkpoint in {run_folder}; the same command goes on with training.resume=true"
+        == f"after step {step}, with a checkpoint in {run_folder}; run the same command with training.resume=true to continue"
     )
     assert find_checkpoint(run_folder).name == f"checkpoint-{step}"
     new_process()
@@ -102,7 +102,7 @@ def test_checkpoints_come_by_time_as_well(toy_settings, monkeypatch, minutes, sa
     """A step takes 31 seconds by this clock, two of them more than a minute."""
     steps = []
     monkeypatch.setattr("xmc_trainer.hooks.checkpoint.time.monotonic", lambda: 31.0 * len(ends))
-    monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer: steps.append(trainer.state.step))
+    monkeypatch.setattr("xmc_trainer.checkpoint.resume.save", lambda trainer, kept: steps.append(trainer.state.step))
     ends = []
 
     class Clock(Hook):

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.data_helpers import instance, write_lf, write_raw
 from tests.saved_folders import forge
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
 from xmc_trainer.hooks import Hook
-from xmc_trainer.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -142,7 +142,7 @@ def train_here(settings: list[str], hooks: list[Hook] | None = None) -> None:
     """A training in this process, which has imported everything."""
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        Trainer(load_config(settings), hooks=hooks).train()
+        build_trainer(load_config(settings), hooks=hooks).train()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 

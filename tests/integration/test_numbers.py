@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.data_helpers import write_raw
+from xmc_trainer.builders.head import first_bias
+from xmc_trainer.builders.training import build_trainer
+from xmc_trainer.checkpoint import resume
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
-from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -22,11 +24,10 @@ def test_labels_of_every_text_can_be_trained(loss, init, toy_settings, tmp_path)
     write_raw(tmp_path / "toy", train=[(f"w{n} w{n + 1}", "a b") for n in range(12)], test=[("w3", "a b")])
     words = ["data.num_labels=2", "data.label_text_file=null", "data.batch_size=4", "training.optimization.epochs=1"]
     words += [f"dataset_path={tmp_path}", f"training.optimization.loss_fn={loss}", f"model.ffi.bias_init={init}"]
-    trainer = Trainer(load_config([*toy_settings, *words]))
+    trainer = build_trainer(load_config([*toy_settings, *words]))
     assert trainer.head.bias.isfinite().all() and (trainer.head.bias > 0).all()
-    assert (
-        trainer._first_bias(np.array([12, 12, 12])).isfinite().all()
-    )  # as of the meta branch, whose clusters are in every text
+    # As of the meta branch, whose clusters are in every text.
+    assert first_bias(trainer.config, np.array([12, 12, 12]), texts=12).isfinite().all()
     assert trainer.train()["P@1"] == 1
     records = [json.loads(line) for line in (trainer.run_folder / "log.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if record["event"] == "step"]
@@ -42,7 +43,7 @@ def test_weights_that_are_no_numbers_are_not_saved(toy_settings):
             if trainer.state.step != 2:
                 return
             model = trainer.run_folder / "model"
-            trainer.save_checkpoint()
+            resume.save(trainer, kept=1)
             trainer.save(model)
             good = {path: path.read_bytes() for path in trainer.run_folder.rglob("*.*") if path.name != "log.jsonl"}
             backbone = next(trainer.encoder_module.parameters())
@@ -52,7 +53,7 @@ def test_weights_that_are_no_numbers_are_not_saved(toy_settings):
             ):
                 kept = tensor.detach().clone()
                 tensor.detach().view(-1)[3] = value
-                for save in (trainer.save_checkpoint, lambda: trainer.save(model)):
+                for save in (lambda: resume.save(trainer, kept=1), lambda: trainer.save(model)):
                     said = f"not written at step 2, for weights are not finite any more .*{name}.*encoder_lr"
                     with pytest.raises(UserError, match=said):
                         save()
@@ -61,7 +62,7 @@ def test_weights_that_are_no_numbers_are_not_saved(toy_settings):
                 tensor.detach().copy_(kept)
 
     hook = Spoil()
-    trainer = Trainer(load_config([*toy_settings, "training.optimization.max_steps=3"]), hooks=[hook])
+    trainer = build_trainer(load_config([*toy_settings, "training.optimization.max_steps=3"]), hooks=[hook])
     trainer.train()
     assert hook.tried == 4 and (trainer.run_folder / "model" / "manifest.json").is_file()
 
@@ -72,5 +73,8 @@ def test_a_step_has_no_more_micro_batches_than_the_texts_fill(toy_settings):
         UserError,
         match="grad_accum_step=99999: the 611 training texts fill only 20 batches .* set it to 20 at most",
     ):
-        Trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=99999"]))
-    assert Trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=20"])).state.steps_per_epoch == 1
+        build_trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=99999"]))
+    assert (
+        build_trainer(load_config([*toy_settings, "training.optimization.grad_accum_step=20"])).state.steps_per_epoch
+        == 1
+    )

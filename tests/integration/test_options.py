@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
 from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.model import XMCModel
-from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 PLAIN = ["training.optimization.warmup_steps=0", "model.ffi.rewire_interval=0", "environment.device=cpu"]
 
 
 def train(settings, *more, hooks=None):
-    trainer = Trainer(load_config([*settings, *more]), hooks=hooks)
+    trainer = build_trainer(load_config([*settings, *more]), hooks=hooks)
     trainer.train()
     return trainer
 
@@ -213,7 +213,7 @@ def test_a_training_that_is_all_warm_up_says_so_and_says_what_drives_it(toy_sett
 
 
 def test_missing_clusters_are_noticed_before_the_texts_are_read(toy_settings, monkeypatch):
-    monkeypatch.setattr("xmc_trainer.trainer.corpus_of", lambda *_, **__: pytest.fail("texts were read"))
+    monkeypatch.setattr("xmc_trainer.builders.training.corpus_of", lambda *_, **__: pytest.fail("texts were read"))
     with pytest.raises(
         UserError, match="label_group7.safetensors: no such label clusters; make it by xmc-trainer clusters"
     ):

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tests.data_helpers import real_data, write_lf, write_raw
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
-from xmc_trainer.evaluation import metrics_of, most_popular
+from xmc_trainer.evaluation import most_popular
 from xmc_trainer.labels import clusters
 from xmc_trainer.model import XMCModel
-from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -116,9 +116,9 @@ def yso(tmp_path_factory):
 
 def learns(settings, tmp_path, *more):
     """A trained run that is far above the floor, reads itself back, and its log."""
-    trainer = Trainer(load_config([*settings, f"output_dir={tmp_path}", *more]))
+    trainer = build_trainer(load_config([*settings, f"output_dir={tmp_path}", *more]))
     metrics = trainer.train()
-    floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
+    floor = most_popular(trainer.corpus, trainer.new_metrics())
     assert metrics["P@1"] > 2 * floor["P@1"] and metrics["PSP@1"] > 2 * floor["PSP@1"]
     assert XMCModel.load(trainer.run_folder / "model").predict([trainer.corpus.labels["id"][0]], k=3)[0][2].score
     return trainer, metrics, [json.loads(line) for line in (trainer.run_folder / "log.jsonl").read_text().splitlines()]
@@ -174,7 +174,7 @@ def test_label_texts_filter_plateau_and_early_stopping(yso, tmp_path):
 
 def test_weights_from_elsewhere_start_ahead(yso, tmp_path):
     def first_epoch(*more):
-        trainer = Trainer(
+        trainer = build_trainer(
             load_config(
                 [*yso, f"output_dir={tmp_path}", f"log_fname=first{len(more)}", "training.optimization.epochs=1", *more]
             )

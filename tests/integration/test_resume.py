@@ -16,6 +16,7 @@ import torch
 from tests.integration.test_launchers import run_here
 from tests.integration.test_training import BY_THE_CLOCK, log_of, train
 from tests.saved_folders import no_file_longer_than
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
@@ -137,7 +138,7 @@ def interrupted(toy_settings):
 
 def message_of(settings):
     with pytest.raises(UserError) as caught:
-        Trainer(load_config(settings))
+        build_trainer(load_config(settings))
     return str(caught.value)
 
 

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from tests.fuzz import examples
 from tests.integration.test_resume import new_process
 from tests.saved_folders import forge, no_file_longer_than
+from xmc_trainer.builders.training import build_trainer
+from xmc_trainer.checkpoint import resume
 from xmc_trainer.checkpoint.folder import read_folder
 from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.checkpoint.resume import CHECKPOINT, restore
@@ -44,7 +46,7 @@ class SaveAll(Hook):
     def on_step_end(self, trainer: Trainer) -> None:
         if trainer.state.step == 6:
             trainer.save(trainer.run_folder / "model")
-            trainer.save_checkpoint()
+            resume.save(trainer, kept=1)
             raise KeyboardInterrupt
 
 
@@ -60,7 +62,7 @@ def saved(toy_settings_in, tmp_path_factory) -> Iterator[SimpleNamespace]:
     ]
     own += ["model.ffi.head_ratio=0.2", "model.ffi.head_fan_in=20", "model.penultimate.use_penultimate_layer=true"]
     words = [*toy_settings_in(tmp_path_factory.mktemp("saved")), *own, "model.penultimate.penultimate_size=24"]
-    trainer = Trainer(load_config(words), hooks=[SaveAll()])
+    trainer = build_trainer(load_config(words), hooks=[SaveAll()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     memory = Path("/dev/shm")
@@ -321,7 +323,10 @@ def test_a_disk_that_takes_no_more_is_a_sentence_and_what_was_there_stays(saved,
     sizes = sorted({max(len(content) - 1, 0) for content in before.values()})
     failed = 0
     for size in sizes:
-        for folder, write in ((saved_again, lambda: trainer.save(saved_again)), (checkpoint, trainer.save_checkpoint)):
+        for folder, write in (
+            (saved_again, lambda: trainer.save(saved_again)),
+            (checkpoint, lambda: resume.save(trainer, kept=1)),
+        ):
             try:
                 with no_file_longer_than(size):
                     write()

@@ -17,21 +17,22 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import RobertaConfig, RobertaModel
 
+from xmc_trainer.builders.saved_model import evaluate_saved
+from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
-from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
+from xmc_trainer.evaluation import most_popular
 from xmc_trainer.hooks import Hook
 from xmc_trainer.hooks.evaluate import BestModelHook
 from xmc_trainer.model import XMCModel
 from xmc_trainer.parallel import Ranks
-from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def train(settings, *more, hooks=None):
-    trainer = Trainer(load_config([*settings, *more]), hooks=hooks)
+    trainer = build_trainer(load_config([*settings, *more]), hooks=hooks)
     return trainer, trainer.train()
 
 
@@ -46,7 +47,7 @@ def log_of(trainer, event):
 
 def test_a_run_learns_logs_saves_and_loads(toy_settings):
     trainer, metrics = train(toy_settings)
-    floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
+    floor = most_popular(trainer.corpus, trainer.new_metrics())
     assert metrics["P@1"] > 0.9 and metrics["PSP@1"] > 0.8 > 0.3 > floor["P@1"]
 
     assert log_of(trainer, "start")[0]["kernels"][0].startswith("head: ")
@@ -291,14 +292,14 @@ def test_contradictions_are_refused_before_training(toy_settings, setting, named
     if "encoder_model" in setting:
         toy_settings = [*toy_settings, "model.encoder.encoder_tokenizer=${model.encoder.encoder_model}"]
     with pytest.raises(UserError, match=named) as error:
-        Trainer(load_config([*toy_settings, setting]))
+        build_trainer(load_config([*toy_settings, setting]))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("setting", ["data.max_len=25", "model.ffi.fan_in=33", "model.ffi.input_features=64"])
 def test_what_the_encoder_contradicts_is_refused_before_tokenising(toy_settings, setting, tmp_path):
     with pytest.raises(UserError, match=setting):
-        Trainer(load_config([*toy_settings, setting, f"data.cache_dir={tmp_path / 'cache'}"]))
+        build_trainer(load_config([*toy_settings, setting, f"data.cache_dir={tmp_path / 'cache'}"]))
     assert not (tmp_path / "cache").exists()
 
 
@@ -309,7 +310,7 @@ def test_roberta_reads_fewer_tokens_than_it_has_positions(toy_settings, tiny_enc
     )
     roberta = [f"model.encoder.encoder_model={tmp_path / 'roberta'}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
     with pytest.raises(UserError, match="data.max_len=13: this encoder reads at most 12 tokens"):
-        Trainer(load_config([*toy_settings, *roberta, "data.max_len=13"]))
+        build_trainer(load_config([*toy_settings, *roberta, "data.max_len=13"]))
     train(toy_settings, *roberta, "data.max_len=12", "training.optimization.max_steps=1")
 
 
@@ -346,7 +347,7 @@ def test_damaged_models_are_refused(toy_settings, tmp_path):
 @pytest.fixture
 def clusters(toy_settings, toy_data, monkeypatch):
     """The cluster file of the toy data, made by the command; its path."""
-    from xmc_trainer.labels.clusters import main
+    from xmc_trainer.commands.clusters import main
 
     path = toy_data / "toy" / "label_group0.safetensors"
     monkeypatch.setattr(sys, "argv", ["clusters", *toy_settings, "--clusters", "8", "model.ffi.group_size=4"])
@@ -401,14 +402,14 @@ class FirstOfTen(Ranks):
     ],
 )
 def test_more_processes_than_parts_are_refused(toy_settings, clusters, monkeypatch, more, message):
-    monkeypatch.setattr("xmc_trainer.trainer.Ranks", FirstOfTen)
+    monkeypatch.setattr("xmc_trainer.builders.training.Ranks", FirstOfTen)
     with pytest.raises(UserError, match=message):
-        Trainer(load_config([*toy_settings, *more]))
+        build_trainer(load_config([*toy_settings, *more]))
 
 
 def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
     """The first step's loss, from features, weights and clusters, in float64."""
-    trainer = Trainer(
+    trainer = build_trainer(
         load_config([*toy_settings, "model.auxiliary.use_meta_branch=true", "training.optimization.max_steps=1"])
     )
     branch, head = trainer.meta_branch, trainer.head
@@ -502,7 +503,7 @@ def test_frequent_labels_read_more(toy_settings, clusters, more):
 def test_clusters_are_needed_and_checked(toy_settings, toy_data):
     for setting in ("model.auxiliary.use_meta_branch=true", "model.ffi.semantic_groups=true"):
         with pytest.raises(UserError, match="label_group0.safetensors: no such label clusters"):
-            Trainer(load_config([*toy_settings, setting, "model.ffi.group_size=2"]))
+            build_trainer(load_config([*toy_settings, setting, "model.ffi.group_size=2"]))
 
 
 def test_a_dense_start_becomes_sparse(toy_settings):
@@ -537,7 +538,7 @@ def test_a_dense_start_is_neither_waited_for_nor_kept(toy_settings):
     dense = [*toy_settings, "training.optimization.dense_epochs=2", "model.ffi.rewire_interval=0"]
     # 20 steps an epoch; the end of the dense epochs would be that of the training.
     with pytest.raises(UserError, match="max_steps=40: ends no later than the 2 dense epochs of 20 steps"):
-        Trainer(load_config([*dense, "training.optimization.max_steps=40"]))
+        build_trainer(load_config([*dense, "training.optimization.max_steps=40"]))
     stop = ["training.evaluation.early_stop_patience=1", "training.evaluation.early_stop_delta=2.0"]
     trainer, _ = train(dense, *stop)
     # Nothing is better by 200 points: the first evaluation that counts is that of epoch 3, one more ends the training.
@@ -579,44 +580,42 @@ def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tm
     state = {f"e.{name}": value * 0 + 0.25 for name, value in load_backbone(str(tiny_encoder)).state_dict().items()}
     torch.save(state, tmp_path / "w.pt")
     more = ["model.encoder.use_ngame_encoder_weights=true", f"model.encoder.ngame_checkpoint={tmp_path / 'w.pt'}"]
-    trainer = Trainer(load_config([*toy_settings, *more, "model.encoder.ngame_key_prefix=e."]))
+    trainer = build_trainer(load_config([*toy_settings, *more, "model.encoder.ngame_key_prefix=e."]))
     assert all((value == 0.25).all() for value in trainer.encoder_module.backbone.parameters())
 
 
 def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeypatch, capsys):
+    from xmc_trainer.builders.encoder import compile_as_configured
     from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
 
     encoder = TextEncoder(load_backbone(str(tiny_encoder)))
     accelerator = SimpleNamespace(
-        state=SimpleNamespace(deepspeed_plugin=None), autocast=nullcontext, is_main_process=True
-    )
-    trainer = SimpleNamespace(
         device=torch.device("cuda"),
-        accelerator=accelerator,
-        encoder_module=encoder,
-        micro_batches=1,
-        _rows=int,
-        _longest=lambda: 16,
+        state=SimpleNamespace(deepspeed_plugin=None),
+        autocast=nullcontext,
+        is_main_process=True,
     )
 
     def fails(*arguments):
         raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr("xmc_trainer.trainer.warm_up", fails)
-    trainer.config = load_config(["dataset=amazon3m"])
-    assert Trainer._compile_encoder(trainer) is False
+    monkeypatch.setattr("xmc_trainer.builders.encoder.warm_up", fails)
+
+    def compiled(*words):
+        config = load_config(["dataset=amazon3m", *words])
+        return compile_as_configured(config, accelerator, encoder, rows=8, tokens=16)
+
+    assert compiled() is False
     assert (
         "cannot be compiled and trains uncompiled, more slowly (RuntimeError: no compiler here)"
         in capsys.readouterr().out
     )
     assert all(module._compiled_call_impl is None and "forward" not in vars(module) for module in encoder.modules())
-    trainer.config = load_config(["dataset=amazon3m", "model.encoder.use_torch_compile=true"])
     with pytest.raises(
         UserError, match="use_torch_compile=true: this encoder cannot be compiled .*; set it to auto or false"
     ):
-        Trainer._compile_encoder(trainer)
-    trainer.config = load_config(["dataset=amazon3m", "model.encoder.use_torch_compile=False"])
-    assert Trainer._compile_encoder(trainer) is False
+        compiled("model.encoder.use_torch_compile=true")
+    assert compiled("model.encoder.use_torch_compile=False") is False
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.data_helpers import tiny_tokenizer
 from tests.encoders import READ, REFUSED, WORDS, save_encoder
-from xmc_trainer.builders import tokenizer_of
+from xmc_trainer.builders.encoder import tokenizer_of
 from xmc_trainer.config import load_config
 from xmc_trainer.encoder.text_encoder import (
     TextEncoder,

@@ -14,11 +14,11 @@ from tokenizers import processors
 from tests.data_helpers import UNK, tiny_tokenizer, write_raw
 from tests.encoders import READ, WORDS, save_untrained
 from tests.fuzz import examples
+from xmc_trainer.builders.saved_model import evaluate_saved
 from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.data import TextBatches, batch_of_texts, load_corpus, plan_eval
 from xmc_trainer.data.texts import encode_texts
 from xmc_trainer.errors import UserError
-from xmc_trainer.evaluation import evaluate_saved
 from xmc_trainer.model import XMCModel
 
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}

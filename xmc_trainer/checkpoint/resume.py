@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from xmc_trainer.checkpoint.encoder_state import EncoderState
+from xmc_trainer.checkpoint.finite import require_finite
 from xmc_trainer.checkpoint.folder import (
     NUMBER,
     TEXT,
@@ -47,6 +48,7 @@ from xmc_trainer.checkpoint.saved_model import (
     shard_ranges,
 )
 from xmc_trainer.config import to_yaml
+from xmc_trainer.engine.accelerator import own_weights
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import writing
 from xmc_trainer.head import FixedFanInHead
@@ -94,18 +96,21 @@ CHECKPOINT = Kind(
 )
 
 
-def save(trainer: Trainer) -> None:
+def save(trainer: Trainer, kept: int) -> None:
     """Write the training's checkpoint, between two optimizer steps; every rank must call.
 
-    Those that it makes superfluous go once it is on the disk. Raises CannotWrite, on all ranks, if the disk fails one of them.
+    Once it is on the disk, all but the last `kept` checkpoints are removed. Raises, on all ranks, UserError if weights are not
+    finite and CannotWrite if the disk of one of them fails.
     """
     ranks, state = trainer.ranks, trainer.state
+    own = (*own_weights(trainer.encoder_module, ranks.rank), *trainer.head_tensors())
+    require_finite(own, ranks, trainer.device, state.step, trainer.run_folder)
     encoder = EncoderState(trainer.accelerator, trainer.encoder, trainer.optimizer)
     tensors = {}
     for name, value in encoder.tensors():
         if ranks.rank == 0:
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-    heads, shards = _heads(trainer), shard_names(ranks)
+    heads, shards = trainer.heads(), shard_names(ranks)
 
     def write(partial: Path) -> dict[str, Any] | None:
         own = {prefix + name: value.contiguous() for prefix, head in heads for name, value in head.state_dict().items()}
@@ -124,7 +129,7 @@ def save(trainer: Trainer) -> None:
         return {
             "step": state.step,
             "epoch": state.epoch,
-            "not_finite": trainer.not_finite,
+            "not_finite": trainer.records.not_finite,
             "metrics": trainer.metrics,
             "corpus": trainer.corpus.fingerprint,
             "label_order": trainer.corpus.label_order,
@@ -147,12 +152,7 @@ def save(trainer: Trainer) -> None:
     save_folder(checkpoint_folder(trainer.run_folder, state.step), ranks, CHECKPOINT, write)
     with ranks.together(), writing(trainer.run_folder, ELSEWHERE):
         if ranks.rank == 0:
-            remove_checkpoints(trainer.run_folder, trainer.config.training.checkpoints_kept)
-
-
-def _heads(trainer: Trainer) -> list[tuple[str, FixedFanInHead]]:
-    branch = [] if trainer.meta_branch is None else [("meta.", trainer.meta_branch.head)]
-    return trainer.head.parts() + branch
+            remove_checkpoints(trainer.run_folder, kept)
 
 
 def restore(folder: Path, trainer: Trainer) -> None:
@@ -198,7 +198,7 @@ def _restore_state(folder: Path, manifest: dict[str, Any], trainer: Trainer) -> 
             f"step {step} in epoch {epoch + 1}, and there are {state.total_steps} steps, {state.steps_per_epoch} an epoch"
         )
     state.step, state.epoch = step, epoch
-    trainer.not_finite, trainer.metrics = manifest["not_finite"], manifest["metrics"]
+    trainer.records.not_finite, trainer.metrics = manifest["not_finite"], manifest["metrics"]
 
 
 def _restore_encoder(folder: Path, saved: dict[str, Any], trainer: Trainer) -> None:
@@ -220,7 +220,7 @@ def _restore_encoder(folder: Path, saved: dict[str, Any], trainer: Trainer) -> N
 
 def _restore_heads(folder: Path, described: list[dict[str, Any]], trainer: Trainer) -> None:
     """ValueError where the files are not of the trainer's heads."""
-    heads = _heads(trainer)
+    heads = trainer.heads()
     if [each["prefix"] for each in described] != [prefix for prefix, _ in heads]:
         raise ValueError(f"it has the heads {[each['prefix'] for each in described]}")
     headers: dict[str, dict[str, Any]] = {}

@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from xmc_trainer.builders.data import metrics_of
+from xmc_trainer.builders.saved_model import corpus_of_saved, loader_of_test_set
 from xmc_trainer.checkpoint.folder import MANIFEST, read_folder, save_folder
 from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
 from xmc_trainer.checkpoint.saved_model import MODEL, SavedModel, save_tensors
@@ -30,7 +32,7 @@ from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
-from xmc_trainer.evaluation import corpus_of_saved, evaluate, loader_of_tests, metrics_of
+from xmc_trainer.evaluation import evaluate
 from xmc_trainer.metrics import table
 from xmc_trainer.model import XMCModel
 
@@ -46,8 +48,8 @@ def figures(
         added = (strength - config.model.ffi.logit_adjustment) * rare
         encode.batch = 0
         _add_to_biases(saved, added)
-        loader = loader_of_tests(saved, corpus, config, device)
-        metrics = metrics_of(config.training.evaluation, corpus)
+        loader = loader_of_test_set(saved, corpus, config, device)
+        metrics = metrics_of(config, corpus)
         found[strength] = evaluate(encode, saved.head, loader, metrics, device, progress=not found)
         _add_to_biases(saved, -added)
     return found

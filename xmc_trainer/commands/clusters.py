@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from xmc_trainer.builders import accelerator_of, backbone_of, encoder_of, in_precision_of, tokenizer_of
+from xmc_trainer.builders.data import corpus_of
+from xmc_trainer.builders.encoder import backbone_of, encoder_of, in_precision_of, tokenizer_of
+from xmc_trainer.builders.engine import accelerator_of
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus, batch_of_texts, sample_rows
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
-from xmc_trainer.evaluation import corpus_of
 from xmc_trainer.labels.clusters import LabelClusters, balanced_order, cluster_bounds
 from xmc_trainer.labels.features import ROWS_AT_ONCE, LabelSums, array_on_disk, encode_training_texts
 

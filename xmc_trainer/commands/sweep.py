@@ -277,17 +277,17 @@ def run_one(words: list[str], views: Views) -> None:
     """Train, unless that is done, and evaluate what was saved."""
     config = load_config(words)
     if finished(config) is None:
-        from xmc_trainer.trainer import Trainer
+        from xmc_trainer.builders.training import build_trainer
 
-        Trainer(config).train()
+        build_trainer(config).train()
     known = _known_figures(config)
     missing = [(split, strength) for split, strength in views.of(config) if f"{strength:g}" not in known.get(split, {})]
     if not missing:
         return
     import torch
 
+    from xmc_trainer.builders.saved_model import corpus_of_saved
     from xmc_trainer.commands.adjust import figures
-    from xmc_trainer.evaluation import corpus_of_saved
     from xmc_trainer.model import XMCModel
 
     device, folder = torch.device(config.environment.device_name()), config.run_folder / "model"

@@ -2,10 +2,11 @@
 
 from xmc_trainer.data.batches import MicroBatch, TextBatches, batch_of_texts, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.data.corpus import Corpus, load_corpus
-from xmc_trainer.data.loader import batch_loader
+from xmc_trainer.data.loader import Batches, batch_loader
 from xmc_trainer.data.sources import Ragged
 
 __all__ = [
+    "Batches",
     "Corpus",
     "MicroBatch",
     "Ragged",

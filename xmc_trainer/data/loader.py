@@ -1,12 +1,15 @@
-"""The loader of batches: processes that make one rank's batches of a plan."""
+"""Batches on their way to the encoder: planned over all ranks, made by the loader processes of one rank."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from xmc_trainer import signals
-from xmc_trainer.data.batches import MicroBatch, TextBatches
+from xmc_trainer.data.batches import MicroBatch, TextBatches, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.data.corpus import Corpus
 
 
@@ -45,3 +48,74 @@ def batch_loader(
         pin_memory=device.type == "cuda",
         worker_init_fn=signals.ignore_in_worker,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The batches of one rank in a training: of every epoch, and of the evaluations.
+
+    Args:
+        seed: of the order of the texts and of the training texts that are evaluated.
+        train_rows: int64, the training texts to use; None for all.
+        texts_a_step: texts of an optimizer step, all ranks together.
+        micro_batches: parts that a step is cut into.
+        length_grouped: whether texts of similar length share a step.
+        eval_texts: texts of a batch of an evaluation, all ranks together.
+        fixed_rows: give all batches the same number of rows, as a compiled encoder needs.
+    """
+
+    corpus: Corpus
+    rank: int
+    world_size: int
+    pad_token_id: int | None
+    workers: int
+    device: torch.device
+    seed: int
+    train_rows: np.ndarray | None
+    texts_a_step: int
+    micro_batches: int
+    length_grouped: bool
+    eval_texts: int
+    fixed_rows: bool
+
+    @property
+    def train_texts(self) -> int:
+        return len(self.corpus.train) if self.train_rows is None else len(self.train_rows)
+
+    def plan(self, epoch: int) -> list[list[MicroBatch]]:
+        """The optimizer steps of an epoch (from 0), each a list of micro-batches."""
+        return plan_epoch(
+            self.corpus.lengths("train"),
+            batch_size=self.texts_a_step // self.micro_batches,
+            accumulation=self.micro_batches,
+            world_size=self.world_size,
+            seed=self.seed,
+            epoch=epoch,
+            length_grouped=self.length_grouped,
+            rows=self.train_rows,
+        )
+
+    def train(self, steps: list[list[MicroBatch]]) -> DataLoader:
+        """The batches of steps of `plan`."""
+        return self._load("train", [micro for step in steps for micro in step], self.texts_a_step // self.micro_batches)
+
+    def evaluate(self, split: str) -> DataLoader:
+        """The batches of all of "test", or of as many texts of "train"."""
+        lengths, rows = self.corpus.lengths(split), None
+        if split == "train":
+            rows = sample_rows(len(lengths), min(len(self.corpus.test), len(lengths)), self.seed)
+        plan = plan_eval(lengths, batch_size=self.eval_texts, world_size=self.world_size, rows=rows)
+        return self._load(split, plan, self.eval_texts)
+
+    def _load(self, split: str, plan: list[MicroBatch], texts: int) -> DataLoader:
+        """Args: texts: of a batch at most, all ranks together."""
+        return batch_loader(
+            self.corpus,
+            split,
+            plan,
+            rank=self.rank,
+            pad_token_id=self.pad_token_id,
+            workers=self.workers,
+            device=self.device,
+            least_rows=-(-texts // self.world_size) if self.fixed_rows else 1,
+        )

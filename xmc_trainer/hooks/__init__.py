@@ -1,10 +1,10 @@
-"""Hooks: everything that happens around the training step. A user's own run after ours.
+"""Hooks: everything that happens around the training step. Your own hooks run after the built-in ones.
 
 class MyHook(Hook):
     def on_step_end(self, trainer):
         ...
 
-Trainer(config, hooks=[MyHook()]).train()
+build_trainer(config, hooks=[MyHook()]).train()
 """
 
 from xmc_trainer.hooks.base import Hook

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xmc_trainer.head import RewireReport
@@ -11,41 +12,48 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """The protocol. Every method is called on every rank, with the trainer, whose `state` says where training is."""
+    """The protocol. Every method is called on every rank with the trainer, whose `state` says how far the training is."""
 
     def on_train_start(self, trainer: Trainer) -> None:
-        """Before the first step, or the first after the checkpoint that the training goes on from."""
+        """Before the first step, or the first step after the checkpoint that the training resumes from."""
 
     def on_step_begin(self, trainer: Trainer) -> None:
         """Before the micro-batches of an optimizer step."""
 
     def on_step_end(self, trainer: Trainer) -> None:
-        """After a real optimizer step: encoder and head hold new weights. Not after one that fp16 skipped."""
+        """After an optimizer step that changed the weights of encoder and head, so not after one that fp16 skipped."""
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """Every second or so: the steps since the last call, as {"step", "epoch", "loss", "lr", "encoder_lr", ...}.
+        """About once a second: a record of each step since the last call, with "step", "epoch", "loss", "lr", "encoder_lr", ...
 
-        The last one also has the speed of them all: "texts_per_s", the milliseconds of a step "encoder_ms" (forward, backward and
-        update) and "head_ms", the share of the time "waiting" for data, and on a GPU "gib", the memory allocated at most.
+        The last record also has the speed of these steps: "texts_per_s", "encoder_ms" (forward, backward and update) and
+        "head_ms" per step, "waiting" (share of the time spent waiting for data) and, on a GPU, "gib" (peak memory allocated).
         """
 
     def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
-        """After a rewiring with the scheduled threshold or fraction `amount`; the report covers this rank's labels."""
+        """After a rewiring with the threshold or fraction `amount`. The report covers this rank's labels."""
 
-    def on_epoch_end(self, trainer: Trainer) -> None: ...
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        """After the last step of an epoch, and before the state counts it."""
 
-    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None: ...
+    def on_evaluation_batch(self, trainer: Trainer) -> None:
+        """Before every batch of an evaluation, and after the last."""
 
-    def on_save(self, trainer: Trainer, folder: Any) -> None: ...
+    def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+        """After an evaluation on "test" or "train". All evaluations of an epoch are done before the first call."""
 
-    def on_train_end(self, trainer: Trainer) -> None: ...
+    def on_save(self, trainer: Trainer, folder: Path) -> None:
+        """After the model was written to `folder`."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """After the last step, when the model is written."""
 
     def on_interrupt(self, trainer: Trainer) -> None:
-        """Instead of `on_train_end`: a signal ends the training, which may go on in another process."""
+        """Instead of `on_train_end`: a signal ends the training, and another process may resume it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this hook, of rank 0's; JSON."""
+        """What a checkpoint keeps of this hook: the JSON object of rank 0."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes it over, on every rank, before `on_train_start`."""
+        """Restore the output of `state_dict()`, on every rank, before `on_train_start`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from xmc_trainer import signals
+from xmc_trainer.checkpoint import resume
 from xmc_trainer.hooks.base import Hook
 
 if TYPE_CHECKING:
@@ -14,38 +15,71 @@ if TYPE_CHECKING:
 
 
 class CheckpointHook(Hook):
-    """Writes the training's checkpoint every `interval` optimizer steps and every `minutes`, and ends the training for a signal.
+    """Writes checkpoints, and ends the training for a signal.
 
-    0 turns an interval off. Ranks get signals, and see minutes pass, at different moments, but must act before the same
-    step: they ask each other at the beginning of a step and hear the answer a step later, when it has long arrived.
+    Ranks receive signals and see minutes pass at different moments, but must act at the same place. So they exchange what
+    they know at the start of a step, or of a batch of an evaluation, and act on the answer one step or batch later, when it
+    has long arrived.
+
+    Args:
+        interval: optimizer steps between checkpoints; 0 for none.
+        minutes: minutes between checkpoints; 0 for none.
+        kept: latest checkpoints to keep.
     """
 
-    def __init__(self, interval: int, minutes: float) -> None:
-        self.interval, self.seconds = interval, 60 * minutes
+    def __init__(self, interval: int, minutes: float, kept: int) -> None:
+        self.interval, self.seconds, self.kept = interval, 60 * minutes, kept
         self._answer: Callable[[], list[int]] = lambda: [0, 0]
 
     def on_train_start(self, trainer: Trainer) -> None:
         self._last_step, self._last_time = trainer.state.step, time.monotonic()
+        self._saved = trainer.state.step, trainer.state.epoch
 
     def on_step_begin(self, trainer: Trainer) -> None:
-        # Not at the end of a step: every hook is to be through with it.
-        number, minutes_over = self._answer()
-        if number:
-            trainer.stop(number)
+        # Here and not at the end of a step, where other hooks may not have run yet.
+        minutes_over = self._listen(trainer)
         step = trainer.state.step
         if step > self._last_step and (minutes_over or (self.interval and step % self.interval == 0)):
-            trainer.save_checkpoint()
+            self.save(trainer)
             self._last_step, self._last_time = step, time.monotonic()
+        self._ask(trainer)
 
-        def ask() -> list[int]:
+    def on_evaluation_batch(self, trainer: Trainer) -> None:
+        self._listen(trainer)
+        self._ask(trainer)
+
+    def on_epoch_end(self, trainer: Trainer) -> None:
+        self._listen(trainer)
+
+    def on_interrupt(self, trainer: Trainer) -> None:
+        if (self.interval or self.seconds) and self._saved != (trainer.state.step, trainer.state.epoch):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint, between two steps; every rank must call."""
+        trainer.read_losses()
+        resume.save(trainer, self.kept)
+        self._saved = trainer.state.step, trainer.state.epoch
+
+    def _ask(self, trainer: Trainer) -> None:
+        def values() -> list[int]:
             minutes_over = (
                 trainer.ranks.rank == 0 and self.seconds and time.monotonic() - self._last_time >= self.seconds
             )
             return [signals.pending(), int(minutes_over)]
 
-        self._answer = trainer.ranks.largest(ask)
+        self._answer = trainer.ranks.largest(values)
 
-    def on_epoch_end(self, trainer: Trainer) -> None:
-        number, _ = self._answer()
-        if number:
-            trainer.stop(number)
+    def _listen(self, trainer: Trainer) -> int:
+        """Whether the minutes of a checkpoint are over. Raises Interrupted, on every rank, if a signal came to any of them."""
+        number, minutes_over = self._answer()
+        if not number:
+            return minutes_over
+        step = trainer.state.step
+        if step == 0:
+            said = "before the first step"
+        elif self.interval or self.seconds:
+            said = f"after step {step:,}, with a checkpoint in {trainer.run_folder}; run the same command with training.resume=true to continue"
+        else:
+            said = f"after step {step:,}, without a checkpoint (training.checkpoint_interval=0, training.checkpoint_minutes=0)"
+        raise signals.Interrupted(number, said)

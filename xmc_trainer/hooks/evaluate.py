@@ -1,4 +1,4 @@
-"""Evaluation at the end of epochs, and what follows from its result."""
+"""Evaluation at the end of epochs, early stopping, and the best model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class EvaluateHook(Hook):
-    """Evaluates at the end of epochs; always after the last."""
+    """Evaluates at the end of every n-th epoch and of the last one."""
 
     def __init__(self, config: EvaluationConfig) -> None:
         self.config = config
@@ -23,7 +23,7 @@ class EvaluateHook(Hook):
         splits = ["test"] if last or done % self.config.test_evaluate_every == 0 else []
         if self.config.train_evaluate and (last or done % self.config.train_evaluate_every == 0):
             splits.append("train")
-        # A signal may end an evaluation, which is then repeated: no hook has heard of it before all are done.
+        # A signal may end an evaluation; a resumed training then repeats them all. So hooks see no result before all are done.
         found = {split: trainer.evaluate(split) for split in splits}
         for split, metrics in found.items():
             trainer.dispatch("on_evaluate", split, metrics)
@@ -32,7 +32,7 @@ class EvaluateHook(Hook):
 class EarlyStopHook(Hook):
     """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`.
 
-    Evaluations of the first `dense_epochs` epochs do not count: a dense head is better than the sparse one made of it.
+    Evaluations in the first `dense_epochs` epochs do not count: a dense head scores higher than the sparse head made from it.
     """
 
     def __init__(self, config: EvaluationConfig, dense_epochs: int) -> None:
@@ -64,7 +64,12 @@ class EarlyStopHook(Hook):
 
 
 class BestModelHook(Hook):
-    """Keeps the model with the best test P@1 so far, of those after the first `dense_epochs` epochs."""
+    """Saves the model with the best test P@1 so far, after the first `dense_epochs` epochs.
+
+    Args:
+        folder_name: in the run's folder.
+        best_p1: a model is saved only if its P@1 is higher.
+    """
 
     def __init__(self, folder_name: str, best_p1: float, dense_epochs: int) -> None:
         self.folder_name, self.best_p1, self.dense_epochs = folder_name, best_p1, dense_epochs

@@ -1,11 +1,4 @@
-"""Hooks: everything that happens around the training step. A user's own are added the same way, after ours.
-
-class MyHook(Hook):
-    def on_step_end(self, trainer):
-        ...
-
-Trainer(config, hooks=[MyHook()]).train()
-"""
+"""What a training says: on the terminal, in log.jsonl, and to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,7 +16,7 @@ from tqdm import tqdm
 from xmc_trainer import __version__
 from xmc_trainer.config import Config, portable
 from xmc_trainer.engine.accelerator import engine_name
-from xmc_trainer.evaluation import metrics_of, most_popular
+from xmc_trainer.evaluation import most_popular
 from xmc_trainer.files import sync, writing
 from xmc_trainer.head import RewireReport
 from xmc_trainer.hooks.base import Hook
@@ -36,18 +29,21 @@ if TYPE_CHECKING:
 
 
 def head_bytes(trainer: Trainer) -> int:
-    """Of this process's part of the head: weights, index and optimizer state."""
+    """Bytes of this process's part of the head: weights, index and optimizer state."""
     return sum(buffer.nbytes for buffer in trainer.head.buffers())
 
 
 def head_kernels(trainer: Trainer) -> list[str]:
-    """Which kernels the labels' head, or each part of a split one, uses for an optimizer step, and why."""
+    """The kernels of each part of the labels' head for an optimizer step, and why they were chosen."""
     return [part.describe_kernels(trainer.config.texts_a_step) for _, part in trainer.head.parts()]
 
 
 class ProgressHook(Hook):
-    """What is trained in one line; a progress bar with loss, rate and time left; on request a line every `print_iter` steps; metrics as a table, at
-    the end beside the floor of predicting the most popular labels."""
+    """Prints what is trained, a progress bar, and metrics, at the end beside those of predicting the most popular labels.
+
+    Args:
+        print_iter: steps between lines with loss and learning rate; None for no such lines.
+    """
 
     def __init__(self, print_iter: int | None) -> None:
         self.print_iter = print_iter
@@ -58,18 +54,18 @@ class ProgressHook(Hook):
             size, steps = trainer.ranks.size, trainer.state.total_steps
             print(
                 f"{size} process{'es' if size > 1 else ''} on {trainer.device.type}, {engine_name(trainer.accelerator)}: "
-                f"{trainer.train_texts:,} texts, "
+                f"{trainer.batches.train_texts:,} texts, "
                 f"{trainer.corpus.num_labels:,} labels; head: {head_bytes(trainer) / 2**20:,.1f} MiB a process; {steps:,} steps, "
                 f"{trainer.state.steps_per_epoch:,} an epoch",
                 flush=True,
             )
             print("\n".join(head_kernels(trainer)), flush=True)
             if trainer.state.step:
-                print(f"goes on after step {trainer.state.step:,}, in epoch {trainer.state.epoch + 1}", flush=True)
+                print(f"resumed after step {trainer.state.step:,}, in epoch {trainer.state.epoch + 1}", flush=True)
             warmup = trainer.config.training.optimization.warmup_steps
             if steps <= warmup:
                 print(
-                    f"warning: all {steps:,} steps are warm-up (training.optimization.warmup_steps={warmup}), and the learning "
+                    f"warning: all {steps:,} steps are warm-up (training.optimization.warmup_steps={warmup}), so the learning "
                     "rates never reach their peaks; lower it",
                     flush=True,
                 )
@@ -105,7 +101,7 @@ class ProgressHook(Hook):
     def on_train_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.close()
-            floor = most_popular(trainer.corpus, metrics_of(trainer.config.training.evaluation, trainer.corpus))
+            floor = most_popular(trainer.corpus, trainer.new_metrics())
             called = trainer.config.data.evaluated_split
             print(
                 f"\n{called} set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}"
@@ -118,10 +114,10 @@ class ProgressHook(Hook):
 
 
 class JsonLogHook(Hook):
-    """log.jsonl in the run folder: one object a line, for the start, every step, evaluation, rewiring and save, and the end.
+    """Writes log.jsonl in the run's folder: one JSON object a line for start, steps, evaluations, rewirings, saves and end.
 
-    A training that goes on from a checkpoint drops what was written after that and says "resume". Seconds are those of the
-    training that counts.
+    A resumed training drops what was written after its checkpoint and writes "resume" in place of "start". Its "seconds"
+    continue from those of the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -142,7 +138,7 @@ class JsonLogHook(Hook):
         if self._file is not None:
             with writing(Path(self._file.name), ELSEWHERE):
                 line = json.dumps(record | {"seconds": round(time.monotonic() - self._start, 3)}).encode() + b"\n"
-                while line:  # a disk that is nearly full takes a part
+                while line:  # a disk that is nearly full may take only a part
                     line = line[self._file.write(line) :]
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -159,7 +155,7 @@ class JsonLogHook(Hook):
             versions = {"torch": torch.__version__, "version": __version__, "commit": commit()}
             sizes = {
                 "processes": trainer.ranks.size,
-                "micro_batches": trainer.micro_batches,
+                "micro_batches": trainer.batches.micro_batches,
                 "compiled": trainer.compiled,
                 "head_bytes": all_bytes,
                 "labels": trainer.corpus.num_labels,
@@ -176,7 +172,6 @@ class JsonLogHook(Hook):
         self.write({"event": "evaluate", "split": split, "step": trainer.state.step} | metrics)
 
     def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
-        # `report` is of this rank's rows.
         moved, slots = trainer.ranks.sum(torch.tensor([report.moved, report.slots], device=trainer.device)).tolist()
         counts = {"moved": moved, "survivors": slots - moved, "share": moved / max(slots, 1)}
         self.write({"event": "rewire", "step": trainer.state.step, "amount": amount} | counts)
@@ -196,7 +191,7 @@ class JsonLogHook(Hook):
 
 
 class WandbHook(Hook):
-    """Losses, rates and metrics to Weights & Biases (WANDB_MODE=offline works)."""
+    """Sends losses, learning rates and metrics to Weights & Biases. WANDB_MODE=offline works."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -218,11 +213,11 @@ class WandbHook(Hook):
         self._run = wandb.init(
             project="xmc_trainer",
             name=None if name == "none" else name,
-            id=self._id,  # of the run that was interrupted, if there was one
+            id=self._id,  # None, or of the run that is resumed
             resume="allow",
             dir=str(trainer.run_folder),
             config=portable(dataclasses.asdict(self.config)),
-            # What it collects by itself, and what is printed, names folders of this machine.
+            # Console output and metadata name folders of this machine.
             settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
         )
         self._id = self._run.id

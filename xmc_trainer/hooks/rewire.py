@@ -14,19 +14,22 @@ if TYPE_CHECKING:
 
 
 class SparsifyHook(Hook):
-    """Turns the dense head of the first `dense_epochs` epochs into the sparse one."""
+    """Makes the head sparse after `dense_epochs` epochs with a dense one."""
 
     def __init__(self, dense_epochs: int, ffi: FFIConfig) -> None:
         self.dense_epochs, self.ffi = dense_epochs, ffi
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        # It is sparse already if the training was stopped in the evaluation that followed.
+        # A training resumed at the end of this epoch, after a signal in its evaluation, has a sparse head already.
         if trainer.state.epoch + 1 == self.dense_epochs and trainer.head.index is None:
             trainer.head.become_sparse(self.ffi.fan_in, self.ffi.group_size)
 
 
 class RewireHook(Hook):
-    """Rewires the head every `rewire_interval` real steps until the share `rewire_end_epoch` of the training."""
+    """Rewires a sparse head every `rewire_interval` steps until the fraction `rewire_end_epoch` of the training.
+
+    Steps that fp16 skipped do not count.
+    """
 
     def __init__(self, ffi: FFIConfig) -> None:
         self.ffi = ffi
@@ -40,7 +43,7 @@ class RewireHook(Hook):
 
     def on_step_end(self, trainer: Trainer) -> None:
         if trainer.head.index is None:
-            return  # still dense
+            return
         self._real_steps += 1
         last_step = int(self.ffi.rewire_end_epoch * trainer.state.total_steps)
         if self._real_steps % self.ffi.rewire_interval or trainer.state.step > last_step:

@@ -1,4 +1,4 @@
-"""Learning rates, step by step."""
+"""Learning rates for every step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ScheduleHook(Hook):
-    """Sets the learning rates of encoder (and meta branch) and head before each step."""
+    """Sets the learning rates before each step: one schedule for encoder and meta branch, one for the head."""
 
     def __init__(self, config: OptimizationConfig) -> None:
         self.config = config

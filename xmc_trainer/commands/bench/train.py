@@ -23,11 +23,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
@@ -36,9 +37,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from xmc_trainer.builders import encoder_of
+from xmc_trainer.builders.encoder import encoder_of, longest_batch
+from xmc_trainer.builders.training import Inputs, build_trainer
 from xmc_trainer.commands.cli import run
-from xmc_trainer.config import load_config
+from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.flat import FlatEncoder
 from xmc_trainer.encoder.text_encoder import TextEncoder
@@ -46,7 +48,9 @@ from xmc_trainer.engine.accelerator import engine_name
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks import Hook
 from xmc_trainer.hooks.schedule import ScheduleHook
-from xmc_trainer.trainer import Trainer
+
+if TYPE_CHECKING:
+    from xmc_trainer.trainer import Trainer
 
 _COUNTED = 4  # steps in which the host's waits are counted
 _WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -87,9 +91,11 @@ def main() -> None:
             f"{config.data_folder}: no such folder; set dataset_path or data.folder, or for generated data data.num_labels"
         )
     start = time.perf_counter()
-    bench = (Generated if generated else Bench)(config, options)
+    made_up = {"load": lambda *_: generate(config, options)} if generated else {}
+    trainer = build_trainer(config, deepspeed_config=options.deepspeed_config, **made_up)
+    bench = Bench(trainer, options.positives, "generated" if generated else "real")
     row = bench.describe() | {"start_s": round(time.perf_counter() - start, 1)}
-    say = print if bench.accelerator.is_main_process else lambda line: None
+    say = print if trainer.accelerator.is_main_process else lambda line: None
     say(
         f"{row['device']}, {row['ranks']} processes, {row['engine']}, {row['precision']}; torch {row['torch']}; {row['data']} data of "
         f"{row['labels']:,} labels; ready after {row['start_s']:.0f} s\n{row['texts_a_step']} texts a step in {row['micro_batches']} parts of "
@@ -115,9 +121,9 @@ def main() -> None:
         row |= bench.floor(row["rows"], row["width"])
         row["ratio"] = round(row["encoder_ms"] / row["floor_ms"], 3)
         say(f"the same in plain torch {row['floor_ms']:.2f} ms: {row['ratio']:.2f} x")
-    if bench.accelerator.is_main_process:
+    if trainer.accelerator.is_main_process:
         write(row, Path(options.csv))
-    bench.close()
+    trainer.close()
 
 
 def write(row: dict[str, Any], path: Path) -> None:
@@ -151,20 +157,21 @@ class _Timed(Hook):
         self.row: dict[str, Any] = {}
         self._profile: Any = None
 
-    def on_step_begin(self, trainer: Bench) -> None:
+    def on_step_begin(self, trainer: Trainer) -> None:
+        clock, gpu = trainer.records.clock, trainer.device.type == "cuda"
         if trainer.state.step == self.warm:
-            trainer.synchronize()
-            trainer.clock.read()
-            if trainer.gpu:
+            synchronize(trainer)
+            clock.read()
+            if gpu:
                 torch.cuda.reset_peak_memory_stats()
             self._begin = time.perf_counter()
         elif trainer.state.step == self.warm + self.count:
-            trainer.synchronize()
-            seconds, parts = time.perf_counter() - self._begin, trainer.clock.read()
+            synchronize(trainer)
+            seconds, parts = time.perf_counter() - self._begin, clock.read()
             texts = self.count * trainer.config.texts_a_step
             self.row = {"ms": round(1000 * seconds / self.count, 3), "texts_s": round(texts / seconds, 1)}
             self.row |= {f"{part}_ms": round(parts.get(part, 0.0) / self.count, 3) for part in _PARTS}
-            if trainer.gpu:
+            if gpu:
                 self.row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
                 self._profile = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
                 self._profile.__enter__()
@@ -178,46 +185,55 @@ class _Timed(Hook):
             self.row["host_waits"] = max(0, waits - 1) / _COUNTED
 
 
-class Bench(Trainer):
-    """A training of which some steps are timed, and nothing is written."""
+def synchronize(trainer: Trainer) -> None:
+    """Wait until all ranks, and the GPU, are through with what was begun."""
+    trainer.ranks.barrier()
+    if trainer.device.type == "cuda":
+        torch.cuda.synchronize()
 
-    def __init__(self, config: Any, options: argparse.Namespace) -> None:
-        self.options = options
-        super().__init__(config, deepspeed_config=options.deepspeed_config)
-        self.gpu = self.device.type == "cuda"
 
-    def synchronize(self) -> None:
-        """All ranks, and the GPU, are through with what was begun."""
-        self.ranks.barrier()
-        if self.gpu:
-            torch.cuda.synchronize()
+class Bench:
+    """Times steps of a training, of which nothing is written.
 
-    def _record_loss(self, loss: Tensor, applied: bool) -> None:
-        """Nobody reads it; a training does once a second, and then takes the clock's times too."""
+    Args:
+        positives: labels a text, for the head alone.
+        data: "generated" or "real".
+    """
+
+    def __init__(self, trainer: Trainer, positives: int, data: str) -> None:
+        self.trainer, self.positives, self.data = trainer, positives, data
+        self.gpu = trainer.device.type == "cuda"
+        self.longest = longest_batch(trainer.corpus)
+        batches = trainer.batches
+        self.rows = -(-batches.texts_a_step // batches.micro_batches // trainer.ranks.size)  # of a rank's micro-batch
 
     def describe(self) -> dict[str, Any]:
         import deepspeed
         import transformers
 
+        trainer = self.trainer
         return {
             "device": torch.cuda.get_device_name() if self.gpu else f"CPU, {torch.get_num_threads()} threads a process",
-            "ranks": self.ranks.size, "engine": engine_name(self.accelerator), "precision": self.config.training.amp.mixed_precision,
+            "ranks": trainer.ranks.size, "engine": engine_name(trainer.accelerator), "precision": trainer.config.training.amp.mixed_precision,
             "torch": torch.__version__, "deepspeed": deepspeed.__version__, "transformers": transformers.__version__,
-            "dataset": self.config.data.dataset, "data": "generated" if isinstance(self, Generated) else "real",
-            "labels": self.corpus.num_labels, "texts_a_step": self.config.texts_a_step, "micro_batches": self.micro_batches,
-            "tokens": self._longest(), "compiled": self.compiled,
+            "dataset": trainer.config.data.dataset, "data": self.data,
+            "labels": trainer.corpus.num_labels, "texts_a_step": trainer.config.texts_a_step, "micro_batches": trainer.batches.micro_batches,
+            "tokens": self.longest, "compiled": trainer.compiled,
         }  # fmt: skip
 
     def steps(self, warm: int, count: int) -> dict[str, Any]:
         """Times of `count` steps after `warm`."""
-        timed = _Timed(warm, count)
-        self.hooks = [ScheduleHook(self.config.training.optimization), timed]
+        trainer, timed = self.trainer, _Timed(warm, count)
+        trainer.records.seconds = (
+            math.inf
+        )  # no loss is read: a training does that once a second, and the clock's times too
+        trainer.hooks = [ScheduleHook(trainer.config.training.optimization), timed]
         # Where the encoder's backward pass ends and the engine begins; ZeRO 3, which works in between, has no such moment.
-        module = self.accelerator.unwrap_model(self.encoder)
+        module = trainer.accelerator.unwrap_model(trainer.encoder)
         flat = list(module.flat) if isinstance(module, FlatEncoder) else []
-        marks = [parameter.register_hook(lambda grad: self.clock.mark("backward")) for parameter in flat]
-        self.dispatch("on_train_start")
-        self._train_epoch()
+        marks = [parameter.register_hook(lambda grad: trainer.records.clock.mark("backward")) for parameter in flat]
+        trainer.dispatch("on_train_start")
+        trainer.train_epoch()
         timed.stop()
         for mark in marks:
             mark.remove()
@@ -225,35 +241,40 @@ class Bench(Trainer):
 
     def alone(self) -> dict[str, Any]:
         """Times of the parts by themselves, on a batch of the median length."""
-        rows = self._rows(self.config.texts_a_step // self.micro_batches)
-        width = min(-(-int(np.median(self._train_lengths)) // 8) * 8, self._longest())
+        trainer, rows, micro_batches = self.trainer, self.rows, self.trainer.batches.micro_batches
+        width = min(-(-int(np.median(trainer.corpus.lengths("train"))) // 8) * 8, self.longest)
         ids, mask = self._texts(rows, width)
 
         def encoder_step() -> None:
-            for _ in range(self.micro_batches):
-                with self.accelerator.accumulate(self.encoder):
-                    self.accelerator.backward(self.encoder(ids, mask).float().square().mean())
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
+            for _ in range(micro_batches):
+                with trainer.accelerator.accumulate(trainer.encoder):
+                    trainer.accelerator.backward(trainer.encoder(ids, mask).float().square().mean())
+                    trainer.optimizer.step()
+                    trainer.optimizer.zero_grad()
 
-        positives, ranks = self.options.positives, self.ranks
-        counts = torch.full((rows,), positives, dtype=torch.int32, device=self.device)
-        labels = torch.randint(self.corpus.num_labels, (rows * positives,), dtype=torch.int32, device=self.device)
+        positives, ranks = self.positives, trainer.ranks
+        counts = torch.full((rows,), positives, dtype=torch.int32, device=trainer.device)
+        labels = torch.randint(trainer.corpus.num_labels, (rows * positives,), dtype=torch.int32, device=trainer.device)
         sizes = [rows] * ranks.size, [len(labels)] * ranks.size
-        features = torch.randn(rows, self.encoder_module.out_features, device=self.device, requires_grad=True)
-        sent = features.detach().to(self._head_arguments()["product_dtype"])
+        features = torch.randn(rows, trainer.encoder_module.out_features, device=trainer.device, requires_grad=True)
+        sent = features.detach().to(trainer.head.parts()[0][1].product_dtype)
 
         def head_step() -> None:
-            for micro in range(self.micro_batches):
-                last = micro == self.micro_batches - 1
-                self.head(
-                    features, labels, counts, end_of_step=last, texts_in_step=self.config.texts_a_step, rank_sizes=sizes
+            for micro in range(micro_batches):
+                last = micro == micro_batches - 1
+                trainer.head(
+                    features,
+                    labels,
+                    counts,
+                    end_of_step=last,
+                    texts_in_step=trainer.config.texts_a_step,
+                    rank_sizes=sizes,
                 )
 
         def exchange() -> None:
             gathered, _, _ = ranks.gather_rows_of([sent, labels, counts], [sizes[0], sizes[1], sizes[0]])
             ranks.scatter_sum_rows(gathered.float(), sizes[0])
-            ranks.sum(torch.zeros((), device=self.device))
+            ranks.sum(torch.zeros((), device=trainer.device))
 
         times = {"encoder_ms": encoder_step, "head_alone_ms": head_step, "exchange_ms": exchange}
         return {"rows": rows, "width": width} | {
@@ -262,18 +283,19 @@ class Bench(Trainer):
 
     def floor(self, rows: int, width: int) -> dict[str, Any]:
         """Milliseconds of a step of the same encoder without an engine, on micro-batches of that size."""
-        amp, backbone = self.config.training.amp, self.encoder_module.backbone
-        encoder = TextEncoder(type(backbone)(backbone.config), pool_mode=self.config.model.encoder.pool_mode)
+        trainer, micro_batches = self.trainer, self.trainer.batches.micro_batches
+        amp, backbone = trainer.config.training.amp, trainer.encoder_module.backbone
+        encoder = TextEncoder(type(backbone)(backbone.config), pool_mode=trainer.config.model.encoder.pool_mode)
         if getattr(encoder.backbone, "pooler", None) is not None:
             encoder.backbone.pooler.requires_grad_(False)
-        encoder = encoder.to(self.device, getattr(torch, amp.dtype) if amp.enabled else torch.float32).train()
+        encoder = encoder.to(trainer.device, getattr(torch, amp.dtype) if amp.enabled else torch.float32).train()
         optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], 1e-5, fused=True)
         ids, mask = self._texts(rows, width)
         if self.gpu:
             encoder.compile(dynamic=False, mode="reduce-overhead")
 
         def step() -> None:
-            for _ in range(self.micro_batches):
+            for _ in range(micro_batches):
                 torch.compiler.cudagraph_mark_step_begin()
                 encoder(ids, mask).float().square().mean().backward()
             optimizer.step()
@@ -282,14 +304,15 @@ class Bench(Trainer):
         return {"floor_ms": round(self._milliseconds(step), 3)}
 
     def _texts(self, rows: int, width: int) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(5, self.encoder_module.backbone.config.vocab_size, (rows, width), device=self.device)
+        vocabulary = self.trainer.encoder_module.backbone.config.vocab_size
+        ids = torch.randint(5, vocabulary, (rows, width), device=self.trainer.device)
         return ids, torch.ones_like(ids)
 
     def _milliseconds(self, work: Callable[[], Any], repeat: int = 20) -> float:
         """Of one call, many being queued one after the other."""
         for _ in range(4):
             work()
-        self.synchronize()
+        synchronize(self.trainer)
         begin = time.perf_counter()
         for _ in range(repeat):
             work()
@@ -298,37 +321,26 @@ class Bench(Trainer):
         return 1000 * (time.perf_counter() - begin) / repeat
 
 
-class Generated(Bench):
-    """The same with texts, labels and a backbone made up."""
-
-    def _require_data(self) -> None:
-        pass
-
-    def _load_encoder(self) -> tuple[Any, TextEncoder]:
-        hidden = self.config.model.encoder.encoder_ftr_dim or 768
-        shape = {"hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
-        backbone = BertModel(BertConfig(num_hidden_layers=self.options.layers, **shape), add_pooling_layer=False)
-        return SimpleNamespace(pad_token_id=0), encoder_of(self.config, backbone)
-
-    def _load_corpus(self) -> Corpus:
-        labels, options = self.config.data.num_labels, self.options
-        rng = np.random.default_rng(self.config.training.seed)
-        texts = max(options.texts, -(-labels // options.positives))
-        lengths = np.clip(rng.lognormal(np.log(options.tokens), 0.5, texts), 8, self.config.data.max_len).astype(
-            np.int64
-        )
-        # Each label once, the others drawn.
-        ids = np.concatenate(
-            [rng.permutation(labels), rng.integers(0, labels, max(0, texts * options.positives - labels))]
-        )
-        split = {
-            "input_ids": _lists(rng.integers(5, 30000, lengths.sum(), dtype=np.int32), lengths),
-            "labels": _lists(ids[: texts * options.positives].astype(np.int32), np.full(texts, options.positives)),
-            "length": lengths.astype(np.int32),
-        }
-        train = _dataset(split)
-        names = _dataset({"id": np.arange(labels).astype(str), "text": np.full(labels, "")})
-        return Corpus(train, train.select(range(min(texts, 1000))), names, None, "generated", texts)
+def generate(config: Config, options: argparse.Namespace) -> Inputs:
+    """A backbone with random weights, and texts and labels drawn at random."""
+    hidden = config.model.encoder.encoder_ftr_dim or 768
+    shape = {"hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
+    backbone = BertModel(BertConfig(num_hidden_layers=options.layers, **shape), add_pooling_layer=False)
+    encoder = encoder_of(config, backbone)
+    labels, rng = config.data.num_labels, np.random.default_rng(config.training.seed)
+    texts = max(options.texts, -(-labels // options.positives))
+    lengths = np.clip(rng.lognormal(np.log(options.tokens), 0.5, texts), 8, config.data.max_len).astype(np.int64)
+    # Each label once, the others drawn.
+    ids = np.concatenate([rng.permutation(labels), rng.integers(0, labels, max(0, texts * options.positives - labels))])
+    split = {
+        "input_ids": _lists(rng.integers(5, 30000, lengths.sum(), dtype=np.int32), lengths),
+        "labels": _lists(ids[: texts * options.positives].astype(np.int32), np.full(texts, options.positives)),
+        "length": lengths.astype(np.int32),
+    }
+    train = _dataset(split)
+    names = _dataset({"id": np.arange(labels).astype(str), "text": np.full(labels, "")})
+    corpus = Corpus(train, train.select(range(min(texts, 1000))), names, None, "generated", texts)
+    return Inputs(SimpleNamespace(pad_token_id=0), encoder, corpus)
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray) -> Any:

@@ -1,9 +1,11 @@
-"""What a training and the label clusters build from a configuration alike: the engine and the encoder."""
+"""The encoder that a configuration names: its tokenizer, backbone, optimizer and compiled code."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xmc_trainer.config import Config
-from xmc_trainer.encoder.compiling import layer_lists
+from xmc_trainer.data import Corpus
+from xmc_trainer.encoder.compiling import compile_encoder, layer_lists, undo, warm_up
 from xmc_trainer.encoder.flat import FlatEncoder
 from xmc_trainer.encoder.text_encoder import (
     TextEncoder,
@@ -22,42 +25,20 @@ from xmc_trainer.encoder.text_encoder import (
     load_state_dict_file,
     load_tokenizer,
 )
-from xmc_trainer.engine.accelerator import build_accelerator, whole_weights, zero_stage
-from xmc_trainer.errors import UserError
-from xmc_trainer.hooks.base import Hook
-from xmc_trainer.hooks.checkpoint import CheckpointHook
-from xmc_trainer.hooks.evaluate import BestModelHook, EarlyStopHook, EvaluateHook
-from xmc_trainer.hooks.logging import JsonLogHook, ProgressHook, WandbHook
-from xmc_trainer.hooks.rewire import RewireHook, SparsifyHook
-from xmc_trainer.hooks.schedule import ScheduleHook
+from xmc_trainer.engine.accelerator import whole_weights, zero_stage
+from xmc_trainer.errors import UserError, reason
 
 _ENCODER_OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
-    "sgd": partial(torch.optim.SGD, momentum=0.9),  # as the head's, and what is expected of it in the field
+    "sgd": partial(torch.optim.SGD, momentum=0.9),  # with momentum, like the head's sgd
 }
 
 
-def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accelerator:
-    """The Accelerator of this process; see `build_accelerator`, which raises UserError."""
-    optimization, data = config.training.optimization, config.data
-    accumulation = optimization.grad_accum_step if data.micro_batches == "auto" else int(data.micro_batches)
-    return build_accelerator(
-        device=config.environment.device,
-        cuda_device_id=config.environment.cuda_device_id,
-        mixed_precision=config.training.amp.mixed_precision,
-        accumulation=accumulation,
-        micro_batch=config.texts_a_step // accumulation,
-        max_grad_norm=optimization.max_grad_norm,
-        deepspeed_config=deepspeed_config,
-        timeout=config.environment.timeout,
-    )
-
-
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that a configuration names. Raises UserError where it is not to be had."""
+    """The tokenizer that a configuration names. Raises UserError if it cannot be loaded."""
     chosen = config.model.encoder
-    # By default it is the encoder's own, and that is the setting which the user wrote.
+    # By default it is the encoder's own: then the user wrote the encoder's setting.
     field = "encoder_model" if chosen.encoder_tokenizer == chosen.encoder_model else "encoder_tokenizer"
     return load_tokenizer(
         chosen.encoder_tokenizer,
@@ -67,7 +48,7 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
 
 
 def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    """The backbone that a configuration names. Raises UserError where it is not to be had, or does not fit the tokenizer."""
+    """The backbone that a configuration names. Raises UserError if it cannot be loaded or does not fit the tokenizer."""
     chosen = config.model.encoder
     backbone = load_backbone(
         chosen.encoder_model, for_cpu=device.type == "cpu", trust_remote_code=chosen.trust_remote_code
@@ -83,10 +64,7 @@ def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torc
 
 
 def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
-    """The encoder around `backbone`, with its first weights, on the CPU.
-
-    Raises UserError where other settings contradict it.
-    """
+    """The encoder around `backbone`, with its initial weights, on the CPU. Raises UserError if settings contradict it."""
     chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi
     where = f"model.encoder.encoder_model={chosen.encoder_model}"
     if chosen.use_ngame_encoder_weights:
@@ -116,13 +94,13 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
 
 
 def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncoder) -> tuple[Any, Any]:
-    """(module, optimizer) of `accelerator.prepare`: only the encoder meets the engine; the head is its own."""
+    """(module, optimizer) of `accelerator.prepare`. Only the encoder meets the engine; the head trains itself."""
     optimization = config.training.optimization
     stage = zero_stage(accelerator)
     groups = encoder.parameter_groups(optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder)
     flat = None
     if stage == 3:
-        # It gathers parameters when their module's turn comes, so that they stay apart; but a layer's all at once.
+        # ZeRO 3 gathers parameters module by module. As a leaf module a layer is gathered at once.
         from deepspeed.utils import set_z3_leaf_module
 
         for _, layers in layer_lists(encoder.backbone):
@@ -133,7 +111,7 @@ def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncod
     optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
         flat.groups if flat is not None else groups,
         lr=optimization.encoder_lr,
-        # torch's gradient scaler hands a fused optimizer its overflows, and then nobody can tell that a step was skipped.
+        # torch's gradient scaler leaves overflows to a fused optimizer, which does not tell that it skipped a step.
         fused=stage is not None or config.training.amp.mixed_precision != "fp16",
     )
     module, optimizer = accelerator.prepare(flat if flat is not None else encoder, optimizer)
@@ -145,7 +123,7 @@ def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncod
 def in_precision_of(
     config: Config, forward: Callable[[Tensor, Tensor], Tensor], device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """`forward` (input_ids, attention_mask) -> features on `device`, as `training.amp` says, with float32 out of it."""
+    """(input_ids, attention_mask) -> float32 features on `device`: `forward` in the precision of `training.amp`."""
     amp = config.training.amp
     autocast = torch.autocast(device.type, dtype=getattr(torch, amp.dtype), enabled=amp.enabled)
 
@@ -156,30 +134,47 @@ def in_precision_of(
     return encode
 
 
-def default_hooks(config: Config) -> list[Hook]:
-    """The hooks of a configuration, in the order in which they run.
+def longest_batch(corpus: Corpus) -> int:
+    """Tokens of the longest batch, and at least 16, which a compiler needs for a varying size."""
+    return max(16, int(corpus.lengths("train").max()))
 
-    Checkpoints are of what the step before left. Rates are set before anything else; rewiring and sparsifying edit the head before anyone looks at it; evaluation comes
-    before the hooks that save, show and act on its result.
+
+def refuse_compilation(config: Config, accelerator: Accelerator) -> None:
+    """Raise UserError if the configuration asks for a compiled encoder where it cannot be compiled."""
+    if config.model.encoder.use_torch_compile == "true" and zero_stage(accelerator) == 3:
+        raise UserError(
+            "model.encoder.use_torch_compile=true: not under ZeRO stage 3, where parameters come and go while compiled code "
+            "expects them in their place; take stage 2, or set it to false"
+        )
+
+
+def compile_as_configured(
+    config: Config, accelerator: Accelerator, encoder: TextEncoder, rows: int, tokens: int
+) -> bool:
+    """Compile the encoder for batches of `rows` texts of up to `tokens` tokens. Returns whether it is compiled.
+
+    Call it when the engine has the encoder. Raises UserError if a compiled encoder is asked for and compilation fails.
     """
-    ffi, verbose, optimization = config.model.ffi, config.training.verbose, config.training.optimization
-    dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0
-    hooks: list[Hook] = [
-        CheckpointHook(config.training.checkpoint_interval, config.training.checkpoint_minutes),
-        ScheduleHook(optimization),
-    ]
-    if dense_epochs:
-        hooks.append(SparsifyHook(dense_epochs, ffi))
-    if ffi.use_sparse_layer and ffi.rewire_interval:
-        hooks.append(RewireHook(ffi))
-    hooks.append(EvaluateHook(config.training.evaluation))
-    if config.training.evaluation.early_stop_patience:
-        hooks.append(EarlyStopHook(config.training.evaluation, dense_epochs))
-    if config.training.use_checkpoint:
-        hooks.append(BestModelHook(config.training.checkpoint_file, config.training.best_p1, dense_epochs))
-    hooks.append(ProgressHook(verbose.print_iter if verbose.show_iter else None))
-    if verbose.logging:
-        hooks.append(JsonLogHook())
-    if verbose.use_wandb:
-        hooks.append(WandbHook(config))
-    return hooks
+    wish, device = config.model.encoder.use_torch_compile, accelerator.device
+    if wish == "false" or (wish == "auto" and (device.type != "cuda" or zero_stage(accelerator) == 3)):
+        return False
+    compile_encoder(encoder, Path(config.data.cache_dir).expanduser() / "compiled")
+    begin = time.monotonic()
+    try:
+        # The module itself: the engine must not see a backward pass that belongs to no step.
+        with accelerator.autocast():
+            warm_up(encoder, encoder, rows, tokens + (tokens == rows), device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        undo(encoder)
+        why = f"{type(error).__name__}: {reason(error)}"
+        if wish == "true":
+            raise UserError(
+                f"model.encoder.use_torch_compile=true: this encoder cannot be compiled ({why}); set it to auto or false"
+            ) from error
+        print(f"the encoder cannot be compiled and trains uncompiled, more slowly ({why})", flush=True)
+        return False
+    if accelerator.is_main_process:
+        print(f"the encoder was compiled in {time.monotonic() - begin:.0f} s", flush=True)
+    return True

@@ -1,0 +1,53 @@
+"""The engine that a configuration asks for, and the micro-batches that it cuts a step into."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+
+from xmc_trainer.builders.encoder import in_precision_of, longest_batch
+from xmc_trainer.config import Config
+from xmc_trainer.data import Corpus
+from xmc_trainer.encoder.text_encoder import TextEncoder
+from xmc_trainer.engine.accelerator import build_accelerator, set_accumulation, whole_weights
+from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_bytes
+from xmc_trainer.parallel import Ranks
+
+
+def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accelerator:
+    """The Accelerator of this process. Raises UserError; see `build_accelerator`.
+
+    Args:
+        deepspeed_config: DeepSpeed JSON file, if the `deepspeed` launcher started this process.
+    """
+    optimization, data = config.training.optimization, config.data
+    accumulation = optimization.grad_accum_step if data.micro_batches == "auto" else int(data.micro_batches)
+    return build_accelerator(
+        device=config.environment.device,
+        cuda_device_id=config.environment.cuda_device_id,
+        mixed_precision=config.training.amp.mixed_precision,
+        accumulation=accumulation,
+        micro_batch=config.texts_a_step // accumulation,
+        max_grad_norm=optimization.max_grad_norm,
+        deepspeed_config=deepspeed_config,
+        timeout=config.environment.timeout,
+    )
+
+
+def micro_batches_of(
+    config: Config, accelerator: Accelerator, encoder: TextEncoder, corpus: Corpus, ranks: Ranks, device: torch.device
+) -> int:
+    """Micro-batches per step, the same on all ranks. On a GPU "auto" takes as few as its memory allows.
+
+    Call it when the head is on the device and the engine does not have the encoder yet.
+    """
+    if config.data.micro_batches != "auto" or device.type != "cuda":
+        return accelerator.gradient_accumulation_steps
+    encoder = encoder.to(device).train()
+    with whole_weights(encoder):
+        forward = in_precision_of(config, encoder, device)
+        text_bytes = bytes_a_text(forward, encoder, longest_batch(corpus), device)
+    own = fewest_parts(config.texts_a_step, ranks.size, text_bytes, free_bytes(encoder, device))
+    parts = max(ranks.sizes(own, device))
+    set_accumulation(accelerator, parts)
+    return parts

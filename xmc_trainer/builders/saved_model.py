@@ -1,0 +1,58 @@
+"""The evaluation of a saved model on the data set that a configuration names."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from xmc_trainer.builders.data import corpus_of, metrics_of
+from xmc_trainer.checkpoint.saved_model import SavedModel
+from xmc_trainer.config import Config
+from xmc_trainer.data import Corpus, batch_loader, plan_eval
+from xmc_trainer.errors import UserError
+from xmc_trainer.evaluation import evaluate
+
+
+def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
+    """The data set with its labels in the model's order. Raises UserError if its labels are not the model's."""
+    ranks = saved.head.ranks
+    with ranks.one_a_machine_first():
+        corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0)
+    remedy = "name the data set that it was trained on (dataset_path, data.folder)"
+    if corpus.num_labels != saved.head.num_labels:
+        raise UserError(
+            f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; {remedy}"
+        )
+    ids, model_ids = corpus.labels["id"], saved.label_ids.to_pylist()
+    if ids == model_ids:
+        return corpus
+    place = {name: number for number, name in enumerate(ids)}
+    if len(place) != len(ids) or place.keys() != set(model_ids):
+        raise UserError(f"{config.data_folder}: its labels are others than the model's; {remedy}")
+    return corpus.reordered(np.array([place[name] for name in model_ids]))
+
+
+def loader_of_test_set(saved: SavedModel, corpus: Corpus, config: Config, device: torch.device) -> DataLoader:
+    """This rank's batches of the test set."""
+    ranks = saved.head.ranks
+    plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=ranks.size)
+    return batch_loader(
+        corpus,
+        "test",
+        plan,
+        rank=ranks.rank,
+        pad_token_id=saved.tokenizer.pad_token_id,
+        workers=config.data.num_workers,
+        device=device,
+    )
+
+
+def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
+    """The metrics of a saved model on the test set, the same on every rank of its head, and the data set.
+
+    Raises UserError if the labels of the data set are not the model's.
+    """
+    corpus = corpus_of_saved(saved, config)
+    loader, metrics = loader_of_test_set(saved, corpus, config, device), metrics_of(config, corpus)
+    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=saved.head.ranks.rank == 0), corpus

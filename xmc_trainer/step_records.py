@@ -1,0 +1,85 @@
+"""One record per training step, and what is computed from the steps since the last reading: speed, finite losses."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xmc_trainer.errors import UserError
+from xmc_trainer.step_clock import StepClock
+
+# With its first scale of 2^12 fp16 has halved it to nothing long before.
+_FP16_STEPS_TO_RECOVER = 50
+
+
+class StepRecords:
+    """Collects the records of steps while their losses stay on the device: reading a loss waits for the device.
+
+    Args:
+        texts_a_step: texts of an optimizer step, all ranks together.
+        fp16: whether the loss may overflow now and then. The loss scale recovers, and encoder and head skip such a step.
+
+    Attributes:
+        clock: measures the parts of a step: "data", "forward", "head", "engine".
+        not_finite: latest steps in a row whose loss was not finite.
+        seconds: least time between two readings.
+    """
+
+    def __init__(self, device: torch.device, texts_a_step: int, fp16: bool) -> None:
+        self.clock, self.not_finite, self.seconds = StepClock(device), 0, 1.0
+        self._device, self._texts_a_step = device, texts_a_step
+        self._most_not_finite = _FP16_STEPS_TO_RECOVER if fp16 else 0
+        self._unread: list[tuple[dict[str, Any], Tensor]] = []
+        self._read_at = time.monotonic()
+
+    def add(self, record: dict[str, Any], loss: Tensor) -> None:
+        """Add a step. `loss` is a scalar on the device."""
+        self._unread.append((record, loss))
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to read."""
+        return time.monotonic() - self._read_at >= self.seconds
+
+    def read(self, skipped: Tensor) -> list[dict[str, Any]]:
+        """The records since the last reading with their "loss". The last one also has the speed of them all.
+
+        Args:
+            skipped: steps that the head has skipped so far, int64 scalar on the device.
+        """
+        if not self._unread:
+            return []
+        values = torch.stack([loss for _, loss in self._unread]).tolist()
+        records = [record | {"loss": value} for (record, _), value in zip(self._unread, values)]
+        self._unread, self._read_at = [], time.monotonic()
+        records[-1]["head_skipped"] = int(skipped)
+        records[-1] |= self._speed(len(records))
+        return records
+
+    def require_finite(self, records: list[dict[str, Any]]) -> None:
+        """Count the losses that are not finite. Raises UserError when a training does not recover from them."""
+        for record in records:
+            self.not_finite = 0 if math.isfinite(record["loss"]) else self.not_finite + 1
+            if self.not_finite > self._most_not_finite:
+                raise UserError(
+                    f"the loss is not finite at step {record['step']}: lower training.optimization.encoder_lr or lr, or "
+                    "set training.optimization.max_grad_norm=1.0"
+                )
+
+    def _speed(self, steps: int) -> dict[str, float]:
+        """Texts a second, milliseconds of encoder and head per step, share of waiting for data, peak GiB of a GPU."""
+        parts = self.clock.read()
+        ms = sum(parts.values())
+        speed = {
+            "texts_per_s": 1000 * steps * self._texts_a_step / ms,  # an epoch's last step may have fewer
+            "encoder_ms": (parts["forward"] + parts["engine"]) / steps,
+            "head_ms": parts["head"] / steps,
+            "waiting": parts["data"] / ms,
+        }
+        if self._device.type == "cuda":
+            speed["gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        return {name: round(value, 4) for name, value in speed.items()}
