@@ -248,18 +248,18 @@ def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
         ("rows: 3", "must have `rows`"),
         ("{rows: {a: []}, steps: 3}", "steps: write settings, seeds, rows, splits and strengths only"),
         ("{rows: {a: []}, strengths: [many]}", r"strengths: must be numbers in \[0, 100\], not many"),
-        ("{rows: {a: []}, settings: dataset=sidgnd}", "settings: must be a list, .* not a word"),
+        ("{rows: {a: []}, settings: dataset=sidgnd}", "settings: must be a list, .* not a single value"),
         ("{rows: {a: dataset=sidgnd}}", "rows: a: must be a list"),
-        ("{rows: {a: [{model: 3}]}}", "line 1: a mapping where a single word is needed"),
+        ("{rows: {a: [{model: 3}]}}", "line 1: a mapping where a single value is needed"),
         ("{rows: {a: []}, seeds: 1}", "seeds: must be a list"),
         ("{rows: {a: []}, seeds: [1, x]}", "seeds: must be different whole numbers"),
         ("{rows: {a: []}, seeds: [1, 1]}", "seeds: must be different whole numbers"),
         ("{rows: {a: [training.seed=3]}}", "row 'a': training.seed=3: a sweep seeds and names its runs itself"),
         ("{rows: {a: []}, strengths: [-1]}", r"strengths: must be numbers in \[0, 100\], not -1"),
-        ("{rows: {a: [dataset=lfyso]}, splits: [dev]}", "data.test_split: of the raw layout only"),
+        ("{rows: {a: [dataset=lfyso]}, splits: [dev]}", "data.test_split: applies to the raw layout only"),
         ("{rows: {a b: [], a-b: []}}", "names differ in more than punctuation"),
         ("{rows: {a: [dataset=wordnet, model.ffi.fanin=3]}}", "wrong.yaml: row 'a': .*fanin"),
-        ("{rows", "not YAML"),
+        ("{rows", "not valid YAML"),
     ]:
         (tmp_path / "wrong.yaml").write_text(content)
         with pytest.raises(UserError, match=message):

@@ -119,10 +119,10 @@ REFUSED = [
     ("model.auxiliary.meta_cutoff_epoch=0", "meta_cutoff_epoch"),
     ("model.ffi.semantic_groups=true", "group_size"),
     ("model.ffi.head_ratio=1.0", "head_ratio"),
-    ("model.ffi.growth_mode=gradient", "nothing grows with model.ffi.rewire_interval=0"),  # wordnet's
-    ("model.ffi.centroid_scale=0.25", "centroid_scale=0.25: of model.ffi.weight_init=centroid"),
+    ("model.ffi.growth_mode=gradient", "has no effect with model.ffi.rewire_interval=0"),  # wordnet's
+    ("model.ffi.centroid_scale=0.25", "centroid_scale=0.25: has no effect without model.ffi.weight_init=centroid"),
     ("model.ffi.head_fan_in=0", "head_fan_in=0: must be in [1, 65536]"),
-    ("model.ffi.head_fan_in=100", "of the labels of model.ffi.head_ratio"),
+    ("model.ffi.head_fan_in=100", "has no effect with model.ffi.head_ratio=0"),
     ("training.optimization.loss_fn=focal", "training.optimization.loss_fn"),
     ("training.optimization.xmc_optimizer=momentum", "xmc_momentum"),
     ("training.optimization.dense_epochs=300", "dense_epochs"),
@@ -130,8 +130,11 @@ REFUSED = [
     ("training.optimization.grad_accum_step=0", "grad_accum_step"),
     ("training.optimization.lr_scheduler=Step", "lr_scheduler"),
     ("training.optimization.lr_scheduler_xmc=MultiStepLR", "lr_milestones"),
-    ("training.optimization.lr_milestones=[3]", "lr_milestones: no schedule reads them"),
-    ("training.optimization.xmc_momentum=0.5", "xmc_momentum=0.5: of xmc_optimizer=sgd"),  # wordnet's is adamw
+    ("training.optimization.lr_milestones=[3]", "lr_milestones: has no effect without MultiStepLR"),
+    (
+        "training.optimization.xmc_momentum=0.5",
+        "xmc_momentum=0.5: has no effect without xmc_optimizer=sgd",
+    ),  # wordnet's is adamw
     ("training.evaluation.early_stop_metric=P@2", "early_stop_metric"),
     ("training.evaluation.early_stop_delta=-1", "early_stop_delta"),
     ("training.amp.dtype=int8", "training.amp.dtype"),
@@ -302,7 +305,7 @@ def test_shipped_settings_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    "content, message", [("data: {dataset: mine\nx", "not YAML"), ("- a\n- b\n", "must hold sections")]
+    "content, message", [("data: {dataset: mine\nx", "not valid YAML"), ("- a\n- b\n", "must contain sections")]
 )
 def test_files_that_are_no_configuration_are_refused(content, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(content)
@@ -316,7 +319,7 @@ def test_the_run_has_the_name_that_was_said_last(tmp_path):
     assert load_config([f"dataset={file}"]).run_folder.name == "first"
     for word in ("log_fname=second", "training.verbose.log_fname=second"):
         assert load_config([f"dataset={file}", word]).run_folder.name == "second"
-    with pytest.raises(UserError, match="log_fname and training.verbose.log_fname: are the same setting"):
+    with pytest.raises(UserError, match="log_fname and training.verbose.log_fname: are two names of one setting"):
         load_config([f"dataset={file}", "log_fname=second", "training.verbose.log_fname=third"])
 
 

@@ -154,7 +154,7 @@ def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp
     log.write_bytes(b"".join(lines))
     for content, said in (
         (b"\xff", "config.yaml, line 1: not UTF-8"),
-        (b"a: [", "config.yaml, line 1: not YAML"),
+        (b"a: [", "config.yaml, line 1: not valid YAML"),
         (b"a: 1", "says nothing of training.seed"),
     ):
         (tmp_path / "damaged" / "config.yaml").write_bytes(content)

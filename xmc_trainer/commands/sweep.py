@@ -124,7 +124,7 @@ def _read_plan(file: Path) -> _Plan:
         for name, node in yaml_nodes.entries(root, str(file)):
             if name not in _Plan.__dataclass_fields__:
                 raise UserError(
-                    f"{yaml_nodes.place(node, str(file))}: {shown(name)}: write settings, seeds, rows, splits and strengths only"
+                    f"{yaml_nodes.location(node, str(file))}: {shown(name)}: write settings, seeds, rows, splits and strengths only"
                 )
             if name != "rows":
                 setattr(said, name, _words(node, name, file))
@@ -141,7 +141,7 @@ def _words(node: Node, name: str, file: Path) -> list[str]:
     if yaml_nodes.is_null(node):
         return []
     if not isinstance(node, SequenceNode):
-        place = yaml_nodes.place(node, str(file))
+        place = yaml_nodes.location(node, str(file))
         raise UserError(
             f"{place}: {name}: must be a list, in brackets or with a dash a line, not a {yaml_nodes.kind(node)}"
         )
