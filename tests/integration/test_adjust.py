@@ -50,7 +50,7 @@ def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio
     link, notes = tmp_path / "link", folders[0.0] / "notes.txt"
     link.symlink_to(folders[0.0])
     notes.write_text("they would be sealed with the model")
-    with pytest.raises(UserError, match="notes.txt: is no part of the model"):
+    with pytest.raises(UserError, match="notes.txt: does not belong to the model"):
         command(link, "--keep", "2")
     notes.unlink()
     assert "logit_adjustment 0 -> 2" in command(link, "--keep", "2")

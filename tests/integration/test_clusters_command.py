@@ -93,9 +93,9 @@ def test_the_precision_is_the_trainings(toy_settings, dtype):
         (["model.encoder.pool_mode=last_nhidden_conlast", "model.encoder.feature_layers=3"], "feature_layers=3: the encoder has 2"),
         (["data.max_len=25"], "data.max_len=25: this encoder reads at most 24"),
         (["data.train_sample=612"], "data.train_sample=612"),
-        (["--clusters", "42"], "--clusters 42"),
-        (["--npy-order", "ours"], "--npy-order: of --import-npy"),
-        (["--import-npy", "g.npy", "--clusters", "4"], "leave --clusters and --features out"),
+        (["--clusters", "42"], "--clusters=42"),
+        (["--npy-order", "ours"], "--npy-order: has no effect without --import-npy"),
+        (["--import-npy", "g.npy", "--clusters", "4"], "cannot be combined with --clusters or --features"),
         (["--features", "labels", "data.label_text_file=null"], "these labels have no texts"),
     ],
 )  # fmt: skip
@@ -111,8 +111,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tm
     monkeypatch.setattr(clusters, "compute", nothing_else)
     monkeypatch.setattr(clusters, "corpus_of", nothing_else)
     for words, said in [
-        (["--output", str(tmp_path / "none" / "c.safetensors")], "none: no such folder; make it"),
-        (["--output", str(tmp_path)], "a folder; name a file by --output"),
+        (["--output", str(tmp_path / "none" / "c.safetensors")], "none: no such folder; create it"),
+        (["--output", str(tmp_path)], "is a folder; name a file with --output"),
         (["data.folder=elsewhere"], "elsewhere: no such folder; set dataset_path"),
         (["data.folder=elsewhere", "--import-npy", "g.npy"], "elsewhere: no such folder; set dataset_path"),
     ]:

@@ -29,8 +29,8 @@ def test_every_command_explains_itself(name, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f"usage: xmc-trainer {name} ")
 
 
-@pytest.mark.parametrize("words, said", [(["train"], "no command 'train'"), (["bench", "encoder"], "no command 'bench encoder'"),
-                                         ([], "which command?")])  # fmt: skip
+@pytest.mark.parametrize("words, said", [(["train"], "no such command 'train'"), (["bench", "encoder"], "no such command 'bench encoder'"),
+                                         ([], "name a command")])  # fmt: skip
 def test_unknown_commands_are_answered_with_the_known_ones(words, said, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, *words)
@@ -62,7 +62,7 @@ def test_commands_work_in_one_process(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=wordnet")
     assert (
-        "xmc-trainer clusters: works in one process, 2 were started; start it without a launcher"
+        "xmc-trainer clusters: runs in one process, but 2 were started; start it without a launcher"
         in capsys.readouterr().err
     )
 

@@ -78,7 +78,7 @@ def test_a_metric_against_a_setting(make_run, tmp_path):
 
 
 def test_the_command_prints_and_draws(make_run, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     make_run("a", "training.seed=1")
     make_run("b", "training.seed=2", scores=(0.2, 0.5))
     make_run("c", "training.seed=1", "model.ffi.fan_in=32")
@@ -107,7 +107,7 @@ def test_what_cannot_be_reported_is_refused(make_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a: was evaluated without PSP"):
         main()
     make_run("b")
-    for words, message in [(["--against", "model.fan_in", "--picture", "x.svg"], "no such setting")]:
+    for words, message in [(["--against", "model.fan_in", "--picture", "x.svg"], "not every run has this setting")]:
         monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "b"), *words])
         with pytest.raises(UserError, match=message):
             main()
@@ -131,11 +131,11 @@ def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp
         log.write_bytes(b"".join(lines[:-1]) + torn)
         assert [run.folder.name for run in find_runs([tmp_path])] == ["whole"]
     for number, line, said in [
-        (1, b'{"event": "st', "line 1: is no record of a training"),
-        (1, b"\xff", "line 1: is no record of a training"),
+        (1, b'{"event": "st', "line 1: is not a log record"),
+        (1, b"\xff", "line 1: is not a log record"),
         (1, b'{"event": "start", "head_bytes": "many"}', "line 1: its start record has no valid head_bytes"),
-        (3, b"[]", "line 3: is no record of a training"),
-        (3, b'{"event": ["evaluate"]}', "line 3: is no record of a training"),
+        (3, b"[]", "line 3: is not a log record"),
+        (3, b'{"event": ["evaluate"]}', "line 3: is not a log record"),
         (
             3,
             b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": null}',
@@ -155,7 +155,7 @@ def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp
     for content, said in (
         (b"\xff", "config.yaml, line 1: not UTF-8"),
         (b"a: [", "config.yaml, line 1: not valid YAML"),
-        (b"a: 1", "says nothing of training.seed"),
+        (b"a: 1", "has no training.seed"),
     ):
         (tmp_path / "damaged" / "config.yaml").write_bytes(content)
         with pytest.raises(UserError, match=said):

@@ -107,7 +107,7 @@ def test_building_again_replaces_the_folder_and_nothing_else(tmp_path, dictionar
 def test_damaged_line(tmp_path, dictionary, line):
     (dictionary / "data.verb").write_text(LICENCE + line + "\n")
     with pytest.raises(
-        UserError, match=r"/data\.verb, line 2: not a line of a WordNet 3\.0 data file; install it again"
+        UserError, match=r"/data\.verb, line 2: is not a line of a WordNet 3\.0 data file; reinstall WordNet"
     ):
         wordnet.build(tmp_path / "out", dictionary)
     assert not (tmp_path / "out").exists()
@@ -123,14 +123,14 @@ def test_missing_file(tmp_path, dictionary):
 def test_pointer_that_leads_nowhere(tmp_path, dictionary):
     with open(dictionary / "data.verb", "a") as file:
         file.write(f"{offsets('v', False, 2)[1]} 29 v 01 go 0 001 @ 99999999 v 0000 | move\n")
-    with pytest.raises(UserError, match=r"1 pointers lead nowhere, like v99999999; install it again"):
+    with pytest.raises(UserError, match=r"1 pointers have no target, for example v99999999; reinstall"):
         wordnet.build(tmp_path / "out", dictionary)
 
 
 def test_unexpected_counts_write_nothing(tmp_path, dictionary, monkeypatch):
     monkeypatch.setattr(wordnet, "default_dict_folder", lambda: dictionary)
     monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out")])
-    with pytest.raises(UserError, match=r"synsets=9.* instead of .*synsets=117659.*; install WordNet 3\.0 again"):
+    with pytest.raises(UserError, match=r"synsets=9.* instead of .*synsets=117659.*; reinstall WordNet 3\.0"):
         wordnet.main()
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out"), "--dict", str(dictionary)])
@@ -170,5 +170,5 @@ def test_the_real_dictionary(tmp_path, monkeypatch, capsys):
 
 def test_a_folder_that_cannot_be_written(dictionary, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"/file/out: cannot be written \(Not a directory\); name a folder"):
+    with pytest.raises(UserError, match=r"/file/out: cannot be written \(Not a directory\); name a writable folder"):
         wordnet.build(tmp_path / "file" / "out", dictionary)
