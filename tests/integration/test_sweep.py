@@ -1,4 +1,4 @@
-"""A sweep trains what is missing, repeats nothing, and its table is that of the runs."""
+"""A sweep trains the missing runs, skips finished ones, and tabulates their metrics."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def file(toy_settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys, fresh_accelerator):
+def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path, monkeypatch, capsys, fresh_accelerator):
     words = ["xmc-trainer", "sweep", str(file), "--jobs", "2", "--csv", str(tmp_path / "toy.csv")]
     sweep = json.loads(file.read_text())
     sweep["seeds"], sweep["rows"] = [1], {"F = 12": [], "broken": ["data.folder=nowhere"]}
@@ -63,7 +63,7 @@ def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys,
     log = tmp_path / "out/F_12-1/log.jsonl"
     log.write_text(
         "".join(log.read_text().splitlines(keepends=True)[:-1])
-    )  # cut off at its very end: it is trained again
+    )  # without its last line, so the run is trained again
     sweep["seeds"], sweep["rows"] = [1, 2], {"F = 12": []}
     file.write_text(json.dumps(sweep))
     done = launch(*words)
@@ -81,7 +81,7 @@ def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys,
     values = [100 * float(row["PSP@3"]) for row in rows]
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in done.stdout
 
-    # What is finished is not repeated, and anybody may ask for the table.
+    # Finished runs are not repeated, and --table only reads them.
     monkeypatch.setattr(subprocess, "Popen", None)
     for more, said in [([], "2 runs, 2 already finished"), (["--table"], "2 of 2 runs")]:
         monkeypatch.setattr(sys, "argv", [*words[1:], *more])
@@ -94,7 +94,7 @@ def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys,
 
 @pytest.mark.slow
 def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, toy_data, tmp_path, fresh_accelerator):
-    """With clusters that the sweep has made; the figures worked out from the saved model's scores."""
+    """With label clusters computed by the sweep. The expected metrics come from the saved model's scores."""
     data = tmp_path / "data"
     shutil.copytree(toy_data, data)
     for kind in ("raw_texts", "labels"):
@@ -141,7 +141,7 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
         right = [ids[label] in line.split() for label, line in zip(best.tolist(), true)]
         assert entry["P@1"] == pytest.approx(
             sum(right) / len(right), abs=1.01 / len(right)
-        )  # a text may have two best labels
+        )  # two labels may tie for a text
     assert len({entry["P@1"] for entry in entries}) == 4 and len({entry["minutes"] for entry in entries}) == 1
 
     log = config.run_folder / "log.jsonl"
@@ -163,12 +163,12 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
     ):
         check_splits([words], EvaluationGrid(["dev", "valid"]))
     with log.open("a") as file:
-        file.write(log.read_text().splitlines()[-1] + "\n")  # of another training
+        file.write(log.read_text().splitlines()[-1] + "\n")  # as if of another training
     assert results(config, grid) is None
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
+def test_ending_a_sweep_ends_its_runs(file, tmp_path):
     sweep = subprocess.Popen(
         [sys.executable, "-m", "xmc_trainer", "sweep", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -184,7 +184,7 @@ def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
 
 
 def command_of(pid):
-    """A process's words, one string; none of one that is gone."""
+    """Return a process's command line; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -192,16 +192,16 @@ def command_of(pid):
 
 
 def eventually(happens, seconds):
-    """Whether it does."""
+    """Return whether `happens()` becomes true in time."""
     end = time.monotonic() + seconds
     while not happens() and time.monotonic() < end:
         time.sleep(0.1)
     return happens()
 
 
-def test_runs_are_shared_out_over_the_gpus(file, monkeypatch):
-    """Of a machine that has some, as far as CUDA_VISIBLE_DEVICES tells."""
-    at_work = []  # (GPU, process), in the order of their starts
+def test_runs_are_distributed_over_the_gpus(file, monkeypatch):
+    """CUDA_VISIBLE_DEVICES stands in for a machine with GPUs."""
+    at_work = []  # (GPU, process), in start order
 
     def start(command, *, env, **arguments):
         process = popen([sys.executable, "-c", "import time; time.sleep(1)"], env=env, **arguments)
@@ -219,10 +219,10 @@ def test_runs_are_shared_out_over_the_gpus(file, monkeypatch):
     assert all(max(count.values()) <= 2 for count in counts)
     at_work.clear()
     train([[*words[0], "environment.cuda_device_id=1"]], EvaluationGrid(), file, jobs=1)
-    assert {gpu for gpu, _ in at_work} == {"2,5"}  # whoever chooses one has chosen
+    assert {gpu for gpu, _ in at_work} == {"2,5"}  # an explicit cuda_device_id is respected
 
 
-def test_when_nothing_but_failures_comes_the_rest_is_not_tried(file, monkeypatch, capsys):
+def test_a_sweep_stops_after_only_failures(file, monkeypatch, capsys):
     started = []
 
     def fail(command, **arguments):
@@ -241,7 +241,7 @@ def test_when_nothing_but_failures_comes_the_rest_is_not_tried(file, monkeypatch
     )
 
 
-def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
+def test_errors_in_a_sweep_file_come_before_anything_runs(file, tmp_path):
     for content, message in [
         ("rows: 3", "has no `rows`"),
         ("{rows: {a: []}, steps: 3}", "steps: unknown key; write settings, seeds, rows, splits or strengths"),
