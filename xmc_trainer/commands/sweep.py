@@ -240,17 +240,17 @@ def refuse_to_replace(runs: list[list[str]]) -> None:
 def _saved_evaluations(config: Config) -> dict[str, dict[str, dict[str, float]]]:
     """Return the saved evaluations of the run's current model: split -> strength -> metrics."""
     try:
-        saved_metrics = json.loads((config.run_folder / _FIGURES).read_text(encoding="utf-8"))
+        content = json.loads((config.run_folder / _FIGURES).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     # Anything that `run_one` did not write is evaluated again.
     if (
-        not isinstance(saved_metrics, dict)
-        or saved_metrics.get("log_sha256") != _digest(config)
-        or not isinstance(saved_metrics.get("figures"), dict)
+        not isinstance(content, dict)
+        or content.get("log_sha256") != _digest(config)
+        or not isinstance(content.get("figures"), dict)
     ):
         return {}
-    return {split: of_split for split, of_split in saved_metrics["figures"].items() if isinstance(of_split, dict)}
+    return {split: by_strength for split, by_strength in content["figures"].items() if isinstance(by_strength, dict)}
 
 
 def _digest(config: Config) -> str:
@@ -265,16 +265,16 @@ def results(config: Config, grid: EvaluationGrid) -> list[dict[str, Any]] | None
     pairs = grid.pairs(config)
     if not pairs:
         return [log_summary(log)]
-    saved_metrics = _saved_evaluations(config)
-    if any(f"{strength:g}" not in saved_metrics.get(split, {}) for split, strength in pairs):
+    evaluations = _saved_evaluations(config)
+    if any(f"{strength:g}" not in evaluations.get(split, {}) for split, strength in pairs):
         return None
-    of_training = {name: value for name, value in log_summary(log).items() if name not in METRICS}
-    found = [(split, strength, saved_metrics[split][f"{strength:g}"]) for split, strength in pairs]
+    training_values = {name: value for name, value in log_summary(log).items() if name not in METRICS}
+    evaluated = [(split, strength, evaluations[split][f"{strength:g}"]) for split, strength in pairs]
     return [
         {"split": split, "strength": strength}
         | {name: metrics[name] for name in METRICS if name in metrics}
-        | of_training
-        for split, strength, metrics in found
+        | training_values
+        for split, strength, metrics in evaluated
     ]
 
 
@@ -285,11 +285,9 @@ def run_one(words: list[str], grid: EvaluationGrid) -> None:
         from xmc_trainer.trainer import Trainer
 
         Trainer(config).train()
-    saved_metrics = _saved_evaluations(config)
+    evaluations = _saved_evaluations(config)
     missing = [
-        (split, strength)
-        for split, strength in grid.pairs(config)
-        if f"{strength:g}" not in saved_metrics.get(split, {})
+        (split, strength) for split, strength in grid.pairs(config) if f"{strength:g}" not in evaluations.get(split, {})
     ]
     if not missing:
         return
@@ -301,14 +299,14 @@ def run_one(words: list[str], grid: EvaluationGrid) -> None:
 
     device, folder = torch.device(config.environment.device_name()), config.run_folder / "model"
     saved = XMCModel.load(folder, device).saved
-    for split, of_split in groupby(missing, key=itemgetter(0)):
-        of_model = config_of_model(folder, [f"data.test_split={split}"])
-        corpus = corpus_of_saved(saved, of_model)
-        found = evaluate_strengths(saved, of_model, corpus, [strength for _, strength in of_split], device)
-        saved_metrics.setdefault(split, {}).update({f"{strength:g}": metrics for strength, metrics in found.items()})
-    write_text(
-        config.run_folder / _FIGURES, json.dumps({"log_sha256": _digest(config), "figures": saved_metrics}) + "\n"
-    )
+    for split, pairs in groupby(missing, key=itemgetter(0)):
+        model_config = config_of_model(folder, [f"data.test_split={split}"])
+        corpus = corpus_of_saved(saved, model_config)
+        by_strength = evaluate_strengths(saved, model_config, corpus, [strength for _, strength in pairs], device)
+        evaluations.setdefault(split, {}).update(
+            {f"{strength:g}": metrics for strength, metrics in by_strength.items()}
+        )
+    write_text(config.run_folder / _FIGURES, json.dumps({"log_sha256": _digest(config), "figures": evaluations}) + "\n")
 
 
 def log_summary(log: list[dict[str, Any]]) -> dict[str, Any]:
@@ -328,20 +326,23 @@ def log_summary(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(runs: list[tuple[str, int, dict[str, Any]]]) -> str:
     """Return a Markdown table with one line per row: mean and standard deviation over its seeds."""
-    shown = [name for name in METRICS if all(name in found for _, _, found in runs)]
+    shown = [name for name in METRICS if all(name in entry for _, _, entry in runs)]
     lines = [
         "| " + " | ".join(["", "seeds", *shown, "head MiB", "minutes to the best P@1"]) + " |",
         "|" + "---|" * (len(shown) + 4),
     ]
     for row in dict.fromkeys(row for row, _, _ in runs):
-        own = [found for name, _, found in runs if name == row]
+        entries = [entry for name, _, entry in runs if name == row]
         cells = []
         for name in shown:
-            values = [100 * found[name] for found in own]
+            values = [100 * entry[name] for entry in entries]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
-        cells += [f"{own[0]['head_mib']:.1f}", f"{statistics.mean(found['best_P@1_minutes'] for found in own):.1f}"]
-        lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + " |")
+        cells += [
+            f"{entries[0]['head_mib']:.1f}",
+            f"{statistics.mean(entry['best_P@1_minutes'] for entry in entries):.1f}",
+        ]
+        lines.append(f"| {row} | {len(entries)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
