@@ -34,6 +34,8 @@ COMMANDS = {
         "versions, GPUs, compilers, and which kernels will run: paste it into a bug report",
     ),
     "wordnet": ("xmc_trainer.commands.wordnet", "write the quick start's data set"),
+    "plan": ("xmc_trainer.commands.plan", "memory, disk and time of a training, before anything is loaded"),
+    "bench data": ("xmc_trainer.commands.bench.data", "write a generated data set of any shape"),
     "bench head": ("xmc_trainer.commands.bench.head", "time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.commands.bench.ranks", "what several ranks send each other; start it by torchrun"),
     "bench train": (
@@ -127,7 +129,7 @@ def _nobody_reads_stdout() -> bool:
 
 def _call(name: str) -> None:
     processes = launched_processes() if "WORLD_SIZE" in os.environ else 1
-    if processes > 1 and not name.startswith("bench"):
+    if processes > 1 and (not name.startswith("bench") or name == "bench data"):
         raise UserError(
             f"xmc-trainer {name}: works in one process, {processes} were started; start it without a launcher"
         )
