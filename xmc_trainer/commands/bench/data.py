@@ -8,6 +8,8 @@ xmc-trainer bench data data/mine --texts 100000 --test-texts 10000 --labels 5000
 labels, so a model can learn. The files depend on the shape, the seed and the vocabulary, not on --workers. Memory is bounded
 by the number of workers, whatever the size. `xmc_trainer.data.generated` describes the model and names the sources.
 
+--tokenizer also reads what was written, as a training does before its first step, and times that.
+
 Made-up words are several tokens to most tokenizers. --vocabulary takes words from a file, one a line, such as the vocab.txt of a
 BERT: each is one token there.
 """
@@ -21,6 +23,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -45,6 +48,7 @@ _NUMBERS = {
 _DOMAINS = {
     "texts": (1, 2**31 - 1), "test_texts": (1, 2**31 - 1), "labels": (1, 2**31 - 1), "labels_a_text": (0.1, 10_000),
     "words_a_text": (1, 100_000), "skew": (0, 0.95), "scale": (1e-9, 1000), "seed": (0, 2**32 - 1), "workers": (1, 1024),
+    "max_len": (3, 1_000_000),
 }  # fmt: skip
 
 
@@ -62,6 +66,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=Path, help="file of words, one a line (default: 29,995 made-up words)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="then read and tokenise the files with it, on all cores")
+    parser.add_argument("--max-len", type=int, default=128, help="tokens that --tokenizer cuts texts to (default: 128)")
     parser.add_argument("--csv", type=Path, help="file to add a row with time and memory to")
     return parser.parse_args()
 
@@ -146,33 +152,63 @@ def write(folder: Path, shape: Shape, words: list[str], seed: int, workers: int)
                 files[f"{split}_labels.txt"].write(labels)
 
 
-def _peak_mib() -> tuple[float, float]:
-    """Most memory of this process, and of the largest worker, in MiB."""
-    return tuple(resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+def read(folder: Path, name: str, max_len: int) -> float:
+    """Seconds to read and tokenise a data set, into a cache that is removed again. UserError for a tokenizer that is not to be had."""
+    from xmc_trainer.data import load_corpus
+    from xmc_trainer.encoder.text_encoder import load_tokenizer
+
+    tokenizer = load_tokenizer(name, where=f"--tokenizer={name}")
+    with tempfile.TemporaryDirectory(prefix="cache.", dir=folder) as cache:
+        begin = time.perf_counter()
+        load_corpus(folder=folder, layout="raw", tokenizer=tokenizer, max_len=max_len, cache_dir=cache, progress=False)
+        return time.perf_counter() - begin
+
+
+def _peak_mib() -> tuple[int, int]:
+    """Most memory of this process so far, and of its largest worker, in MiB."""
+    own, worker = (resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own, worker
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its workers, which have ended."""
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def main() -> None:
     options = parse()
     words = words_of(options.vocabulary)
     shape = shape_of(options, len(words))
-    begin = time.perf_counter()
+    begin, cpu = time.perf_counter(), _cpu_seconds()
     write(options.folder, shape, words, options.seed, options.workers)
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, _cpu_seconds() - cpu
     size = sum((options.folder / name).stat().st_size for name in _FILES)
-    texts = shape.train_texts + shape.test_texts
-    own, worker = _peak_mib()
+    texts, (own, worker) = shape.train_texts + shape.test_texts, _peak_mib()
     print(
         f"{options.folder}: {shape.train_texts:,} training and {shape.test_texts:,} test texts, {shape.labels:,} labels, "
         f"{size / 2**20:,.0f} MiB in {seconds:.1f} s; {texts / seconds:,.0f} texts/s by {options.workers} workers; "
-        f"peak memory {own:.0f} MiB, and {worker:.0f} MiB a worker"
+        f"peak memory {own} MiB, and {worker} MiB a worker",
+        flush=True,
     )
+    cores = len(os.sched_getaffinity(0))
+    row = {
+        "device": f"{platform.machine()}, {cores} cores", "cores": cores, "numpy": np.__version__,
+        "like": options.like or "", "scale": options.scale, "train_texts": shape.train_texts, "test_texts": shape.test_texts,
+        "labels": shape.labels, "workers": options.workers, "mib": round(size / 2**20, 1), "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2), "texts_s": round(texts / seconds), "peak_mib": own, "worker_peak_mib": worker,
+        "tokenised_texts_s": "", "tokenised_peak_mib": "",
+    }  # fmt: skip
+    if options.tokenizer is not None:
+        seconds = read(options.folder, options.tokenizer, options.max_len)
+        row |= {"tokenised_texts_s": round(texts / seconds), "tokenised_peak_mib": _peak_mib()[0]}
+        print(
+            f"read and tokenised in {seconds:.1f} s on {cores} cores: {row['tokenised_texts_s']:,} texts/s; peak memory "
+            f"{row['tokenised_peak_mib']} MiB"
+        )
     if options.csv is not None:
-        row = {
-            "device": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", "numpy": np.__version__,
-            "like": options.like or "", "scale": options.scale, "train_texts": shape.train_texts, "test_texts": shape.test_texts,
-            "labels": shape.labels, "workers": options.workers, "mib": round(size / 2**20, 1), "seconds": round(seconds, 2),
-            "texts_s": round(texts / seconds), "peak_mib": round(own), "worker_peak_mib": round(worker),
-        }  # fmt: skip
         add_row(options.csv, row)
 
 
