@@ -12,7 +12,8 @@ GPU memory of a process, in bytes that the allocator hands out (`torch.cuda.max_
                         5e8 numbers (DeepSpeed's reduce_bucket_size). One micro-batch a step keeps none while it runs forward
     activations         what autograd saves of b texts of `data.max_len` tokens. The forward pass runs on tensors without memory, and
                         the saved bytes are added up: about 34 h bytes a token and layer of a BERT with h features in 16 bits, 42 h
-                        under autocast (an attention kernel saves queries, keys, values and its output). Compiled code saves
+                        under autocast (an attention kernel saves queries, keys, values and its output). A model that does not run without values counts
+                        as a BERT of its sizes. Compiled code saves
                         no more. Under autocast the 16-bit copies of weights come on top.
     head                the buffers of `FixedFanInHead`, made without memory, and what kernels keep of the index
     head, working       of the kernel that `kernels.dispatch` chooses: see `working_bytes`
@@ -29,6 +30,7 @@ Times come from measured rates: see `Rates`. A phase without a measured rate has
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -178,9 +180,27 @@ def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) ->
         backbone.set_attn_implementation("planned")
     encoder.train()
     own = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
-    found = [_saved(encoder, texts, tokens, own, autocast) for texts in (2, 4)]
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.disabled = True  # it would print a traceback for each operation that it cannot run
+    try:
+        found = [_saved(encoder, texts, tokens, own, autocast) for texts in (2, 4)]
+    except Exception:  # a model may look at the values of tensors, which have none here, or not run in 16 bits as it is
+        return _closed_form(encoder, tokens, autocast), 0
+    finally:
+        log.disabled = False
     a_text = (found[1] - found[0]) // 2
     return a_text, found[0] - 2 * a_text
+
+
+def _closed_form(encoder: TextEncoder, tokens: int, autocast: bool) -> int:
+    """The bytes a text of a BERT of these sizes, with attention weights in memory: of a model that cannot run without values."""
+    shape, wide = encoder.backbone.config, next(encoder.parameters()).dtype == torch.float32
+    a_feature, a_score = (42, 5) if autocast else (66, 9) if wide else (34, 5)
+    return (
+        shape.num_hidden_layers
+        * tokens
+        * (a_feature * shape.hidden_size + a_score * shape.num_attention_heads * tokens)
+    )
 
 
 def _saved(encoder: TextEncoder, texts: int, tokens: int, own: set[int], autocast: bool) -> int:
@@ -571,22 +591,24 @@ class Rates:
             ms += max(0, head.weight.nbytes + states - measured) * 2 / float(row["copy_gb_s"]) / 1e6
         return ms, f"{source}: {row['what']}, {batch} texts"
 
-    def encoder_flops(self, gpus: int, stage: int | None, precision: str) -> tuple[float, str] | None:
-        """(operations a second of a GPU in the encoder's training step, source), of the row that is nearest."""
+    def encoder_flops(self, gpus: int, stage: int | None, precision: str) -> tuple[float, float, str] | None:
+        """(operations a second of a GPU in the encoder's step alone, and in whole steps less the head, source), of the nearest row.
+
+        Whole steps wait for data, other ranks and the host besides: what a row lost so, a plan loses in proportion.
+        """
         engine = "without DeepSpeed" if stage is None else f"DeepSpeed ZeRO {stage}"
         rows = [item for item in self.train if item[1]["precision"] == precision and item[1]["encoder_ms"]]
-        rows = [item for item in rows if item[1]["engine"] == engine] or [
-            item for item in rows if stage != 3 and "ZeRO 3" not in item[1]["engine"]
-        ]
+        # ZeRO 3 is another program than the others; these are alike.
+        rows = [item for item in rows if (item[1]["engine"] == "DeepSpeed ZeRO 3") == (stage == 3)]
         if not rows:
             return None
-        source, row = min(rows, key=lambda item: (item[1]["engine"] != engine, abs(int(item[1]["ranks"]) - gpus)))
-        width, texts = int(row["width"]), int(row["rows"]) * int(row["micro_batches"])
+        source, row = min(rows, key=lambda item: (abs(int(item[1]["ranks"]) - gpus), item[1]["engine"] != engine))
+        width, ranks = int(row["width"]), int(row["ranks"])
         matrices = int(row.get("encoder_parameters") or 12 * 12 * 768 * 768)
-        flops = 3 * texts * width * (2 * matrices + 4 * 12 * 768 * width)
-        return flops / (
-            float(row["encoder_ms"]) / 1000
-        ), f"{source}: {row['ranks']} ranks, {row['engine']}, {row['precision']}"
+        a_text = 3 * width * (2 * matrices + 4 * 12 * 768 * width)
+        alone = int(row["rows"]) * int(row["micro_batches"]) * a_text / float(row["encoder_ms"])
+        whole = int(row["texts_a_step"]) / ranks * a_text / (float(row["ms"]) - float(row["head_ms"]))
+        return 1000 * alone, 1000 * whole, f"{source}: {ranks} ranks, {row['engine']}, {row['precision']}"
 
     def tokenised(self) -> tuple[float, str] | None:
         """(texts a second and core, source)."""
@@ -623,13 +645,13 @@ def phases_of(
     # A pass forward is counted at the rate of training.
     forward = rate and encoder.flops(1, facts.tokens, backward=False) / rate[0] / gpus
     if config.model.ffi.index_from_texts or config.model.ffi.weight_init == "centroid":
-        found.append(Phase("first index", forward and forward * facts.texts, rate[1] if rate else missing))
+        found.append(Phase("first index", forward and forward * facts.texts, rate[2] if rate else missing))
     B = config.texts_a_step
     steps = -(-facts.texts // B)
     ms = [rates.head_ms(head, B) for head in heads]
     if rate and all(ms):
-        step = encoder.flops(B / gpus, facts.tokens) / rate[0] + sum(each[0] for each in ms) / 1000
-        found.append(Phase("an epoch", steps * step, "; ".join(dict.fromkeys([rate[1], *(each[1] for each in ms)]))))
+        step = encoder.flops(B / gpus, facts.tokens) / rate[1] + sum(each[0] for each in ms) / 1000
+        found.append(Phase("an epoch", steps * step, "; ".join(dict.fromkeys([rate[2], *(each[1] for each in ms)]))))
     else:
         found.append(Phase("an epoch", None, missing))
     if all(ms):
@@ -644,7 +666,7 @@ def phases_of(
     ranking = [rates.head_ms(head, batch, rank=True) for head in heads[: 2 if config.model.ffi.head_ratio else 1]]
     if rate and all(ranking):
         seconds = forward * facts.test_texts + -(-facts.test_texts // batch) * sum(each[0] for each in ranking) / 1000
-        found.append(Phase("an evaluation", seconds, "; ".join([rate[1], *(each[1] for each in ranking)])))
+        found.append(Phase("an evaluation", seconds, "; ".join([rate[2], *(each[1] for each in ranking)])))
     else:
         found.append(Phase("an evaluation", None, missing))
     return found

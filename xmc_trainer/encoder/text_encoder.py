@@ -201,6 +201,8 @@ def backbone_without_weights(
     if loader is AutoModel and getattr(config, "is_encoder_decoder", False):
         backbone = backbone.get_encoder()
     _check_inputs(backbone, where)
+    if getattr(backbone, "attention_type", None) == "block_sparse":
+        backbone.set_attention_type("original_full")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler.requires_grad_(False)
     return backbone
