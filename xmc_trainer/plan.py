@@ -47,7 +47,7 @@ from transformers import AttentionInterface
 from xmc_trainer.config import Config
 from xmc_trainer.data.generated import PUBLISHED, Shape
 from xmc_trainer.encoder.text_encoder import TextEncoder, backbone_without_weights
-from xmc_trainer.engine.micro_batches import fewest_parts
+from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.kernels.dispatch import STEPS, Problem, choose
@@ -58,7 +58,6 @@ STAGES = (None, 0, 1, 2, 3)  # None: without DeepSpeed
 CONTEXT = 1 << 30  # of a process, outside torch's allocator: CUDA, NCCL (assumed)
 SLACK = 0.05  # of allocated memory, that the allocator cannot use (assumed)
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
-_SPARED, _BYTES_A_PARAMETER = 0.15, 20  # of engine.micro_batches
 _HOPPER = (9, 0)  # the GPU that is planned for
 _MULTIPROCESSORS = 132  # and what it has
 _STATES = {"adamw": 2, "adam": 2, "sgd": 1}
@@ -447,7 +446,7 @@ def memory_of(
         if config.data.micro_batches != "auto":
             parts = int(config.data.micro_batches)
         else:
-            free = int((1 - _SPARED) * gpu_bytes) - CONTEXT - head - (4 + _BYTES_A_PARAMETER) * (P + U)
+            free = int((1 - SPARED) * gpu_bytes) - CONTEXT - head - (4 + BYTES_A_PARAMETER) * (P + U)
             # The training measures it before the engine has the encoder, in float32 or under autocast.
             parts = fewest_parts(texts, gpus, encoder.text_bytes[False], free)
     largest = max(encoder.groups)
@@ -680,10 +679,12 @@ def what_fits(config: Config, gpus: int, stage: int | None, gpu_bytes: int, part
 
     Args: parts: micro-batches a step of that training; None: by the configuration.
     """
+    shape, labels = PUBLISHED.get(config.data.dataset), config.data.num_labels
+    if labels is None and shape is None:
+        return "set data.micro_batches to more than before; with data.num_labels set, xmc-trainer plan says what a step needs"
     encoder = EncoderPlan.of(config)
-    facts = Facts.of(
-        config, PUBLISHED.get(config.data.dataset) or Shape(1, 1, config.data.num_labels or 1, 36, config.data.max_len)
-    )
+    # Of texts nothing but their longest tokens counts here.
+    facts = Facts.of(config, shape or Shape(1, 1, labels, 36, config.data.max_len))
     now = memory_of(config, encoder, facts, gpus, stage, gpu_bytes, parts)
     said = f"{gpus} GPU{'s' * (gpus > 1)}, {stage_name(stage)}, {now.parts} micro-batches: {now.device / GIB:.1f} GiB planned"
     for change, other in _changes(config, now.parts, gpus):

@@ -24,7 +24,6 @@ from xmc_trainer.data.generated import PUBLISHED, word_lengths
 from xmc_trainer.data.sources import Vocabulary
 from xmc_trainer.encoder.flat import FlatEncoder
 from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
-from xmc_trainer.engine import micro_batches
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.head.layer import label_range
@@ -202,7 +201,6 @@ def test_steps_are_cut_until_they_fit(bert):
     encoder = plan.EncoderPlan.of(config)
     large, small = (plan.memory_of(config, encoder, FACTS, 1, 1, size) for size in (80 * plan.GIB, 2 * plan.GIB))
     assert large.parts == 1 < small.parts and small.terms["activations"] < large.terms["activations"]
-    assert (plan._SPARED, plan._BYTES_A_PARAMETER) == (micro_batches._SPARED, micro_batches._BYTES_A_PARAMETER)
 
 
 def test_label_names_take_no_more_than_planned():
@@ -285,6 +283,8 @@ def test_out_of_memory_says_what_would_fit(bert, monkeypatch):
     with pytest.raises(UserError, match="take more GPUs"):
         with plan.explained(config):
             raise torch.OutOfMemoryError("CUDA out of memory")
+    unknown = config_of(bert, "data.num_labels=null", "data.dataset=mine")
+    assert plan.what_fits(unknown, 1, None, 1 << 30).startswith("set data.micro_batches to more than before")
     with pytest.raises(ZeroDivisionError), plan.explained(config):
         raise ZeroDivisionError
 
