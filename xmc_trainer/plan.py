@@ -689,7 +689,8 @@ def what_fits(config: Config, gpus: int, stage: int | None, gpu_bytes: int, part
     said = f"{gpus} GPU{'s' * (gpus > 1)}, {stage_name(stage)}, {now.parts} micro-batches: {now.device / GIB:.1f} GiB planned"
     for change, other in _changes(config, now.parts, gpus):
         needed = memory_of(other, encoder, facts, gpus, stage, gpu_bytes)
-        if needed.device < 0.9 * min(gpu_bytes, now.device):
+        # Whatever the plan of the training that failed says, it was too much.
+        if needed.device < 0.95 * gpu_bytes and needed.peak < 0.9 * now.peak:
             return f"{said}; {change} needs {needed.device / GIB:.1f} GiB"
     return f"{said}; no change of micro-batches and head fits: take more GPUs, or GPUs with more memory"
 

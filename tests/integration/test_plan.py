@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from tests.integration.test_launchers import run_here
 from tests.integration.test_training import train
 from xmc_trainer import plan
 from xmc_trainer.data.generated import Shape
 from xmc_trainer.hooks import Hook
 from xmc_trainer.run_folder import checkpoints
+from xmc_trainer.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -59,3 +63,21 @@ def test_a_training_has_what_was_planned(toy_settings, tmp_path, more):
     kept = size_of(model, "*.safetensors")
     assert plan.model_bytes(config, encoder, facts, None) == pytest.approx(kept, rel=0.1)
     assert plan.token_cache_bytes(facts) == pytest.approx(size_of(cache, "*.arrow"), rel=0.1)
+
+
+def test_out_of_memory_ends_with_a_line(toy_settings, monkeypatch):
+    """A GPU that is too small ends train.py as every error that the user can mend: one line, status 2."""
+
+    def train(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Trainer, "train", train)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=80 << 30))
+    done = run_here("launchers/train.py", *toy_settings, "data.micro_batches=4")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: out of GPU memory (80.0 GiB): 1 GPU, no DeepSpeed, 4 micro-batches: 1.0 GiB planned; "
+    )
+    assert last.endswith("data.micro_batches=8 needs 1.0 GiB") and "Traceback" not in done.stderr

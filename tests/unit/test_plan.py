@@ -323,3 +323,19 @@ def test_the_command_prints_a_table_or_json(bert, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command("--tokens", "-1")
     assert "--tokens=-1.0: must be above 0" in capsys.readouterr().err
+
+
+def test_the_page_shows_what_is_planned(tmp_path):
+    """The table of docs/amazon3m.md, which `xmc-trainer plan dataset=amazon3m --gpu-gib 139` prints with more columns."""
+    BertConfig().save_pretrained(tmp_path)  # bert-base-uncased's sizes
+    config = load_config(["dataset=amazon3m", f"model.encoder.encoder_model={tmp_path}"])
+    encoder, facts = plan.EncoderPlan.of(config), plan.Facts.of(config)
+    page = (RESULTS.parent / "amazon3m.md").read_text(encoding="utf-8")
+    for gpus in (1, 2, 4, 8):
+        for stage in plan.STAGES:
+            if plan.refusal(config, gpus, stage) is None:
+                found = plan.memory_of(config, encoder, facts, gpus, stage, 139 * plan.GIB)
+                values = " | ".join(
+                    f"{value / plan.GIB:.2f}" for value in (*found.terms.values(), found.peak, found.device)
+                )
+                assert f"| {gpus}, {plan.stage_name(stage)} | {values} |" in page
