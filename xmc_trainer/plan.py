@@ -32,7 +32,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, is_initialized
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AttentionInterface
 
 from xmc_trainer.config import Config
@@ -95,7 +95,7 @@ class EncoderPlan:
     def trained(self) -> int:
         return sum(self.groups)
 
-    def flops(self, texts: int, tokens: float, *, backward: bool = True) -> float:
+    def flops(self, texts: float, tokens: float, *, backward: bool = True) -> float:
         """Floating point operations of a pass over `texts` texts of `tokens` tokens: 2 a weight and token, 4 T h a layer for attention."""
         forward = texts * tokens * (2 * self.matrices + 4 * self.layers * self.hidden * tokens)
         return (3 if backward else 1) * forward
@@ -163,9 +163,9 @@ def _attention(
     return _Attention.apply(query, key, value), None
 
 
-def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """As a GPU has it: a mask of one byte a number is saved."""
-    return torch.native_dropout(x, p, True)[0] if training and p else x
+    return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
 def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) -> tuple[int, int]:
@@ -211,11 +211,13 @@ def _saved(encoder: TextEncoder, texts: int, tokens: int, own: set[int], autocas
             saved[storage] = tensor
         return tensor
 
-    functional, original = torch.nn.functional, torch.nn.functional.dropout
-    functional.dropout = _dropout
+    first = next(encoder.parameters())
+    assert isinstance(first, FakeTensor)
+    functional: Any = torch.nn.functional
+    original, functional.dropout = functional.dropout, _dropout
     try:
         with (
-            next(encoder.parameters()).fake_mode,
+            first.fake_mode,
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
@@ -286,9 +288,10 @@ def head_bytes(heads: Iterable[FixedFanInHead]) -> int:
 
 def index_bytes(head: FixedFanInHead, texts: int) -> int:
     """What kernels keep of an index besides: int16 a row and 64 features (densify), a bit a row and feature (Triton's dense)."""
-    if head.index is None:
+    index = head.tensors().index_RF
+    if index is None:
         return 0
-    rows, d, name = head.index.shape[0], head.in_features, _kernel(head, texts).name
+    rows, d, name = index.shape[0], head.in_features, _kernel(head, texts).name
     return {"densify, CUDA": 2 * rows * -(-d // 64), "dense, Triton": 4 * rows * -(-d // 32)}.get(name, 0)
 
 
@@ -310,7 +313,9 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
     labels, d, e = len(head.labels), head.in_features, head.product_dtype.itemsize
     kernel = _kernel(head, texts)
     columns = -(-texts // kernel.texts) * kernel.texts
-    fan_in, weights = head.weight.shape[1], head.weight.nbytes + (0 if head.index is None else head.index.nbytes)
+    tensors = head.tensors()
+    fan_in = tensors.weight_LF.shape[1]
+    weights = tensors.weight_LF.nbytes + (0 if tensors.index_RF is None else tensors.index_RF.nbytes)
     common = columns * d * (2 * e + 2 * 4)
     if kernel.name.startswith("group"):
         a_label = columns // 8 + (0 if "CUDA" in kernel.name else columns * e)
@@ -329,7 +334,9 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
         lanes = max(1, _MULTIPROCESSORS // (together * blocks))
         return common + int(min(max(256 << 20, 0.2 * weights), labels * a_label)) + lanes * columns * d * 4
     copied = (
-        head.index is not None or head.weight.dtype != head.product_dtype or isinstance(head.optimizer, RowwiseRMSprop)
+        tensors.index_RF is not None
+        or tensors.weight_LF.dtype != head.product_dtype
+        or isinstance(head.optimizer, RowwiseRMSprop)
     )
     a_label = columns * e + columns // 8 + (d * e if copied else 0)
     lanes = max(1, _MULTIPROCESSORS // -(-d // 128)) if columns <= 128 else 2
@@ -372,7 +379,7 @@ class Facts:
         """Of a published shape, and of the configuration's number of labels. A word counts as a token. UserError where neither is known."""
         data = config.data
         shape = shape or PUBLISHED.get(data.dataset)
-        labels = labels or data.num_labels or (shape and shape.labels)
+        labels = labels or data.num_labels or (None if shape is None else shape.labels)
         if shape is None or labels is None:
             raise UserError(
                 f"data.dataset={data.dataset}: its size is not known; give --texts, --test-texts, --tokens and --positives, and "
@@ -503,7 +510,8 @@ def model_bytes(config: Config, encoder: EncoderPlan, facts: Facts, stage: int |
     """Of the saved model, but for the tokenizer: the encoder in the precision that it has, weights, index and bias of the head, label names."""
     w = 2 if config.training.amp.enabled and stage is not None else 4
     heads = heads_of(config, encoder.features, facts.labels, 1)[: 2 if config.model.ffi.head_ratio else 1]
-    kept = sum(t.nbytes for head in heads for t in (head.weight, head.index, head.bias) if t is not None)
+    tensors = [head.tensors() for head in heads]
+    kept = sum(t.nbytes for head in tensors for t in (head.weight_LF, head.index_RF, head.bias_L) if t is not None)
     names = int(facts.labels * facts.name_bytes * 2)
     return w * (encoder.trained + encoder.fixed) + _HEADER * encoder.tensors + kept + names
 
@@ -584,14 +592,17 @@ class Rates:
         batch = int(row["batch"])
         ms = float(row["ms"]) * len(head.labels) / int(row["labels"]) * max(1.0, texts / batch)
         if not rank:
-            states = sum(state.nbytes for state in head.tensors().weight_state)
-            measured = len(head.labels) * head.weight.shape[1] * (2 if row["weight_dtype"] == "bfloat16" else 4)
+            tensors = head.tensors()
+            moved = tensors.weight_LF.nbytes + sum(state.nbytes for state in tensors.weight_state)
+            measured = tensors.weight_LF.numel() * (2 if row["weight_dtype"] == "bfloat16" else 4)
             measured *= 3 if row["optimizer"] == "adamw" else 1
-            ms += max(0, head.weight.nbytes + states - measured) * 2 / float(row["copy_gb_s"]) / 1e6
+            ms += max(0, moved - measured) * 2 / float(row["copy_gb_s"]) / 1e6
         return ms, f"{source}: {row['what']}, {batch} texts"
 
-    def encoder_flops(self, gpus: int, stage: int | None, precision: str) -> tuple[float, float, str] | None:
-        """(operations a second of a GPU in the encoder's step alone, and in whole steps less the head, source), of the nearest row.
+    def encoder_flops(
+        self, gpus: int, stage: int | None, precision: str
+    ) -> tuple[tuple[float, str], tuple[float, str]] | tuple[None, None]:
+        """Operations a second of a GPU, with their source: in the encoder's step alone, and in whole steps less the head; of the nearest row.
 
         Whole steps wait for data, other ranks and the host besides: what a row lost so, a plan loses in proportion.
         """
@@ -600,14 +611,15 @@ class Rates:
         # ZeRO 3 is another program than the others; these are alike.
         rows = [item for item in rows if (item[1]["engine"] == "DeepSpeed ZeRO 3") == (stage == 3)]
         if not rows:
-            return None
-        source, row = min(rows, key=lambda item: (abs(int(item[1]["ranks"]) - gpus), item[1]["engine"] != engine))
+            return None, None
+        file, row = min(rows, key=lambda item: (abs(int(item[1]["ranks"]) - gpus), item[1]["engine"] != engine))
         width, ranks = int(row["width"]), int(row["ranks"])
         matrices = int(row.get("encoder_parameters") or 12 * 12 * 768 * 768)
-        a_text = 3 * width * (2 * matrices + 4 * 12 * 768 * width)
+        a_text = 3000 * width * (2 * matrices + 4 * 12 * 768 * width)
         alone = int(row["rows"]) * int(row["micro_batches"]) * a_text / float(row["encoder_ms"])
         whole = int(row["texts_a_step"]) / ranks * a_text / (float(row["ms"]) - float(row["head_ms"]))
-        return 1000 * alone, 1000 * whole, f"{source}: {ranks} ranks, {row['engine']}, {row['precision']}"
+        source = f"{file}: {ranks} ranks, {row['engine']}, {row['precision']}"
+        return (alone, source), (whole, source)
 
     def tokenised(self) -> tuple[float, str] | None:
         """(texts a second and core, source)."""
@@ -631,44 +643,48 @@ def phases_of(
     config: Config, encoder: EncoderPlan, facts: Facts, gpus: int, stage: int | None, rates: Rates, cores: int
 ) -> list[Phase]:
     """The phases of a training that take time, in order."""
-    missing = "no measured rate"
-    tokenised = rates.tokenised()
-    texts = facts.texts + facts.test_texts
-    found = [
-        Phase("read and tokenise", texts / (tokenised[0] * cores), tokenised[1])
-        if tokenised
-        else Phase("read and tokenise", None, missing)
-    ]
+    ffi, batch, steps = config.model.ffi, config.data.test_batch_size, -(-facts.texts // config.texts_a_step)
     heads = heads_of(config, encoder.features, facts.labels, gpus)
-    rate = rates.encoder_flops(gpus, stage, config.training.amp.mixed_precision)
-    # A pass forward is counted at the rate of training.
-    forward = rate and encoder.flops(1, facts.tokens, backward=False) / rate[0] / gpus
-    if config.model.ffi.index_from_texts or config.model.ffi.weight_init == "centroid":
-        found.append(Phase("first index", forward and forward * facts.texts, rate[2] if rate else missing))
-    B = config.texts_a_step
-    steps = -(-facts.texts // B)
-    ms = [rates.head_ms(head, B) for head in heads]
-    if rate and all(ms):
-        step = encoder.flops(B / gpus, facts.tokens) / rate[1] + sum(each[0] for each in ms) / 1000
-        found.append(Phase("an epoch", steps * step, "; ".join(dict.fromkeys([rate[2], *(each[1] for each in ms)]))))
-    else:
-        found.append(Phase("an epoch", None, missing))
-    if all(ms):
-        found.append(
-            Phase(
-                "of it the head",
-                steps * sum(each[0] for each in ms) / 1000,
-                "; ".join(dict.fromkeys(each[1] for each in ms)),
-            )
-        )
-    batch = config.data.test_batch_size
-    ranking = [rates.head_ms(head, batch, rank=True) for head in heads[: 2 if config.model.ffi.head_ratio else 1]]
-    if rate and all(ranking):
-        seconds = forward * facts.test_texts + -(-facts.test_texts // batch) * sum(each[0] for each in ranking) / 1000
-        found.append(Phase("an evaluation", seconds, "; ".join([rate[2], *(each[1] for each in ranking)])))
-    else:
-        found.append(Phase("an evaluation", None, missing))
-    return found
+    alone, whole = rates.encoder_flops(gpus, stage, config.training.amp.mixed_precision)
+    of_step = [rates.head_ms(head, config.texts_a_step) for head in heads]
+    of_ranking = [rates.head_ms(head, batch, rank=True) for head in heads[: 2 if ffi.head_ratio else 1]]
+    a_text = (
+        encoder.flops(1, facts.tokens, backward=False) / gpus
+    )  # of a pass forward, which runs at the rate of training
+    a_step = encoder.flops(config.texts_a_step / gpus, facts.tokens)
+
+    def read(rate: float) -> float:
+        return (facts.texts + facts.test_texts) / (rate * cores)
+
+    def forward(rate: float) -> float:
+        return facts.texts * a_text / rate
+
+    def epoch(rate: float, *head_ms: float) -> float:
+        return steps * (a_step / rate + sum(head_ms) / 1000)
+
+    def head(*head_ms: float) -> float:
+        return steps * sum(head_ms) / 1000
+
+    def evaluation(rate: float, *head_ms: float) -> float:
+        return facts.test_texts * a_text / rate + -(-facts.test_texts // batch) * sum(head_ms) / 1000
+
+    found = [_phase("read and tokenise", read, rates.tokenised())]
+    if ffi.index_from_texts or ffi.weight_init == "centroid":
+        found.append(_phase("first index", forward, alone))
+    return [
+        *found,
+        _phase("an epoch", epoch, whole, *of_step),
+        _phase("of it the head", head, *of_step),
+        _phase("an evaluation", evaluation, alone, *of_ranking),
+    ]
+
+
+def _phase(name: str, seconds: Callable[..., float], *rates: tuple[float, str] | None) -> Phase:
+    """seconds(the rates' values); without a time where one of the rates was not measured."""
+    measured = [rate for rate in rates if rate is not None]
+    if len(measured) < len(rates):
+        return Phase(name, None, "no measured rate")
+    return Phase(name, seconds(*(value for value, _ in measured)), "; ".join(dict.fromkeys(s for _, s in measured)))
 
 
 # Out of memory --------------------------------------------------------------------------------------------------------
@@ -684,7 +700,7 @@ def what_fits(config: Config, gpus: int, stage: int | None, gpu_bytes: int, part
         return "set data.micro_batches to more than before; with data.num_labels set, xmc-trainer plan says what a step needs"
     encoder = EncoderPlan.of(config)
     # Of texts nothing but their longest tokens counts here.
-    facts = Facts.of(config, shape or Shape(1, 1, labels, 36, config.data.max_len))
+    facts = Facts.of(config, shape or Shape(1, 1, 1, 36, config.data.max_len))
     now = memory_of(config, encoder, facts, gpus, stage, gpu_bytes, parts)
     said = f"{gpus} GPU{'s' * (gpus > 1)}, {stage_name(stage)}, {now.parts} micro-batches: {now.device / GIB:.1f} GiB planned"
     for change, other in _changes(config, now.parts, gpus):

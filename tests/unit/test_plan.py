@@ -242,17 +242,18 @@ def test_times_come_from_the_nearest_measured_row(tmp_path, bert):
     )
     rates = plan.Rates.read([train])
     flops = 3 * 100 * 10 * (2 * 1_000_000 + 4 * 12 * 768 * 10)
-    alone, whole, source = rates.encoder_flops(4, 2, "fp16")
+    (alone, source), (whole, _) = rates.encoder_flops(4, 2, "fp16")
     assert (alone, whole) == pytest.approx(
         (flops / 0.02, flops / 0.06)
     ) and source == "train.csv: 1 ranks, without DeepSpeed, fp16"
-    assert rates.encoder_flops(1, 3, "fp16")[0] < alone and rates.encoder_flops(1, 1, "bf16") is None
+    assert rates.encoder_flops(1, 3, "fp16")[0][0] < alone and rates.encoder_flops(1, 1, "bf16") == (None, None)
     config = config_of(bert)
     encoder = plan.EncoderPlan.of(config)
     unknown = plan.phases_of(config, encoder, FACTS, 1, 1, rates, 4)
     assert {phase.name: phase.seconds for phase in unknown} == {
         "read and tokenise": None,
         "an epoch": None,
+        "of it the head": None,
         "an evaluation": None,
     }
     with pytest.raises(UserError, match="name a CSV file of xmc-trainer bench"):

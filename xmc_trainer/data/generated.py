@@ -74,7 +74,8 @@ class Shape:
 # Shapes of published data sets, by the name of their settings.
 #
 # train_texts, labels, labels_a_text: the table of data sets in PECOS (amzn/pecos, examples/spmm/README.md: N, L and nnz(Y) / N).
-# test_texts, words_a_text: You et al., AttentionXML (NeurIPS 2019), Table 1 (N_test and mean words of a training text).
+# test_texts, words_a_text: You et al., AttentionXML (NeurIPS 2019), Table 1 (N_test and mean words of a training text);
+#     quoted from memory, to be checked against the paper.
 # skew: the default gives SID-GND-EN's share of labels with at most five texts (83 %, docs/results.md); no figure was found for these sets.
 # deviation: assumed.
 PUBLISHED = {
