@@ -38,12 +38,14 @@ def main() -> None:
         return
 
     from xmc_trainer import signals
+    from xmc_trainer.plan import explained
     from xmc_trainer.trainer import Trainer
 
-    trainer = Trainer(config, deepspeed_config=arguments.deepspeed_config)
-    with signals.deferred():
-        trainer.train()
-        trainer.close()
+    with explained(config):
+        trainer = Trainer(config, deepspeed_config=arguments.deepspeed_config)
+        with signals.deferred():
+            trainer.train()
+            trainer.close()
 
 
 if __name__ == "__main__":

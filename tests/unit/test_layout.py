@@ -27,6 +27,7 @@ ALLOWED = {
     "data": {"data", "errors"},
     "encoder": {"encoder", "errors"},
     "engine": {"encoder", "engine", "errors", "launch", "parallel"},
+    "plan": {"config", "data", "encoder", "engine", "errors", "head", "kernels", "parallel"},
     "checkpoint.folder": {"errors", "files", "parallel"},
     "checkpoint.finite": {"errors", "parallel"},
     "checkpoint.encoder_state": {"encoder", "engine"},

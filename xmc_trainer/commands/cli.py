@@ -34,6 +34,8 @@ COMMANDS = {
         "show versions, GPUs, compilers and the kernels that will run, for a bug report",
     ),
     "wordnet": ("xmc_trainer.commands.wordnet", "write the quick start's data set"),
+    "plan": ("xmc_trainer.commands.plan", "estimate memory, disk and time of a training before it starts"),
+    "bench data": ("xmc_trainer.commands.bench.data", "write a generated data set of any shape"),
     "bench head": ("xmc_trainer.commands.bench.head", "measure time and memory of the head's step on this machine"),
     "bench ranks": ("xmc_trainer.commands.bench.ranks", "measure communication between ranks; start it with torchrun"),
     "bench train": (
@@ -125,7 +127,7 @@ def _stdout_reader_is_gone() -> bool:
 
 def _run_command(name: str) -> None:
     processes = launched_processes() if "WORLD_SIZE" in os.environ else 1
-    if processes > 1 and not name.startswith("bench"):
+    if processes > 1 and (not name.startswith("bench") or name == "bench data"):
         raise UserError(
             f"xmc-trainer {name}: runs in one process, but {processes} were started; start it without a launcher"
         )
