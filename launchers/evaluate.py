@@ -1,4 +1,4 @@
-"""Evaluate a saved model on a test set: by default the one that it was trained for.
+"""Evaluate a saved model, by default on the test set of its training data.
 
 python launchers/evaluate.py outputs/wordnet/model
 python launchers/evaluate.py outputs/wordnet/model dataset_path=/elsewhere data.test_batch_size=512 --json
@@ -21,14 +21,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs"
+        "settings", nargs="*", metavar="key=value", help=f"override a setting of the model: {', '.join(MODEL_SETTINGS)}"
     )
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object, as fractions")
     arguments = parser.parse_intermixed_args()
     folder = Path(arguments.model)
     config = config_of_model(folder, arguments.settings)
 
-    # Imported here, for torch and transformers take seconds: what stands above does not wait for them.
+    # torch and transformers import slowly; the checks above must not wait for them.
     import torch
 
     from xmc_trainer.builders.data import metrics_of
@@ -46,11 +46,11 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(metrics))
         return
-    floor = most_popular(corpus, metrics_of(config, corpus))
+    baseline = most_popular(corpus, metrics_of(config, corpus))
     print(f"{config.data.evaluated_split}: {len(corpus.test)} texts, {corpus.num_labels} labels, per cent")
     for names in (("P", "PSP"), ("nDCG", "PSnDCG"), ("R",)):
         columns = tuple(f"{name}@{k}" for name in names for k in (1, 3, 5) if f"{name}@{k}" in metrics)
-        print(table({"this model": metrics, "most popular labels": floor}, columns))
+        print(table({"this model": metrics, "most popular labels": baseline}, columns))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that a change must pass: bash launchers/gates.sh [pytest arguments]
+# Run every gate that a change must pass: bash launchers/gates.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/install.sh

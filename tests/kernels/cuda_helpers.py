@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -31,37 +32,53 @@ COMPILED = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"
 _memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")  # as long as the sources
 
 
+class Change(NamedTuple):
+    """The text from start to stop of a source is left out."""
+
+    file: str
+    start: int
+    stop: int
+
+
 @functools.cache
-def library_for_cpu(source, capability, defines):
+def library_for_cpu(source, capability, defines, layout, change=None):
     """As `cuda_source.compiled`, of the source without what only nvcc understands. Kept under a hash of all that it is made of."""
     folder = Path(tempfile.mkdtemp(dir=_memory.name))
     replaced = 0
     for name in (source, *cuda_source.HEADERS):
         text = (cuda_source.FOLDER / name).read_text()
+        if change and change.file == name:
+            text = text[: change.start] + "void()" + text[change.stop :]
         text, shared = re.subn(
-            r"extern __shared__ (.*)uint8_t memory\[\];", "uint8_t* memory = cpu::aligned_memory();", text
+            r"extern __shared__ (.*)uint8_t memory\[\];", "uint8_t* memory = cpu::shared_memory();", text
         )
         text, launches = re.subn(
             r"step_kernel<<<(.*?), (.*?), (.*?), .*?>>>\((.*?)\);",
-            r"cpu::run(\1, \2, \3, [&] { step_kernel(\4); });",
+            r"failed = !cpu::run(\1, \2, \3, [&] { step_kernel(\4); });",
             text,
         )
         (folder / name.replace(".cu", ".cpp") if name == source else folder / name).write_text(text)
         replaced += shared + launches
     assert replaced == 2
+    (folder / "arguments.cuh").write_text(layout.header)
     for file in (HERE / "cuda_on_cpu").iterdir():
         shutil.copy(file, folder)
-    words = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", *(f"-D{define}" for define in defines)]
+    words = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-I.", *(f"-D{define}" for define in defines)]
     version = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
     content = [(file.name, file.read_text()) for file in sorted(folder.iterdir())]
     library = COMPILED / f"{hashlib.sha256(repr([source, words, version, content]).encode()).hexdigest()}.so"
     if not library.exists():
         COMPILED.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*words, "-o", folder / "kernel.so", folder / source.replace(".cu", ".cpp")], check=True)
+        # The kernel's accesses to memory call functions of cpu.cpp, which takes the place of the sanitizer.
+        watched = [*words, "-fsanitize=thread", "-c", source.replace(".cu", ".cpp"), "-o", "kernel.o"]
+        subprocess.run(watched, check=True, cwd=folder)
+        subprocess.run(
+            [*words, "-shared", "-Wl,--no-undefined", "-o", "kernel.so", "kernel.o", "cpu.cpp"], check=True, cwd=folder
+        )
         partial = COMPILED / f"{os.getpid()}.partial"  # other processes test, too
         shutil.move(folder / "kernel.so", partial)
         partial.replace(library)
-    return ctypes.CDLL(str(library))
+    return cuda_source.checked_layout(ctypes.CDLL(str(library)), source, layout)
 
 
 DEVICES = [

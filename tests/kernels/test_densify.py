@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense_of, error, floats_of, make_head, use  # noqa: E402
+from xmc_trainer.kernels import arguments  # noqa: E402
 from xmc_trainer.kernels.cuda import densify, source  # noqa: E402
 
 # (features, fan_in, group_size): slots are read two, one and four together; blocks of 64 to 256 features, the last of which has none
@@ -115,8 +116,8 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device,
     labels = LABELS if device == "cpu" else 64 * 500 + 11  # some tiles for each cluster; of a chunk one at most
     found = []
     for workspace in (1 << 20, 1 << 20, 1):  # at least a tile for each block
-        monkeypatch.setattr(densify, "_WORKSPACE", workspace)
-        monkeypatch.setattr(densify, "_SHARE", 0.0)
+        monkeypatch.setattr(arguments, "STEP_WORKSPACE", workspace)
+        monkeypatch.setattr(arguments, "STEP_SHARE", 0.0)
         head = make_head(device, features, fan_in, group_size, optimizer, labels, weight_dtype=torch.bfloat16)
         feat, ids, counts = batch(device, features, 128, labels=labels)
         feat.requires_grad_()

@@ -1,4 +1,4 @@
-"""The command `xmc-trainer`: what it offers, and what it says to words that it does not know."""
+"""The command `xmc-trainer`: its commands, exit statuses and one-line errors."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def call(monkeypatch, *words):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(name, monkeypatch, capsys):
+def test_every_command_has_help(name, monkeypatch, capsys):
     assert not inspect.signature(importlib.import_module(COMMANDS[name][0]).main).parameters
     with pytest.raises(SystemExit, match="0"):
         call(monkeypatch, *name.split(), "--help")
     assert capsys.readouterr().out.startswith(f"usage: xmc-trainer {name} ")
 
 
-@pytest.mark.parametrize("words, said", [(["train"], "no command 'train'"), (["bench", "encoder"], "no command 'bench encoder'"),
-                                         ([], "which command?")])  # fmt: skip
-def test_unknown_commands_are_answered_with_the_known_ones(words, said, monkeypatch, capsys):
+@pytest.mark.parametrize("words, message", [(["train"], "no such command 'train'"), (["bench", "encoder"], "no such command 'bench encoder'"),
+                                         ([], "name a command")])  # fmt: skip
+def test_an_unknown_command_lists_the_known_ones(words, message, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, *words)
     err = capsys.readouterr().err
-    assert said in err and all(name in err for name in COMMANDS) and "launchers/train.py" in err
+    assert message in err and all(name in err for name in COMMANDS) and "launchers/train.py" in err
 
 
 def test_settings_are_listed(monkeypatch, capsys):
@@ -44,13 +44,13 @@ def test_settings_are_listed(monkeypatch, capsys):
     assert "model.ffi.fan_in = 128   in [1, 65536]\n" in out and "training.seed = 42   in [0, 4294967295]\n" in out
 
 
-def test_a_user_s_error_is_one_line(monkeypatch, capsys):
+def test_a_user_error_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=nothing")
     assert capsys.readouterr().err.startswith("error: dataset=nothing: no such data set")
 
 
-def test_commands_work_in_one_process(monkeypatch, capsys):
+def test_commands_run_in_one_process(monkeypatch, capsys):
     for name, value in {
         "WORLD_SIZE": "2",
         "RANK": "0",
@@ -62,13 +62,13 @@ def test_commands_work_in_one_process(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=wordnet")
     assert (
-        "xmc-trainer clusters: works in one process, 2 were started; start it without a launcher"
+        "xmc-trainer clusters: runs in one process, but 2 were started; start it without a launcher"
         in capsys.readouterr().err
     )
 
 
-def test_a_reader_that_leaves_ends_it_quietly():
-    """As `xmc-trainer settings | head -1` does, with more to say than a pipe holds."""
+def test_a_closed_pipe_ends_the_command_quietly():
+    """As with `xmc-trainer settings | head -1`, with more output than a pipe buffers."""
     code = "from xmc_trainer.commands.cli import run; run(lambda: print('x' * 10**6))"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     child.stdout.read(1)
@@ -76,7 +76,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
     assert child.stderr.read() == b"" and child.wait(60) == 141
 
 
-def test_another_broken_pipe_is_an_error_of_ours(capsys):
+def test_another_broken_pipe_keeps_its_traceback(capsys):
     def broken():
         raise BrokenPipeError("of a worker")
 
@@ -85,7 +85,7 @@ def test_another_broken_pipe_is_an_error_of_ours(capsys):
 
 
 @pytest.mark.parametrize(
-    "error, status, said",
+    "error, status, message",
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "/out/run"),
@@ -101,7 +101,7 @@ def test_another_broken_pipe_is_an_error_of_ours(capsys):
         (NothingToDo("done before"), 0, ""),
     ],
 )
-def test_errors_that_are_not_ours_are_one_line(error, status, said, capsys):
+def test_user_and_system_errors_are_one_line(error, status, message, capsys):
     def fail():
         raise error
 
@@ -111,10 +111,10 @@ def test_errors_that_are_not_ours_are_one_line(error, status, said, capsys):
     except SystemExit as end:
         ended = end.code
     err = capsys.readouterr().err
-    assert ended == status and err.startswith(said) and err.count("\n") == bool(said)
+    assert ended == status and err.startswith(message) and err.count("\n") == bool(message)
 
 
-def test_an_error_of_ours_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     def fail():
         raise RuntimeError("a bug")
 

@@ -152,12 +152,12 @@ def test_clusters_of_one_size_are_a_matrix(tmp_path):
         (object_array([4, 0], [1], [2, 3]), "add --npy-order sorted"),
         (object_array(["3", "9"], ["10"], ["20"]), "each of the data set's 5 labels exactly once"),
         (object_array(["3", "9"], ["10", "3"], ["20", "100"]), "each of the data set's 5 labels exactly once"),
-        (object_array(["3", "9"], ["10", "20", "7"]), "'7' is none of the data set's 5 labels"),
+        (object_array(["3", "9"], ["10", "20", "7"]), "'7' is not one of the data set's 5 labels"),
         (object_array([4.0, 0.0], [1.0], [2.0, 3.0]), "lists of label names or of whole numbers"),
         (object_array(["3", "9"], ["10", "20", 100]), "lists of label names or of whole numbers"),
         (np.array(["3", "9", "10", "20", "100"]), "lists of label names or of whole numbers"),
         (np.array(5), "lists of label names or of whole numbers"),
-        (b"label a\nlabel b\n", "not a .npy file"),
+        (b"label a\nlabel b\n", "is not a valid .npy file"),
         (None, "No such file"),
     ],
 )
@@ -176,7 +176,7 @@ def test_an_imported_file_runs_nothing(tmp_path):
     hostile = np.empty(1, dtype=object)
     hostile[0] = Trap(str(tmp_path / "caught"))
     np.save(tmp_path / "g.npy", hostile, allow_pickle=True)
-    with pytest.raises(UserError, match=r"not a .npy file \(it asks for \w+.open\)"):
+    with pytest.raises(UserError, match=r"is not a valid .npy file \(it refers to \w+.open\)"):
         import_npy(tmp_path / "g.npy", IDS, None)
     assert not (tmp_path / "caught").exists()
 

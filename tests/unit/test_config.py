@@ -1,4 +1,4 @@
-"""The configuration: Spartex's layout as it stands, overrides, and refusals that name the field."""
+"""The configuration: Spartex's files, overrides, and errors that name the setting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 SPARTEX = ASSETS / "spartex_lfamazontitles131k.yaml"
 
 
-def test_the_complete_spartex_layout_loads_and_means_the_same():
+def test_a_complete_spartex_file_loads_with_the_same_values():
     config = load_config([f"dataset={SPARTEX}", "dataset_path=./data"])
     raw = OmegaConf.to_container(OmegaConf.create(SPARTEX.read_text()), resolve=False)
 
@@ -35,7 +35,7 @@ def test_the_complete_spartex_layout_loads_and_means_the_same():
             elif isinstance(value, str) and "${" in value:
                 assert got == "./NGAME_ENCODERS/lfamazontitles131k/state_dict.pt"
             else:
-                # Ours has a third value, and is a word.
+                # This setting is text here, because it has a third value.
                 assert got == (str(value).lower() if key == "use_torch_compile" else value), f"{path}{key}"
 
     compare(raw, config, "")
@@ -45,7 +45,7 @@ def test_the_complete_spartex_layout_loads_and_means_the_same():
     assert config.training.optimization.text_reduction == "sum"
 
 
-def test_a_page_names_every_option_of_spartex():
+def test_the_spartex_page_names_every_option():
     page = (DOCS / "spartex.md").read_text(encoding="utf-8")
     section, named = "", set()
     for line in page.splitlines():
@@ -63,7 +63,7 @@ def test_a_page_names_every_option_of_spartex():
     assert len(names) > 60 and named == names
 
 
-def test_command_line_of_the_seed():
+def test_command_line_of_spartex():
     config = load_config(
         [
             "dataset=amazon670k",
@@ -98,7 +98,7 @@ def test_environment_stands_in_for_dataset_path():
         load_config(["dataset=wordnet", "environment.running_env=moon"])
 
 
-REFUSED = [
+ERRORS = [
     ("model.ffi.discriminant_ridge=0", "discriminant_ridge"),
     ("model.ffi.fanin=64", "fanin"),
     ("model.ffi.fan_in=many", "model.ffi.fan_in"),
@@ -119,10 +119,10 @@ REFUSED = [
     ("model.auxiliary.meta_cutoff_epoch=0", "meta_cutoff_epoch"),
     ("model.ffi.semantic_groups=true", "group_size"),
     ("model.ffi.head_ratio=1.0", "head_ratio"),
-    ("model.ffi.growth_mode=gradient", "nothing grows with model.ffi.rewire_interval=0"),  # wordnet's
-    ("model.ffi.centroid_scale=0.25", "centroid_scale=0.25: of model.ffi.weight_init=centroid"),
+    ("model.ffi.growth_mode=gradient", "has no effect with model.ffi.rewire_interval=0"),  # wordnet's
+    ("model.ffi.centroid_scale=0.25", "centroid_scale=0.25: has no effect without model.ffi.weight_init=centroid"),
     ("model.ffi.head_fan_in=0", "head_fan_in=0: must be in [1, 65536]"),
-    ("model.ffi.head_fan_in=100", "of the labels of model.ffi.head_ratio"),
+    ("model.ffi.head_fan_in=100", "has no effect with model.ffi.head_ratio=0"),
     ("training.optimization.loss_fn=focal", "training.optimization.loss_fn"),
     ("training.optimization.xmc_optimizer=momentum", "xmc_momentum"),
     ("training.optimization.dense_epochs=300", "dense_epochs"),
@@ -130,8 +130,11 @@ REFUSED = [
     ("training.optimization.grad_accum_step=0", "grad_accum_step"),
     ("training.optimization.lr_scheduler=Step", "lr_scheduler"),
     ("training.optimization.lr_scheduler_xmc=MultiStepLR", "lr_milestones"),
-    ("training.optimization.lr_milestones=[3]", "lr_milestones: no schedule reads them"),
-    ("training.optimization.xmc_momentum=0.5", "xmc_momentum=0.5: of xmc_optimizer=sgd"),  # wordnet's is adamw
+    ("training.optimization.lr_milestones=[3]", "lr_milestones: has no effect without MultiStepLR"),
+    (
+        "training.optimization.xmc_momentum=0.5",
+        "xmc_momentum=0.5: has no effect without xmc_optimizer=sgd",
+    ),  # wordnet's is adamw
     ("training.evaluation.early_stop_metric=P@2", "early_stop_metric"),
     ("training.evaluation.early_stop_delta=-1", "early_stop_delta"),
     ("training.amp.dtype=int8", "training.amp.dtype"),
@@ -153,31 +156,31 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("word, named", REFUSED)
-def test_refusals_name_the_field(word, named):
+@pytest.mark.parametrize("word, named", ERRORS)
+def test_errors_name_the_setting(word, named):
     with pytest.raises(UserError, match=re.escape(named)) as error:
         load_config(["dataset=wordnet", word])
     assert "\n" not in str(error.value)
 
 
-def test_what_a_dense_head_would_ignore_is_refused():
+def test_settings_without_effect_on_a_dense_head_are_errors():
     dense = ["dataset=wordnet", "model.ffi.use_sparse_layer=false"]
     for setting in ("model.ffi.group_size=4", "model.ffi.head_ratio=0.1"):
         with pytest.raises(UserError, match=setting.split("=")[0]):
             load_config([*dense, setting])
-    # Spartex's own layout says these beside its dense head, and so do the shipped files when a head is made dense.
+    # Spartex's files set these with a dense head, and so do shipped files with use_sparse_layer=false.
     ffi = load_config(
         [*dense, "model.ffi.fan_in=64", "model.ffi.prune_mode=fraction", "model.ffi.index_init=informed"]
     ).model.ffi
     assert ffi.fan_in == 64 and not ffi.index_from_texts
 
 
-def test_frequent_labels_cannot_read_more_features_than_there_are():
+def test_head_fan_in_cannot_exceed_the_features():
     with pytest.raises(UserError, match=r"model\.ffi\.head_fan_in=500: there are only 384"):
         load_config(["dataset=wordnet", "model.ffi.head_ratio=0.1", "model.ffi.head_fan_in=500"])
 
 
-def test_unknown_data_sets_are_refused_with_the_known_ones():
+def test_an_unknown_data_set_lists_the_known_ones():
     for words in (["dataset=wordnett"], [], ["data.max_len=3"]):
         with pytest.raises(UserError, match="amazon670k"):
             load_config(words)
@@ -185,7 +188,7 @@ def test_unknown_data_sets_are_refused_with_the_known_ones():
         load_config(["dataset=nowhere.yaml"])
 
 
-def test_settings_of_one_layout_are_refused_for_the_others():
+def test_settings_of_another_layout_are_errors():
     for words in (["dataset=sidgnd", "data.use_filter_eval=true"], ["dataset=wiki31k", "data.augment_label_data=true"],
                   ["dataset=lfyso", "data.test_split=dev"]):  # fmt: skip
         with pytest.raises(UserError, match=words[1].split("=")[0]):
@@ -198,7 +201,7 @@ def test_every_option_is_described():
     names = list(settings_of(Config))
     assert "model.ffi.fan_in" in names and "training.amp.dtype" in names and "dataset" in names
     assert all(len(setting.help) > 5 for setting in settings_of(Config).values())
-    # The page is this list: xmc-trainer settings --markdown > docs/settings.md
+    # Update the page with: xmc-trainer settings --markdown > docs/settings.md
     assert (DOCS / "settings.md").read_text(encoding="utf-8") == settings_page() + "\n"
 
     def leaves(tree):
@@ -208,7 +211,7 @@ def test_every_option_is_described():
 
 
 def test_every_option_is_read_somewhere():
-    """By what builds something of it: not by the configuration's own checks."""
+    """Accesses in the configuration's own checks do not count."""
     package, read = Path(xmc_trainer.__file__).parent, set()
     for path in package.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -216,11 +219,11 @@ def test_every_option_is_read_somewhere():
         skipped = {id(node) for check in checks for node in ast.walk(check)}
         read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and id(node) not in skipped}
     unread = {name for name in settings_of(Config) if name.split(".")[-1] not in read}
-    # Spartex computes it at run time, as we do: any other value is refused.
+    # It is computed at run time, as in Spartex; any other value is an error.
     assert unread == {"training.optimization.training_steps"}
 
 
-# The published settings of Spartex, a column a data set.
+# The published settings of Spartex, one column per data set.
 PUBLISHED = """
                                              wiki31k          amazon670k       wiki500k         amazon3m         lfamazontitles131k lfwikiseealso320k
 data.folder                                  Wiki10-31K       Amazon-670K      Wiki-500K        Amazon-3M        LF-AmazonTitles-131K LF-WikiSeeAlso-320K
@@ -254,7 +257,7 @@ training.evaluation.early_stop_delta         5e-05            5e-05            5
 model.ffi.rewire_end_epoch                   0.66             0.66             0.66             0.66             0.66               0.66
 training.amp.dtype                           float16          float16          float16          float16          float16            float16
 """
-# Published for all of them alike.
+# Published with the same value for all data sets.
 PUBLISHED_FOR_ALL = """
 training.amp.enabled                         True
 training.optimization.lr_scheduler           CosineScheduleWithWarmup
@@ -302,25 +305,25 @@ def test_shipped_settings_are_the_published_ones():
 
 
 @pytest.mark.parametrize(
-    "content, message", [("data: {dataset: mine\nx", "not YAML"), ("- a\n- b\n", "must hold sections")]
+    "content, message", [("data: {dataset: mine\nx", "not valid YAML"), ("- a\n- b\n", "must contain sections")]
 )
-def test_files_that_are_no_configuration_are_refused(content, message, tmp_path):
+def test_files_without_a_configuration_are_errors(content, message, tmp_path):
     (tmp_path / "mine.yaml").write_text(content)
     with pytest.raises(UserError, match=message):
         load_config([f"dataset={tmp_path / 'mine.yaml'}"])
 
 
-def test_the_run_has_the_name_that_was_said_last(tmp_path):
+def test_the_command_line_overrides_the_run_name(tmp_path):
     file = tmp_path / "printed.yaml"
     file.write_text(to_yaml(load_config(["dataset=wordnet", "log_fname=first"])))
     assert load_config([f"dataset={file}"]).run_folder.name == "first"
     for word in ("log_fname=second", "training.verbose.log_fname=second"):
         assert load_config([f"dataset={file}", word]).run_folder.name == "second"
-    with pytest.raises(UserError, match="log_fname and training.verbose.log_fname: are the same setting"):
+    with pytest.raises(UserError, match="log_fname and training.verbose.log_fname: are two names of one setting"):
         load_config([f"dataset={file}", "log_fname=second", "training.verbose.log_fname=third"])
 
 
-def test_the_root_folder_may_hold_the_data_of_a_saved_model(tmp_path):
+def test_a_saved_model_keeps_the_root_folder_as_data_folder(tmp_path):
     config = load_config(
         ["dataset=wordnet", "dataset_path=/", "environment.env2path.guest=/", "data.cache_dir=/home/me/cache"]
     )

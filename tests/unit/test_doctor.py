@@ -1,4 +1,4 @@
-"""`xmc-trainer doctor` and `--version`: right about this machine, and still there when a library is broken."""
+"""`xmc-trainer doctor` and `--version`: correct for this machine, and complete when a library is broken."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xmc_trainer.commands import doctor
 from xmc_trainer.commands.cli import main
 
 
-def test_the_page_says_what_is_here_and_what_would_run(monkeypatch, capsys):
+def test_the_page_shows_versions_and_backends(monkeypatch, capsys):
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setattr(sys, "argv", ["xmc-trainer", "doctor"])
@@ -22,7 +22,7 @@ def test_the_page_says_what_is_here_and_what_would_run(monkeypatch, capsys):
     assert lines["xmc_trainer"] == __version__ and lines["torch"] == importlib.metadata.version("torch")
     for name in ("deepspeed", "pyyaml", "pyarrow", "safetensors"):
         assert lines[name] == importlib.metadata.version(name)
-    assert lines["NCCL_SOCKET_IFNAME"] == "eth7" and "secret" not in page  # pasted in public
+    assert lines["NCCL_SOCKET_IFNAME"] == "eth7" and "secret" not in page  # the page is pasted in public
     auto = next(line for line in page.splitlines() if line.startswith("backend auto"))
     if torch.cuda.is_available():
         assert torch.cuda.get_device_name(0) in page and "the GPU kernels" in auto
@@ -31,7 +31,7 @@ def test_the_page_says_what_is_here_and_what_would_run(monkeypatch, capsys):
     assert "error" not in lines
 
 
-def test_a_library_that_is_missing_or_broken_gets_its_line(monkeypatch, tmp_path):
+def test_a_missing_or_broken_library_has_a_line(monkeypatch, tmp_path):
     assert doctor.library_version("xmc-trainer-has-no-such-library") == "not installed: pip install --editable ."
     (tmp_path / "halfinstalled.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
     info = tmp_path / "halfinstalled-1.2.dist-info"
@@ -42,7 +42,7 @@ def test_a_library_that_is_missing_or_broken_gets_its_line(monkeypatch, tmp_path
     assert said == "1.2, cannot be imported: libcudart.so.12: cannot open shared object file"
 
 
-def test_a_part_that_fails_does_not_hide_the_rest(monkeypatch):
+def test_a_failing_section_does_not_hide_the_rest(monkeypatch):
     def broken():
         raise RuntimeError("driver too old")
 

@@ -44,8 +44,8 @@ def test_the_engine_hears_of_it():
 
 def test_parts_that_cannot_be():
     for value, message in {
-        "0": "auto, or a number of parts",
-        "all": "auto, or a number",
+        "0": "auto or a whole number above 0",
+        "all": "auto or a whole number",
         "3": "does not divide the 256 texts",
     }.items():
         with pytest.raises(UserError, match=f"data.micro_batches=.?{value}.?: .*{message}"):

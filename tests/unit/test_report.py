@@ -1,4 +1,4 @@
-"""Reports of made-up runs: which belong together, what they are called, what is drawn."""
+"""Reports of synthetic runs: how they are grouped and named, and what is plotted."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_metric_against_a_setting(make_run, tmp_path):
         make_run(f"r{fan_in}-{seed}", f"model.ffi.fan_in={fan_in}", f"training.seed={seed}", scores=(score,))
     runs = find_runs([tmp_path])
     lines = lines_of(runs, ("model.ffi.fan_in",))
-    assert list(lines) == ["r16, r64"]  # one line, named by all its folders
+    assert list(lines) == ["r16, r64"]  # one line, named after all its folders
     values, mean, bounds = against(runs, "model.ffi.fan_in", "PSP@1")
     assert values.tolist() == [16, 64]
     np.testing.assert_allclose(mean, [20, 40])
@@ -77,8 +77,8 @@ def test_a_metric_against_a_setting(make_run, tmp_path):
     np.testing.assert_allclose(mean, [60, 80 / 3])
 
 
-def test_the_command_prints_and_draws(make_run, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+def test_the_command_prints_and_plots(make_run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib")
     make_run("a", "training.seed=1")
     make_run("b", "training.seed=2", scores=(0.2, 0.5))
     make_run("c", "training.seed=1", "model.ffi.fan_in=32")
@@ -96,10 +96,12 @@ def test_the_command_prints_and_draws(make_run, tmp_path, monkeypatch, capsys):
     words = [str(tmp_path), "--against", "model.ffi.index_init", "--picture", str(tmp_path / "words.svg")]
     monkeypatch.setattr(sys, "argv", ["report", *words])
     main()
-    assert "discriminant" in (tmp_path / "words.svg").read_text()  # a comment beside the outlines of its letters
+    assert (
+        "discriminant" in (tmp_path / "words.svg").read_text()
+    )  # matplotlib writes the text as a comment beside the glyph outlines
 
 
-def test_what_cannot_be_reported_is_refused(make_run, tmp_path, monkeypatch):
+def test_runs_that_cannot_be_reported_are_errors(make_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no finished run"):
         find_runs([tmp_path])
     make_run("a", scores=())
@@ -107,13 +109,13 @@ def test_what_cannot_be_reported_is_refused(make_run, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="a: was evaluated without PSP"):
         main()
     make_run("b")
-    for words, message in [(["--against", "model.fan_in", "--picture", "x.svg"], "no such setting")]:
+    for words, message in [(["--against", "model.fan_in", "--picture", "x.svg"], "not every run has this setting")]:
         monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "b"), *words])
         with pytest.raises(UserError, match=message):
             main()
 
 
-def test_a_setting_that_all_runs_share_is_no_axis(make_run, tmp_path, monkeypatch):
+def test_an_axis_needs_a_setting_that_differs(make_run, tmp_path, monkeypatch):
     make_run("a")
     make_run("b", "model.ffi.fan_in=32")
     words = ["report", str(tmp_path), "--against", "training.optimization.lr", "--picture", str(tmp_path / "x.svg")]
@@ -122,7 +124,7 @@ def test_a_setting_that_all_runs_share_is_no_axis(make_run, tmp_path, monkeypatc
         main()
 
 
-def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp_path):
+def test_unfinished_logs_are_skipped_and_damaged_ones_named(make_run, tmp_path):
     make_run("whole")
     make_run("damaged")
     log = tmp_path / "damaged" / "log.jsonl"
@@ -131,11 +133,11 @@ def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp
         log.write_bytes(b"".join(lines[:-1]) + torn)
         assert [run.folder.name for run in find_runs([tmp_path])] == ["whole"]
     for number, line, said in [
-        (1, b'{"event": "st', "line 1: is no record of a training"),
-        (1, b"\xff", "line 1: is no record of a training"),
+        (1, b'{"event": "st', "line 1: is not a log record"),
+        (1, b"\xff", "line 1: is not a log record"),
         (1, b'{"event": "start", "head_bytes": "many"}', "line 1: its start record has no valid head_bytes"),
-        (3, b"[]", "line 3: is no record of a training"),
-        (3, b'{"event": ["evaluate"]}', "line 3: is no record of a training"),
+        (3, b"[]", "line 3: is not a log record"),
+        (3, b'{"event": ["evaluate"]}', "line 3: is not a log record"),
         (
             3,
             b'{"event": "evaluate", "split": "test", "step": 1, "seconds": 1, "P@1": null}',
@@ -154,8 +156,8 @@ def test_logs_that_are_cut_off_are_left_out_and_damaged_ones_named(make_run, tmp
     log.write_bytes(b"".join(lines))
     for content, said in (
         (b"\xff", "config.yaml, line 1: not UTF-8"),
-        (b"a: [", "config.yaml, line 1: not YAML"),
-        (b"a: 1", "says nothing of training.seed"),
+        (b"a: [", "config.yaml, line 1: not valid YAML"),
+        (b"a: 1", "has no training.seed"),
     ):
         (tmp_path / "damaged" / "config.yaml").write_bytes(content)
         with pytest.raises(UserError, match=said):

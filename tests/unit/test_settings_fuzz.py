@@ -1,4 +1,4 @@
-"""Settings and the files they come from, under hostile input: a value as its type has it, or one line that refuses it."""
+"""Hostile settings and settings files give a value of the right type or a one-line error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 BASE = ["dataset=eurlex4k", "dataset_path=d"]
 SETTINGS = settings_of(Config)
 NUMBERS = [each for each in SETTINGS.values() if each.type in (int, float, list)]
-# What YAML, or OmegaConf, takes for something else than text.
+# Words that YAML or OmegaConf would not read as text.
 WORDS = (
     "2026_1_11", "2026_11_1", "007", "on", "no", "null", "Null", "~", "1e3", "0x10", "12:30:00", "2026-11-01", "{a: b}", "[x]", "a: b",
     "#x", "x #y", "'x'", '"x"', " x ", "x ", "!!int 7", "*a", "&a b", "- x", "<<", "=", "|", "true", ".inf", "5_", "${", "${data.dataset}",
@@ -32,7 +32,7 @@ WORDS = (
 
 
 def fuzz(cases: int) -> settings:
-    """The suite's cases are always the same; XMC_FUZZ_EXAMPLES draws so many others."""
+    """Run the same `cases` every time, or as many random ones as XMC_FUZZ_EXAMPLES says."""
     more = examples(cases)
     return settings(
         max_examples=more,
@@ -43,8 +43,8 @@ def fuzz(cases: int) -> settings:
     )
 
 
-def refusal(call, *arguments) -> str | None:
-    """What the call says to refuse its arguments; None where it takes them. Whatever it raises otherwise is a fault of ours."""
+def error_of(call, *arguments) -> str | None:
+    """Return the message of the call's UserError, or None if it succeeds. Any other exception is a bug."""
     try:
         call(*arguments)
     except UserError as error:
@@ -59,9 +59,9 @@ def value(config, name):
     return config
 
 
-# The text settings that take any word, and those that take one of a few.
+# Text settings that accept one of a few words, and those that accept any.
 TEXTS = [each for each in SETTINGS.values() if each.type is str and each.name != "dataset"]
-CHOICES = [each for each in TEXTS if refusal(load_config, [*BASE, f"{each.name}=any_word"])]
+CHOICES = [each for each in TEXTS if error_of(load_config, [*BASE, f"{each.name}=any_word"])]
 FREE = [each for each in TEXTS if each not in CHOICES]
 
 
@@ -73,7 +73,7 @@ def test_the_text_settings_are_found():
 
 
 def check_text(setting, word, yaml_file, text):
-    """`word` on the command line and the file `yaml_file` both say `text` of a setting."""
+    """Check that a setting is `text`, given so on the command line, or as `word` in the file `yaml_file`."""
     yaml_file.write_text(word if isinstance(word, str) else yaml.safe_dump(word), encoding="utf-8")
     for words in ([*BASE, f"{setting.name}={escaped(text)}"], [f"dataset={yaml_file}", "dataset_path=d"]):
         if setting.name == "dataset_path":
@@ -81,7 +81,7 @@ def check_text(setting, word, yaml_file, text):
         try:
             found = value(load_config(words), setting.name)
         except UserError:
-            # As a name, a path or a variable it could not stand.
+            # The text is not a valid name, path or variable.
             is_name = setting.name.rsplit(".", 1)[-1] in ("log_fname", "checkpoint_file") and (
                 text[:1] == "." or "/" in text or len(text.encode()) > 200
             )
@@ -120,10 +120,10 @@ def test_text_stays_text(tmp_path_factory, setting, text):
         "=",
     ],
 )
-def test_plain_words_of_a_file_stay_as_they_are_written(text, tmp_path):
+def test_plain_words_in_a_file_are_verbatim(text, tmp_path):
     for setting in FREE:
         if text == "~x" and setting.name in ("dataset_path", "output_dir", "data.cache_dir"):
-            continue  # somebody's home
+            continue  # a user's home folder
         head = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(setting.name.split(".")))[:-1]
         check_text(setting, f"{head} {text}\n", tmp_path / "plain.yaml", text.split(" #")[0])
 
@@ -136,7 +136,7 @@ def test_two_names_are_two_runs():
     assert folders == {"2026_1_11", "2026_11_1", "2026111", "007", "7"}
 
 
-def test_null_empties_what_may_be_empty(tmp_path):
+def test_null_clears_optional_settings(tmp_path):
     file = tmp_path / "mine.yaml"
     for said, folder in (("null", None), ("~", None), ("", None), ("'null'", "null"), ('"~"', "~")):
         file.write_text(f"data:\n  folder: {said}\n")
@@ -160,11 +160,11 @@ def test_references():
         ("output_dir=${output_dir}", "refers to itself"),
         ("data.folder=${data.folder}${data.dataset}", "refers to itself"),
         ("data.folder=${data.datset}", "write data.dataset"),
-        ("data.folder=${", "write a reference as"),
+        ("data.folder=${", "is not a valid reference"),
         ("data.folder=${oc.env:XMC_NOT_SET}", "XMC_NOT_SET is not set"),
         ("data.folder=x${log_fname}", "refers to log_fname, which is null"),
     ]:
-        assert said in refusal(load_config, [*BASE, word])
+        assert said in error_of(load_config, [*BASE, word])
 
 
 def test_references_to_the_environment(monkeypatch):
@@ -203,7 +203,7 @@ def test_every_number_has_a_domain(setting):
     def said(number):
         number = int(number) if whole and isinstance(number, float) and abs(number) < 1e18 else number
         text = number if isinstance(number, str) else repr(number)
-        return refusal(load_config, [*BASE, f"{setting.name}={f'[{text}]' if setting.type is list else text}"]) or ""
+        return error_of(load_config, [*BASE, f"{setting.name}={f'[{text}]' if setting.type is list else text}"]) or ""
 
     for number in inside:
         assert "must be in" not in said(number) and "must be a" not in said(number)
@@ -247,8 +247,8 @@ NAMES = st.one_of(
 @example(["data.batch_size"])
 @example(["dataset=" + "x" * 5000 + ".yaml"])
 @example(["output_dir=~nobody_of_that_name/x"])
-def test_hostile_settings_are_refused_in_a_line(words):
-    refusal(load_config, [*BASE, *words])
+def test_hostile_settings_give_a_one_line_error(words):
+    error_of(load_config, [*BASE, *words])
 
 
 SHIPPED = [item.read_bytes() for item in shipped_configs().values()] + [
@@ -263,8 +263,8 @@ FRAGMENTS = [
 
 
 @st.composite
-def spoilt(draw, originals):
-    """A file with a few bytes replaced, removed, doubled, or hostile ones put in."""
+def corrupted(draw, originals):
+    """A file in which a few bytes are replaced, removed or doubled, or hostile fragments inserted."""
     content = bytearray(draw(st.sampled_from(originals)))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(content)))
@@ -276,60 +276,60 @@ def spoilt(draw, originals):
 
 @fuzz(350)
 @given(
-    spoilt(SHIPPED) | st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
+    corrupted(SHIPPED) | st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
 )
-def test_hostile_yaml_files_are_refused_in_a_line(tmp_path_factory, content):
+def test_hostile_yaml_files_give_a_one_line_error(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "hostile.yaml"
     file.write_bytes(content)
-    refusal(load_config, [f"dataset={file}", "dataset_path=d"])
+    error_of(load_config, [f"dataset={file}", "dataset_path=d"])
 
 
 @pytest.mark.parametrize("content, said", [
-    (b"data: {max_len: 3}\ndata: {max_len: 4}\n", "line 2: data stands there twice, first in line 1"),
+    (b"data: {max_len: 3}\ndata: {max_len: 4}\n", "line 2: data occurs twice, first in line 1"),
     (b"data:\n  max_len: \xff\n", "line 2: not UTF-8"),
-    (b"data:\n  folder: \0\n", "line 2: not YAML: holds the character U+0000"),
-    (b"data:\n  folder: !!python/object/apply:os.system [x]\n", "line 2: data.folder: needs one value, not a list"),
-    (b"data:\n  folder: !!python/name:os.system x\n", "line 2: the tag !!python/name:os.system is not read"),
-    (b"data: &a {folder: *a}\n", "data.folder: needs one value, not a mapping"),
+    (b"data:\n  folder: \0\n", "line 2: not valid YAML: contains the character U+0000"),
+    (b"data:\n  folder: !!python/object/apply:os.system [x]\n", "line 2: data.folder: needs a single value, not a list"),
+    (b"data:\n  folder: !!python/name:os.system x\n", "line 2: the tag !!python/name:os.system is not supported"),
+    (b"data: &a {folder: *a}\n", "data.folder: needs a single value, not a mapping"),
     (b"data: &a [*a]\n", "data: is a section"),
     (b"model:\n  ffi: 7\n", "line 2: model.ffi: is a section"),
     (b"model:\n  ffi:\n    fanin: 7\n", "line 3: model.ffi.fanin: there is no such setting; write model.ffi.fan_in"),
-    (b"data:\n  batch_size: [1]\n", "line 2: data.batch_size: needs one value, not a list"),
+    (b"data:\n  batch_size: [1]\n", "line 2: data.batch_size: needs a single value, not a list"),
     (b"data:\n  batch_size: 0\n", "line 2: data.batch_size=0: must be in [1, 1048576]"),
     (b"data:\n  batch_size:\n", "line 2: data.batch_size: cannot be null"),
     (b"training:\n  optimization:\n    lr: quick\n", "line 3: training.optimization.lr=quick: must be a number"),
     (b"data: " + b"[" * 10_000, "nested too deeply"),
     (b"data: " + b"{a: " * 10_000, "nested too deeply"),
-    (b'data:\n  folder: "\\UFFFFFFFF"\n', "not YAML"),
+    (b'data:\n  folder: "\\UFFFFFFFF"\n', "not valid YAML"),
     (b"#" * (1 << 19), "larger than 256 KiB"),
     (b"data:\n  folder: ${data.hf_source}\n  hf_source: ${data.folder}\n", "refers to itself"),
     (b"environment: {env2path: [a]}\n", "env2path: must be a mapping"),
-    (b"environment: {env2path: {a: [b]}}\n", "a list where a single word is needed"),
+    (b"environment: {env2path: {a: [b]}}\n", "a list where a single value is needed"),
     (b"training: {optimization: {lr_milestones: 3}}\n", "lr_milestones=3: must be a list"),
     (b"a\n---\nb\n", "expected a single document"),
 ])  # fmt: skip
-def test_a_file_s_faults_are_named_with_their_line(content, said, tmp_path):
+def test_errors_in_a_file_name_the_line(content, said, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_bytes(content)
-    refused = refusal(load_config, [f"dataset={file}"])
+    refused = error_of(load_config, [f"dataset={file}"])
     assert str(file) in refused and said in refused
 
 
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "folder.yaml").mkdir()
     for name, said in (
-        ("folder.yaml", "not a file"),
+        ("folder.yaml", "is not a file"),
         ("nowhere.yaml", "No such file"),
         ("a" * 300 + ".yaml", "File name too long"),
-        ("a\0.yaml", "no file can have this name"),
+        ("a\0.yaml", "is not a valid file name"),
     ):
-        assert said in refusal(load_config, [f"dataset={tmp_path / name}"])
+        assert said in error_of(load_config, [f"dataset={tmp_path / name}"])
 
 
 def test_aliases_cannot_multiply(tmp_path):
     levels = "\n".join(f"  k{n}: &l{n + 1} [{', '.join([f'*l{n}'] * 9)}]" for n in range(1, 18))
     (tmp_path / "bomb.yaml").write_text(f"data:\n  k0: &l1 x\n{levels}\n")
-    assert "there is no such setting" in refusal(load_config, [f"dataset={tmp_path / 'bomb.yaml'}"])
+    assert "there is no such setting" in error_of(load_config, [f"dataset={tmp_path / 'bomb.yaml'}"])
     texts = [
         "data.folder",
         "data.hf_source",
@@ -340,12 +340,12 @@ def test_aliases_cannot_multiply(tmp_path):
         "data.cache_dir",
     ]
     words = [f"{name}={f'${{{other}}}' * 100}" for name, other in zip(texts, texts[1:])] + [f"{texts[-1]}={'x' * 100}"]
-    assert "characters" in refusal(load_config, [*BASE, *words])
+    assert "characters" in error_of(load_config, [*BASE, *words])
 
 
 @st.composite
 def configurations(draw):
-    """Words for a few settings, each of its type and in its domain."""
+    """`key=value` words for a few settings, each valid for its type and domain."""
     words = []
     for setting in draw(
         st.lists(st.sampled_from(list(SETTINGS.values())), min_size=1, max_size=8, unique_by=lambda each: each.name)
@@ -383,7 +383,7 @@ def configurations(draw):
     ]
 )
 @example(["training.verbose.wandb_runname= two\n\n lines ", "data.folder=null", "log_fname=\u2028\x85\ufeff"])
-def test_what_print_config_prints_loads_as_the_same(tmp_path_factory, words):
+def test_print_config_output_loads_as_an_equal_configuration(tmp_path_factory, words):
     try:
         config = load_config([*BASE, *words])
     except UserError:
@@ -399,7 +399,7 @@ SWEEPS = [file.read_bytes() for file in sorted((ROOT / "launchers/sweeps").glob(
 
 @fuzz(60)
 @given(
-    spoilt(
+    corrupted(
         [
             b"settings: [dataset=sidgnd]\nseeds: [1, 2]\nrows:\n  a: [model.ffi.fan_in=8]\n  'b c': []\nsplits: [dev]\nstrengths: [0, 0.3]\n",
             *SWEEPS[:1],
@@ -413,10 +413,10 @@ SWEEPS = [file.read_bytes() for file in sorted((ROOT / "launchers/sweeps").glob(
 @example(b"rows: {? [a] : []}")
 @example(b"rows: {a: []}\nstrengths: [.nan]\nsettings: [dataset=sidgnd]")
 @example(b"rows: " + b"[" * 10_000)
-def test_hostile_sweeps_are_refused_in_a_line(tmp_path_factory, content):
+def test_hostile_sweeps_give_a_one_line_error(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "sweep.yaml"
     file.write_bytes(content)
-    refusal(plan, file, ["dataset_path=d"])
+    error_of(plan, file, ["dataset_path=d"])
 
 
 def read_deepspeed_file(path):
@@ -445,8 +445,8 @@ JSON_FRAGMENTS = st.sampled_from(
 
 
 @st.composite
-def spoilt_json(draw):
-    """A shipped file with a value replaced, or with its bytes spoilt."""
+def corrupted_json(draw):
+    """A shipped file with a value replaced, or with corrupted bytes."""
     content = draw(st.sampled_from([file.read_bytes() for file in sorted((ROOT / "ds_configs").glob("*.json"))]))
     if draw(st.booleans()):
         at, length = draw(st.integers(0, len(content))), draw(st.integers(0, 20))
@@ -480,8 +480,8 @@ def spoilt_json(draw):
 
 
 @fuzz(300)
-@given(spoilt_json())
-def test_hostile_deepspeed_files_are_refused_in_a_line(tmp_path_factory, content):
+@given(corrupted_json())
+def test_hostile_deepspeed_files_give_a_one_line_error(tmp_path_factory, content):
     file = tmp_path_factory.getbasetemp() / "ds.json"
     file.write_bytes(content)
-    refusal(read_deepspeed_file, str(file))
+    error_of(read_deepspeed_file, str(file))

@@ -81,7 +81,7 @@ def test_a_signal_ends_a_script_with_one_line_and_its_status(start, number):
     process = start("raises")
     process.send_signal(number)
     _, err = process.communicate(timeout=10)
-    assert (process.returncode, err) == (128 + number, f"{number.name}: ended before its work was done\n")
+    assert (process.returncode, err) == (128 + number, f"{number.name}: ended before it finished\n")
 
 
 def test_a_script_may_end_itself_later_and_one_signal_may_come_twice(start):
@@ -115,7 +115,7 @@ def test_children_say_nothing(start):
     process = start("has_children")
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert (process.returncode, err) == (130, "SIGINT: ended before its work was done\n")
+    assert (process.returncode, err) == (130, "SIGINT: ended before it finished\n")
 
 
 # What the launchers of torch and accelerate, and deepspeed's two, one under the other, leave behind when the first is killed.

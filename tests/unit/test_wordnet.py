@@ -1,4 +1,4 @@
-"""The quick start's data: the database format on a small example, and the counts of the real one."""
+"""The quick start's data: the database format on a small example, and the counts of the real database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def in_test(synset: str) -> bool:
 
 
 def offsets(part: str, test: bool, count: int) -> list[str]:
-    """The first offsets of a part of speech that fall into the wanted split."""
+    """Return the first `count` offsets of a part of speech in the test or training split."""
     found = (f"{n:08d}" for n in range(10_000) if in_test(f"{part}{n:08d}") == test)
     return [next(found) for _ in range(count)]
 
@@ -76,11 +76,11 @@ def test_small_dictionary(tmp_path, dictionary):
         "narrow: (of things) thin": {f"a{A1}"},
         "well, so so: in a way": {f"a{A2}"},
     }
-    # Its other label is never seen in training, and the other test text has no label but that one.
+    # Its other label has no training text, and is the only label of the other test text.
     assert [(text, [ids[label] for label in labels]) for text, labels in contents.test()] == [
         ("bread: baked", [f"n{N2}"])
     ]
-    # The test synset is a label, too, of food: none is to be looked for under itself.
+    # The test synset is itself a label (of food), so the pair must be filtered.
     assert [ids[label] for label in contents.filter_pairs.ids] == [f"n{NT}"] and list(
         contents.filter_pairs.offsets
     ) == [0, 1]
@@ -107,7 +107,7 @@ def test_building_again_replaces_the_folder_and_nothing_else(tmp_path, dictionar
 def test_damaged_line(tmp_path, dictionary, line):
     (dictionary / "data.verb").write_text(LICENCE + line + "\n")
     with pytest.raises(
-        UserError, match=r"/data\.verb, line 2: not a line of a WordNet 3\.0 data file; install it again"
+        UserError, match=r"/data\.verb, line 2: is not a line of a WordNet 3\.0 data file; reinstall WordNet"
     ):
         wordnet.build(tmp_path / "out", dictionary)
     assert not (tmp_path / "out").exists()
@@ -120,17 +120,17 @@ def test_missing_file(tmp_path, dictionary):
     assert not (tmp_path / "out").exists()
 
 
-def test_pointer_that_leads_nowhere(tmp_path, dictionary):
+def test_pointer_without_a_target(tmp_path, dictionary):
     with open(dictionary / "data.verb", "a") as file:
         file.write(f"{offsets('v', False, 2)[1]} 29 v 01 go 0 001 @ 99999999 v 0000 | move\n")
-    with pytest.raises(UserError, match=r"1 pointers lead nowhere, like v99999999; install it again"):
+    with pytest.raises(UserError, match=r"1 pointers have no target, for example v99999999; reinstall"):
         wordnet.build(tmp_path / "out", dictionary)
 
 
 def test_unexpected_counts_write_nothing(tmp_path, dictionary, monkeypatch):
     monkeypatch.setattr(wordnet, "default_dict_folder", lambda: dictionary)
     monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out")])
-    with pytest.raises(UserError, match=r"synsets=9.* instead of .*synsets=117659.*; install WordNet 3\.0 again"):
+    with pytest.raises(UserError, match=r"synsets=9.* instead of .*synsets=117659.*; reinstall WordNet 3\.0"):
         wordnet.main()
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out"), "--dict", str(dictionary)])
@@ -168,7 +168,7 @@ def test_the_real_dictionary(tmp_path, monkeypatch, capsys):
     assert "n00001740" in [names[label] for label in train[entity]]
 
 
-def test_a_folder_that_cannot_be_written(dictionary, tmp_path):
+def test_an_unwritable_folder(dictionary, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"/file/out: cannot be written \(Not a directory\); name a folder"):
+    with pytest.raises(UserError, match=r"/file/out: cannot be written \(Not a directory\); name a writable folder"):
         wordnet.build(tmp_path / "file" / "out", dictionary)

@@ -1,12 +1,12 @@
-"""How much higher a saved model should rank rare labels: its figures at several strengths, and one of them made its own.
+"""Rank rare labels of a saved model higher: evaluate several strengths, or write one into the model.
 
 xmc-trainer adjust outputs/mine/model data.test_split=dev
 xmc-trainer adjust outputs/mine/model data.test_split=dev --strengths 0,0.2,0.4
-xmc-trainer adjust outputs/mine/model --keep 0.3        # what evaluate.py and predict.py then rank by
+xmc-trainer adjust outputs/mine/model --keep 0.3        # evaluate.py and predict.py then rank with 0.3
 
-A strength s takes s * log(a label's training texts / an average label's) off its score, as model.ffi.logit_adjustment does for
-a model to come (Menon et al., Long-tail learning via logit adjustment, 2021). Choose it on texts that are neither for training
-nor for the final figures. The features of the test set are kept in memory: 4 bytes for each of `texts x features`.
+Strength s subtracts s * log(training texts of the label / mean over labels) from a label's score, as
+model.ffi.logit_adjustment does for a new model (Menon et al., Long-tail learning via logit adjustment, 2021). Choose it
+on texts used neither for training nor for the reported metrics. The test set's features are held in memory as float32.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ from xmc_trainer.metrics import table
 from xmc_trainer.model import XMCModel
 
 
-def figures(
+def evaluate_strengths(
     saved: SavedModel, config: Config, corpus: Corpus, strengths: list[float], device: torch.device
 ) -> dict[float, dict[str, float]]:
-    """Metrics on the test set of `corpus`, by strength. The model is left as it was."""
-    rare = -torch.from_numpy(corpus.log_frequency()).to(device)
-    encode = _Remembering(saved.encoder)
-    found = {}
+    """Evaluate on the test set of `corpus`: strength -> metrics (0 to 1). The model is unchanged afterwards."""
+    shift = -torch.from_numpy(corpus.log_frequency()).to(device)
+    encode = _CachedEncoder(saved.encoder)
+    by_strength: dict[float, dict[str, float]] = {}
     for strength in strengths:
-        added = (strength - config.model.ffi.logit_adjustment) * rare
+        added = (strength - config.model.ffi.logit_adjustment) * shift
         encode.batch = 0
         _add_to_biases(saved, added)
         loader = loader_of_test_set(saved, corpus, config, device)
         metrics = metrics_of(config, corpus)
-        found[strength] = evaluate(encode, saved.head, loader, metrics, device, progress=not found)
+        by_strength[strength] = evaluate(encode, saved.head, loader, metrics, device, progress=not by_strength)
         _add_to_biases(saved, -added)
-    return found
+    return by_strength
 
 
-class _Remembering:
-    """An encoder that is called with the same batches again and again, from `batch` 0 on, and works only the first time."""
+class _CachedEncoder:
+    """Encodes each batch once. Later passes, after `batch = 0`, must repeat the batches in the same order."""
 
     def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder, self.features, self.batch = encoder, [], 0
+        self.encoder, self.batch = encoder, 0
+        self.features: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         if self.batch == len(self.features):
@@ -69,33 +70,36 @@ class _Remembering:
 
 
 def _add_to_biases(saved: SavedModel, added: Tensor) -> None:
+    """Add `added`, float32 [L], to the biases of all heads."""
     first = 0
     for _, head in saved.head.parts():
         head.bias += added[first : first + head.num_labels]
         first += head.num_labels
 
 
-def keep(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> None:
-    """Write the model's folder anew, whole or not at all, with the biases of that strength.
+def write_strength(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> None:
+    """Replace the model's folder, atomically, by one with the biases of that strength.
 
-    Raises UserError where the folder holds somebody's file that is no part of the model: it would go, or be sealed with it.
+    Raises UserError if the folder contains a file that does not belong to the model.
     """
     folder = saved.folder
     manifest = read_folder(folder, MODEL)
-    others = [
+    foreign = [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.relative_to(folder).as_posix() not in manifest["sha256"]
     ]
-    if others := [path for path in others if path != folder / MANIFEST]:
-        raise UserError(f"{others[0]}: is no part of the model, whose folder is written anew; move it elsewhere first")
+    if foreign := [path for path in foreign if path != folder / MANIFEST]:
+        raise UserError(
+            f"{foreign[0]}: does not belong to the model, whose folder is replaced; move it elsewhere first"
+        )
     added = (config.model.ffi.logit_adjustment - strength) * torch.from_numpy(corpus.log_frequency())
     ffi = dataclasses.replace(config.model.ffi, logit_adjustment=strength)
     yaml = portable_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
 
     def write(partial: Path) -> dict[str, Any]:
         shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        first = 0  # label of a head that counts from 0
+        first = 0  # first label of the head
         for head in manifest["heads"]:
             for shard in head["shards"]:
                 tensors = load_file(partial / shard["file"])
@@ -114,41 +118,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument(
-        "settings", nargs="*", metavar="key=value", help=f"of {', '.join(MODEL_SETTINGS)}: where it differs"
+        "settings", nargs="*", metavar="key=value", help=f"override a setting of the model: {', '.join(MODEL_SETTINGS)}"
     )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--strengths", default="0,0.1,0.2,0.3,0.4", help="comma-separated")
-    what.add_argument(
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--strengths", default="0,0.1,0.2,0.3,0.4", help="comma-separated list")
+    mode.add_argument(
         "--keep",
         type=float,
         metavar="STRENGTH",
-        help="write this one into the model's folder, and evaluate nothing; 0 takes it out",
+        help="write this strength into the model instead of evaluating; 0 removes it",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print the metrics as one JSON object by strength, as fractions"
-    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, strength -> metrics as fractions")
     options = parser.parse_intermixed_args()
     try:
         strengths = [float(word) for word in options.strengths.split(",")]
     except ValueError:
-        parser.error(f"--strengths {options.strengths!r}: comma-separated numbers")
+        parser.error(f"--strengths={options.strengths!r}: must be comma-separated numbers")
     if not all(0 <= strength < float("inf") for strength in (*strengths, options.keep or 0.0)):
-        parser.error("a strength is 0 or more")
+        parser.error("--strengths and --keep: must be finite numbers from 0")
     config = config_of_model(options.model, options.settings)
     device = torch.device(config.environment.device_name())
     saved = XMCModel.load(options.model, device).saved
     if any(head.bias is None for _, head in saved.head.parts()):
-        raise UserError(f"{options.model}: its head has no biases, which is where an adjustment stands")
+        raise UserError(f"{options.model}: its head has no biases, which an adjustment changes; name another model")
     corpus = corpus_of_saved(saved, config)
     if options.keep is not None:
-        keep(saved, config_of_model(options.model, []), corpus, options.keep)
+        write_strength(saved, config_of_model(options.model, []), corpus, options.keep)
         print(f"{options.model}: logit_adjustment {config.model.ffi.logit_adjustment:g} -> {options.keep:g}")
         return
-    found = figures(saved, config, corpus, strengths, device)
+    by_strength = evaluate_strengths(saved, config, corpus, strengths, device)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(by_strength))
         return
     print(
-        f"{config.data.evaluated_split}: {len(corpus.test)} texts, per cent; the model's own strength is {config.model.ffi.logit_adjustment:g}"
+        f"{config.data.evaluated_split}: {len(corpus.test)} texts, per cent; the model's own strength is "
+        f"{config.model.ffi.logit_adjustment:g}"
     )
-    print(table({f"{strength:g}": metrics for strength, metrics in found.items()}))
+    print(table({f"{strength:g}": metrics for strength, metrics in by_strength.items()}))

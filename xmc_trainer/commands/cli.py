@@ -1,4 +1,4 @@
-"""The command `xmc-trainer`, or `python -m xmc_trainer`, and what it shares with the scripts of launchers/."""
+"""The command `xmc-trainer` (`python -m xmc_trainer`), and the error handling that the launchers share."""
 
 from __future__ import annotations
 
@@ -17,37 +17,39 @@ from xmc_trainer.launch import launched_processes
 
 USAGE = """\
 settings are key=value words: dataset=NAME (a shipped data set or a .yaml file), dataset_path=FOLDER, log_fname=NAME,
-and dotted fields such as model.ffi.fan_in=64; --print-config of train.py shows the whole resolved tree"""
+and dotted names such as model.ffi.fan_in=64; train.py --print-config prints the resolved configuration"""
 
-# command -> the module with its `main`, and what it does. Modules are imported when they are called.
+# command -> (module with its `main`, description). The module is imported only when its command runs.
 COMMANDS = {
-    "settings": ("xmc_trainer.commands.settings", "list every setting, its default and its meaning"),
-    "clusters": ("xmc_trainer.commands.clusters", "compute label clusters, for the meta branch and semantic groups"),
-    "sweep": ("xmc_trainer.commands.sweep", "many trainings with several seeds, and their table"),
+    "settings": ("xmc_trainer.commands.settings", "list every setting with its default and meaning"),
+    "clusters": ("xmc_trainer.commands.clusters", "compute label clusters for the meta branch and semantic groups"),
+    "sweep": ("xmc_trainer.commands.sweep", "train a table of configurations with several seeds"),
     "adjust": (
         "xmc_trainer.commands.adjust",
-        "rank a saved model's rare labels higher: what it would be worth, and do it",
+        "rank rare labels of a saved model higher: evaluate strengths, or write one",
     ),
-    "report": ("xmc_trainer.commands.report", "runs side by side: a table and pictures"),
+    "report": ("xmc_trainer.commands.report", "compare runs: a table and plots"),
     "doctor": (
         "xmc_trainer.commands.doctor",
-        "versions, GPUs, compilers, and which kernels will run: paste it into a bug report",
+        "show versions, GPUs, compilers and the kernels that will run, for a bug report",
     ),
     "wordnet": ("xmc_trainer.commands.wordnet", "write the quick start's data set"),
-    "bench head": ("xmc_trainer.commands.bench.head", "time and memory of the head's step on this machine"),
-    "bench ranks": ("xmc_trainer.commands.bench.ranks", "what several ranks send each other; start it by torchrun"),
+    "plan": ("xmc_trainer.commands.plan", "estimate memory, disk and time of a training before it starts"),
+    "bench data": ("xmc_trainer.commands.bench.data", "write a generated data set of any shape"),
+    "bench head": ("xmc_trainer.commands.bench.head", "measure time and memory of the head's step on this machine"),
+    "bench ranks": ("xmc_trainer.commands.bench.ranks", "measure communication between ranks; start it with torchrun"),
     "bench train": (
         "xmc_trainer.commands.bench.train",
-        "whole training steps: texts a second, and where the time goes",
+        "measure whole training steps: texts per second, and time per part",
     ),
 }
 
-# Errors of the system that are nobody's bug.
-_MENDABLE = {
+# System errors that the user can fix: errno -> remedy.
+_REMEDIES = {
     errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space, or ask for a larger quota",
-    errno.EROFS: "choose a folder that can be written",
-    errno.EACCES: "change its permissions, or choose another",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EROFS: "choose a writable folder",
+    errno.EACCES: "change its permissions, or choose another file",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EIO: "check the disk",
@@ -55,13 +57,13 @@ _MENDABLE = {
 }
 
 
-def run(main: Callable[[], None], interrupted: str = "before its work was done") -> None:
-    """Call a script's `main`, then end the process with the exit status that fits.
+def run(main: Callable[[], None], interrupted: str = "before it finished") -> None:
+    """Call a script's `main` and exit with a status:
 
-    0: done, or `NothingToDo`. 2: a UserError, an error of the system that the user can mend, or ranks out of reach; one line
-    on stderr. 128 + signal: SIGINT, SIGTERM, SIGHUP or SIGUSR1 ended it, and rank 0 says "ended" and `interrupted`, or what
-    a training has to say; also SIGPIPE, without a word: the reader of the output is gone, as after `| head`. Any other
-    exception is our fault and keeps its traceback.
+    0: done, or `NothingToDo`. 2: a UserError, a system error that the user can fix, or lost ranks; prints one line on
+    stderr. 128 + signal: ended by SIGINT, SIGTERM, SIGHUP or SIGUSR1; rank 0 prints "ended" and the message of
+    `Interrupted`, or else `interrupted`. 128 + SIGPIPE: the reader of stdout is gone, as with `| head`; prints nothing.
+    Any other exception is a bug and keeps its traceback.
     """
     rank = os.environ.get("RANK", "0")
     with signals.listening():
@@ -73,34 +75,32 @@ def run(main: Callable[[], None], interrupted: str = "before its work was done")
             if rank == "0":
                 print(error, flush=True)
         except signals.Interrupted as end:
-            end.with_traceback(
-                None
-            )  # lets go of the data loader, whose processes end now and not at the end of this one
+            end.with_traceback(None)  # releases the data loader, so that its processes end now
             if rank == "0":
-                _say(f"{signal.Signals(end.number).name}: ended {end.said or interrupted}")
+                _print_error(f"{signal.Signals(end.number).name}: ended {end.said or interrupted}")
             sys.exit(128 + end.number)
         except BrokenPipeError:
-            if not _nobody_reads_stdout():
+            if not _stdout_reader_is_gone():
                 raise
-            # What is still to be written has nowhere to go, and Python would say so at the end.
+            # Discard buffered output, or Python reports the broken pipe at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(128 + signal.SIGPIPE)
         except Exception as error:
-            said = _remedy(error)
-            if "torch" in sys.modules:  # else there is no process group
+            message = _remedy(error)
+            if "torch" in sys.modules:  # otherwise there is no process group
                 from xmc_trainer import parallel
 
-                if said is None and parallel.lost_ranks(error):
-                    said = f"lost the other ranks ({reason(error)}); see the error of the one that failed first"
+                if message is None and parallel.lost_ranks(error):
+                    message = f"lost the other ranks ({reason(error)}); see the error of the rank that failed first"
                 parallel.announce_failure()
-            if said is None:
+            if message is None:
                 raise
-            _say(f"error{'' if rank == '0' else f' (rank {rank})'}: {said}")
+            _print_error(f"error{'' if rank == '0' else f' (rank {rank})'}: {message}")
             sys.exit(2)
 
 
-def _say(line: str) -> None:
-    """On stderr, on a line of its own."""
+def _print_error(line: str) -> None:
+    """Print a line on stderr, below any progress bars."""
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
@@ -108,46 +108,46 @@ def _say(line: str) -> None:
 
 
 def _remedy(error: Exception) -> str | None:
-    """One line for an error that the user can mend."""
+    """Return a one-line message for an error that the user can fix, else None."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _MENDABLE:
-        return f"{error.filename or 'a file'}: {error.strerror}; {_MENDABLE[error.errno]}"
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return f"{error.filename or 'a file'}: {error.strerror}; {_REMEDIES[error.errno]}"
     return None
 
 
-def _nobody_reads_stdout() -> bool:
+def _stdout_reader_is_gone() -> bool:
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-    except (OSError, AttributeError):  # no file, or closed
+    except (OSError, AttributeError):  # not a file, or closed
         return False
 
 
-def _call(name: str) -> None:
+def _run_command(name: str) -> None:
     processes = launched_processes() if "WORLD_SIZE" in os.environ else 1
-    if processes > 1 and not name.startswith("bench"):
+    if processes > 1 and (not name.startswith("bench") or name == "bench data"):
         raise UserError(
-            f"xmc-trainer {name}: works in one process, {processes} were started; start it without a launcher"
+            f"xmc-trainer {name}: runs in one process, but {processes} were started; start it without a launcher"
         )
     importlib.import_module(COMMANDS[name][0]).main()
 
 
 def main() -> None:
-    """Call the command that the first words name; it reads the others."""
+    """Run the command named by the first one or two words; it parses the rest."""
     words = sys.argv[1:]
     for length in (1, 2):
         name = " ".join(words[:length])
         if len(words) >= length and name in COMMANDS:
-            # What argparse shows as the program's name.
+            # argparse prints it as the program name.
             sys.argv = [f"xmc-trainer {name}", *words[length:]]
-            run(partial(_call, name))
+            run(partial(_run_command, name))
             return
     lines = [f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items()]
     usage = "\n".join(
-        ["usage: xmc-trainer COMMAND ... (--help after a command shows its arguments)", "", *lines, "",
-         "training, evaluation and prediction are scripts: launchers/train.py, evaluate.py, predict.py"]
+        ["usage: xmc-trainer COMMAND ... (COMMAND --help shows its arguments)", "", *lines, "",
+         "to train, evaluate and predict, run launchers/train.py, evaluate.py and predict.py"]
     )  # fmt: skip
     if words in (["-h"], ["--help"]):
         print(usage)
@@ -156,7 +156,7 @@ def main() -> None:
         print(f"xmc-trainer {__version__}")
         return
     print(
-        f"error: no command {' '.join(words[:2])!r}" if words else "error: which command?",
+        f"error: no such command {' '.join(words[:2])!r}" if words else "error: name a command",
         usage,
         sep="\n",
         file=sys.stderr,

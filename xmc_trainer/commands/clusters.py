@@ -1,10 +1,10 @@
-"""`xmc-trainer clusters`: label clusters from a data set and an encoder, or from Spartex's file.
+"""`xmc-trainer clusters`: compute label clusters with an encoder, or import Spartex's file.
 
 xmc-trainer clusters dataset=sidgnd dataset_path=./data model.encoder.encoder_model=data/minilm
 xmc-trainer clusters dataset=sidgnd dataset_path=./data --import-npy label_group0.npy
 
-A label's vector is the mean of its training texts' features, by the encoder as it stands, or of its own text
-(`--features labels`). `xmc_trainer.labels.clusters` makes the tree of them.
+A label's vector is the mean feature of its training texts, or the feature of its own text (`--features labels`), from
+the encoder before training. `xmc_trainer.labels.clusters` builds a balanced tree of the vectors.
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ def label_vectors(
     folder: Path,
     device: torch.device,
 ) -> np.ndarray:
-    """float16 [L, d], a memory-mapped file in `folder`: means over each label's training texts, or of its own text.
+    """Compute one vector per label: float16 [L, d], memory-mapped in `folder`.
 
-    Args: encoder: on `device`; its penultimate layer, if any, says nothing before it is trained, and is left out.
-        features: "texts" or "labels".
+    Args: encoder: on `device`. Its penultimate layer is not used, because it is not trained yet.
+        features: "texts" for the mean over each label's training texts, "labels" for the label's own text.
     """
     encode, width = in_precision_of(config, encoder.eval().pool, device), encoder.pooled_features
     batch_size = config.data.test_batch_size
     if features == "labels":
         texts = corpus.labels["text"]
         out = array_on_disk(folder / "labels.npy", (len(texts), width))
-        for at in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
-            part = texts[at : at + batch_size]
-            batch = batch_of_texts(tokenizer, part, config.data.max_len)
+        for start in tqdm(range(0, len(texts), batch_size), desc="encode labels", unit="batch"):
+            chunk = texts[start : start + batch_size]
+            batch = batch_of_texts(tokenizer, chunk, config.data.max_len)
             with torch.no_grad():
-                out[at : at + len(part)] = encode(**batch).cpu().numpy()
+                features_Bd = encode(batch["input_ids"], batch["attention_mask"])
+            out[start : start + len(chunk)] = features_Bd.cpu().numpy()
         return out
     rows = sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
     encoded = encode_training_texts(
@@ -72,42 +73,46 @@ def label_vectors(
         rows=rows,
         progress=True,
     )
-    of_label = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows)
+    label_sums = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows)
     out = array_on_disk(folder / "labels.npy", (corpus.num_labels, width))
-    for at in range(0, corpus.num_labels, ROWS_AT_ONCE):
-        stop = min(at + ROWS_AT_ONCE, corpus.num_labels)
-        total, counts = of_label.sums(range(at, stop))
-        out[at:stop] = total / np.maximum(counts, 1)[:, None]
+    for start in range(0, corpus.num_labels, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, corpus.num_labels)
+        total, counts = label_sums.sums(range(start, stop))
+        out[start:stop] = total / np.maximum(counts, 1)[:, None]
     return out
 
 
 def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelClusters, list[str]]:
-    """The clusters of a configuration's data set and encoder, and the label ids."""
+    """Cluster the labels of a configuration's data set: the clusters, and the label ids in data order.
+
+    Args: clusters: number of clusters; None for about 64 labels each.
+        features: see `label_vectors`.
+    """
     device = accelerator_of(config).device
     tokenizer = tokenizer_of(config)
     encoder = encoder_of(config, backbone_of(config, tokenizer, device)).to(device)
     corpus = corpus_of(config, tokenizer)
     labels = corpus.num_labels
-    count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two: clusters of even size
+    count = clusters or 2 ** max(1, round(math.log2(labels / 64)))  # a power of two gives clusters of equal size
     if not 2 <= count <= labels:
-        raise UserError(f"--clusters {count}: must be between 2 and the {labels} labels")
-    if features == "labels" and corpus.labels["text"] == corpus.labels["id"]:  # a label without a text goes by its name
+        raise UserError(f"--clusters={count}: must be between 2 and the number of labels, {labels}")
+    if features == "labels" and corpus.labels["text"] == corpus.labels["id"]:  # without texts, the names stand in
         raise UserError(
-            "--features labels: these labels have no texts; set data.label_text_file, or take --features texts"
+            "--features=labels: these labels have no texts; set data.label_text_file, or use --features texts"
         )
     align = config.model.ffi.group_size
     with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
         vectors = label_vectors(config, encoder, corpus, tokenizer, features, Path(folder), device)
 
-        def rows_of(numbers: np.ndarray) -> Tensor:
+        def vectors_of(numbers: np.ndarray) -> Tensor:
             return torch.from_numpy(np.asarray(vectors[numbers])).to(device).float()
 
-        order = balanced_order(rows_of, labels, align=align, seed=config.training.seed, progress=True)
+        order = balanced_order(vectors_of, labels, align=align, seed=config.training.seed, progress=True)
     return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Knows the few names that an array of objects needs, so that a file can run nothing."""
+    """Unpickles only the types of an object array, so that a file cannot run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("numpy", "ndarray") or (module, name) == ("numpy", "dtype"):
@@ -116,7 +121,7 @@ class _ArraysOnly(pickle.Unpickler):
             return super().find_class("numpy._core.multiarray", name)
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def _load_npy(path: Path) -> Any:
@@ -130,68 +135,76 @@ def _load_npy(path: Path) -> Any:
 
 
 def import_npy(path: Path, ids: list[str], order: str | None) -> tuple[LabelClusters, str]:
-    """Spartex's or LightXML's `label_group*.npy`: an array with one list a cluster, of label names or of whole numbers.
+    """Import `label_group*.npy` of Spartex or LightXML: an array of one list of label names or numbers per cluster.
 
-    An array of lists is a pickle, of which nothing but arrays, lists, strings and numbers is read.
+    An array of lists is a pickle; only arrays, lists, strings and numbers are read from it.
 
     Args:
-        ids: names of the data's labels, in their order.
-        order: what whole numbers count: "ours", labels in the order of `ids`, or "sorted", in that of the names sorted
-            as text. None where it makes no difference.
-    Returns: the clusters, and what was read: "names", "ours" or "sorted".
-    Raises UserError if the file is something else, or its numbers may mean either.
+        ids: label names, in data order.
+        order: meaning of numbers: "ours" for positions in `ids`, "sorted" for positions in the sorted names. None is an
+            error if the two differ.
+    Returns: the clusters, and how the file was read: "names", "ours" or "sorted".
+    Raises UserError if the file has another format, or the meaning of its numbers is ambiguous.
     """
     try:
         groups = _load_npy(path)
     except OSError as error:
-        raise UserError(f"--import-npy {path}: {error.strerror or error}") from None
-    except Exception as error:  # a pickle can raise anything
-        raise UserError(f"--import-npy {path}: not a .npy file ({reason(error)}); name Spartex's file") from None
+        raise UserError(f"--import-npy={path}: {error.strerror or error}; name Spartex's file") from None
+    except Exception as error:  # unpickling can raise any exception
+        raise UserError(
+            f"--import-npy={path}: is not a valid .npy file ({reason(error)}); name Spartex's file"
+        ) from None
     nested = isinstance(groups, np.ndarray) and (groups.ndim > 1 or groups.ndim == 1 and groups.dtype == object)
     members = [np.asarray(group, dtype=object).ravel().tolist() for group in groups] if nested else [[None]]
     entries = [entry for group in members for entry in group]
+    number: dict[Any, int]
     if all(isinstance(entry, str) for entry in entries):
         number, read_as = {name: number for number, name in enumerate(ids)}, "names"
     elif all(isinstance(entry, (int, np.integer)) and not isinstance(entry, bool) for entry in entries):
         by_text = sorted(range(len(ids)), key=ids.__getitem__)
         if order is None and by_text != list(range(len(ids))):
             raise UserError(
-                f"--import-npy {path}: holds whole numbers, and the data's labels are not in the order of their names: "
-                "add --npy-order sorted if they count the names sorted as text, as in files of Spartex and LightXML for "
-                "raw text data, or --npy-order ours for the order of the data (numeric names by value)"
+                f"--import-npy={path}: contains numbers, which may count the labels in data order or by sorted names; "
+                "add --npy-order sorted for files of Spartex and LightXML for raw text data, or --npy-order ours for "
+                "data order (numeric names by value)"
             )
         read_as = order or "ours"
         number = dict(enumerate(by_text if read_as == "sorted" else range(len(ids))))
     else:
-        raise UserError(f"--import-npy {path}: its clusters must be lists of label names or of whole numbers")
-    remedy = "name the data set that it is of (dataset, dataset_path)"
+        raise UserError(
+            f"--import-npy={path}: clusters must be lists of label names or of whole numbers; name Spartex's file"
+        )
+    remedy = "name its data set (dataset, dataset_path)"
     for entry in entries:
         if entry not in number:
-            raise UserError(f"--import-npy {path}: {entry!r} is none of the data set's {len(ids)} labels; {remedy}")
-    found = np.array([number[entry] for entry in entries], dtype=np.int32)
-    if len(found) != len(ids) or len(np.unique(found)) != len(ids):
+            raise UserError(f"--import-npy={path}: {entry!r} is not one of the data set's {len(ids)} labels; {remedy}")
+    labels = np.array([number[entry] for entry in entries], dtype=np.int32)
+    if len(labels) != len(ids) or len(np.unique(labels)) != len(ids):
         raise UserError(
-            f"--import-npy {path}: its clusters do not hold each of the data set's {len(ids)} labels exactly once; {remedy}"
+            f"--import-npy={path}: clusters do not contain each of the data set's {len(ids)} labels exactly once; "
+            f"{remedy}"
         )
-    return LabelClusters(found, np.cumsum([0, *(len(group) for group in members if group)])), read_as
+    return LabelClusters(labels, np.cumsum([0, *(len(group) for group in members if group)])), read_as
 
 
 def _output(config: Config, chosen: Path | None) -> Path:
-    """Where the result goes; whether it can be written is found out here, before the work."""
+    """Return the output file. Raises UserError now, before the work, if it cannot be written."""
     path = chosen or config.cluster_file
     if path.is_dir():
-        raise UserError(f"{path}: a folder; name a file by --output")
+        raise UserError(f"{path}: is a folder; name a file with --output")
     try:
         if chosen is None and config.data.hf_source:
-            # The data lie elsewhere: this folder is for the clusters alone.
+            # The data are elsewhere; this folder holds only the clusters.
             path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.is_dir():
-            remedy = "set dataset_path or data.folder" if chosen is None else "make it, or name another by --output"
+            remedy = (
+                "set dataset_path or data.folder" if chosen is None else "create it, or name another file with --output"
+            )
             raise UserError(f"{path.parent}: no such folder; {remedy}")
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file by --output") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file with --output") from None
     return path
 
 
@@ -199,43 +212,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the training that will use the clusters")
     parser.add_argument(
-        "--clusters", type=int, help="of the meta branch; default: the power of two that gives about 64 labels each"
+        "settings", nargs="*", metavar="key=value", help="settings of the training that will use the clusters"
     )
     parser.add_argument(
-        "--features", choices=("texts", "labels"), default="texts", help="what a label's vector is made of"
+        "--clusters", type=int, help="number of clusters; default: the power of two that gives about 64 labels each"
     )
     parser.add_argument(
-        "--output", type=Path, help="default: label_group<group_y_group>.safetensors in the data folder"
+        "--features",
+        choices=("texts", "labels"),
+        default="texts",
+        help="source of a label's vector: its training texts or its own text",
     )
-    parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead")
+    parser.add_argument(
+        "--output", type=Path, help="output file; default: label_group<group_y_group>.safetensors in the data folder"
+    )
+    parser.add_argument("--import-npy", type=Path, metavar="FILE", help="convert Spartex's file instead of clustering")
     parser.add_argument(
         "--npy-order",
         choices=("sorted", "ours"),
-        help="of --import-npy: what whole numbers in that file count: the labels' names sorted as text, as Spartex and "
-        "LightXML do for raw text data, or the labels in the order of the data (default for data.is_lf_data)",
+        help="meaning of numbers in the --import-npy file: positions in the sorted label names (Spartex and LightXML, "
+        "raw text data), or in data order (default for data.is_lf_data)",
     )
     options = parser.parse_intermixed_args()
     config = load_config(options.settings)
     if options.npy_order and not options.import_npy:
-        raise UserError("--npy-order: of --import-npy; name that file too, or leave it out")
+        raise UserError("--npy-order: has no effect without --import-npy; add that, or remove this")
     if options.import_npy and (options.clusters or options.features == "labels"):
-        raise UserError("--import-npy: the file has its clusters; leave --clusters and --features out")
-    output, report = _output(config, options.output), {}
+        raise UserError("--import-npy: cannot be combined with --clusters or --features; remove those")
+    output = _output(config, options.output)
+    report: dict[str, Any] = {}
     if options.import_npy:
         corpus = corpus_of(config, tokenizer_of(config))
         ids = corpus.labels["id"]
         order = options.npy_order or ("ours" if config.data.is_lf_data else None)
-        found, report["read_as"] = import_npy(options.import_npy, ids, order)
+        clusters, report["read_as"] = import_npy(options.import_npy, ids, order)
     else:
-        found, ids = compute(config, options.clusters, options.features)
-    found.save(output, ids)
-    sizes = np.diff(found.offsets)
-    report |= {"labels": len(found.order), "clusters": len(sizes)}
+        clusters, ids = compute(config, options.clusters, options.features)
+    clusters.save(output, ids)
+    sizes = np.diff(clusters.offsets)
+    report |= {"labels": len(clusters.order), "clusters": len(sizes)}
     report |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
     print(json.dumps(report))
     print(f"written to {output}")
-
-
-# Label vectors.

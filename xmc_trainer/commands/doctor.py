@@ -1,4 +1,4 @@
-"""What this machine has and what will run on it: the page to paste into a bug report.
+"""Report this machine's versions, GPUs and compilers and the kernels that will run, for a bug report.
 
 xmc-trainer doctor
 """
@@ -21,32 +21,32 @@ _LIBRARIES = (
     "torch", "triton", "deepspeed", "accelerate", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "scipy",
     "safetensors", "pyyaml", "torch_sparse",
 )  # fmt: skip
-_MODULES = {"pyyaml": "yaml"}  # of libraries whose module has another name
+_MODULES = {"pyyaml": "yaml"}  # libraries whose module has another name
 _OPTIONAL = ("triton", "torch_sparse")
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS",
     "HF_HUB_OFFLINE", "HF_HOME", "TOKENIZERS_PARALLELISM", "TRITON_INTERPRET", "XDG_CACHE_HOME", "NCCL_DEBUG",
     "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PYTORCH_CUDA_ALLOC_CONF",
 )  # fmt: skip
-# What stands in the line of `--version` that has the version.
+# compiler -> marker of the line of `--version` that contains the version
 _COMPILERS = {"nvcc": "release", "g++": "", "ninja": ""}
 
 
 def library_version(name: str) -> str:
-    """The version of an installed library. One that is missing, or cannot be imported, is said to be."""
+    """Return the version of an installed library, or say that it is missing or cannot be imported."""
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed" + (" (optional)" if name in _OPTIONAL else ": pip install --editable .")
     try:
         importlib.import_module(_MODULES.get(name, name))
-    except Exception as error:  # whatever a broken installation raises is what this page is for
+    except Exception as error:  # a broken installation can raise any exception
         return f"{version}, cannot be imported: {reason(error)}"
     return version
 
 
 def compiler_version(name: str, marker: str) -> str:
-    """The first line with `marker` that a compiler prints for --version, and where the compiler is."""
+    """Return the first line of `NAME --version` that contains `marker`, and the compiler's path."""
     path = shutil.which(name)
     if path is None:
         return "not found on PATH"
@@ -56,7 +56,7 @@ def compiler_version(name: str, marker: str) -> str:
 
 
 def _backends() -> Iterator[tuple[str, str]]:
-    """What each `model.ffi.backend` would do here, and why."""
+    """Yield (name, what runs and why) for each `model.ffi.backend`."""
     import torch
 
     from xmc_trainer.kernels.dispatch import BACKENDS, GPU, select_backend
@@ -70,7 +70,7 @@ def _backends() -> Iterator[tuple[str, str]]:
             yield f"backend {name}", f"cannot run: {error}"
             continue
         on_gpu = isinstance(backend, GPU)
-        chosen = "the GPU kernels" if on_gpu else backend.__name__.rpartition(".")[2]
+        chosen = "the GPU kernels" if isinstance(backend, GPU) else backend.__name__.rpartition(".")[2]
         because = ""
         if name == "auto":
             because = "a GPU and triton" if on_gpu else "no triton" if gpu else "no usable GPU"
@@ -82,7 +82,7 @@ def _backends() -> Iterator[tuple[str, str]]:
             "CUDA kernels",
             "compiled on first use"
             if can_compile(device)
-            else ("not used, Triton's run: they need a GPU of capability 8.0 or newer, nvcc and ninja"),
+            else ("not used, Triton's run instead: they need a GPU of capability 8.0 or newer, nvcc and ninja"),
         )
 
 
@@ -96,10 +96,10 @@ def _gpus() -> Iterator[tuple[str, str]]:
         )
         return
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
+        properties = torch.cuda.get_device_properties(number)
         yield (
             f"GPU {number}",
-            f"{found.name}, capability {found.major}.{found.minor}, {found.total_memory / 2**30:.0f} GiB",
+            f"{properties.name}, capability {properties.major}.{properties.minor}, {properties.total_memory / 2**30:.0f} GiB",
         )
     yield "CUDA of torch", str(torch.version.cuda)
 
@@ -115,16 +115,16 @@ def _memory() -> str:
 
 
 def report() -> Iterator[tuple[str, str]]:
-    """(what, how it is) line by line. A line that cannot be found out says why, and the others follow."""
+    """Yield (item, state) for each line of the report. An item that fails yields its error, and the rest follow."""
     yield "xmc_trainer", __version__
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     yield "cores, memory", f"{len(os.sched_getaffinity(0))}, {_memory()}"
     yield from ((name, library_version(name)) for name in _LIBRARIES)
     yield from ((name, compiler_version(name, marker)) for name, marker in _COMPILERS.items())
-    for part in (_gpus, _backends, lambda: [("commit", _commit())]):
+    for section in (_gpus, _backends, lambda: [("commit", _commit())]):
         try:
-            yield from part()
-        except Exception as error:  # such as a torch that cannot be imported, which a line above has said
+            yield from section()
+        except Exception as error:  # for example torch cannot be imported, which a line above reports
             yield "error", f"{type(error).__name__}: {reason(error)}"
     yield from ((name, os.environ[name]) for name in _VARIABLES if name in os.environ)
 

@@ -1,14 +1,14 @@
-"""What runs say side by side: a table, curves over time, and a metric against a setting.
+"""Compare runs: a table, learning curves, and a metric plotted against a setting.
 
 xmc-trainer report outputs/sidgnd
 xmc-trainer report outputs/sidgnd --curves curves.svg
 xmc-trainer report outputs/sidgnd --against model.ffi.fan_in --picture fan_in.svg
 
-Folders are runs, or hold runs (at any depth); those that differ in nothing but the seed are one line: their mean, between the
-lowest and the highest. A line is named as the folders of its runs are, less an ending that is the seed ("dense-1", "dense-2"), or, where
-these do not agree, by the settings in which it differs from the others. Over a setting, a line with a single value of it is
-dashed, right across. Pictures need matplotlib (pip install 'xmc_trainer[report]'); the ending of the file's name is
-their format.
+Each folder is a run or contains runs, at any depth. Runs that differ only in the seed form one line: their mean, with a
+band from minimum to maximum. A line is named after its run folders without the seed ("dense" for "dense-1" and
+"dense-2") or, if those names are ambiguous, by the settings in which it differs from the other lines. With --against, a
+line that has only one value of the setting is drawn dashed across the plot. Plots need matplotlib
+(pip install 'xmc_trainer[report]'); the file name's extension selects the format.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from xmc_trainer.commands.sweep import read_log, result, table
+from xmc_trainer.commands.sweep import log_summary, read_log, table
 from xmc_trainer.config import flatten, saved_settings
 from xmc_trainer.errors import UserError
 
-# In which two runs of one line may differ.
-_OWN = (
+# Settings that may differ between the runs of one line.
+_IGNORED = (
     "training.seed", "log_fname", "training.verbose.log_fname", "output_dir", "training.verbose.wandb_runname",
     "training.evaluation.test_evaluate_every",
 )  # fmt: skip
-_SHOWN = ("P@1", "PSP@1")
+_METRICS = ("P@1", "PSP@1")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Run:
 
 
 def find_runs(folders: list[Path]) -> list[Run]:
-    """The finished runs in or below the folders. UserError if there are none, or one is damaged."""
+    """Find the finished runs in and below the folders. Raises UserError if there are none, or if one is damaged."""
     runs = []
     for folder in folders:
         for file in sorted(folder.rglob("log.jsonl")):
@@ -54,7 +54,8 @@ def find_runs(folders: list[Path]) -> list[Run]:
                 runs.append(Run(file.parent, _settings(config), log))
     if not runs:
         raise UserError(
-            f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl) in there"
+            f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl); name the "
+            "output_dir of a training"
         )
     return runs
 
@@ -63,14 +64,17 @@ def _settings(file: Path) -> dict[str, Any]:
     settings = flatten(saved_settings(file))
     for name in ("training.seed", "data.dataset"):
         if name not in settings:
-            raise UserError(f"{file}: says nothing of {name}; the file is damaged, leave {file.parent} out")
+            raise UserError(f"{file}: has no {name}; the file is damaged, leave {file.parent} out")
     return settings
 
 
-def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run]]:
-    """Runs by what they have in common: name -> the runs that differ only in the seed, or in `apart`; by folder where names agree."""
-    own = {*_OWN, *apart}
-    settings = [{name: str(value) for name, value in run.settings.items() if name not in own} for run in runs]
+def lines_of(runs: list[Run], ignore: tuple[str, ...] = ()) -> dict[str, list[Run]]:
+    """Group runs that differ only in the seed: line name -> runs.
+
+    Args: ignore: further settings in which the runs of a line may differ.
+    """
+    ignored = {*_IGNORED, *ignore}
+    settings = [{name: str(value) for name, value in run.settings.items() if name not in ignored} for run in runs]
     differ = [name for name in settings[0] if len({str(each.get(name)) for each in settings}) > 1]
     short = [name.rsplit(".", 1)[-1] for name in differ]
     shown = [name if short.count(last) > 1 else last for name, last in zip(differ, short)]
@@ -81,22 +85,22 @@ def lines_of(runs: list[Run], apart: tuple[str, ...] = ()) -> dict[str, list[Run
             or runs[0].settings["data.dataset"]
         )
         lines.setdefault(name, []).append(run)
-    # By the folders' names, if there is one for all seeds of the same settings, and for no others.
+    # Use folder names if all seeds of the same settings share one, and no other settings do.
     stems: dict[tuple[str, ...], set[str]] = {}
     for line, members in lines.items():
         for run in members:
-            values = [str(run.settings.get(name)) for name in apart]
+            values = [str(run.settings.get(name)) for name in ignore]
             stems.setdefault((line, *values), set()).add(
                 run.folder.name.removesuffix(f"-{run.settings['training.seed']}")
             )
     if all(len(names) == 1 for names in stems.values()) and len(set.union(*stems.values())) == len(stems):
-        of_line = {line: [name for (of, *_), (name,) in stems.items() if of == line] for line in lines}
-        return {", ".join(of_line[line]): members for line, members in lines.items()}
+        names_of_line = {line: [name for (owner, *_), (name,) in stems.items() if owner == line] for line in lines}
+        return {", ".join(names_of_line[line]): members for line, members in lines.items()}
     return lines
 
 
 def curve(runs: list[Run], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """(minutes [n], metric [runs, n] in per cent) at the evaluations that all runs of a line made."""
+    """Return (mean minutes [n], metric [runs, n] in per cent) at the n evaluation steps that all runs share."""
     evaluations = [{record["step"]: record for record in run.evaluations()} for run in runs]
     steps = sorted(set.intersection(*map(set, evaluations)))
     minutes = np.array([[each[step]["seconds"] / 60 for step in steps] for each in evaluations])
@@ -104,31 +108,34 @@ def curve(runs: list[Run], metric: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def against(runs: list[Run], setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(values [n] of a setting, ascending: numbers, or else words; mean, and lowest and highest [2, n], of the last metric in per cent)."""
-    every = [run.settings[setting] for run in runs]
-    as_axis = float if all(type(value) in (int, float) for value in every) else str
-    found: dict[float | str, list[float]] = {}
-    for run, value in zip(runs, every):
-        found.setdefault(as_axis(value), []).append(100 * run.evaluations()[-1][metric])
-    values = sorted(found)
+    """Return the last metric, in per cent, for each of the n values of a setting.
+
+    Returns: values [n], ascending, numbers or else strings; mean metric [n]; minimum and maximum metric [2, n].
+    """
+    run_values = [run.settings[setting] for run in runs]
+    as_axis = float if all(type(value) in (int, float) for value in run_values) else str
+    metrics: dict[float | str, list[float]] = {}
+    for run, value in zip(runs, run_values):
+        metrics.setdefault(as_axis(value), []).append(100 * run.evaluations()[-1][metric])
+    values = sorted(metrics)
     return (
         np.array(values),
-        np.array([np.mean(found[value]) for value in values]),
-        np.array([[min(found[value]) for value in values], [max(found[value]) for value in values]]),
+        np.array([np.mean(metrics[value]) for value in values]),
+        np.array([[min(metrics[value]) for value in values], [max(metrics[value]) for value in values]]),
     )
 
 
 def picture(
     file: Path, lines: dict[str, list[Run]], x_label: str, draw: Callable[[Any, str, list[Run], str], None]
 ) -> None:
-    """One panel a metric; `draw` puts a line into it."""
+    """Save a figure with one panel per metric; `draw(panel, name, runs, metric)` draws a line into it."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{file}: pictures need matplotlib: pip install matplotlib")
-    from matplotlib.figure import Figure  # without pyplot there is no display to look for
+        raise UserError(f"{file}: plots need matplotlib; pip install matplotlib")
+    from matplotlib.figure import Figure  # unlike pyplot, needs no display
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(_SHOWN), squeeze=False)[0]
-    for metric, panel in zip(_SHOWN, panels):
+    panels = figure.subplots(1, len(_METRICS), squeeze=False)[0]
+    for metric, panel in zip(_METRICS, panels):
         for name, runs in lines.items():
             draw(panel, name, runs, metric)
         panel.set(xlabel=x_label, ylabel=f"{metric}, per cent")
@@ -138,7 +145,7 @@ def picture(
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be written ({error})") from None
+        raise UserError(f"{file}: cannot be written ({error}); name another file") from None
     print(f"written to {file}")
 
 
@@ -150,40 +157,47 @@ def _draw_curve(panel: Any, name: str, runs: list[Run], metric: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that hold runs")
+    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that contain runs")
+    parser.add_argument("--curves", type=Path, metavar="FILE", help="plot P@1 and PSP@1 over training time in minutes")
     parser.add_argument(
-        "--curves", type=Path, metavar="PICTURE", help="draw P@1 and PSP@1 over the minutes of training"
+        "--against", metavar="SETTING", help="plot the last P@1 and PSP@1 against this setting; needs --picture"
     )
-    parser.add_argument(
-        "--against", metavar="SETTING", help="draw the last P@1 and PSP@1 over this setting; see --picture"
-    )
-    parser.add_argument("--picture", type=Path, help="file for --against")
+    parser.add_argument("--picture", type=Path, help="file for the --against plot")
     options = parser.parse_args()
     if (options.against is None) != (options.picture is None):
-        parser.error("--against and --picture go together")
+        parser.error("--against and --picture: give both or neither")
     runs = find_runs(options.folders)
-    missing = [run.folder for run in runs if not run.evaluations() or _SHOWN[-1] not in run.evaluations()[-1]]
+    missing = [run.folder for run in runs if not run.evaluations() or _METRICS[-1] not in run.evaluations()[-1]]
     if missing:
         raise UserError(
-            f"{missing[0]}: was evaluated without PSP; set training.evaluation.eval_psp=true, or leave it out"
+            f"{missing[0]}: was evaluated without PSP; train it with training.evaluation.eval_psp=true, or leave it out"
         )
     lines = lines_of(runs)
-    print(table([(name, run.settings["training.seed"], result(run.log)) for name, own in lines.items() for run in own]))
+    print(
+        table(
+            [
+                (name, run.settings["training.seed"], log_summary(run.log))
+                for name, members in lines.items()
+                for run in members
+            ]
+        )
+    )
     if options.curves:
         picture(options.curves, lines, "minutes", _draw_curve)
     if options.against:
         if any(options.against not in run.settings for run in runs):
             raise UserError(
-                f"--against {options.against}: no such setting in every run; xmc-trainer settings lists them"
+                f"--against={options.against}: not every run has this setting; xmc-trainer settings lists the names"
             )
         if len({run.settings[options.against] for run in runs}) == 1:
             raise UserError(
-                f"--against {options.against}: is {runs[0].settings[options.against]} in every run; name a setting that differs"
+                f"--against={options.against}: is {runs[0].settings[options.against]} in every run; name a setting "
+                "that differs"
             )
 
-        def draw(panel: Any, name: str, own: list[Run], metric: str) -> None:
-            values, mean, (low, high) = against(own, options.against, metric)
-            if len(values) == 1:  # where the others can be compared with it: a dense head has no fan-in
+        def draw(panel: Any, name: str, members: list[Run], metric: str) -> None:
+            values, mean, (low, high) = against(members, options.against, metric)
+            if len(values) == 1:  # for example a dense head, which has no fan-in
                 (line,) = panel.plot([], [], label=name, linestyle="--")
                 panel.axhline(mean[0], linestyle="--", color=line.get_color())
                 return

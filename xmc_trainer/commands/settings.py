@@ -1,21 +1,19 @@
-"""`xmc-trainer settings`: lists every setting."""
+"""`xmc-trainer settings`: list every setting."""
 
 from __future__ import annotations
 
 import argparse
 
 from xmc_trainer.config.describe import settings_page
-from xmc_trainer.config.fields import (
-    settings_of,
-)
+from xmc_trainer.config.fields import settings_of
 from xmc_trainer.config.schema import Config
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Every setting of a training: dotted name, default, for numbers the domain, and meaning."
+        description="List every setting: dotted name, default, domain of numbers, and meaning."
     )
-    parser.add_argument("--markdown", action="store_true", help="as the page docs/settings.md")
+    parser.add_argument("--markdown", action="store_true", help="print docs/settings.md")
     if parser.parse_args().markdown:
         print(settings_page())
         return

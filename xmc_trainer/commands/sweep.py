@@ -1,22 +1,23 @@
-"""Many trainings of one table: rows of settings, several seeds each, some at a time; goes on where it was left.
+"""Train a table of configurations with several seeds each, several runs at a time.
 
 xmc-trainer sweep launchers/sweeps/sidgnd.yaml --jobs 4 dataset_path=./data
-xmc-trainer sweep launchers/sweeps/sidgnd.yaml --table dataset_path=./data    # only the table, of the runs finished with these settings
+xmc-trainer sweep launchers/sweeps/sidgnd.yaml --table dataset_path=./data    # only print the table of finished runs
 
 The YAML file:
 
-    settings: [dataset=sidgnd, training.amp.enabled=true]       # of every run
+    settings: [dataset=sidgnd, training.amp.enabled=true]       # for every run
     seeds: [1, 2, 3]
     rows:
-      dense: [model.ffi.use_sparse_layer=false]                 # a row's own
+      dense: [model.ffi.use_sparse_layer=false]                 # for this row
       seed's method: []
-    splits: [dev, test]         # data.test_split; if it stands here, every saved model is evaluated on each of these,
-    strengths: [0, 0.3]         # and with each of these model.ffi.logit_adjustment, which only ranking reads
+    splits: [dev, test]         # optional: evaluate each saved model on each data.test_split
+    strengths: [0, 0.3]         # optional: and with each model.ffi.logit_adjustment (used only for ranking)
 
-Every run is a process of its own on this machine, in <output_dir>/<row>-<seed>/, its output beside it in .txt; several GPUs are shared out among them. A
-finished run with the same settings is not repeated, an interrupted one goes on from its checkpoint, and what has other settings is not replaced. Label clusters that a row needs and that are not there are made first, with that row's settings.
-The table has mean and standard deviation over the seeds, in per cent; the CSV, in fractions, one line a run (and split, and strength), with its
-settings, commit, device and versions.
+Each run is a process on this machine. Its folder is <output_dir>/<row>-<seed>/, and a .txt file beside it has its
+output. Runs are distributed over the GPUs. Finished runs with the same settings are skipped, interrupted runs continue
+from their checkpoint, and a run with other settings is never replaced. Missing label clusters are computed first, with
+the settings of a row that needs them. The table has mean and standard deviation over the seeds, in per cent. The CSV has
+one line per run (and split and strength), with metrics as fractions, settings, commit, device and versions.
 """
 
 from __future__ import annotations
@@ -50,26 +51,26 @@ from xmc_trainer.files import replacing, write_text
 from xmc_trainer.run_folder import find_checkpoint
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
-_FIGURES = "figures.json"  # in a run's folder: its saved model's evaluations
-# Of a log's records, what is read and which types that may have.
+_FIGURES = "figures.json"  # in the run's folder: evaluations of its saved model
+# Log records that are read: event -> {field: allowed types}.
 _RECORDS: dict[str, dict[str, Any]] = {
     "start": {"head_bytes": int, "device": str, "torch": str, "version": str, "commit": str},
     "evaluate": {"split": str, "step": int, "seconds": (int, float), "P@1": (int, float)},
     "end": {"seconds": (int, float)},
 }
-_FAILURES = 3  # after so many, and no success, nothing more is tried
-_OURS = ("training.seed=", "log_fname=", "training.verbose.log_fname=", "training.resume=")
+_MAX_FAILURES = 3  # stop after this many failures without a success
+_RESERVED = ("training.seed=", "log_fname=", "training.verbose.log_fname=", "training.resume=")
 
 
 @dataclass(frozen=True)
-class Views:
-    """How the saved model of every run is evaluated; by neither: as its training did last."""
+class EvaluationGrid:
+    """Splits and strengths to evaluate each saved model on. If both are empty, the training's own evaluation is used."""
 
     splits: list[str] = field(default_factory=list)
     strengths: list[float] = field(default_factory=list)
 
-    def of(self, config: Config) -> list[tuple[str, float]]:
-        """(split, strength) of each evaluation of that run."""
+    def pairs(self, config: Config) -> list[tuple[str, float]]:
+        """Return the (split, strength) pairs to evaluate a run on."""
         if not self.splits and not self.strengths:
             return []
         return list(
@@ -77,39 +78,43 @@ class Views:
         )
 
 
-def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]], Views]:
-    """(row, seed, `key=value` words) of every run, seed by seed, and how they are evaluated. UserError names what is wrong in the file.
+def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]], EvaluationGrid]:
+    """Read a sweep file: (row, seed, `key=value` words) of each run, ordered by seed, and the evaluation grid.
 
-    Args: more: settings of the command line, for every run.
+    Args: more: settings for every run, from the command line.
+    Raises UserError that names the fault in the file, including invalid settings of a row.
     """
-    said = _read_plan(file)
-    seeds = [_seed(seed, file) for seed in said.seeds] or [42]
+    content = _read_sweep_file(file)
+    seeds = [_seed(seed, file) for seed in content.seeds] or [42]
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"{file}: seeds: must be different whole numbers, not {shown(seeds)}")
-    names = [re.sub(r"\W+", "_", row) for row in said.rows]
+        raise UserError(f"{file}: seeds: must be distinct whole numbers, not {shown(seeds)}")
+    names = [re.sub(r"\W+", "_", row) for row in content.rows]
     if len(set(names)) < len(names):
-        raise UserError(f"{file}: rows whose names differ in more than punctuation are needed; they name folders")
-    views = Views(said.splits, [_strength(strength, file) for strength in said.strengths])
+        raise UserError(
+            f"{file}: rows: names must differ in more than punctuation, because they name folders; rename one"
+        )
+    grid = EvaluationGrid(content.splits, [_strength(strength, file) for strength in content.strengths])
     runs = []
     for seed in seeds:
-        for (row, own), name in zip(said.rows.items(), names):
-            words = [*said.settings, *more, *own]
+        for (row, own), name in zip(content.rows.items(), names):
+            words = [*content.settings, *more, *own]
             try:
                 for word in words:
-                    if word.startswith(_OURS):
-                        raise UserError(f"{word}: a sweep seeds and names its runs itself, by `seeds` and `rows`")
+                    if word.startswith(_RESERVED):
+                        raise UserError(f"{word}: is set by the sweep; use `seeds` and `rows` instead")
                 words = ["training.resume=true", *words, f"training.seed={seed}", f"log_fname={name}-{seed}"]
-                for split in views.splits or [None]:  # refuses what is wrong before anything runs
+                splits: list[str | None] = [*grid.splits]
+                for split in splits or [None]:  # find errors before anything runs
                     load_config([*words, *([] if split is None else [f"data.test_split={split}"])])
             except UserError as error:
                 raise UserError(f"{file}: row {shown(repr(row))}: {error}") from None
             runs.append((row, seed, words))
-    return runs, views
+    return runs, grid
 
 
 @dataclass
-class _Plan:
-    """What a sweep's file says, as it is written."""
+class _SweepFile:
+    """The unparsed contents of a sweep file."""
 
     settings: list[str] = field(default_factory=list)
     seeds: list[str] = field(default_factory=list)
@@ -118,44 +123,44 @@ class _Plan:
     strengths: list[str] = field(default_factory=list)
 
 
-def _read_plan(file: Path) -> _Plan:
-    root, said = yaml_nodes.read_file(file, "a sweep"), _Plan()
+def _read_sweep_file(file: Path) -> _SweepFile:
+    root, content = yaml_nodes.read_file(file, "a sweep"), _SweepFile()
     if isinstance(root, MappingNode):
         for name, node in yaml_nodes.entries(root, str(file)):
-            if name not in _Plan.__dataclass_fields__:
+            if name not in _SweepFile.__dataclass_fields__:
                 raise UserError(
-                    f"{yaml_nodes.place(node, str(file))}: {shown(name)}: write settings, seeds, rows, splits and strengths only"
+                    f"{yaml_nodes.location(node, str(file))}: {shown(name)}: unknown key; write settings, "
+                    "seeds, rows, splits or strengths"
                 )
             if name != "rows":
-                setattr(said, name, _words(node, name, file))
+                setattr(content, name, _words(node, name, file))
             elif isinstance(node, MappingNode):
-                said.rows = {
+                content.rows = {
                     row: _words(own, f"rows: {shown(row)}", file) for row, own in yaml_nodes.entries(node, str(file))
                 }
-    if not said.rows:
-        raise UserError(f"{file}: must have `rows`, each a name and a list of settings")
-    return said
+    if not content.rows:
+        raise UserError(f"{file}: has no `rows`; write each as a name and a list of settings")
+    return content
 
 
 def _words(node: Node, name: str, file: Path) -> list[str]:
     if yaml_nodes.is_null(node):
         return []
     if not isinstance(node, SequenceNode):
-        place = yaml_nodes.place(node, str(file))
-        raise UserError(
-            f"{place}: {name}: must be a list, in brackets or with a dash a line, not a {yaml_nodes.kind(node)}"
-        )
+        place = yaml_nodes.location(node, str(file))
+        raise UserError(f"{place}: {name}: must be a list, not a {yaml_nodes.kind(node)}")
     return [yaml_nodes.scalar(word, str(file)) for word in node.value]
 
 
 def _seed(text: str, file: Path) -> int:
     if not re.fullmatch("[0-9]{1,10}", text):
-        raise UserError(f"{file}: seeds: must be different whole numbers, not {shown(text)}")
+        raise UserError(f"{file}: seeds: must be distinct whole numbers, not {shown(text)}")
     return int(text)
 
 
 def _strength(text: str, file: Path) -> float:
     domain = settings_of(Config)["model.ffi.logit_adjustment"].domain
+    assert domain is not None
     try:
         strength = float(text)
     except ValueError:
@@ -166,14 +171,14 @@ def _strength(text: str, file: Path) -> float:
 
 
 def finished(config: Config) -> list[dict[str, Any]] | None:
-    """The log of a finished training with exactly this configuration; None if there is none."""
+    """Return the log records of a finished training with exactly this configuration, else None."""
     return None if _differences(config) else read_log(config.run_folder / "log.jsonl")
 
 
 def read_log(file: Path) -> list[dict[str, Any]] | None:
-    """The records of a finished training, from "start" to "end"; None where there is none, or it is not finished.
+    """Return the records of a finished training, from "start" to "end". None if it is missing or not finished.
 
-    Its last line may be torn, where the training was killed while it wrote. Any other fault is a UserError with the line.
+    The last line may be cut off, if the training was killed while writing. Any other damage raises UserError.
     """
     try:
         lines = file.read_bytes().splitlines()
@@ -192,7 +197,7 @@ def read_log(file: Path) -> list[dict[str, Any]] | None:
             ]
             problem = f"its {event} record has no valid {missing[0]}" if missing else ""
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            problem = "is no record of a training"
+            problem = "is not a log record"
         if problem and number == len(lines):
             return None
         if problem:
@@ -204,12 +209,12 @@ def read_log(file: Path) -> list[dict[str, Any]] | None:
 
 
 def _differences(config: Config) -> list[str]:
-    """In what the run that lies in the run's folder was set otherwise: "name=there, not here"; none where there is no run."""
+    """List the settings of an existing run in this folder that differ: "name=there, not here". Empty without a run."""
     file = config.run_folder / "config.yaml"
     if not file.is_file():
         return []
     there, here = flatten(saved_settings(file)), flatten(asdict(config))
-    here["training.overwrite"] = there.get("training.overwrite")  # of one start; no run's file has it
+    here["training.overwrite"] = there.get("training.overwrite")  # applies to a single start and is not saved as true
     return [
         f"{name}={shown(there.get(name))}, not {shown(here.get(name))}"
         for name in here | there
@@ -218,94 +223,98 @@ def _differences(config: Config) -> list[str]:
 
 
 def refuse_to_replace(runs: list[list[str]]) -> None:
-    """UserError where the folder of a run holds another's result or checkpoint: hours of somebody's work."""
-    others = []
+    """Raise UserError if a run's folder contains the result or checkpoint of a run with other settings."""
+    conflicts = []
     for words in runs:
         config = load_config(words)
         differences = _differences(config)
         if differences and (read_log(config.run_folder / "log.jsonl") or find_checkpoint(config.run_folder)):
-            others.append(f"{config.run_folder} ({'; '.join(differences[:3])})")
-    if others:
+            conflicts.append(f"{config.run_folder} ({'; '.join(differences[:3])})")
+    if conflicts:
         raise UserError(
-            f"{len(others)} of the {len(runs)} runs would replace one that was set otherwise, the first {others[0]}; set output_dir "
-            "to another folder, or remove what is not needed any more"
+            f"{len(conflicts)} of the {len(runs)} runs would replace a run with other settings, the first {conflicts[0]}; "
+            "set output_dir to another folder, or remove the old runs"
         )
 
 
-def _known_figures(config: Config) -> dict[str, dict[str, dict[str, float]]]:
-    """split -> strength -> metrics, of the model that was trained last in the run's folder."""
+def _saved_evaluations(config: Config) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the saved evaluations of the run's current model: split -> strength -> metrics."""
     try:
-        known = json.loads((config.run_folder / _FIGURES).read_text(encoding="utf-8"))
+        content = json.loads((config.run_folder / _FIGURES).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    # What is not as `run_one` writes it is made again.
+    # Anything that `run_one` did not write is evaluated again.
     if (
-        not isinstance(known, dict)
-        or known.get("log_sha256") != _digest(config)
-        or not isinstance(known.get("figures"), dict)
+        not isinstance(content, dict)
+        or content.get("log_sha256") != _digest(config)
+        or not isinstance(content.get("figures"), dict)
     ):
         return {}
-    return {split: of_split for split, of_split in known["figures"].items() if isinstance(of_split, dict)}
+    return {split: by_strength for split, by_strength in content["figures"].items() if isinstance(by_strength, dict)}
 
 
 def _digest(config: Config) -> str:
     return hashlib.sha256((config.run_folder / "log.jsonl").read_bytes()).hexdigest()
 
 
-def results(config: Config, views: Views) -> list[dict[str, Any]] | None:
-    """What a run has to say, an entry for each of its evaluations; None if it has not got there."""
+def results(config: Config, grid: EvaluationGrid) -> list[dict[str, Any]] | None:
+    """Return one table entry per evaluation of a run, or None if the run or an evaluation is not finished."""
     log = finished(config)
     if log is None:
         return None
-    wanted = views.of(config)
-    if not wanted:
-        return [result(log)]
-    known = _known_figures(config)
-    if any(f"{strength:g}" not in known.get(split, {}) for split, strength in wanted):
+    pairs = grid.pairs(config)
+    if not pairs:
+        return [log_summary(log)]
+    evaluations = _saved_evaluations(config)
+    if any(f"{strength:g}" not in evaluations.get(split, {}) for split, strength in pairs):
         return None
-    of_training = {name: value for name, value in result(log).items() if name not in METRICS}
-    found = [(split, strength, known[split][f"{strength:g}"]) for split, strength in wanted]
+    training_values = {name: value for name, value in log_summary(log).items() if name not in METRICS}
+    evaluated = [(split, strength, evaluations[split][f"{strength:g}"]) for split, strength in pairs]
     return [
         {"split": split, "strength": strength}
         | {name: metrics[name] for name in METRICS if name in metrics}
-        | of_training
-        for split, strength, metrics in found
+        | training_values
+        for split, strength, metrics in evaluated
     ]
 
 
-def run_one(words: list[str], views: Views) -> None:
-    """Train, unless that is done, and evaluate what was saved."""
+def run_one(words: list[str], grid: EvaluationGrid) -> None:
+    """Train a run unless it is finished, then evaluate its saved model and write figures.json."""
     config = load_config(words)
     if finished(config) is None:
         from xmc_trainer.builders.training import build_trainer
 
         build_trainer(config).train()
-    known = _known_figures(config)
-    missing = [(split, strength) for split, strength in views.of(config) if f"{strength:g}" not in known.get(split, {})]
+    evaluations = _saved_evaluations(config)
+    missing = [
+        (split, strength) for split, strength in grid.pairs(config) if f"{strength:g}" not in evaluations.get(split, {})
+    ]
     if not missing:
         return
     import torch
 
     from xmc_trainer.builders.saved_model import corpus_of_saved
-    from xmc_trainer.commands.adjust import figures
+    from xmc_trainer.commands.adjust import evaluate_strengths
     from xmc_trainer.model import XMCModel
 
     device, folder = torch.device(config.environment.device_name()), config.run_folder / "model"
     saved = XMCModel.load(folder, device).saved
-    for split, of_split in groupby(missing, key=itemgetter(0)):
-        of_model = config_of_model(folder, [f"data.test_split={split}"])
-        corpus = corpus_of_saved(saved, of_model)
-        found = figures(saved, of_model, corpus, [strength for _, strength in of_split], device)
-        known.setdefault(split, {}).update({f"{strength:g}": metrics for strength, metrics in found.items()})
-    write_text(config.run_folder / _FIGURES, json.dumps({"log_sha256": _digest(config), "figures": known}) + "\n")
+    for split, pairs in groupby(missing, key=itemgetter(0)):
+        model_config = config_of_model(folder, [f"data.test_split={split}"])
+        corpus = corpus_of_saved(saved, model_config)
+        by_strength = evaluate_strengths(saved, model_config, corpus, [strength for _, strength in pairs], device)
+        evaluations.setdefault(split, {}).update(
+            {f"{strength:g}": metrics for strength, metrics in by_strength.items()}
+        )
+    write_text(config.run_folder / _FIGURES, json.dumps({"log_sha256": _digest(config), "figures": evaluations}) + "\n")
 
 
-def result(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a run's log says: the last test metrics (0 to 1), head memory, time, and when P@1 was best."""
+def log_summary(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summarise a log: last test metrics (0 to 1), head memory in MiB, minutes in total and until the best P@1."""
     start, end = log[0], log[-1]
     tests = [record for record in log if record["event"] == "evaluate" and record["split"] == "test"]
     if not tests:
-        raise UserError("a finished run without an evaluation on its test set; train it again")
+        raise UserError("a finished run has no evaluation on its test set; train it again")
     best = max(tests, key=lambda record: record["P@1"])
     return {name: tests[-1][name] for name in METRICS if name in tests[-1]} | {
         "head_mib": start["head_bytes"] / 2**20,
@@ -316,21 +325,24 @@ def result(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(runs: list[tuple[str, int, dict[str, Any]]]) -> str:
-    """Markdown, a line a row: mean and standard deviation over its seeds."""
-    shown = [name for name in METRICS if all(name in found for _, _, found in runs)]
+    """Return a Markdown table with one line per row: mean and standard deviation over its seeds."""
+    shown = [name for name in METRICS if all(name in entry for _, _, entry in runs)]
     lines = [
         "| " + " | ".join(["", "seeds", *shown, "head MiB", "minutes to the best P@1"]) + " |",
         "|" + "---|" * (len(shown) + 4),
     ]
     for row in dict.fromkeys(row for row, _, _ in runs):
-        own = [found for name, _, found in runs if name == row]
+        entries = [entry for name, _, entry in runs if name == row]
         cells = []
         for name in shown:
-            values = [100 * found[name] for found in own]
+            values = [100 * entry[name] for entry in entries]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")
-        cells += [f"{own[0]['head_mib']:.1f}", f"{statistics.mean(found['best_P@1_minutes'] for found in own):.1f}"]
-        lines.append(f"| {row} | {len(own)} | " + " | ".join(cells) + " |")
+        cells += [
+            f"{entries[0]['head_mib']:.1f}",
+            f"{statistics.mean(entry['best_P@1_minutes'] for entry in entries):.1f}",
+        ]
+        lines.append(f"| {row} | {len(entries)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -339,34 +351,39 @@ def main() -> None:
         description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, help="the sweep's YAML file")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of every run; a row's own come after them")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on several GPUs they are shared out")
-    parser.add_argument("--csv", type=Path, help="file to write; default: the YAML file's name in the current folder")
-    parser.add_argument("--table", action="store_true", help="train nothing")
-    parser.add_argument("--run", metavar="VIEWS", help=argparse.SUPPRESS)  # this process is a run; `settings` are all
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="settings for every run; a row's own settings override them"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they are distributed over the GPUs")
+    parser.add_argument(
+        "--csv", type=Path, help="output file; default: the YAML file's name with .csv, in the current folder"
+    )
+    parser.add_argument("--table", action="store_true", help="train nothing; print the table of the finished runs")
+    parser.add_argument("--run", metavar="GRID", help=argparse.SUPPRESS)  # internal: train one run with `settings`
     options = parser.parse_intermixed_args()
     if options.run:
-        run_one(options.settings, Views(**json.loads(options.run)))
+        run_one(options.settings, EvaluationGrid(**json.loads(options.run)))
         return
     if options.jobs < 1:
-        parser.error("--jobs: at least 1")
-    runs, views = plan(options.file, options.settings)
+        parser.error("--jobs: must be at least 1")
+    runs, grid = plan(options.file, options.settings)
     if not options.table:
         every = [words for _, _, words in runs]
         refuse_to_replace(every)
-        find_splits(every, views)
+        check_splits(every, grid)
         make_clusters([words for words in every if finished(load_config(words)) is None])
         with signals.deferred():
-            train(every, views, options.file, options.jobs)
-    found = [(row, seed, words, results(load_config(words), views)) for row, seed, words in runs]
+            train(every, grid, options.file, options.jobs)
+    found = [(row, seed, words, results(load_config(words), grid)) for row, seed, words in runs]
     done = [(row, seed, words, entries) for row, seed, words, entries in found if entries is not None]
     if not done:
         where = load_config(runs[0][2]).run_folder.parent
         raise UserError(
-            f"{options.file}: none of its {len(runs)} runs is finished in {where} with just these settings (key=value)"
+            f"{options.file}: none of its {len(runs)} runs in {where} is finished with these settings; give "
+            "the settings they were trained with"
         )
     target = options.csv or Path(options.file.with_suffix(".csv").name)
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"row": row, "seed": seed, "settings": " ".join(words)} | entry
         for row, seed, words, entries in done
         for entry in entries
@@ -380,28 +397,28 @@ def main() -> None:
         if split is not None:
             print(f"{split}:\n")
         own = [line for line in lines if line.get("split") == split]
-        print(table([(_row_name(line, views), line["seed"], line) for line in own]) + "\n")
-    print(f"{len(done)} of {len(runs)} runs; written to {target}")
+        print(table([(_row_name(line, grid), line["seed"], line) for line in own]) + "\n")
+    print(f"{len(done)} of {len(runs)} runs finished; written to {target}")
     if len(done) < len(runs):
         sys.exit(1)
 
 
-def _row_name(line: dict[str, Any], views: Views) -> str:
-    return f"{line['row']}, ranked with {line['strength']:g}" if len(views.strengths) > 1 else line["row"]
+def _row_name(line: dict[str, Any], grid: EvaluationGrid) -> str:
+    return f"{line['row']}, ranked with {line['strength']:g}" if len(grid.strengths) > 1 else line["row"]
 
 
-def find_splits(runs: list[list[str]], views: Views) -> None:
-    """UserError where the files of a split are missing: after the trainings would be late."""
+def check_splits(runs: list[list[str]], grid: EvaluationGrid) -> None:
+    """Raise UserError, before any training, if a split's files are missing."""
     from xmc_trainer.data.sources import raw_source
 
     configs = [load_config(words) for words in runs]
     for folder, names in dict.fromkeys((config.data_folder, config.data.label_text_file) for config in configs):
-        for split in views.splits:
+        for split in grid.splits:
             raw_source(folder, names, test_split=split)
 
 
 def make_clusters(runs: list[list[str]]) -> None:
-    """The files of label clusters that are missing, each with the settings of the first run that needs it."""
+    """Compute missing label cluster files, each with the settings of the first run that needs it."""
     missing: dict[Path, list[str]] = {}
     for words in runs:
         config = load_config(words)
@@ -410,15 +427,15 @@ def make_clusters(runs: list[list[str]]) -> None:
     for file, words in missing.items():
         print(f"{file}: ", end="", flush=True)
         done = subprocess.run([sys.executable, "-m", "xmc_trainer", "clusters", *words], capture_output=True, text=True)
-        # Without them the runs say what they lack: the others can go on.
+        # A failure is not fatal: runs without clusters report it, and the others continue.
         print(
-            "made" if done.returncode == 0 else f"failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}",
+            "written" if done.returncode == 0 else f"failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}",
             flush=True,
         )
 
 
 def visible_gpus() -> list[str]:
-    """As CUDA_VISIBLE_DEVICES names them."""
+    """Return the usable GPUs as CUDA_VISIBLE_DEVICES names them."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [gpu for gpu in named.split(",") if gpu]
@@ -427,32 +444,37 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
-    """Train and evaluate the runs that are not finished, `jobs` at a time, in processes of their own; each writes its output to <run folder>.txt."""
-    waiting = [words for words in runs if results(load_config(words), views) is None]
-    going_on = sum(find_checkpoint(load_config(words).run_folder) is not None for words in waiting)
-    also = f", {going_on} with a checkpoint" if going_on else ""
-    print(f"{len(runs)} runs, {len(runs) - len(waiting)} finished before{also}", flush=True)
+def train(runs: list[list[str]], grid: EvaluationGrid, file: Path, jobs: int) -> None:
+    """Train and evaluate the unfinished runs in separate processes.
+
+    Args: runs: `key=value` words of each run.
+        file: the sweep file.
+        jobs: processes at a time. Each writes its output to <run folder>.txt.
+    """
+    waiting = [words for words in runs if results(load_config(words), grid) is None]
+    resumable = sum(find_checkpoint(load_config(words).run_folder) is not None for words in waiting)
+    also = f", {resumable} to resume" if resumable else ""
+    print(f"{len(runs)} runs, {len(runs) - len(waiting)} already finished{also}", flush=True)
     if waiting:
         first = load_config(waiting[0]).run_folder
-        print(f"{min(jobs, len(waiting))} at a time; what the first one says is in {first}.txt, and so on", flush=True)
+        print(f"running {min(jobs, len(waiting))} at a time; the output of the first is in {first}.txt", flush=True)
     environment = os.environ | {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     }
     gpus = visible_gpus()
-    live: dict[str, tuple[subprocess.Popen, Path, float, str | None]] = {}
+    running: dict[str, tuple[subprocess.Popen, Path, float, str | None]] = {}
     succeeded = failed = 0
     try:
-        while waiting or live:
+        while waiting or running:
             if number := signals.pending():
-                raise signals.Interrupted(number, "before all runs were done; the same command goes on with the others")
-            if waiting and failed >= _FAILURES and not succeeded:
+                raise signals.Interrupted(number, "before all runs finished; run the same command again to continue")
+            if waiting and failed >= _MAX_FAILURES and not succeeded:
                 print(
-                    f"{len(waiting)} runs are not started: the first {failed} failed, most likely for one reason",
+                    f"{len(waiting)} runs not started, because the first {failed} failed",
                     flush=True,
                 )
                 waiting = []
-            while waiting and len(live) < jobs:
+            while waiting and len(running) < jobs:
                 words = waiting.pop(0)
                 config = load_config(words)
                 folder = config.run_folder
@@ -462,30 +484,30 @@ def train(runs: list[list[str]], views: Views, file: Path, jobs: int) -> None:
                     log.touch()
                 except OSError as error:
                     raise UserError(
-                        f"{log}: cannot be written ({error.strerror}); set output_dir to a folder of yours"
+                        f"{log}: cannot be written ({error.strerror}); set output_dir to a writable folder"
                     ) from None
                 gpu = None
-                if len(gpus) > 1 and config.environment.cuda_device_id == 0:  # another number was chosen
-                    gpu = min(gpus, key=[own for *_, own in live.values()].count)
+                if len(gpus) > 1 and config.environment.cuda_device_id == 0:  # not chosen by the user
+                    gpu = min(gpus, key=[own for *_, own in running.values()].count)
                 with log.open("w") as output:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "xmc_trainer", "sweep", str(file), *words, "--run", json.dumps(asdict(views))],
+                        [sys.executable, "-m", "xmc_trainer", "sweep", str(file), *words, "--run", json.dumps(asdict(grid))],
                         stdout=output, stderr=subprocess.STDOUT, env=environment | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
                     )  # fmt: skip
-                live[folder.name] = process, log, time.monotonic(), gpu
+                running[folder.name] = process, log, time.monotonic(), gpu
             time.sleep(0.2)
-            for name in [name for name, (process, *_) in live.items() if process.poll() is not None]:
-                process, output, begin, _ = live.pop(name)
-                lines = output.read_text(errors="replace").strip().splitlines() or ["no output"]
+            for name in [name for name, (process, *_) in running.items() if process.poll() is not None]:
+                process, log, begin, _ = running.pop(name)
+                lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
                 errors = [line for line in lines if line.startswith("error")] or lines[-1:]
                 succeeded, failed = succeeded + (process.returncode == 0), failed + (process.returncode != 0)
-                said = "done" if process.returncode == 0 else f"failed: {errors[0]} (see {output})"
+                outcome = "done" if process.returncode == 0 else f"failed: {errors[0]} (see {log})"
                 print(
-                    f"{name}: {said}, {(time.monotonic() - begin) / 60:.1f} min, {len(waiting) + len(live)} to go",
+                    f"{name}: {outcome}, {(time.monotonic() - begin) / 60:.1f} min, {len(waiting) + len(running)} left",
                     flush=True,
                 )
     finally:
-        for process, *_ in live.values():
+        for process, *_ in running.values():
             process.terminate()
-        for process, *_ in live.values():
-            process.wait()  # they write checkpoints
+        for process, *_ in running.values():
+            process.wait()  # they write their checkpoints first

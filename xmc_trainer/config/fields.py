@@ -1,8 +1,8 @@
-"""What a setting is: a dataclass field with a description and, for numbers, a domain; and how text becomes its value.
+"""Settings as dataclass fields, and the parser of their values.
 
-What a setting is told, in a file or on the command line, stays text until its field's type says what to read in it: text
-settings take it as it stands. `${other.setting}` in it is replaced by what that setting is told, `${oc.env:NAME}` by an
-environment variable; `\\${` stands for the characters.
+A setting is a field with a help text and, if it is a number, a domain. Values from files and the command line stay text
+until the field's type decides how to parse them; text settings take them verbatim. `${other.setting}` inserts another
+setting's text, `${oc.env:NAME}` an environment variable, and `\\${` a literal `${`.
 """
 
 from __future__ import annotations
@@ -20,20 +20,18 @@ from typing import Any
 
 from xmc_trainer.errors import UserError, shown
 
-REQUIRED = "???"  # the default of a setting that has none
-_TRUTH = dict.fromkeys(("true", "yes", "y", "on", "1"), True) | dict.fromkeys(("false", "no", "n", "off", "0"), False)
-_WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
+REQUIRED = "???"  # the default of a setting that must be given
+_BOOLS = dict.fromkeys(("true", "yes", "y", "on", "1"), True) | dict.fromkeys(("false", "no", "n", "off", "0"), False)
+_INTEGER = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _NUMBER = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?\.?(inf|nan)", re.IGNORECASE)
 _MARK = re.compile(r"(?<!\\)(\\*)\$\{")
-_REFERENCE = re.compile(
-    r"\s*(?:oc\.env:\s*(?P<variable>\w+)\s*(?:,(?P<otherwise>[^{}]*))?|(?P<setting>[^{}:,]+?))\s*\}"
-)
+_REFERENCE = re.compile(r"\s*(?:oc\.env:\s*(?P<variable>\w+)\s*(?:,(?P<default>[^{}]*))?|(?P<setting>[^{}:,]+?))\s*\}")
 _LONGEST_TEXT = 1 << 14  # characters
 
 
 @dataclass(frozen=True)
 class Domain:
-    """An interval, in the usual notation: a bracket includes its bound, a parenthesis does not."""
+    """An interval such as "[0, 1)": a bracket includes the bound, a parenthesis excludes it."""
 
     text: str
     low: float
@@ -46,15 +44,15 @@ class Domain:
 
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.text[0] == "[" else value > self.low
-        return above and (value <= self.high if self.text[-1] == "]" else value < self.high)  # nan is nowhere
+        return above and (value <= self.high if self.text[-1] == "]" else value < self.high)  # nan is in no domain
 
 
 def option(default: Any, help: str, domain: str | None = None) -> Any:
-    """A dataclass field that is a setting.
+    """Declare a dataclass field as a setting.
 
     Args:
-        help: one line, which `xmc-trainer settings` lists.
-        domain: of a number, such as "[0, 1)"; every number has a finite one.
+        help: one line, listed by `xmc-trainer settings`.
+        domain: interval such as "[0, 1)"; required for numbers, with finite bounds.
     """
     metadata = {"help": help, "domain": None if domain is None else Domain.parse(domain)}
     if isinstance(default, (dict, list)):
@@ -62,13 +60,17 @@ def option(default: Any, help: str, domain: str | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
+@dataclass
 class Section:
-    """A dataclass of settings: refuses numbers outside their domain and text that no file, name or variable can hold."""
+    """Base class of settings dataclasses.
+
+    Rejects numbers outside their domain, and text that is empty, too long or not UTF-8.
+    """
 
     _prefix = ""
 
     def __init_subclass__(cls, prefix: str = "") -> None:
-        """`prefix`: where the section stands in the tree, such as "model.ffi."."""
+        """`prefix`: the section's path in the tree, such as "model.ffi."."""
         cls._prefix = prefix
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ class Section:
 
 
 def check_domain(name: str, value: Any, domain: Domain | None) -> None:
-    """UserError for a number, or one of a list, that is outside."""
+    """Raise UserError if the number, or any number of the list, is outside `domain`. None passes."""
     for number in value if isinstance(value, list) else [value]:
         if domain is not None and number is not None and number not in domain:
             raise UserError(f"{name}={shown(number)}: must be in {domain.text}")
@@ -91,16 +93,16 @@ def check_domain(name: str, value: Any, domain: Domain | None) -> None:
 
 def _check_text(name: str, text: str, may_be_empty: bool) -> None:
     if not text and not may_be_empty:
-        raise UserError(f"{name}: is empty; give it a value, or leave it out for its default")
+        raise UserError(f"{name}: is empty; give it a value, or omit it to use its default")
     if len(text) > _LONGEST_TEXT:
-        raise UserError(f"{name}={shown(text)}: at most {_LONGEST_TEXT} characters")
+        raise UserError(f"{name}={shown(text)}: is longer than {_LONGEST_TEXT} characters; shorten it")
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError(f"{name}={shown(text)}: holds a NUL or what is not UTF-8; write it anew")
+        raise UserError(f"{name}={shown(text)}: contains a NUL or is not UTF-8; retype it")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A leaf of the tree."""
+    """A leaf of the configuration tree."""
 
     name: str  # dotted
     type: type  # str, bool, int, float, list (of int) or dict (of str)
@@ -112,7 +114,7 @@ class Setting:
 
 @cache
 def settings_of(section: type) -> dict[str, Setting]:
-    """Every setting under a section, by dotted name, in the order of the tree."""
+    """Return every setting below a section, by dotted name, in declaration order."""
     return {setting.name: setting for setting in _walk(section, "")}
 
 
@@ -120,11 +122,11 @@ def _walk(section: type, prefix: str) -> Iterator[Setting]:
     hints = typing.get_type_hints(section)
     for item in dataclasses.fields(section):
         if "help" not in item.metadata:
-            yield from _walk(item.default_factory, f"{prefix}{item.name}.")
+            yield from _walk(typing.cast(type, item.default_factory), f"{prefix}{item.name}.")
             continue
         hint = hints[item.name]
         optional = isinstance(hint, types.UnionType)
-        kind = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType) if optional else hint
+        kind = next(member for member in typing.get_args(hint) if member is not types.NoneType) if optional else hint
         default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         yield Setting(
             prefix + item.name,
@@ -137,37 +139,40 @@ def _walk(section: type, prefix: str) -> Iterator[Setting]:
 
 
 def build(section: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """The section's dataclass, and those below it, from values by dotted name. UserError for what they refuse."""
+    """Build a section and its subsections from values by dotted name. Raises UserError if their checks fail."""
     made = {}
     for item in dataclasses.fields(section):
         name = prefix + item.name
-        made[item.name] = values[name] if "help" in item.metadata else build(item.default_factory, values, f"{name}.")
+        if "help" in item.metadata:
+            made[item.name] = values[name]
+        else:
+            made[item.name] = build(typing.cast(type, item.default_factory), values, f"{name}.")
     return section(**made)
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a file or the command line says of a setting, or of an entry of one that is a dict."""
+class RawValue:
+    """The unparsed value of a setting, or of one entry of a dict setting."""
 
-    text: str | list[str] | None  # a list for settings that are lists; None for null
-    where: str = ""  # of a file: what a message begins with
+    text: str | list[str] | None  # a list for list settings; None for null
+    where: str = ""  # prefix of error messages, such as "mine.yaml, line 3: "; empty for the command line
 
 
-def value_of(setting: Setting, said: Said) -> Any:
-    """What is said, as the setting's type. UserError if it is of another. References are resolved already."""
-    text, name = said.text, f"{said.where}{setting.name}"
+def parse_value(setting: Setting, raw: RawValue) -> Any:
+    """Parse a raw value, its references resolved, as the setting's type. Raises UserError if it has another type."""
+    text, name = raw.text, f"{raw.where}{setting.name}"
     if text is None:
         if setting.optional:
             return None
         raise UserError(
-            f"{name}: cannot be null; give it a value, or leave it out for its default, {shown(setting.default)}"
+            f"{name}: cannot be null; give it a value, or omit it to use its default, {shown(setting.default)}"
         )
     if setting.type is list:
         if not isinstance(text, list):
             raise UserError(f"{name}={shown(text)}: must be a list of whole numbers such as [3, 5]")
-        return [_scalar(int, name, one, False) for one in text]
+        return [_scalar(int, name, item, False) for item in text]
     if isinstance(text, list):
-        raise UserError(f"{name}: is a list; give it one value")
+        raise UserError(f"{name}: is a list; give it a single value")
     return _scalar(setting.type, name, text, setting.optional)
 
 
@@ -177,55 +182,57 @@ def _scalar(kind: type, name: str, text: str, optional: bool) -> Any:
     word = text.strip()
     or_null = " or null" if optional else ""
     if kind is bool:
-        if word.lower() not in _TRUTH:
+        if word.lower() not in _BOOLS:
             raise UserError(f"{name}={shown(text)}: must be true or false{or_null}")
-        return _TRUTH[word.lower()]
+        return _BOOLS[word.lower()]
     if kind is int:
-        if not _WHOLE.fullmatch(word):
+        if not _INTEGER.fullmatch(word):
             raise UserError(f"{name}={shown(text)}: must be a whole number{or_null}")
-        # Python reads no more than 4300 digits; what is far outside every domain may as well be infinite.
+        # Python parses at most 4300 digits. A number this long is outside every domain, so infinity stands for it.
         return int(word) if len(word) < 100 else float(word.replace("_", ""))
     if not _NUMBER.fullmatch(word):
         raise UserError(f"{name}={shown(text)}: must be a number{or_null}")
     return float(word.lower().replace("_", "").replace(".i", "i").replace(".n", "n"))
 
 
-def plain(value: Any) -> str:
-    """A value as a file would say it, for references to it."""
+def to_text(value: Any) -> str:
+    """Format a value as a file would spell it, so that references can insert it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def escaped(text: str) -> str:
-    """As a file must say it so that it is read as this very text."""
+    """Escape `${` so that a file or command line with the result is read as exactly `text`."""
     return _MARK.sub(lambda match: rf"{match[1] * 2}\${{", text)
 
 
-def resolve(told: Mapping[str, Said]) -> dict[str, Said]:
-    """The same with every reference replaced. UserError for one to nothing, to itself, or to endless text."""
-    done: dict[str, Said] = {}
-    for name in told:
-        _resolve(name, told, done, ())
+def resolve(values: Mapping[str, RawValue]) -> dict[str, RawValue]:
+    """Replace every reference. Raises UserError for an unknown target, a cycle, or a result that is too long."""
+    done: dict[str, RawValue] = {}
+    for name in values:
+        _resolve(name, values, done, ())
     return done
 
 
-def _resolve(name: str, told: Mapping[str, Said], done: dict[str, Said], asking: tuple[str, ...]) -> Said:
+def _resolve(name: str, values: Mapping[str, RawValue], done: dict[str, RawValue], chain: tuple[str, ...]) -> RawValue:
     if name in done:
         return done[name]
-    said = told[name]
-    if name in asking:
+    raw = values[name]
+    if name in chain:
         raise UserError(
-            f"{said.where}{name}: refers to itself, by {' -> '.join((*asking, name))}; give one of them a value"
+            f"{raw.where}{name}: refers to itself through {' -> '.join((*chain, name))}; give one of them a value"
         )
-    if isinstance(said.text, str) and "${" in said.text:
-        said = dataclasses.replace(said, text=_replaced(name, said, told, done, (*asking, name)))
-    done[name] = said
-    return said
+    if isinstance(raw.text, str) and "${" in raw.text:
+        raw = dataclasses.replace(raw, text=_replaced(name, raw, values, done, (*chain, name)))
+    done[name] = raw
+    return raw
 
 
 def _replaced(
-    name: str, said: Said, told: Mapping[str, Said], done: dict[str, Said], asking: tuple[str, ...]
+    name: str, raw: RawValue, values: Mapping[str, RawValue], done: dict[str, RawValue], chain: tuple[str, ...]
 ) -> str | None:
-    text, at, parts, length = said.text, 0, [], 0
+    text, at, length = typing.cast(str, raw.text), 0, 0
+    parts: list[str] = []
+    inserted: str | list[str] | None
     while mark := _MARK.search(text, at):
         parts += [text[at : mark.start()], "\\" * (len(mark[1]) // 2)]
         at = mark.end()
@@ -235,44 +242,46 @@ def _replaced(
         reference = _REFERENCE.match(text, at)
         if reference is None:
             raise UserError(
-                f"{said.where}{name}={shown(text)}: write a reference as ${{data.dataset}} or ${{oc.env:NAME}}, and the characters "
-                "themselves as \\${"
+                f"{raw.where}{name}={shown(text)}: is not a valid reference; write ${{data.dataset}} or "
+                "${oc.env:NAME}, or \\${ for a literal ${"
             )
         at = reference.end()
         if reference["variable"]:
-            found = os.environ.get(reference["variable"], reference["otherwise"])
-            if found is None:
+            inserted = os.environ.get(reference["variable"], reference["default"])
+            if inserted is None:
                 raise UserError(
-                    f"{said.where}{name}: the environment variable {reference['variable']} is not set; set it"
+                    f"{raw.where}{name}: the environment variable {reference['variable']} is not set; set it"
                 )
         else:
-            # Spartex mounts its files under the key `dataset`, and references in them say so.
+            # Spartex mounts its files under the key `dataset`, so their references begin with it.
             target = reference["setting"].removeprefix("dataset.")
-            if target not in told:
+            if target not in values:
                 raise UserError(
-                    f"{said.where}{name}: refers to {shown(target)}, and there is no such setting{near(target, told)}"
+                    f"{raw.where}{name}: refers to {shown(target)}: there is no such setting"
+                    f"{suggestion(target, values)}"
                 )
-            found = _resolve(target, told, done, asking).text
-            if found is None and mark.start() == 0 and at == len(text):
+            inserted = _resolve(target, values, done, chain).text
+            if inserted is None and mark.start() == 0 and at == len(text):
                 return None
-            if not isinstance(found, str):
+            if not isinstance(inserted, str):
                 raise UserError(
-                    f"{said.where}{name}: refers to {target}, which is {'null' if found is None else 'a list'}; set it"
+                    f"{raw.where}{name}: refers to {target}, which is "
+                    f"{'null' if inserted is None else 'a list'}; set it"
                 )
-        parts.append(found)
-        length += len(found)
+        parts.append(inserted)
+        length += len(inserted)
         if length > _LONGEST_TEXT:
-            raise UserError(f"{said.where}{name}: its references give more than {_LONGEST_TEXT} characters; shorten it")
+            raise UserError(f"{raw.where}{name}: expands to more than {_LONGEST_TEXT} characters; shorten it")
     return "".join((*parts, text[at:]))
 
 
-def near(name: str, names: Mapping[str, Any]) -> str:
-    """For a message: "; write ..." with what was most likely meant, or nothing."""
+def suggestion(name: str, names: Mapping[str, Any]) -> str:
+    """Return "; write NAME" with the most similar known names, for an error message, or an empty string."""
     last = name.rsplit(".", 1)[-1]
-    meant = [known for known in names if known.rsplit(".", 1)[-1] == last]
-    if not meant:
+    similar = [known for known in names if known.rsplit(".", 1)[-1] == last]
+    if not similar:
         ends = {known.rsplit(".", 1)[-1]: known for known in reversed(list(names))}
-        meant = get_close_matches(name[:100], names, n=1, cutoff=0.75) or [
+        similar = get_close_matches(name[:100], names, n=1, cutoff=0.75) or [
             ends[word] for word in get_close_matches(last[:100], ends, n=1, cutoff=0.75)
         ]
-    return f"; write {' or '.join(meant)}" if meant else ""
+    return f"; write {' or '.join(similar)}" if similar else ""

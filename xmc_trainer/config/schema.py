@@ -1,10 +1,9 @@
-"""The configuration: typed sections, one YAML a data set, `key=value` overrides, and every check that needs no data.
+"""The settings of a run: typed sections with help texts, domains and every check that needs no data.
 
-The vocabulary is Spartex's (NeurIPS 2024): a complete configuration file of that system loads unchanged. The tree is
-built once, by `load_config`, and read by builders only; the head, its kernels and the data code take plain arguments.
+The names are those of Spartex (NeurIPS 2024), whose configuration files load unchanged. `load_config` builds the tree
+once, and only builders read it; the head, its kernels and the data code take plain arguments.
 
-Checks live in `__post_init__`: they run when the objects are made, before any work, and each message names the field to
-change. Every number has a domain beside it.
+Checks run in `__post_init__`, before any work. Their messages name the setting to change.
 """
 
 from __future__ import annotations
@@ -14,15 +13,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from xmc_trainer.config.fields import (
-    REQUIRED,
-    Section,
-    option,
-)
+from xmc_trainer.config.fields import REQUIRED, Section, option
 from xmc_trainer.errors import UserError, shown
 from xmc_trainer.schedules import SCHEDULES
 
-# Counts of steps, labels and texts; of epochs; of texts in a batch; sizes of layers; rates, which float32 must hold.
+# Domains: counts of steps, labels and texts; epochs; texts per batch; layer sizes; rates that fit in float32.
 _COUNT, _EPOCHS, _BATCH, _WIDTH, _RATE = "[1, 2147483647]", "[1, 100000]", "[1, 1048576]", "[1, 65536]", "[0, 1e38]"
 
 
@@ -35,29 +30,34 @@ def _check_folder(name: str, text: str | None) -> None:
     try:
         Path(text or "").expanduser()
     except RuntimeError:
-        raise UserError(f"{name}={shown(text)}: nobody here has a home of that name; write the whole path") from None
+        raise UserError(f"{name}={shown(text)}: has no home folder on this machine; write the full path") from None
 
 
-def _check_name(name: str, text: str, taken: re.Pattern[str] | None = None) -> None:
-    """UserError unless a folder can be made under that name, and a run does not use it otherwise (`taken`)."""
-    used = taken is not None and taken.fullmatch(text)
-    if "/" in text or text.startswith(".") or used:
-        other = ", and none that a run uses otherwise, such as model, checkpoint or config.yaml" if used else ""
+def _check_name(name: str, text: str, reserved: re.Pattern[str] | None = None) -> None:
+    """Raise UserError unless `text` can name a folder in a run's folder.
+
+    Args: reserved: matches the names of a run's own files.
+    """
+    is_reserved = reserved is not None and reserved.fullmatch(text)
+    if "/" in text or text.startswith(".") or is_reserved:
+        other = ", and not one that a run reserves, such as model, checkpoint or config.yaml" if is_reserved else ""
         raise UserError(
-            f"{name}={shown(repr(text))}: must be a plain name that does not begin with a dot{other}; it becomes a folder"
+            f"{name}={shown(repr(text))}: must be a folder name without a slash or a leading dot{other}; choose another"
         )
     if len(text.encode()) > 200:
-        raise UserError(f"{name}={shown(repr(text))}: at most 200 bytes, file systems take no longer names")
+        raise UserError(f"{name}={shown(repr(text))}: is longer than 200 bytes, too long for a folder name; shorten it")
 
 
 @dataclass
 class EnvironmentConfig(Section, prefix="environment."):
-    running_env: str = option("guest", "key of `environment.env2path` that stands in for a missing `dataset_path`")
-    env2path: dict[str, str] = option({"guest": "./data"}, "root folder of the data sets on each machine of yours")
-    device: str = option("auto", "auto, cuda or cpu; auto takes the GPU if there is one")
-    cuda_device_id: int = option(0, "GPU of a run without a launcher; launchers give each process its own", "[0, 1023]")
+    running_env: str = option("guest", "Key of `environment.env2path` to use if `dataset_path` is not set.")
+    env2path: dict[str, str] = option({"guest": "./data"}, "Root folder of the data sets on each of your machines.")
+    device: str = option("auto", "auto, cuda or cpu. auto uses a GPU if there is one.")
+    cuda_device_id: int = option(
+        0, "GPU of a run without a launcher; launchers assign one to each process.", "[0, 1023]"
+    )
     timeout_minutes: float = option(
-        10.0, "end the job when one of its processes has given no sign of life for this long", "[0.05, 1440]"
+        10.0, "End the job when one of its processes has been silent for this long.", "[0.05, 1440]"
     )
 
     def __post_init__(self) -> None:
@@ -71,69 +71,81 @@ class EnvironmentConfig(Section, prefix="environment."):
         return timedelta(minutes=self.timeout_minutes)
 
     def device_name(self) -> str:
-        """cpu or cuda:N, of a single process. UserError where there is no such GPU."""
-        import torch  # takes seconds to import: settings that are wrong do not wait for it
+        """Return the device of a single process, "cpu" or "cuda:N". Raises UserError if there is no such GPU."""
+        import torch  # slow; errors in settings must not wait for it
 
         on_gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         if on_gpu and self.cuda_device_id >= torch.cuda.device_count():
             number, remedy = torch.cuda.device_count(), "set environment.cuda_device_id, or environment.device=cpu"
             raise UserError(
-                f"environment.cuda_device_id={self.cuda_device_id}: there are {number} usable GPUs, numbered from 0; {remedy}"
+                f"environment.cuda_device_id={self.cuda_device_id}: there are {number} usable GPUs, "
+                f"numbered from 0; {remedy}"
             )
         return f"cuda:{self.cuda_device_id}" if on_gpu else "cpu"
 
 
 @dataclass
 class DataConfig(Section, prefix="data."):
-    dataset: str = option(REQUIRED, "name of the data set; keys the shipped YAML files")
-    folder: str | None = option(None, "folder under `dataset_path`; default: the shipped one, else `data.dataset`")
-    is_lf_data: bool = option(False, "label-feature layout (raw_text/trn.json ...) instead of raw text files")
-    hf_source: str | None = option(
-        None, "instead of both layouts: folder with <split>.parquet or <split>.jsonl, saved data set, or hub id"
+    dataset: str = option(REQUIRED, "Name of the data set.")
+    folder: str | None = option(
+        None, "Data set folder below `dataset_path`; default: the shipped one, or `data.dataset`."
     )
-    hf_train_split: str = option("train", "split (or file, for .parquet and .jsonl folders) to train on")
-    hf_test_split: str = option("test", "split to evaluate on")
-    text_column: str = option("text", "column of `data.hf_source` with the text")
-    label_column: str = option("labels", "column of `data.hf_source` with the list of labels (names or ids)")
+    is_lf_data: bool = option(False, "Read the label-feature layout (raw_text/trn.json ...) instead of raw text files.")
+    hf_source: str | None = option(
+        None,
+        "Read Hugging Face data instead: a folder with <split>.parquet or <split>.jsonl, a saved data set, "
+        "or a hub id.",
+    )
+    hf_train_split: str = option(
+        "train", "Split of `data.hf_source` (or file, in a .parquet or .jsonl folder) to train on."
+    )
+    hf_test_split: str = option("test", "Split of `data.hf_source` to evaluate on.")
+    text_column: str = option("text", "Column of `data.hf_source` that holds the text.")
+    label_column: str = option("labels", "Column of `data.hf_source` that holds the list of labels (names or ids).")
     label_text_file: str | None = option(
-        None, "raw layout: file `label<TAB>text` in the folder, for readable predictions"
+        None, "Raw layout: file of `label<TAB>text` lines in the data folder; makes predictions readable."
     )
     test_split: str = option(
-        "test", "raw layout: the files to evaluate on, such as dev for dev_raw_texts.txt, dev_labels.txt"
+        "test", "Raw layout: prefix of the files to evaluate on; dev reads dev_raw_texts.txt and dev_labels.txt."
     )
     augment_label_data: bool = option(
-        False, "add each label's text as a training instance of that label (LF data, or raw with label_text_file)"
+        False,
+        "Also train on each label's text, with that label as its target (LF data, or raw data with label_text_file).",
     )
     use_filter_eval: bool = option(
-        False, "leave the pairs of raw_text/filter_labels_test.txt out of the ranking (LF data)"
+        False, "Exclude the pairs of raw_text/filter_labels_test.txt from the ranking (LF data)."
     )
     num_labels: int | None = option(
-        None, "number of labels; default: what the data say; a contradiction is refused", _COUNT
+        None, "Number of labels; default: counted in the data. A different count in the data is an error.", _COUNT
     )
-    max_len: int = option(128, "longest text, in tokens, special tokens included; the rest is cut off", "[3, 1000000]")
-    num_workers: int = option(2, "data loader processes a rank", "[0, 1024]")
+    max_len: int = option(
+        128, "Maximum text length in tokens, special tokens included; longer texts are truncated.", "[3, 1000000]"
+    )
+    num_workers: int = option(2, "Data loader processes per rank.", "[0, 1024]")
     batch_size: int = option(
         64,
-        "texts over all ranks together; an optimizer step trains on batch_size x training.optimization.grad_accum_step of them",
+        "Texts per batch over all ranks; an optimizer step trains on batch_size x "
+        "training.optimization.grad_accum_step texts.",
         _BATCH,
     )
     micro_batches: str = option(
         "auto",
-        "into how many equal parts a step's texts are cut, one after the other, to save memory; every cut trains the same. auto: as "
-        "few as fit the GPU's memory; without a GPU grad_accum_step",
+        "Number of equal parts that a step is processed in, one at a time, to save memory; the result does "
+        "not change. auto: the fewest that fit the GPU's memory, or grad_accum_step without a GPU.",
     )
-    test_batch_size: int = option(256, "texts an evaluation batch over all ranks together", _BATCH)
+    test_batch_size: int = option(256, "Texts per evaluation batch, over all ranks.", _BATCH)
     train_sample: int | None = option(
         None,
-        "train on this many texts, drawn by `training.seed` (from label texts, too, with augment_label_data); every label stays",
+        "Train on this many texts, drawn with `training.seed` (with augment_label_data from the "
+        "label texts too). All labels are kept.",
         _COUNT,
     )
-    length_grouped: bool = option(True, "batches of texts of similar length, in random order: less padding")
-    cache_dir: str = option("~/.cache/xmc_trainer", "where tokenised data sets are kept, by content")
+    length_grouped: bool = option(True, "Batch texts of similar length, in random order, to reduce padding.")
+    cache_dir: str = option("~/.cache/xmc_trainer", "Folder of the tokenised data sets, which are found by content.")
 
     @property
     def evaluated_split(self) -> str:
-        """What the test set is called in the data."""
+        """Name of the test split in the data."""
         return self.test_split if self.hf_source is None else self.hf_test_split
 
     def __post_init__(self) -> None:
@@ -142,69 +154,79 @@ class DataConfig(Section, prefix="data."):
         if self.micro_batches != "auto" and not (
             re.fullmatch("[0-9]{1,7}", self.micro_batches) and int(self.micro_batches)
         ):
-            raise UserError(f"data.micro_batches={shown(repr(self.micro_batches))}: must be auto, or a number of parts")
+            raise UserError(
+                f"data.micro_batches={shown(repr(self.micro_batches))}: must be auto or a whole number above 0"
+            )
         if self.is_lf_data and self.hf_source:
-            raise UserError("data.hf_source: clear it or set data.is_lf_data=false; a run reads one source")
+            raise UserError(
+                "data.hf_source: a run reads a single source; set data.hf_source=null or data.is_lf_data=false"
+            )
         if self.label_text_file and (self.is_lf_data or self.hf_source):
             raise UserError(
-                "data.label_text_file: of the raw layout only; label-feature data bring their labels' texts"
+                "data.label_text_file: applies to the raw layout only; remove it (label-feature data contain texts)"
             )
         if self.use_filter_eval and not self.is_lf_data:
-            raise UserError("data.use_filter_eval=true: needs label-feature data (data.is_lf_data=true)")
+            raise UserError("data.use_filter_eval=true: needs label-feature data; set data.is_lf_data=true")
         if self.augment_label_data and not (self.is_lf_data or self.label_text_file):
             raise UserError(
-                "data.augment_label_data=true: needs the labels' texts: data.is_lf_data=true or data.label_text_file"
+                "data.augment_label_data=true: needs label texts; set data.is_lf_data=true or data.label_text_file"
             )
         if self.test_split != "test" and (self.is_lf_data or self.hf_source):
             instead = (
                 "set data.hf_test_split"
                 if self.hf_source
-                else "label-feature data have one test set, raw_text/tst.json in data.folder"
+                else "label-feature data have a single test set (raw_text/tst.json); remove it"
             )
-            raise UserError(f"data.test_split: of the raw layout only; {instead}")
+            raise UserError(f"data.test_split: applies to the raw layout only; {instead}")
 
 
 @dataclass
 class EncoderConfig(Section, prefix="model.encoder."):
-    encoder_model: str = option("bert-base-uncased", "Hugging Face model: hub id or folder")
-    encoder_tokenizer: str = option("${model.encoder.encoder_model}", "Hugging Face tokenizer: hub id or folder")
+    encoder_model: str = option("bert-base-uncased", "Hugging Face model: hub id or folder.")
+    encoder_tokenizer: str = option("${model.encoder.encoder_model}", "Hugging Face tokenizer: hub id or folder.")
     trust_remote_code: bool = option(
-        False, "run the Python code that encoder_model or encoder_tokenizer brings; a saved model's is never run"
+        False, "Run Python code that comes with encoder_model or encoder_tokenizer. Code in a saved model is never run."
     )
-    encoder_ftr_dim: int | None = option(None, "hidden size of the encoder; checked against the model", _WIDTH)
-    pool_mode: str = option("last_hidden_avg", "last_hidden_avg, or last_nhidden_conlast (first token, last n layers)")
-    feature_layers: int = option(1, "n of last_nhidden_conlast", "[1, 1000]")
-    embed_dropout: float = option(0.3, "dropout on the pooled embedding", "[0, 1)")
+    encoder_ftr_dim: int | None = option(None, "Hidden size of the encoder; checked against the model.", _WIDTH)
+    pool_mode: str = option(
+        "last_hidden_avg",
+        "last_hidden_avg (mean over tokens), or last_nhidden_conlast (first token of the last feature_layers layers).",
+    )
+    feature_layers: int = option(1, "Number of layers that pool_mode=last_nhidden_conlast concatenates.", "[1, 1000]")
+    embed_dropout: float = option(0.3, "Dropout on the pooled embedding.", "[0, 1)")
     use_torch_compile: str = option(
         "auto",
-        "compile the encoder (torch.compile; seconds at the start): true, false, or auto: on a GPU, but not under ZeRO 3, and only if it can be",
+        "Compile the encoder with torch.compile, which delays the start by seconds: true, false or auto. "
+        "auto compiles on a GPU, except under ZeRO 3, and trains uncompiled if compilation fails.",
     )
-    use_ngame_encoder_weights: bool = option(False, "start the encoder from the weights in ngame_checkpoint")
-    ngame_checkpoint: str | None = option(None, "state dict of an encoder: a file of torch.save, or .safetensors")
+    use_ngame_encoder_weights: bool = option(False, "Initialise the encoder from ngame_checkpoint.")
+    ngame_checkpoint: str | None = option(None, "Encoder state dict: a torch.save file, or .safetensors.")
     ngame_key_prefix: str = option(
         "",
-        "the encoder's entries of that file start with this, which is stripped; one that the encoder lacks is refused, but "
-        "poolers",
+        "Load only the entries of ngame_checkpoint with this prefix, which is removed. An entry unknown to "
+        "the encoder is an error, unless it belongs to a pooler.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.use_torch_compile = self.use_torch_compile.lower()  # YAML's truth values come as True and False, too
+        self.use_torch_compile = self.use_torch_compile.lower()  # YAML writes booleans as True and False, too
         _one_of("model.encoder.use_torch_compile", self.use_torch_compile, ("auto", "true", "false"))
         _one_of("model.encoder.pool_mode", self.pool_mode, ("last_hidden_avg", "last_nhidden_conlast"))
         if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
             raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
         if self.use_ngame_encoder_weights and not self.ngame_checkpoint:
             raise UserError(
-                "model.encoder.use_ngame_encoder_weights=true: name the file in model.encoder.ngame_checkpoint"
+                "model.encoder.use_ngame_encoder_weights=true: needs a file; set model.encoder.ngame_checkpoint"
             )
 
 
 @dataclass
 class PenultimateConfig(Section, prefix="model.penultimate."):
-    use_penultimate_layer: bool = option(False, "a linear layer between encoder and head, with its own learning rate")
-    penultimate_size: int = option(4096, "its width: the d that the head reads", _WIDTH)
-    penultimate_activation: str = option("relu", "relu, gelu, tanh or none")
+    use_penultimate_layer: bool = option(
+        False, "Insert a linear layer, with its own learning rate, between encoder and head."
+    )
+    penultimate_size: int = option(4096, "Width of the penultimate layer, and so of the head's input.", _WIDTH)
+    penultimate_activation: str = option("relu", "relu, gelu, tanh or none.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,83 +239,97 @@ class PenultimateConfig(Section, prefix="model.penultimate."):
 class FFIConfig(Section, prefix="model.ffi."):
     use_sparse_layer: bool = option(
         True,
-        "fixed fan-in head; false: dense head, for which fan_in, index_init, pruning, growth and rewiring mean nothing",
+        "true: fixed fan-in head. false: dense head, which ignores fan_in, index_init, pruning, growth and rewiring.",
     )
-    fan_in: int = option(128, "features that a label reads", _WIDTH)
-    group_size: int = option(1, "consecutive labels that share one index row", _BATCH)
+    fan_in: int = option(128, "Features that each label reads.", _WIDTH)
+    group_size: int = option(1, "Number of consecutive labels that share an index row.", _BATCH)
     semantic_groups: bool = option(
         False,
-        "put the labels in the order of the cluster file (auxiliary.group_y_group): a group's labels are neighbours",
+        "Order the labels by the cluster file (auxiliary.group_y_group), so that groups hold similar labels.",
     )
     head_ratio: float = option(
-        0.0, "share of the labels, the most frequent ones, that read head_fan_in features; the others fan_in", "[0, 1)"
+        0.0,
+        "Fraction of the labels, the most frequent ones, that read head_fan_in features; the others read fan_in.",
+        "[0, 1)",
     )
-    head_fan_in: int | None = option(None, "features that each of these labels reads; default: all", _WIDTH)
+    head_fan_in: int | None = option(None, "Features that each of the head_ratio labels reads; default: all.", _WIDTH)
     weight_dtype: str = option(
-        "float32", "head weights and, but for adamw_8bit, optimizer state: float32, or bfloat16 (stochastic rounding)"
+        "float32",
+        "Dtype of the head's weights and optimizer state (except that of adamw_8bit): float32, or bfloat16 with "
+        "stochastic rounding.",
     )
     bias_init: str = option(
         "prior",
-        "prior: the best constant for the share of positives in the data; frequency: the same of each label; or zero",
+        "prior: the constant logit with the lowest loss at the mean share of positives. frequency: the same for "
+        "each label's own share. zero: 0.",
     )
     index_init: str = option(
         "random",
-        "first features of a label: random; informed: those on which its training texts stand out most; or discriminant: "
-        "those that tell them from the other texts best, the features' correlations considered",
+        "Initial features of a label. random: any. informed: those in which its training texts deviate most. "
+        "discriminant: those that best separate its texts from the others, corrected for correlations "
+        "between features.",
     )
     discriminant_ridge: float = option(
         0.5,
-        "of discriminant: what the correlations are shrunk by, 0 to 1; 1: not considered, as informed",
+        "Shrinkage of the feature correlations for index_init=discriminant; 1 ignores correlations, as informed does.",
         "(0, 1]",
     )
     weight_init: str = option(
-        "random", "first weights: random, zero, or centroid: along the mean of the label's training texts"
+        "random", "Initial weights: random, zero, or centroid (along the mean feature of the label's training texts)."
     )
     centroid_scale: float = option(
-        0.5, "length of the weights of weight_init=centroid, for features of deviation 1", "(0, 1000]"
+        0.5, "Norm of the weights for weight_init=centroid, with features scaled to unit deviation.", "(0, 1000]"
     )
     logit_adjustment: float = option(
         0.0,
-        "taken off a label's score: this times log(its training texts / an average label's): rare labels are found more often; "
-        "what it does to P@1 xmc-trainer adjust says, on a dev split",
+        "At ranking, subtract this times log(label frequency / mean label frequency); higher values favour "
+        "rare labels. Choose it on a dev split with xmc-trainer adjust.",
         "[0, 100]",
     )
     backend: str = option(
         "auto",
-        "auto, triton (GPU), reference (plain torch, CPU and GPU) or torch_sparse (PyG's); auto: triton where it runs",
+        "auto, triton (GPU), reference (PyTorch, CPU and GPU) or torch_sparse (PyG). auto uses triton where it runs.",
     )
     tile_labels: int | None = option(
         None,
-        "labels a tile of the backends without triton: bounds its working memory; default 4096 on a CPU, 65536 on a GPU",
+        "Labels per tile of the backends without triton; limits their working memory. Default: 4096 on a "
+        "CPU, 65536 on a GPU.",
         _COUNT,
     )
-    prune_mode: str = option("threshold", "threshold (|w| below it) or fraction (the smallest share of each row)")
-    rewire_threshold: float = option(0.01, "threshold of prune_mode=threshold", _RATE)
-    rewire_fraction: float = option(0.15, "share of prune_mode=fraction", "[0, 1]")
-    rewire_end_threshold: float = option(1e-4, "where the scheduled threshold ends", _RATE)
+    prune_mode: str = option(
+        "threshold", "threshold: prune weights with |w| below it. fraction: prune the smallest share of each row."
+    )
+    rewire_threshold: float = option(0.01, "Initial threshold of prune_mode=threshold.", _RATE)
+    rewire_fraction: float = option(0.15, "Initial share of prune_mode=fraction.", "[0, 1]")
+    rewire_end_threshold: float = option(1e-4, "Final value of the scheduled threshold.", _RATE)
     growth_mode: str = option(
         "random",
-        "random: uniform over the features that the row does not read; gradient: those of the largest gradient",
+        "random: draw new features uniformly from those that the row does not read. gradient: take those "
+        "with the largest gradient.",
     )
     growth_batches: int = option(
-        16, "of growth_mode=gradient: latest steps over which the gradient is summed", "[1, 10000]"
+        16, "Number of latest steps over which growth_mode=gradient sums the gradient.", "[1, 10000]"
     )
-    growth_init_mode: str = option("zero", "grown weights start at zero, or at random like the first ones")
-    input_features: int | None = option(None, "d; checked against the encoder or the penultimate layer", _WIDTH)
-    output_features: int | None = option(None, "number of labels; checked against the data", _COUNT)
-    rewire_interval: int = option(1000, "optimizer steps between two rewirings; 0: never", "[0, 2147483647]")
-    use_rewire_scheduling: bool = option(True, "cosine decay: threshold to rewire_end_threshold, fraction to 0")
-    rewire_end_epoch: float = option(0.66, "share of the training after which the connectivity is frozen", "[0, 1]")
+    growth_init_mode: str = option("zero", "Value of grown weights: zero, or random like the initial ones.")
+    input_features: int | None = option(
+        None, "Width of the head's input; checked against the encoder or the penultimate layer.", _WIDTH
+    )
+    output_features: int | None = option(None, "Number of labels; checked against the data.", _COUNT)
+    rewire_interval: int = option(1000, "Optimizer steps between rewirings; 0 disables rewiring.", "[0, 2147483647]")
+    use_rewire_scheduling: bool = option(
+        True, "Decay by a cosine: the threshold to rewire_end_threshold, the fraction to 0."
+    )
+    rewire_end_epoch: float = option(0.66, "Fraction of the training after which rewiring stops.", "[0, 1]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.head_ratio and not self.use_sparse_layer:
             raise UserError(
-                "model.ffi.head_ratio: without meaning for a dense head; set use_sparse_layer=true or head_ratio=0"
+                "model.ffi.head_ratio: has no effect on a dense head; set use_sparse_layer=true or head_ratio=0"
             )
         if self.head_fan_in is not None and not self.head_ratio:
             raise UserError(
-                f"model.ffi.head_fan_in={self.head_fan_in}: of the labels of model.ffi.head_ratio, which is 0; set that too"
+                f"model.ffi.head_fan_in={self.head_fan_in}: has no effect with model.ffi.head_ratio=0; set that too"
             )
         if self.group_size > 1 and not self.use_sparse_layer:
             raise UserError(
@@ -308,34 +344,39 @@ class FFIConfig(Section, prefix="model.ffi."):
         _one_of("model.ffi.prune_mode", self.prune_mode, ("threshold", "fraction"))
         _one_of("model.ffi.growth_mode", self.growth_mode, ("random", "gradient"))
         _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
-        # What the shipped files and Spartex's never say together: whoever says it means something by it.
+        # Shipped and Spartex files never combine these, so such a setting was made on purpose and must not be ignored.
         if self.use_sparse_layer and self.growth_mode == "gradient" and self.rewire_interval == 0:
             raise UserError(
-                "model.ffi.growth_mode=gradient: nothing grows with model.ffi.rewire_interval=0; set that too"
+                "model.ffi.growth_mode=gradient: has no effect with model.ffi.rewire_interval=0; set that too"
             )
         for name, default, choice, needed in (
             ("discriminant_ridge", 0.5, "index_init", "discriminant"), ("centroid_scale", 0.5, "weight_init", "centroid"),
         ):  # fmt: skip
             if getattr(self, name) != default and getattr(self, choice) != needed:
-                raise UserError(f"model.ffi.{name}={getattr(self, name)}: of model.ffi.{choice}={needed}; set that too")
+                raise UserError(
+                    f"model.ffi.{name}={getattr(self, name)}: has no effect without model.ffi.{choice}={needed}; set "
+                    "that too"
+                )
 
     @property
     def index_from_texts(self) -> bool:
-        """Whether the training texts decide the first index; a dense head has none."""
+        """Whether the initial index is computed from the training texts; always False for a dense head."""
         return self.use_sparse_layer and self.index_init != "random"
 
 
 @dataclass
 class AuxiliaryConfig(Section, prefix="model.auxiliary."):
-    use_meta_branch: bool = option(False, "also predict the labels' clusters, by a dense head of their own, at first")
+    use_meta_branch: bool = option(False, "Also predict label clusters, with a dense head, early in training.")
     group_y_group: int = option(
-        0, "n of the data folder's cluster file label_group<n>.safetensors (xmc-trainer clusters)", "[0, 2147483647]"
+        0,
+        "Number n of the cluster file label_group<n>.safetensors in the data folder (see xmc-trainer clusters).",
+        "[0, 2147483647]",
     )
     meta_cutoff_epoch: int = option(
-        20, "epoch at which the weight of the meta branch has decayed to 0, by a cosine", _EPOCHS
+        20, "Epoch at which the loss weight of the meta branch has decayed to 0, by a cosine.", _EPOCHS
     )
     auxloss_scaling: float = option(
-        0.4, "first weight of the meta branch's loss; the labels' loss has the rest of 1", "[0, 1)"
+        0.4, "Initial loss weight w of the meta branch; the label loss has weight 1 - w.", "[0, 1)"
     )
 
     def __post_init__(self) -> None:
@@ -352,8 +393,8 @@ class ModelConfig:
 
 @dataclass
 class AmpConfig(Section, prefix="training.amp."):
-    enabled: bool = option(False, "mixed precision for the encoder")
-    dtype: str = option("float16", "float16 or bfloat16")
+    enabled: bool = option(False, "Mixed precision for the encoder.")
+    dtype: str = option("float16", "float16 or bfloat16.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -361,55 +402,64 @@ class AmpConfig(Section, prefix="training.amp."):
 
     @property
     def mixed_precision(self) -> str:
-        """accelerate's name: "no", "fp16" or "bf16"."""
+        """accelerate's name of the precision: "no", "fp16" or "bf16"."""
         return {"float16": "fp16", "bfloat16": "bf16"}[self.dtype] if self.enabled else "no"
 
 
 @dataclass
 class OptimizationConfig(Section, prefix="training.optimization."):
-    loss_fn: str = option("bce", "bce or squared_hinge, summed over labels")
-    loss_reduction: str = option("auto", "how texts are combined: sum, mean, or auto (bce: sum, squared_hinge: mean)")
-    encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9)")
+    loss_fn: str = option("bce", "bce or squared_hinge, summed over labels.")
+    loss_reduction: str = option(
+        "auto", "Reduction over texts: sum, mean, or auto (sum for bce, mean for squared_hinge)."
+    )
+    encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9).")
     xmc_optimizer: str = option(
         "sgd",
-        "optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (states of a byte; meant for weight_dtype=bfloat16), or rowwise_rmsprop (one float of state a label)",
+        "Optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (one-byte states; meant for "
+        "weight_dtype=bfloat16), or rowwise_rmsprop (one float of state per label).",
     )
     xmc_momentum: float = option(
-        0.9, "momentum of xmc_optimizer=sgd; 0 is plain SGD, without optimizer state", "[0, 1)"
+        0.9, "Momentum of xmc_optimizer=sgd; 0 is plain SGD without optimizer state.", "[0, 1)"
     )
-    epochs: int = option(10, "passes over the training set", _EPOCHS)
-    max_steps: int | None = option(None, "end after this many optimizer steps, if that comes before `epochs`", _COUNT)
+    epochs: int = option(10, "Passes over the training set.", _EPOCHS)
+    max_steps: int | None = option(
+        None, "Stop after this many optimizer steps, if that is before the end of `epochs`.", _COUNT
+    )
     dense_epochs: int = option(
         0,
-        "epochs with a dense head, which then keeps each label's fan_in largest weights; a dense head stays one",
+        "Train this many epochs with a dense head, then keep each label's fan_in largest weights. "
+        "No effect with use_sparse_layer=false.",
         "[0, 100000]",
     )
     grad_accum_step: int = option(
-        1, "batches an optimizer step; data.micro_batches says how they are cut into micro-batches", _BATCH
+        1, "Batches per optimizer step; data.micro_batches splits them into micro-batches.", _BATCH
     )
-    encoder_lr: float = option(2e-5, "peak learning rate of the encoder", _RATE)
-    penultimate_lr: float = option(2e-4, "peak learning rate of the penultimate layer", _RATE)
+    encoder_lr: float = option(2e-5, "Peak learning rate of the encoder.", _RATE)
+    penultimate_lr: float = option(2e-4, "Peak learning rate of the penultimate layer.", _RATE)
     meta_lr: float = option(
-        5e-4, "peak learning rate of the meta branch's head, which AdamW trains on the encoder's schedule", _RATE
+        5e-4, "Peak learning rate of the meta branch's head, trained by AdamW on the encoder's schedule.", _RATE
     )
-    lr: float = option(0.05, "peak learning rate of the head", _RATE)
-    wd_encoder: float = option(0.01, "weight decay of encoder and penultimate layer (not on biases and norms)", _RATE)
-    wd: float = option(1e-4, "weight decay of the head's weights", _RATE)
+    lr: float = option(0.05, "Peak learning rate of the head.", _RATE)
+    wd_encoder: float = option(0.01, "Weight decay of encoder and penultimate layer (except biases and norms).", _RATE)
+    wd: float = option(1e-4, "Weight decay of the head's weights.", _RATE)
     lr_scheduler: str = option(
         "CosineScheduleWithWarmup",
-        "of encoder and penultimate layer: CosineScheduleWithWarmup, MultiStepLR or ReduceLROnPlateau",
+        "Schedule of the encoder's and penultimate layer's rates: CosineScheduleWithWarmup, MultiStepLR or "
+        "ReduceLROnPlateau.",
     )
-    lr_scheduler_xmc: str = option("CosineScheduleWithWarmup", "of the head: one of the same")
-    warmup_steps: int = option(500, "optimizer steps of linear warm-up, of every schedule", "[0, 2147483647]")
+    lr_scheduler_xmc: str = option(
+        "CosineScheduleWithWarmup", "Schedule of the head's rate; same choices as lr_scheduler."
+    )
+    warmup_steps: int = option(500, "Optimizer steps of linear warm-up, for every schedule.", "[0, 2147483647]")
     lr_milestones: list[int] = option(
-        [], "of MultiStepLR: epochs after which the rate is multiplied by lr_gamma", _EPOCHS
+        [], "MultiStepLR: epochs after which the rate is multiplied by lr_gamma.", _EPOCHS
     )
-    lr_gamma: float = option(0.1, "factor of MultiStepLR and ReduceLROnPlateau", "[0, 1]")
+    lr_gamma: float = option(0.1, "Factor of MultiStepLR and ReduceLROnPlateau.", "[0, 1]")
     lr_patience: int = option(
-        5, "of ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls", "[0, 100000]"
+        5, "ReduceLROnPlateau: test evaluations without a better P@1 before the rate falls.", "[0, 100000]"
     )
-    training_steps: int = option(1, "computed at run time, as in the seed; leave it at 1 (see max_steps)", _COUNT)
-    max_grad_norm: float = option(0.0, "clip the encoder's gradient to this norm; 0: no clipping", _RATE)
+    training_steps: int = option(1, "Computed at run time, as in Spartex; leave it at 1 (see max_steps).", _COUNT)
+    max_grad_norm: float = option(0.0, "Clip the encoder's gradient to this norm; 0 disables clipping.", _RATE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -418,31 +468,30 @@ class OptimizationConfig(Section, prefix="training.optimization."):
         _one_of(f"{section}.loss_reduction", self.loss_reduction, ("auto", "sum", "mean"))
         _one_of(f"{section}.encoder_optimizer", self.encoder_optimizer, ("adamw", "adam", "sgd"))
         if self.xmc_optimizer == "momentum":
-            raise UserError(
-                f"{section}.xmc_optimizer=momentum: write sgd and set {section}.xmc_momentum (0.9 by default)"
-            )
+            raise UserError(f"{section}.xmc_optimizer=momentum: write sgd, with {section}.xmc_momentum (default 0.9)")
         _one_of(f"{section}.xmc_optimizer", self.xmc_optimizer, ("sgd", "adamw", "adamw_8bit", "rowwise_rmsprop"))
         for name in ("lr_scheduler", "lr_scheduler_xmc"):
             _one_of(f"{section}.{name}", getattr(self, name), tuple(SCHEDULES))
             if getattr(self, name) == "MultiStepLR" and not self.lr_milestones:
-                raise UserError(f"{section}.{name}=MultiStepLR: list the epochs in {section}.lr_milestones")
+                raise UserError(f"{section}.{name}=MultiStepLR: needs epochs; list them in {section}.lr_milestones")
         if self.lr_milestones and "MultiStepLR" not in (self.lr_scheduler, self.lr_scheduler_xmc):
             raise UserError(
-                f"{section}.lr_milestones: no schedule reads them; set {section}.lr_scheduler or lr_scheduler_xmc to "
-                "MultiStepLR"
+                f"{section}.lr_milestones: has no effect without MultiStepLR; set {section}.lr_scheduler or "
+                "lr_scheduler_xmc to MultiStepLR"
             )
         if self.xmc_optimizer != "sgd" and self.xmc_momentum != 0.9:
             raise UserError(
-                f"{section}.xmc_momentum={self.xmc_momentum}: of xmc_optimizer=sgd; set that, or leave it at 0.9"
+                f"{section}.xmc_momentum={self.xmc_momentum}: has no effect without xmc_optimizer=sgd; set "
+                "that, or leave this at 0.9"
             )
         if self.training_steps != 1:
             raise UserError(
-                f"{section}.training_steps: is computed at run time, leave it at 1; to end early set max_steps"
+                f"{section}.training_steps: is computed at run time; leave it at 1, and set max_steps to stop early"
             )
 
     @property
     def text_reduction(self) -> str:
-        """`loss_reduction` with "auto" resolved: the seed's published learning rates assume these."""
+        """`loss_reduction` with "auto" resolved as Spartex's published learning rates assume."""
         if self.loss_reduction != "auto":
             return self.loss_reduction
         return "sum" if self.loss_fn == "bce" else "mean"
@@ -450,25 +499,25 @@ class OptimizationConfig(Section, prefix="training.optimization."):
 
 @dataclass
 class EvaluationConfig(Section, prefix="training.evaluation."):
-    train_evaluate: bool = option(False, "evaluate on (a test-sized part of) the training set too")
-    train_evaluate_every: int = option(10, "epochs between two evaluations on the training set", _EPOCHS)
+    train_evaluate: bool = option(False, "Also evaluate on the training set (on as many texts as the test set has).")
+    train_evaluate_every: int = option(10, "Epochs between evaluations on the training set.", _EPOCHS)
     test_evaluate_every: int = option(
         1,
-        "epochs between two evaluations on the test set; the last epoch is always evaluated",
+        "Epochs between evaluations on the test set; the last epoch is always evaluated.",
         _EPOCHS,
     )
-    A: float = option(0.55, "propensity constant", "[0, 10]")
-    B: float = option(1.5, "propensity constant", "[0.001, 1000]")
-    eval_psp: bool = option(True, "report PSP@k and PSnDCG@k")
+    A: float = option(0.55, "Constant A of the propensity model.", "[0, 10]")
+    B: float = option(1.5, "Constant B of the propensity model.", "[0.001, 1000]")
+    eval_psp: bool = option(True, "Report PSP@k and PSnDCG@k.")
     early_stop_patience: int = option(
         0,
-        "end the training after this many test evaluations without a better early_stop_metric; 0: never",
+        "Stop after this many test evaluations without a better early_stop_metric; 0 disables it.",
         "[0, 100000]",
     )
     early_stop_delta: float = option(
-        5e-5, "what counts as better: more than this above the best (metrics are 0 to 1)", "[0, 10]"
+        5e-5, "A value is better if it exceeds the best by more than this (metrics range from 0 to 1).", "[0, 10]"
     )
-    early_stop_metric: str = option("P@3", "P@1, P@3, P@5, or another metric of the test evaluation")
+    early_stop_metric: str = option("P@3", "P@1, P@3, P@5, or another metric of the test evaluation.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -479,19 +528,19 @@ class EvaluationConfig(Section, prefix="training.evaluation."):
 
 @dataclass
 class VerboseConfig(Section, prefix="training.verbose."):
-    show_iter: bool = option(False, "print the loss every print_iter steps, beside the progress bar")
-    print_iter: int = option(2000, "optimizer steps between two printed lines", _COUNT)
-    use_wandb: bool = option(False, "also log to Weights & Biases")
-    wandb_runname: str = option("none", "name of the run there")
-    logging: bool = option(True, "write log.jsonl: a line for every optimizer step and evaluation")
-    log_fname: str = option("run", "name of the run: its folder under `output_dir`")
+    show_iter: bool = option(False, "Print the loss every print_iter steps, besides the progress bar.")
+    print_iter: int = option(2000, "Optimizer steps between printed lines.", _COUNT)
+    use_wandb: bool = option(False, "Also log to Weights & Biases.")
+    wandb_runname: str = option("none", "Run name in Weights & Biases.")
+    logging: bool = option(True, "Write log.jsonl: one line per optimizer step and evaluation.")
+    log_fname: str = option("run", "Name of the run, and of its folder in `output_dir`.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name("training.verbose.log_fname", self.log_fname)
 
 
-# What a run's folder holds beside training.checkpoint_file, and what stands there while folders are written and removed.
+# Names in a run's folder besides training.checkpoint_file, including temporary ones during writes and removals.
 _RUN_FILES = re.compile(
     r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|figures\.json|wandb|.*\.(partial|old|removed)",
     re.DOTALL,
@@ -500,35 +549,38 @@ _RUN_FILES = re.compile(
 
 @dataclass
 class TrainingConfig(Section, prefix="training."):
-    seed: int = option(42, "of everything random", "[0, 4294967295]")
+    seed: int = option(42, "Seed of all random numbers.", "[0, 4294967295]")
     amp: AmpConfig = field(default_factory=AmpConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     verbose: VerboseConfig = field(default_factory=VerboseConfig)
     use_checkpoint: bool = option(
-        False, "also keep the model with the best test P@1, in <run folder>/<checkpoint_file>"
+        False, "Also keep the model with the best test P@1, in <run folder>/<checkpoint_file>."
     )
-    checkpoint_file: str = option("best", "folder name of that model")
-    best_p1: float = option(0.0, "P@1 (0 to 1) that a model must exceed to be kept", "[0, 1]")
+    checkpoint_file: str = option("best", "Folder name of the best model.")
+    best_p1: float = option(0.0, "P@1 (0 to 1) that the best model must exceed to be kept.", "[0, 1]")
     checkpoint_interval: int = option(
         1000,
-        "optimizer steps between two checkpoints of the training, which are removed at its end; 0: not by steps",
+        "Optimizer steps between training checkpoints, which are removed when the training ends; 0 disables "
+        "this interval.",
         "[0, 2147483647]",
     )
     checkpoint_minutes: float = option(
         10.0,
-        "minutes between two checkpoints, whichever comes first; 0: not by time. With both at 0 a signal leaves none either",
+        "Minutes between training checkpoints, if that is sooner than checkpoint_interval; 0 disables this "
+        "interval. With both at 0, a signal writes no checkpoint either.",
         "[0, 525600]",
     )
     checkpoints_kept: int = option(
         1,
-        "how many of the last checkpoints are kept until the training ends; the best model is kept apart",
+        "Number of latest training checkpoints to keep until the training ends; the best model is kept separately.",
         "[1, 1000]",
     )
-    resume: bool = option(False, "go on from the run's checkpoint; from the beginning where there is none")
+    resume: bool = option(False, "Continue from the run's checkpoint, or start from the beginning if there is none.")
     overwrite: bool = option(
         False,
-        "replace the earlier run of that name, which otherwise is refused; it is removed once this one is finished",
+        "Replace an earlier run of the same name, which is otherwise an error. It is removed when this run "
+        "has finished.",
     )
 
     def __post_init__(self) -> None:
@@ -538,10 +590,10 @@ class TrainingConfig(Section, prefix="training."):
 
 @dataclass
 class Config(Section):
-    dataset: str = option(REQUIRED, "name of a shipped data set, or a YAML file of yours")
-    dataset_path: str | None = option(None, "folder that holds the data sets' folders")
-    log_fname: str | None = option(None, "short for training.verbose.log_fname")
-    output_dir: str = option("./outputs", "where run folders are made")
+    dataset: str = option(REQUIRED, "Name of a shipped data set, or path of a YAML file.")
+    dataset_path: str | None = option(None, "Folder that contains the data set folders.")
+    log_fname: str | None = option(None, "Short for training.verbose.log_fname.")
+    output_dir: str = option("./outputs", "Folder in which run folders are created.")
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -554,52 +606,56 @@ class Config(Section):
         ffi, opt, env = self.model.ffi, self.training.optimization, self.environment
         if self.dataset_path is None and env.running_env not in env.env2path:
             raise UserError(
-                f"environment.running_env={env.running_env!r} is not a key of environment.env2path; add it there or give "
-                "dataset_path=FOLDER"
+                f"environment.running_env={env.running_env!r}: is not a key of environment.env2path; add it there, or "
+                "set dataset_path=FOLDER"
             )
         if ffi.use_sparse_layer and opt.dense_epochs >= opt.epochs:
             raise UserError(
-                f"training.optimization.dense_epochs={opt.dense_epochs}: must be below epochs={opt.epochs}, or the head "
-                "never becomes sparse; for a dense head set model.ffi.use_sparse_layer=false"
+                f"training.optimization.dense_epochs={opt.dense_epochs}: must be below epochs={opt.epochs}, or the "
+                "head never becomes sparse; for a dense head set model.ffi.use_sparse_layer=false"
             )
         if opt.dense_epochs and ffi.index_from_texts:
             raise UserError(
-                f"model.ffi.index_init={ffi.index_init}: with training.optimization.dense_epochs the dense weights decide; "
-                "set one of them back"
+                f"model.ffi.index_init={ffi.index_init}: has no effect with training.optimization.dense_epochs, where "
+                "the dense weights choose the index; set index_init=random or dense_epochs=0"
             )
         if ffi.head_ratio and opt.dense_epochs:
             raise UserError(
-                "training.optimization.dense_epochs: not together with model.ffi.head_ratio; set one of them to 0"
+                "training.optimization.dense_epochs: cannot be combined with model.ffi.head_ratio; set one of them to 0"
             )
         if ffi.semantic_groups and not (ffi.use_sparse_layer and ffi.group_size > 1):
             raise UserError(
-                "model.ffi.semantic_groups=true: needs labels that share an index row; set model.ffi.group_size"
+                "model.ffi.semantic_groups=true: needs labels that share index rows; set model.ffi.group_size above 1"
             )
         d, known = ffi.input_features, self._known_features()
         if d is not None and known is not None and d != known:
-            raise UserError(f"model.ffi.input_features={d}: the layer below gives {known} features")
-        if d or known:
-            self.check_fan_in(d or known)
+            raise UserError(
+                f"model.ffi.input_features={d}: the layer below outputs {known} features; correct or remove it"
+            )
+        if features := d or known:
+            self.check_fan_in(features)
         if self.data.micro_batches != "auto" and self.texts_a_step % int(self.data.micro_batches):
             raise UserError(
-                f"data.micro_batches={self.data.micro_batches}: does not divide the {self.texts_a_step} texts of a step "
-                "(data.batch_size x training.optimization.grad_accum_step)"
+                f"data.micro_batches={self.data.micro_batches}: does not divide the {self.texts_a_step} texts of a "
+                "step (data.batch_size x training.optimization.grad_accum_step); choose a divisor, or auto"
             )
         n, labels = ffi.output_features, self.data.num_labels
         if n is not None and labels is not None and n != labels:
-            raise UserError(f"model.ffi.output_features={n} contradicts data.num_labels={labels}")
+            raise UserError(f"model.ffi.output_features={n}: contradicts data.num_labels={labels}; correct one of them")
 
     @property
     def texts_a_step(self) -> int:
-        """Of an optimizer step, over all ranks."""
+        """Number of texts in an optimizer step, over all ranks."""
         return self.data.batch_size * self.training.optimization.grad_accum_step
 
     def check_fan_in(self, features: int) -> None:
-        """UserError where a label is to read more features than there are."""
+        """Raise UserError if a label would read more than `features` features."""
         ffi = self.model.ffi
         for name in ("fan_in", "head_fan_in"):
             if ffi.use_sparse_layer and (getattr(ffi, name) or 0) > features:
-                raise UserError(f"model.ffi.{name}={getattr(ffi, name)}: there are only {features} features to read")
+                raise UserError(
+                    f"model.ffi.{name}={getattr(ffi, name)}: there are only {features} features to read; lower it"
+                )
 
     def _known_features(self) -> int | None:
         if self.model.penultimate.use_penultimate_layer:
@@ -609,7 +665,7 @@ class Config(Section):
 
     @property
     def data_folder(self) -> Path:
-        """`dataset_path` (or the running environment's) joined with the data set's folder."""
+        """Folder of the data set, in `dataset_path` or else in the folder of `environment.running_env`."""
         root = (
             self.dataset_path
             if self.dataset_path is not None

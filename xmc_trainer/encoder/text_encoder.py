@@ -185,6 +185,29 @@ def load_backbone(
     return backbone
 
 
+def backbone_without_weights(
+    name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The encoder that `load_backbone` would load, with the shapes of its config.json alone: no file of weights is read.
+
+    Call it where tensors take no memory, such as under FakeTensorMode. Args and errors: as of `load_backbone`.
+    """
+    where = f"model.encoder.encoder_model={name}"
+    config = _load(AutoConfig, name, where, trust_remote_code, False)
+    _check_reads_both_ways(config, where)
+    loader = _encoder_class(config) or AutoModel
+    make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
+    backbone = make(config, dtype=dtype)
+    if loader is AutoModel and getattr(config, "is_encoder_decoder", False):
+        backbone = backbone.get_encoder()
+    _check_inputs(backbone, where)
+    if getattr(backbone, "attention_type", None) == "block_sparse":
+        backbone.set_attention_type("original_full")
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler.requires_grad_(False)
+    return backbone
+
+
 def _check_reads_both_ways(config: PreTrainedConfig, where: str) -> None:
     """UserError for a decoder alone, in which a token does not see those after it."""
     kind = config.model_type

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 # Weights and gradients in 16 bits, once more while they are put together, float32 weights and two states of an optimizer.
-_BYTES_A_PARAMETER = 20
+BYTES_A_PARAMETER = 20
 # Of the GPU's memory: left to the head's working memory, the collectives' buffers and what the allocator cannot use.
-_SPARED = 0.15
+SPARED = 0.15
 _TEXTS = 8
 
 
@@ -31,7 +31,7 @@ def free_bytes(encoder: nn.Module, device: torch.device) -> int:
     """What of the GPU's memory is left for texts once the engine has the encoder; the head is there already."""
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + unused - _SPARED * total) - _BYTES_A_PARAMETER * sum(p.numel() for p in encoder.parameters())
+    return int(free + unused - SPARED * total) - BYTES_A_PARAMETER * sum(p.numel() for p in encoder.parameters())
 
 
 def fewest_parts(texts: int, ranks: int, text_bytes: int, free: int) -> int:

@@ -1,18 +1,21 @@
-"""What the GPU's kernels are called with: the features of a batch, and what a step does."""
+"""What the GPU's kernels are called with: the features of a batch, what a step does, and the CUDA kernels' `Arguments`."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xmc_trainer.kernels.interface import LossFn, Update
+from xmc_trainer.kernels.interface import HeadTensors, LossFn, Update
 from xmc_trainer.rng import Stream, make_key
 
 # Values of the kernels' LOSS and RULE.
 LOSSES = {"bce": 0, "squared_hinge": 1}
 RULES = {"sgd": 0, "momentum": 1, "adamw": 2, "rowwise_rmsprop": 3}
+TEXTS = 128  # a tile of the CUDA kernels
+BLOCK = 128  # labels of which a ranking keeps the largest logit
 
 
 class Batch(NamedTuple):
@@ -71,6 +74,14 @@ class Step(NamedTuple):
 
 # A chunk of labels takes this many bytes of memory of its own.
 WORKSPACE = 48 << 20
+# Where smaller chunks cost more: this, or this share of the head's weights and index if that is more.
+STEP_WORKSPACE, STEP_SHARE = 256 << 20, 0.2
+
+
+def step_workspace(head: HeadTensors) -> float:
+    """Bytes for a chunk of labels, in which there are few launches."""
+    index_bytes = 0 if head.index_RF is None else head.index_RF.nbytes
+    return max(STEP_WORKSPACE, STEP_SHARE * (head.weight_LF.nbytes + index_bytes))
 
 
 def chunk_labels(labels: int, workspace: float, bytes_a_label: int, unit: int) -> int:
@@ -85,3 +96,86 @@ def two_states(state: list[Tensor], missing: Tensor) -> list[Tensor]:
 
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+_CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint32_t": ctypes.c_uint32, "float": ctypes.c_float}
+
+
+class Layout:
+    """A kernel's `Arguments`, for Python and for C++.
+
+    Args:
+        rows: type, names and meaning of fields that follow each other.
+        constants: of the kernel's own; those that Python and every kernel share are added.
+    Attributes: structure: a ctypes.Structure. header: arguments.cuh, which the sources include.
+    """
+
+    def __init__(self, *rows: tuple[str, str, str], **constants: int) -> None:
+        fields = [
+            (name, ctypes.c_void_p if "*" in kind else _CTYPES[kind])
+            for kind, names, _ in rows
+            for name in names.split()
+        ]
+        self.structure = type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+        constants |= {"TEXTS": TEXTS, "BLOCK": BLOCK} | {
+            name.upper(): value for name, value in (LOSSES | RULES).items()
+        }
+        lines = [
+            "// Written by xmc_trainer/kernels/arguments.py.",
+            "#pragma once",
+            "#include <cstddef>",
+            "#include <cstdint>",
+        ]
+        lines += ["#include <cuda_bf16.h>", "using bfloat16 = __nv_bfloat16;"]
+        lines += [f"constexpr int {name} = {value};" for name, value in constants.items()]
+        lines += ["struct Arguments {"]
+        lines += [f"    {kind} {name};  // {meaning}" for kind, names, meaning in rows for name in names.split()] + [
+            "};"
+        ]
+        places = {f"offsetof(Arguments, {name})": getattr(self.structure, name).offset for name, _ in fields}
+        places["sizeof(Arguments)"] = ctypes.sizeof(self.structure)
+        lines += [f'static_assert({place} == {value}, "as in Python");' for place, value in places.items()]
+        self.header = "\n".join(lines) + "\n"
+
+
+# Of logits.cu, feature_gradient.cu and weight_gradient.cu: see cuda/densify.py.
+DENSIFY = Layout(
+    ("const void*", "weight", "[L, F]"),
+    ("const void*", "index", "[R, F], rows ascending"),
+    ("const float*", "bias", "[L], or null"),
+    ("const uint16_t*", "first_slots", "[R, columns_of_64]: how many of a row's features come before those of the i-th 64"),
+    ("const bfloat16*", "x", "[columns, features], as each file has it"),
+    ("bfloat16*", "slopes", "[tiles of labels from first_label on, columns / TEXTS, TEXTS, LABELS]"),
+    ("const uint32_t*", "bits", "[labels from first_label on, columns / 32]: one bit a (label, text); or null"),
+    ("float*", "bias_gradient", "[columns / 16, labels_pitch]: sums over 16 texts each; or null"),
+    ("float*", "loss", "logits.cu: [lanes, columns]; or, of BEST, the largest logits [blocks of labels, columns]"),
+    ("const float*", "partial_in", "[tiles of labels, columns / TEXTS, TEXTS * LABELS]: sums over features before; or null"),
+    ("float*", "partial_out", "the same, to be left to a later launch; or null"),
+    ("float*", "dx", "[lanes, columns, features of all blocks]"),
+    ("void*", "gradient", "[labels from first_label on, F]"),
+    ("int64_t", "labels_pitch", "of bias_gradient"),
+    ("int32_t", "first_label last_label", "of this launch"),
+    ("int32_t", "texts columns", "columns: a multiple of TEXTS; those from `texts` on are no texts"),
+    ("int32_t", "first_text_tile text_tiles first_feature", "of this launch"),
+    ("int32_t", "fan_in columns_of_64", "columns_of_64: ceil(d / 64)"),
+    ("int32_t", "add", "not zero: to the gradient that is there"),
+    ("uint32_t", "group_factor group_shift", "label / group is label * group_factor >> group_shift"),
+    LABELS=64,
+)  # fmt: skip
+# Of group.cu and warpgroup.cu: see cuda/group.py.
+GROUP = Layout(
+    ("void*", "weight state0 state1", "[L, F]"),
+    ("const void*", "index", "[R, F], rows ascending"),
+    ("float*", "bias bias_state0 bias_state1", "[L], or null"),
+    ("const bfloat16*", "x", "[d, columns]; of warpgroup.cu in its order"),
+    ("float*", "dx", "like x, without text_weight"),
+    ("const uint32_t*", "positive", "[labels of rows first_row.., columns / 32]: one bit a (label, text)"),
+    ("const int32_t*", "any_positive", "[rows, tiles of a row]: not zero if the tile has one"),
+    ("float*", "loss", "[blocks, columns]"),
+    ("const int32_t*", "finite", "scalar; 0: nothing is updated"),
+    ("int64_t", "labels", "L"),
+    ("int32_t", "first_row last_row", "of the index"),
+    ("int32_t", "label_start texts columns fan_in group update", "as in `interface` and `Step`"),
+    ("float", "text_weight lr weight_decay beta0 beta1 eps correct0 correct1", "as in `Step`"),
+    ("uint32_t", "row_key column_key", "for rounding; that of columns is folded"),
+)  # fmt: skip

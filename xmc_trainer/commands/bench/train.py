@@ -41,7 +41,8 @@ from xmc_trainer.builders.encoder import encoder_of, longest_batch
 from xmc_trainer.builders.training import Inputs, build_trainer
 from xmc_trainer.commands.cli import run
 from xmc_trainer.config import Config, load_config
-from xmc_trainer.data import Corpus
+from xmc_trainer.data import Corpus, Ragged
+from xmc_trainer.data.generated import Shape, block
 from xmc_trainer.encoder.flat import FlatEncoder
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import engine_name
@@ -324,39 +325,34 @@ class Bench:
 def generate(config: Config, options: argparse.Namespace) -> Inputs:
     """A backbone with random weights, and texts and labels drawn at random."""
     hidden = config.model.encoder.encoder_ftr_dim or 768
-    shape = {"hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
-    backbone = BertModel(BertConfig(num_hidden_layers=options.layers, **shape), add_pooling_layer=False)
+    layout = {"hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
+    backbone = BertModel(BertConfig(num_hidden_layers=options.layers, **layout), add_pooling_layer=False)
     encoder = encoder_of(config, backbone)
-    labels, rng = config.data.num_labels, np.random.default_rng(config.training.seed)
+    labels = config.data.num_labels
     texts = max(options.texts, -(-labels // options.positives))
-    lengths = np.clip(rng.lognormal(np.log(options.tokens), 0.5, texts), 8, config.data.max_len).astype(np.int64)
-    # Each label once, the others drawn.
-    ids = np.concatenate([rng.permutation(labels), rng.integers(0, labels, max(0, texts * options.positives - labels))])
-    split = {
-        "input_ids": _lists(rng.integers(5, 30000, lengths.sum(), dtype=np.int32), lengths),
-        "labels": _lists(ids[: texts * options.positives].astype(np.int32), np.full(texts, options.positives)),
-        "length": lengths.astype(np.int32),
+    mean = options.tokens * math.exp(Shape.deviation**2 / 2)  # of a lognormal distribution with this median
+    bounds = (8, config.data.max_len)
+    shape = Shape(texts, 0, labels, options.positives, mean, bounds=bounds, vocabulary=29_995)
+    blocks = [block(shape, "train", number, config.training.seed) for number in range(shape.blocks("train"))]
+    lengths = np.concatenate([np.diff(made.words.offsets) for made in blocks]).astype(np.int32)
+    columns = {
+        "input_ids": _lists([made.words for made in blocks], 5),  # after the tokens with a meaning of their own
+        "labels": _lists([made.labels for made in blocks]),
+        "length": lengths,
     }
-    train = _dataset(split)
-    names = _dataset({"id": np.arange(labels).astype(str), "text": np.full(labels, "")})
+    train = Dataset(pyarrow.table(columns))
+    names = Dataset(pyarrow.table({"id": np.arange(labels).astype(str), "text": np.full(labels, "")}))
     corpus = Corpus(train, train.select(range(min(texts, 1000))), names, None, "generated", texts)
     return Inputs(SimpleNamespace(pad_token_id=0), encoder, corpus)
 
 
-def _lists(values: np.ndarray, lengths: np.ndarray) -> Any:
+def _lists(parts: list[Ragged], add: int = 0) -> pyarrow.ListArray:
+    """The rows of all parts, int32, with `add` added to each number."""
+    values = np.concatenate([part.ids for part in parts]) + add
+    lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
     return pyarrow.ListArray.from_arrays(
-        pyarrow.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), pyarrow.array(values)
-    )
-
-
-def _dataset(columns: dict[str, Any]) -> Dataset:
-    return Dataset(
-        pyarrow.table(
-            {
-                name: pyarrow.array(column) if isinstance(column, np.ndarray) else column
-                for name, column in columns.items()
-            }
-        )
+        pyarrow.array(offsets.astype(np.int32)), pyarrow.array(values.astype(np.int32))
     )
 
 

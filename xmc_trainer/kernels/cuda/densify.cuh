@@ -13,43 +13,18 @@
 
 #include "operands.cuh"
 
-struct Arguments {
-    const void *weight, *index;       // [L, F]; [R, F], rows ascending
-    const float* bias;                // [L], or null
-    const uint16_t* first_slots;      // [R, columns_of_64]: how many of a row's features come before those of the i-th 64
-    const bfloat16* x;                // [columns, features], as each file has it
-    bfloat16* slopes;                 // [tiles of labels from first_label on, columns / TEXTS, TEXTS, LABELS]
-    const uint32_t* bits;             // [labels from first_label on, columns / 32]: one bit a (label, text); or null
-    float* bias_gradient;             // [columns / 16, labels_pitch]: sums over 16 texts each; or null
-    float* loss;                      // logits.cu
-    const float* partial_in;          // [tiles of labels, columns / TEXTS, TEXTS * LABELS]: sums over features before; or null
-    float* partial_out;               // the same, to be left to a later launch; or null
-    float* dx;                        // [lanes, columns, features of all blocks]
-    void* gradient;                   // [labels from first_label on, F]
-    int64_t labels_pitch;
-    int32_t first_label, last_label;  // of this launch
-    int32_t texts, columns;           // columns: a multiple of TEXTS; those from `texts` on are no texts
-    int32_t first_text_tile, text_tiles;  // of this launch
-    int32_t first_feature;            // of this launch
-    int32_t fan_in, columns_of_64, add;
-    uint32_t group_factor, group_shift;  // label / group is label * group_factor >> group_shift
-};
-
-// For Python, which lays it out too.
-extern "C" int arguments_size() { return sizeof(Arguments); }
-
 namespace {
 
-constexpr int LABELS = 64, TEXTS = 128, PARTS = FEATURES / 64, CONSUMERS = 256;
+constexpr int PARTS = FEATURES / 64, CONSUMERS = 256;
 constexpr int SLOPES = TEXTS * LABELS;  // of a pair of tiles
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2;
 static_assert(FEATURES % 64 == 0 && 4 % CHUNK == 0, "see above");
 
-// Buffers that producers fill and consumers free, one after another.
-//
-//     barrier       who arrives                               who waits      what it says
-//     full[i]       producers, with the bytes of bulk copies  consumers      buffer i holds its next tile
-//     free[i]       consumers                                 producers      nobody reads buffer i any more
+// Barriers of the block that some of its warps meet at, by number: `meet`. 0 is __syncthreads'.
+enum NamedBarrier { OF_CONSUMERS = 1, OF_WARPGROUP };  // OF_WARPGROUP + w: of the w-th
+
+
+// Buffers that producers fill and consumers free, one after another. The sources say who these are and how they wait.
 template <int BUFFERS>
 struct Pipeline {
     Barrier full[BUFFERS], free[BUFFERS];

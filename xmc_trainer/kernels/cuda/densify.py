@@ -21,39 +21,32 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels, multiprocessors
+from xmc_trainer.kernels.arguments import (
+    BLOCK,
+    DENSIFY,
+    TEXTS,
+    WORKSPACE,
+    Batch,
+    Step,
+    chunk_labels,
+    multiprocessors,
+    step_workspace,
+)  # fmt: skip
 from xmc_trainer.kernels.cuda import source
-from xmc_trainer.kernels.cuda.source import TEXTS, TYPES
+from xmc_trainer.kernels.cuda.source import TYPES
 from xmc_trainer.kernels.interface import HeadTensors
 from xmc_trainer.kernels.triton import dense
 from xmc_trainer.kernels.triton.bitmap import PairBitmap
-from xmc_trainer.kernels.triton.topk import BLOCK, Blocks
+from xmc_trainer.kernels.triton.topk import Blocks
 
 _LABELS = 64  # a tile
 _MOST_FEATURES = 768  # whose logits a launch makes
 # Of the weight gradient: so many tiles of texts a launch, and the features of a block that leave room for them.
 _FEATURES_BY_TEXT_TILES = {1: 256, 2: 192, 4: 128, 8: 64}
 _MOST_OF_BLOCK = 256  # features of the feature gradient
+_LEAST_OF_BLOCK = 192
 _TEXT_TILES_TOGETHER = 4  # of the feature gradient
 _ROWS = 1 << 16  # of the index at a time
-# A chunk's workspace: bytes, or this share of the head's weights and index if that is more. (Smaller chunks: more launches.)
-_WORKSPACE, _SHARE = 256 << 20, 0.2
-
-
-class _Arguments(ctypes.Structure):
-    """`Arguments` of densify.cuh, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "weight", "index", "bias", "first_slots", "x", "slopes", "bits", "bias_gradient", "loss", "partial_in", "partial_out",
-            "dx", "gradient")),
-        ("labels_pitch", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in (
-            "first_label", "last_label", "texts", "columns", "first_text_tile", "text_tiles", "first_feature", "fan_in",
-            "columns_of_64", "add")),
-        ("group_factor", ctypes.c_uint32),
-        ("group_shift", ctypes.c_uint32),
-    ]  # fmt: skip
 
 
 class Kernel:
@@ -65,16 +58,18 @@ class Kernel:
             "CHUNK": math.gcd(head.weight_LF.shape[1], 4), "GROUPED": int(head.group_size > 1)
         }  # fmt: skip
         capability = torch.cuda.get_device_capability(device)
-        self._library = source.compiled(file, capability, tuple(f"{k}={v}" for k, v in (words | defines).items()))
-        if self._library.arguments_size() != ctypes.sizeof(_Arguments):
-            raise RuntimeError(f"{file} and {__name__} lay their arguments out differently")
+        self._library = source.compiled(
+            file, capability, tuple(f"{k}={v}" for k, v in (words | defines).items()), DENSIFY
+        )
         self._device = device
         self.blocks = source.checked(self._library.launch_blocks())
 
     def __call__(self, blocks: int, arguments: dict[str, Any]) -> None:
         """On the current stream; tensors by their addresses."""
         plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        source.checked(-self._library.launch(ctypes.byref(_Arguments(**plain)), blocks, source.stream(self._device)))
+        source.checked(
+            -self._library.launch(ctypes.byref(DENSIFY.structure(**plain)), blocks, source.stream(self._device))
+        )
 
 
 class Slice(NamedTuple):
@@ -106,8 +101,16 @@ def first_slots(index_RF: Tensor, d: int) -> Tensor:
 
 
 def features_of_block(d: int, most: int) -> int:
-    """A multiple of 64 and at most `most`, such that blocks cover little more than d features, and are few."""
-    return min(range(64, most + 1, 64), key=lambda size: (-(-d // size) * size, -size))
+    """A multiple of 64 and at most `most`: blocks should cover little more than d features.
+
+    A block reads all slopes. With fewer than _LEAST_OF_BLOCK features it waits for these, not for its products.
+    """
+
+    def cost(size: int) -> tuple[int, int, int]:
+        blocks = -(-d // size)
+        return blocks * max(size, _LEAST_OF_BLOCK), blocks * size, -size
+
+    return min(range(64, most + 1, 64), key=cost)
 
 
 class _Logits:
@@ -168,9 +171,8 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
         + fan_in * gradient_dtype.itemsize
         + (columns * 4 if d > _MOST_FEATURES else 0)
     )
-    head_bytes = head.weight_LF.nbytes + head.index_RF.nbytes
     unit = BLOCK * max(1, multiprocessors(device) // text_tiles)  # a tile for each block
-    chunk = max(1, int(max(_WORKSPACE, _SHARE * head_bytes)) // bytes_a_label // unit) * unit
+    chunk = max(1, int(step_workspace(head)) // bytes_a_label // unit) * unit
     chunk = min(chunk, -(-labels // BLOCK) * BLOCK)
 
     logits = _Logits(head, rows, chunk, step.loss, best=False)

@@ -7,6 +7,14 @@
 //     producers (4 warps or 8, two lanes or four a label)       W <- the block's runs of the tile's rows; s comes by bulk copy
 //     consumers (8 warps, a warpgroup 64 texts)                 dX += s W, a tile's products under way while the next one's are asked for
 //
+//     barrier          who arrives                        bytes   who waits       what is then so
+//     __syncthreads    all                                        all             the barriers have begun
+//     tiles.full[i]    a lane of each producer warp        0      each consumer   w of buffer i is that of the next tile: each lane has published
+//                      s's bulk copy (no arrival)         16 Ki                   what it wrote, then met its warp; and s
+//     tiles.free[i]    a lane of each of 8 consumer warps  0      each producer   buffer i is free: the warp's products of its tile are over,
+//                                                                                 when only those of the next are under way
+//     __syncwarp       producers                                  the same        w is cleared before it is written
+//
 // Sums have one order: results are the same, bit for bit, from run to run on GPUs of as many multiprocessors.
 
 #include "densify.cuh"

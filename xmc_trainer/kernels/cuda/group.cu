@@ -10,6 +10,13 @@
 // tile in place. A block takes one tile after another; several share a multiprocessor, so that one loads while another
 // multiplies.
 //
+//     barrier (all meet)          what is then so
+//     __syncthreads, of a tile    the tile before is finished with: offset, bias, w and the sums of slopes may be written
+//     the next, of its texts      offset and w (of float32) are there; products of the texts before are over, x may be written
+//     after await_copies          x and w are there
+//     after slopes                s and the sums of slopes are there
+//     __syncwarp (staged)         eight rows of a warp's sums have been read, and may be written; have been written, and may be read
+//
 // Compiled for one configuration by -D, besides those of group.cuh: LABELS (16, 32, 64), FEATURES (64, 128; F is at most
 // that), BLOCKS (a multiprocessor), DX_M (1, 2, 4), ONE_TILE (TEXTS texts at most).
 

@@ -15,30 +15,9 @@
 #include "losses.cuh"
 #include "operands.cuh"
 
-struct Arguments {
-    void *weight, *state0, *state1;                  // [L, F]
-    const void* index;                               // [R, F], rows ascending
-    float *bias, *bias_state0, *bias_state1;         // [L], or null
-    const bfloat16* x;                               // [d, columns], of warpgroups in their order
-    float* dx;                                       // like x, without text_weight
-    const uint32_t* positive;                        // [labels of rows first_row.., columns / 32]: one bit a (label, text)
-    const int32_t* any_positive;                     // [rows, tiles of a row]: not zero if the tile has one
-    float* loss;                                     // [blocks, columns]
-    const int32_t* finite;                           // scalar
-    int64_t labels;
-    int32_t first_row, last_row;                     // of the index
-    int32_t label_start, texts, columns, fan_in, group, update;
-    float text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1;
-    uint32_t key[2];                                 // for rounding: of rows, and of columns (folded)
-};
-
-// For Python, which lays it out too.
-extern "C" int arguments_size() { return sizeof(Arguments); }
-
 namespace {
 
-constexpr int TEXTS = 128, THREADS = 32 * WARPS;  // texts a tile
-constexpr int MOMENTUM = 1, ADAMW = 2;  // values of RULE, as in Triton's kernels
+constexpr int THREADS = 32 * WARPS;
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2, BYTE_STATE = sizeof(STATE) == 1;
 static_assert(BYTE_STATE ? BF16_WEIGHT && RULE == ADAMW : sizeof(STATE) == sizeof(WEIGHT), "see above");
 constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks a row
@@ -194,7 +173,7 @@ __device__ __forceinline__ void fetch_states(const Arguments& a, const Tile& til
         if (RULE >= MOMENTUM) fetch_rows<STATE>(a, tile, a.state0);
         if (RULE == ADAMW) fetch_rows<STATE>(a, tile, a.state1);
     }
-    __syncwarp();
+    __syncwarp();  // for convergence alone
 }
 
 __device__ __forceinline__ void add4(float* to, float4 value) {
@@ -516,7 +495,7 @@ private:
         const int lane = threadIdx.x & 31, m = part / PARTS, n0 = part % PARTS * PAIRS;
         const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + first_column<RUN, PAIRS>();
         const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
-        int hashed = BF16_WEIGHT ? mix(number ^ a.key[0]) + column * COLUMN_HASH : 0;  // the row and the lane's first column
+        int hashed = BF16_WEIGHT ? mix(number ^ a.row_key) + column * COLUMN_HASH : 0;  // the row and the lane's first column
         forget(hashed);
         uint32_t grad[2][PAIRS];
 #pragma unroll
@@ -535,7 +514,7 @@ private:
             const float2 v1 = RULE == ADAMW ? state1.template pair<true>(n) : none;
             const Values x = updated<BYTE_STATE>({w.x, v0.x, v1.x}, __uint_as_float(grad[0][n]), a.text_weight, a, a.weight_decay);
             const Values y = updated<BYTE_STATE>({w.y, v0.y, v1.y}, __uint_as_float(grad[1][n]), a.text_weight, a, a.weight_decay);
-            const uint32_t draws[2] = {element_hash(hashed, a.key[1], on), element_hash(hashed, a.key[1], on + 1)};
+            const uint32_t draws[2] = {element_hash(hashed, a.column_key, on), element_hash(hashed, a.column_key, on + 1)};
             narrow(weight[n], {x.weight, y.weight}, draws, ROUND_WEIGHT);
             if (RULE >= MOMENTUM) state0.template set<false>(n, {x.state0, y.state0}, draws);
             if (RULE == ADAMW) state1.template set<true>(n, {x.state1, y.state1}, draws);

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels
+from xmc_trainer.kernels.arguments import GROUP, TEXTS, WORKSPACE, Batch, Step, chunk_labels
 from xmc_trainer.kernels.cuda import source
-from xmc_trainer.kernels.cuda.source import TEXTS, TYPES
+from xmc_trainer.kernels.cuda.source import TYPES
 from xmc_trainer.kernels.interface import HeadTensors
 from xmc_trainer.kernels.triton.bitmap import PairBitmap
 
@@ -46,22 +46,6 @@ def tile_labels(group_size: int, blocks: Blocks) -> int:
     return min(64, max(16, 1 << (group_size - 1).bit_length())) if blocks.strip else blocks.labels
 
 
-class _Arguments(ctypes.Structure):
-    """`Arguments` of group.cuh, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (
-            "weight", "state0", "state1", "index", "bias", "bias_state0", "bias_state1", "x", "dx", "positive", "any_positive",
-            "loss", "finite")),
-        ("labels", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in (
-            "first_row", "last_row", "label_start", "texts", "columns", "fan_in", "group", "update")),
-        *((name, ctypes.c_float) for name in (
-            "text_weight", "lr", "weight_decay", "beta0", "beta1", "eps", "correct0", "correct1")),
-        ("key", ctypes.c_uint32 * 2),
-    ]  # fmt: skip
-
-
 def state_dtype(head: HeadTensors) -> torch.dtype | None:
     """Of states like weights; None if there are none."""
     return next((state.dtype for state in head.weight_state if state.shape == head.weight_LF.shape), None)
@@ -79,10 +63,7 @@ def _compiled(head: HeadTensors, device: torch.device, step: Step, blocks: Block
     }  # fmt: skip
     capability = torch.cuda.get_device_capability(device)
     name = "group.cu" if blocks.strip else "warpgroup.cu"
-    library = source.compiled(name, capability, tuple(f"{name}={word}" for name, word in words.items()))
-    if library.arguments_size() != ctypes.sizeof(_Arguments):
-        raise RuntimeError(f"{name} and {__name__} lay their arguments out differently")
-    return library
+    return source.compiled(name, capability, tuple(f"{name}={word}" for name, word in words.items()), GROUP)
 
 
 def in_warpgroup_order(x_dB: Tensor) -> Tensor:
@@ -118,13 +99,13 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     numbers = {name: step.rule[name] for name in ("lr", "beta0", "beta1", "eps", "correct0", "correct1")} | dict(
         labels=labels, label_start=head.label_start, texts=batch.texts, columns=batch.columns, fan_in=fan_in, group=group,
         update=step.update, text_weight=step.text_weight, weight_decay=step.decay.get("weight_decay", 0.0),
-        key=(ctypes.c_uint32 * 2)(row_key, column_key ^ column_key >> 16),
+        row_key=row_key, column_key=column_key ^ column_key >> 16,
     )  # fmt: skip
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None}
     for first in range(0, rows, chunk):
         last = min(first + chunk, rows)
         pairs.mark(label_P, row_P, first * group)
-        arguments = _Arguments(**addresses, **numbers, first_row=first, last_row=last)
+        arguments = GROUP.structure(**addresses, **numbers, first_row=first, last_row=last)
         here = min(programs, (last - first) * -(-group // tile))
         source.checked(-library.launch(ctypes.byref(arguments), here, source.stream(device)))
     return losses.sum(0), dx.T * step.text_weight

@@ -2,6 +2,9 @@
 
 #pragma once
 
+// For Python, which lays them out too.
+extern "C" int arguments_size() { return sizeof(Arguments); }
+
 // Launch on `stream`; Returns 0, or CUDA's error number.
 extern "C" int launch(const Arguments* arguments, int blocks, void* stream) {
     const int bytes = sizeof(Shared);

@@ -7,6 +7,15 @@
 //     producers (4 warps, 16 labels each)     W <- rows of the tile
 //     consumers (8 warps, 16 texts each)      z = X W^T + bias; buffer free; loss += sum loss(z, y), slopes <- dloss/dz; or best
 //
+//     barrier          who arrives                        bytes   who waits       what is then so
+//     __syncthreads    all                                        all             the barriers have begun
+//     OF_CONSUMERS     consumers                                  consumers       x (what registers do not hold) is there for products
+//     tiles.full[i]    a lane of each of 4 producer warps  0      each consumer   w, bias and bits of buffer i are those of the next tile: each
+//                                                                                 lane has published what it wrote, then met its warp
+//     tiles.free[i]    a lane of each of 8 consumer warps  0      each producer   buffer i is free: its products are over, its bits and biases in
+//                                                                                 registers, in every lane of the warp, which has met
+//     __syncwarp       producers                                  the same        w is cleared before it is written
+//
 // The two warpgroups do not wait for each other: one multiplies while the other has its logits in hand.
 //
 // Where there are more than 768 features, launches take some of them each; z of the earlier ones comes from memory (`partial_in`).
@@ -18,7 +27,7 @@
 
 namespace {
 
-constexpr int BLOCK = 128, TILES = BLOCK / LABELS;  // labels of which the largest logit is kept; tiles that have them
+constexpr int TILES = BLOCK / LABELS;  // that have the labels of which the largest logit is kept
 constexpr int BUFFERS = 2, PRODUCER_WARPS = 4, OWN = LABELS / PRODUCER_WARPS, THREADS = CONSUMERS + 32 * PRODUCER_WARPS;
 constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;  // of the 168 that each of 384 threads begins with
 constexpr int IN_REGISTERS = FEATURES < 640 ? FEATURES : 640, KEPT = (FEATURES - IN_REGISTERS) / 64;  // features, parts of X
@@ -171,7 +180,7 @@ struct Consumer {
                 *reinterpret_cast<const uint4*>(texts + text * FEATURES + IN_REGISTERS + chunk * 8);
         }
         publish_shared();
-        meet<CONSUMERS>(1);
+        meet<CONSUMERS>(OF_CONSUMERS);
     }
 
     // Of the tile of labels and the texts, in a tensor of such pairs.

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int BCE = 0;  // of LOSS, as in Triton's kernels
-
 __device__ __forceinline__ float log1p_fast(float x) {
     return x < 0.01f ? x * (1.0f - x * (0.5f - x * (0.33333334f - 0.25f * x))) : 0.6931471805599453f * log2_fast(1.0f + x);
 }

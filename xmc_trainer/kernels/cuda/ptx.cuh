@@ -2,11 +2,9 @@
 
 #pragma once
 
-#include <cstdint>
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-using bfloat16 = __nv_bfloat16;
+#include "arguments.cuh"
 
 namespace {
 
@@ -69,9 +67,8 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
 #endif
 }
 
-// Products of a warpgroup, four warps, on GPUs of capability 9.0 (compiled for sm_90a): c += A B of 64 rows, 16 deep, of operands
-// in shared memory (`matrix`).
-// Before: what threads have written to shared memory, asynchronously too, is there for products after the next barrier.
+// Products of a warpgroup, four warps, on GPUs of capability 9.0 (compiled for sm_90a), are `multiply` of wgmma.cuh. Before them: what
+// threads have written to shared memory, asynchronously too, is there for products after the next barrier.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -102,78 +99,7 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N][4]) {
 template <typename T>
 __device__ __forceinline__ void forget(T& x) { asm volatile("" : "+r"(x)); }
 
-#define SUMS(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define SUMS_OF_64 SUMS(0), SUMS(1), SUMS(2), SUMS(3), SUMS(4), SUMS(5), SUMS(6), SUMS(7)
-
-// 64 columns:
-template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&c)[8][4], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-        "%32, %33, p, 1, 1, %35, %36;\n}"
-        : SUMS_OF_64 : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
-}
-
-// 128 columns:
-template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&c)[16][4], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
-        "%62,%63}, %64, %65, p, 1, 1, %67, %68;\n}"
-        : SUMS_OF_64, SUMS(8), SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15)
-        : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
-}
-
-// 192 columns:
-template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&c)[24][4], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,"
-        "%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,"
-        "%92,%93,%94,%95}, %96, %97, p, 1, 1, %99, %100;\n}"
-        : SUMS_OF_64, SUMS(8), SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15), SUMS(16), SUMS(17), SUMS(18),
-          SUMS(19), SUMS(20), SUMS(21), SUMS(22), SUMS(23)
-        : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
-}
-
-// 256 columns:
-template <bool A_TRANSPOSED, bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&c)[32][4], uint64_t a, uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-        "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"
-        "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"
-        "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}, %128, %129, p, 1, 1, %131, %132;\n}"
-        : SUMS_OF_64, SUMS(8), SUMS(9), SUMS(10), SUMS(11), SUMS(12), SUMS(13), SUMS(14), SUMS(15), SUMS(16), SUMS(17), SUMS(18),
-          SUMS(19), SUMS(20), SUMS(21), SUMS(22), SUMS(23), SUMS(24), SUMS(25), SUMS(26), SUMS(27), SUMS(28), SUMS(29), SUMS(30),
-          SUMS(31)
-        : "l"(a), "l"(b), "r"(int(add)), "n"(int(A_TRANSPOSED)), "n"(int(B_TRANSPOSED)));
-}
-
-// A from registers, of each warp's 16 rows as for mma.m16n8k16.
-template <bool B_TRANSPOSED>
-__device__ __forceinline__ void multiply(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-        "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},"
-        "{%32,%33,%34,%35}, %36, p, 1, 1, %38;\n}"
-        : SUMS_OF_64
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(add)), "n"(int(B_TRANSPOSED)));
-}
-
-#undef SUMS
-#undef SUMS_OF_64
+#include "wgmma.cuh"
 
 // Registers a thread of the calling warpgroup has from here on; others must have given up what one takes.
 template <int N>
@@ -181,7 +107,7 @@ __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.
 template <int N>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
-// Some warps of a block, THREADS in all, meet.
+// Some warps of a block, THREADS in all, meet; `number`: not 0, which is __syncthreads'.
 template <int THREADS>
 __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
 

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
+from xmc_trainer.kernels.arguments import Layout
+from xmc_trainer.kernels.cuda import wgmma
+
 FOLDER = Path(__file__).parent
 HEADERS = ("ptx.cuh", "operands.cuh", "losses.cuh", "densify.cuh", "group.cuh", "launch.cuh")
-TEXTS = 128  # texts a tile, as in the sources
 HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups
 TYPES = {
     torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
@@ -70,11 +72,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xmc_trainer" / "kernels"
 
 
+def generated(layout: Layout) -> dict[str, str]:
+    """The headers that are no files."""
+    return {"arguments.cuh": layout.header, "wgmma.cuh": wgmma.header()}
+
+
 @functools.cache
-def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...]) -> ctypes.CDLL:
+def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...], layout: Layout) -> ctypes.CDLL:
     """Ranks that start together each compile their own; the last one's is kept. Raises CompilationFailed."""
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS)]
-    made_of = (texts, defines, capability, torch.__version__)
+    made_of = (texts, generated(layout), defines, capability, torch.__version__)
     name = f"{Path(source).stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
     kept = cache_folder() / f"{name}.so"
     if not kept.exists():
@@ -85,15 +92,23 @@ def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...])
         target = ["-gencode=arch=compute_90a,code=sm_90a"] if capability == HOPPER else []
         # A folder of its own: torch's lock file would outlive a process that is killed, and stop every later one.
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            for header, text in generated(layout).items():
+                (Path(folder) / header).write_text(text, encoding="utf-8")
             try:
                 cpp_extension.load(
-                    name, [str(FOLDER / source)], build_directory=folder, is_python_module=False,
+                    name, [str(FOLDER / source)], build_directory=folder, is_python_module=False, extra_include_paths=[folder],
                     extra_cuda_cflags=["-O3", *target, *(f"-D{define}" for define in defines)],
                 )  # fmt: skip
             except (RuntimeError, OSError) as error:
                 raise CompilationFailed(str(error)) from error
             os.replace(Path(folder) / f"{name}.so", kept)
-    return ctypes.CDLL(str(kept))
+    return checked_layout(ctypes.CDLL(str(kept)), source, layout)
+
+
+def checked_layout(library: ctypes.CDLL, source: str, layout: Layout) -> ctypes.CDLL:
+    if library.arguments_size() != ctypes.sizeof(layout.structure):
+        raise RuntimeError(f"{source} was compiled with other Arguments than kernels/arguments.py has")
+    return library
 
 
 def stream(device: torch.device) -> ctypes.c_void_p:

@@ -12,6 +12,13 @@
 // these four are four texts in a row, and those of eight threads 32: feature gradients go to memory in whole lines of 128 bytes
 // without passing through shared memory. Row 64 half + 16 warp + 8 high + r is text 32 warp + 4 r + 2 half + high.
 //
+//     barrier (all meet)          what is then so
+//     __syncthreads, of a tile    the tile before is finished with: offset, bias, w and the sums of slopes may be written
+//     the next, of its texts      offset is there; products of the texts before are over, x and s may be written
+//     after await_copies          x and w are there, each published by who copied them
+//     after slopes, published     s is there for products, and so are the sums of slopes; with slopes in registers the feature gradient
+//                                 waits for none of this, and all meet after it
+//
 // Compiled for one configuration by -D, besides those of group.cuh: LABELS (16 WARPS; WARPS 4, 8), FEATURES (64, 128; F is
 // at most that; 128 with 8 warps), BLOCKS (a multiprocessor), ONE_TILE (TEXTS texts at most).
 

@@ -7,7 +7,13 @@
 //     producers (a thread for each)   s of a tile of labels and one of texts after another, by bulk copy; see `Pipeline`
 //     consumers (a warpgroup)         dW = sum over tiles of texts of s^T X; to shared memory, rounded to bfloat16; gradient <- dW[index]
 //
-// dW of a warpgroup is its own: it meets before it reads what its warps have written, and before it writes that again.
+//     barrier             who arrives                        bytes   who waits     what is then so
+//     __syncthreads       all                                        all           the barriers have begun
+//     OF_CONSUMERS        consumers                                  consumers     x is there for products
+//     tiles[w].full[i]    the producer, with the bulk copy   16 Ki   warpgroup w   s of buffer i is that of the next pair of tiles
+//     tiles[w].free[i]    a lane of each of its 4 warps       0      the producer  buffer i is free: the warp's products of it are over
+//     OF_WARPGROUP + w    warpgroup w                                warpgroup w   first: dw of the tile before is gathered, and may be
+//                                                                                  written; second: dw of this tile is there to be gathered
 //
 // Compiled by -D, besides those of densify.cuh: TEXT_TILES (of a launch, at most), GRADIENT (bfloat16; float, which may be added to).
 
@@ -114,7 +120,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
         *reinterpret_cast<uint4*>(shared.x[chunk / ROW] + place<ROW>(text, chunk % ROW)) = *reinterpret_cast<const uint4*>(from);
     }
     publish_shared();
-    meet<CONSUMERS>(1);
+    meet<CONSUMERS>(OF_CONSUMERS);
 
     bfloat16* const dw = shared.dw[warpgroup][0];
     const int row = thread / LANES;
@@ -149,10 +155,9 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
         }
         await_products<0>();
         pin(grad);
-        __syncwarp();
         if (lane == 0) arrive(pipeline.free[before]);
 
-        meet<128>(2 + warpgroup);
+        meet<128>(OF_WARPGROUP + warpgroup);
         // Of four matrices the first two are one chunk of 16 rows, the others the next; place<ROW>(row, n + 1) is
         // place<ROW>(row, 1) ^ 8 n for an even n.
         const int first = place<ROW>(thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, lane / 16);
@@ -163,7 +168,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
             for (int j = 0; j < 4; ++j) words[j] = packed(grad[n + j / 2][j % 2 * 2], grad[n + j / 2][j % 2 * 2 + 1]);
             store4(dw + n / 8 * (LABELS * ROW_SIZE) + (first ^ n % 8 * 8), words);
         }
-        meet<128>(2 + warpgroup);
+        meet<128>(OF_WARPGROUP + warpgroup);
         const int64_t local = static_cast<int64_t>(tile.label(row) - tile.first_label);
         StoredGradient* const to = static_cast<StoredGradient*>(a.gradient) + local * a.fan_in;
         const DenseRow<> from(dw, row, first_feature);

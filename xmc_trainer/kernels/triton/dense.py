@@ -1,21 +1,18 @@
-"""The head step for any index, by dense products over a chunk of labels at a time. No atomics.
+"""The head step for any index and precision, by the library's products over a chunk of labels at a time. No atomics.
 
-Where few labels share an index row there is nothing to gather for a matrix instruction, and gathering for a single label
-is slower than multiplying with its zeros. So a chunk's rows become dense in a workspace, D_Cd (zero but at index; a
-dense head's is its weights, where they are), and the products are dense:
+A chunk's rows are dense, D_Cd: in a workspace where they are sparse in memory, or of another type than the features; else where they are.
 
-    densify_kernel       D <- rows of the chunk
-    slopes_kernel       z_CB = D X^T + bias     loss_B += sum_C loss(z, y)     g_CB = dloss/dz     bias <- update
-    gradients_kernel    dX_Bd += g^T D          D <- g X, or weight <- update(weight, g X) of a dense head
-    gather_kernel       weight[l] <- update(weight[l], D[l, index[l]])
+    densify_kernel     D <- rows of the chunk
+    library            z_CB = D X^T
+    slopes_kernel      loss_B += sum_C loss(z + bias, y)    s_CB = dloss/dz    bias <- update
+    library            dX_Bd += s^T D    dW_Cd = s X
+    gather_kernel      weight[l] <- update(weight[l], dW[l, index[l]])
 
-(a dense head whose optimizer must see a label's whole gradient takes the way through D, too).
+Of a dense head and one tile of texts `gradients_kernel` makes dX, dW and the update in one pass over the weights, which are the bulk of
+what is moved then; dW is not in memory.
 
-The weights of a dense head, or D, are the bulk of what is moved: `slopes_kernel` reads them once, and `gradients_kernel`
-reads and writes them once. Logits never leave the chip. Losses and slopes take a while in which nothing would be read,
-so that programs stay for many tiles of labels and the next ones are on their way meanwhile. A program of
-`gradients_kernel` keeps some features of X and of dX on chip for all of its labels, where a tile of texts is the batch;
-of larger batches dX is the library's product.
+bfloat16 products have float32 sums; dW is rounded to bfloat16. float32 products are exact, or TF32 where torch is told that it may
+(`torch.set_float32_matmul_precision`, or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment).
 
 Sums have one order: results are the same, bit for bit, from run to run.
 """
@@ -23,14 +20,13 @@ Sums have one order: results are the same, bit for bit, from run to run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from xmc_trainer.kernels.arguments import WORKSPACE, Batch, Step, chunk_labels, multiprocessors, two_states
+from xmc_trainer.kernels.arguments import Batch, Step, chunk_labels, multiprocessors, step_workspace, two_states
 from xmc_trainer.kernels.interface import HeadTensors
 from xmc_trainer.kernels.triton.bitmap import PairBitmap, feature_bitmap
 from xmc_trainer.kernels.triton.tile_math import (
@@ -80,89 +76,61 @@ def densify_kernel(
             slot += tl.sum(count, 0)
 
 
-@triton.jit
-def tile_slopes(
-    z, any_positive: tl.constexpr, words_ptr, text, texts, label_ok, sums_ptr, place_ptr,
-    ALL_TEXTS: tl.constexpr, LOSS: tl.constexpr, BF16: tl.constexpr,
-):  # fmt: skip
-    """Store a tile's losses [B_TILE] at sums_ptr and its slopes at place_ptr [T, B_TILE]; sums of slopes over texts [T]."""
-    loss, slope = loss_and_slope(z, any_positive, words_ptr, label_ok[:, None], (text % 32)[None, :], LOSS)
-    if not ALL_TEXTS:
-        slope = tl.where((text < texts)[None, :], slope, 0.0)
-    tl.store(sums_ptr, tl.sum(loss, 0))
-    tl.store(place_ptr, operand(slope, BF16), mask=label_ok[:, None])
-    return tl.sum(slope, 1)
-
-
 @triton.jit(do_not_specialize=["first_label", "last_label"])
 def slopes_kernel(
-    dense_ptr,  # [labels of the chunk, D]
-    x_ptr,  # [columns, D]
+    z_ptr,  # float32 [labels of the chunk, columns]: logits without bias
     bias_ptr, bias_state0_ptr, bias_state1_ptr,  # float32 [L]
     positive_ptr,  # int32 [labels of the chunk, columns // 32]: one bit a (label, text)
     any_positive_ptr,  # int32 [tiles of the chunk]: not zero if the tile of labels has a positive
     slope_ptr,  # out: [labels of the chunk, columns]
-    loss_ptr,  # out: float32 [tiles of the head, columns]
+    loss_ptr,  # out: float32 [tiles of the chunk, columns]
     update_ptr,  # int32 scalar: not zero if there is a bias to update
     first_label, last_label, texts, columns,
     text_weight, lr, beta0, beta1, eps, correct0, correct1,
-    D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B_TILE: tl.constexpr, B_TILES: tl.constexpr,
-    ALL_TEXTS: tl.constexpr, LOSS: tl.constexpr, RULE: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
+    T: tl.constexpr, B_TILE: tl.constexpr, LOSS: tl.constexpr, RULE: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n-th tile of T labels, all texts, B_TILE of them at a time."""
-    labels = last_label - first_label
-    # One loop over the tiles' features: the next tile's loads are under way while losses and slopes are taken.
-    for tile in tl.range(tl.program_id(0), (labels + T - 1) // T, tl.num_programs(0), flatten=B_TILES == 1):
-        local = tile * T + tl.arange(0, T)
-        label_ok = local < labels
-        # Past the end is the last label again: no mask in the loop.
-        row = tl.minimum(local, labels - 1).to(tl.int64)
-        label = first_label + row
-        dbias = tl.zeros([T], tl.float32)
-        for number in range(B_TILES):
-            text = number * B_TILE + tl.arange(0, B_TILE)
-            z = tl.zeros([T, B_TILE], tl.float32)
-            for first in range(0, D, D_TILE):
-                dense = load_columns(dense_ptr + row[:, None] * D, first, D, D_TILE, BF16)
-                x = load_columns(x_ptr + text[:, None] * D, first, D, D_TILE, BF16)
-                z = product(dense, tl.trans(x), z, BF16)
-            # A logit of -1e30 stands for no label: its loss and slope are zero.
-            bias = tl.where(label_ok, 0.0, -1e30)
-            if HAS_BIAS:
-                bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
-            z += bias[:, None]
-            words = positive_ptr + row[:, None] * (columns // 32) + (text // 32)[None, :]
-            sums = loss_ptr + (first_label // T + tile).to(tl.int64) * columns + text
-            place = slope_ptr + row[:, None] * columns + text[None, :]
-            # Not a branch inside `tile_slopes`: loading the bits wants another layout, which would be every tile's.
-            if tl.load(any_positive_ptr + tile) != 0:
-                dbias += tile_slopes(z, True, words, text, texts, label_ok, sums, place, ALL_TEXTS, LOSS, BF16)
-            else:
-                dbias += tile_slopes(z, False, words, text, texts, label_ok, sums, place, ALL_TEXTS, LOSS, BF16)
-        # No `if`: Triton 3.6 cannot flatten a loop with a sum that is not used.
+    """One program: T labels, all texts, B_TILE of them at a time."""
+    tile = tl.program_id(0)
+    local = tile * T + tl.arange(0, T).to(tl.int64)
+    label = first_label + local
+    label_ok = label < last_label
+    # A logit of -1e30 stands for no label: its loss and slope are zero.
+    bias = tl.where(label_ok, 0.0, -1e30)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
+    any_positive = tl.load(any_positive_ptr + tile) != 0
+    grad = tl.zeros([T], tl.float32)
+    for first in range(0, columns, B_TILE):
+        text = first + tl.arange(0, B_TILE)
+        place = local[:, None] * columns + text[None, :]
+        z = tl.load(z_ptr + place, mask=label_ok[:, None], other=0.0) + bias[:, None]
+        words = positive_ptr + local[:, None] * (columns // 32) + (text // 32)[None, :]
+        loss, slope = loss_and_slope(z, any_positive, words, label_ok[:, None], (text % 32)[None, :], LOSS)
+        slope = tl.where((text < texts)[None, :], slope, 0.0)
+        tl.store(loss_ptr + tile.to(tl.int64) * columns + text, tl.sum(loss, 0))
+        tl.store(slope_ptr + place, operand(slope, BF16), mask=label_ok[:, None])
+        grad += tl.sum(slope, 1)
+    if HAS_BIAS:
         update = tl.load(update_ptr + tl.zeros([1], tl.int32)) != 0
-        bias = tl.load(bias_ptr + label, mask=label_ok & update, other=0.0)
         update_bias(
-            bias_ptr, bias_state0_ptr, bias_state1_ptr, label, label_ok, update, bias, dbias * text_weight,
+            bias_ptr, bias_state0_ptr, bias_state1_ptr, label, label_ok, update, bias, grad * text_weight,
             lr, beta0, beta1, eps, correct0, correct1, RULE,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1"])
 def gradients_kernel(
-    dense_ptr,  # in and out: [labels of the chunk, D], in memory of their own if IN_WORKSPACE; else [L, D], the weights
-    state0_ptr, state1_ptr,  # like the weights
-    x_ptr,  # [columns, D]
-    slope_ptr,  # [labels of the chunk, columns]
-    dx_ptr,  # in and out: float32 [lanes, columns, D], without text_weight
+    weight_ptr, state0_ptr, state1_ptr,  # in and out: [L, D]
+    x_ptr,  # [B, D]
+    slope_ptr,  # [labels of the chunk, B]
+    dx_ptr,  # in and out: float32 [lanes, B, D], without text_weight
     finite_ptr,  # int32 scalar
-    first_label, last_label, label_start, columns, lanes,
+    first_label, last_label, label_start, lanes,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
     key0, key1,  # for rounding
-    D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B_TILE: tl.constexpr, B_TILES: tl.constexpr,
-    IN_WORKSPACE: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: D_TILE features, every n-th tile of T labels. The feature gradient is made if B_TILES is 1.
+    """One program: D_TILE features, every n-th tile of T labels; these features of X and dX stay on the chip.
 
     Programs of the same labels are neighbours: slopes come from memory once.
     """
@@ -172,39 +140,27 @@ def gradients_kernel(
     k = first_k + tl.arange(0, D_TILE)
     labels = last_label - first_label
     finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
-    text = tl.arange(0, B_TILE)
+    text = tl.arange(0, B)
     x = load_columns(x_ptr + text[:, None] * D, first_k, D, D_TILE, BF16)
-    dx = tl.zeros([B_TILE, D_TILE], tl.float32)
+    dx = tl.zeros([B, D_TILE], tl.float32)
     for tile in range(lane, (labels + T - 1) // T, lanes):
         local = tile * T + tl.arange(0, T).to(tl.int64)
         label = first_label + local
         ok = (local < labels)[:, None]
         if D % D_TILE != 0:
             ok = ok & (k < D)[None, :]
-        place = (local if IN_WORKSPACE else label)[:, None] * D + k[None, :]
-        dw = tl.zeros([T, D_TILE], tl.float32)
-        if B_TILES == 1:
-            s = load_operand(slope_ptr + local[:, None] * columns + text[None, :], (local < labels)[:, None], BF16)
-            weight = tl.load(dense_ptr + place, mask=ok, other=0.0)
-            dx = product(tl.trans(s), operand(weight, BF16), dx, BF16)
-            dw = product(s, x, dw, BF16)
-        else:
-            for b in range(B_TILES):
-                at = b * B_TILE + text
-                s = load_operand(slope_ptr + local[:, None] * columns + at[None, :], (local < labels)[:, None], BF16)
-                dw = product(s, load_columns(x_ptr + at[:, None] * D, first_k, D, D_TILE, BF16), dw, BF16)
-            weight = tl.load(dense_ptr + place, mask=ok, other=0.0)
-        if IN_WORKSPACE:
-            tl.store(dense_ptr + place, operand(dw, dense_ptr.dtype.element_ty == tl.bfloat16), mask=ok)
-        else:
-            update_weights(
-                weight, dense_ptr, state0_ptr, state1_ptr, place, ok, finite, dw * text_weight,
-                label, label_start, k[None, :], lr, weight_decay, beta0, beta1, eps, correct0, correct1,
-                key0, key1, D, RULE,
-            )  # fmt: skip
-    if B_TILES == 1:
-        sums = dx_ptr + (lane * columns + text).to(tl.int64)[:, None] * D + k[None, :]
-        tl.store(sums, tl.load(sums, mask=(k < D)[None, :], other=0.0) + dx, mask=(k < D)[None, :])
+        place = label[:, None] * D + k[None, :]
+        s = load_operand(slope_ptr + local[:, None] * B + text[None, :], (local < labels)[:, None], BF16)
+        weight = tl.load(weight_ptr + place, mask=ok, other=0.0)
+        dx = product(tl.trans(s), operand(weight, BF16), dx, BF16)
+        dw = product(s, x, tl.zeros([T, D_TILE], tl.float32), BF16)
+        update_weights(
+            weight, weight_ptr, state0_ptr, state1_ptr, place, ok, finite, dw * text_weight,
+            label, label_start, k[None, :], lr, weight_decay, beta0, beta1, eps, correct0, correct1,
+            key0, key1, D, RULE,
+        )  # fmt: skip
+    sums = dx_ptr + (lane * B + text).to(tl.int64)[:, None] * D + k[None, :]
+    tl.store(sums, tl.load(sums, mask=(k < D)[None, :], other=0.0) + dx, mask=(k < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1"])
@@ -259,26 +215,9 @@ def update_bias_kernel(
     )  # fmt: skip
 
 
-class Tiles(NamedTuple):
-    """How a kernel cuts its work."""
-
-    labels: int
-    features: int
-    warps: int
-    stages: int  # of tiles on their way from memory
-
-
-def stages_of(d: int, features: int, stages: int) -> int:
-    """Of a loop over tiles of features. A single tile leaves nothing to be on its way, and Triton 3.6 fails where it should be."""
-    return stages if d > features else 1
-
-
-# For bfloat16 features and for float32 ones.
-_SLOPES_TILES, _SLOPES_TILES_32 = Tiles(128, 64, 16, 5), Tiles(64, 32, 8, 3)
-_GRADIENTS_TILES, _GRADIENTS_TILES_32 = Tiles(64, 128, 16, 3), Tiles(64, 32, 8, 2)
-# A chunk takes more launches than elsewhere: its workspace is this share of the head's weights and index if that is more than
-# WORKSPACE. The first where rows become dense in it, the second where it holds slopes alone.
-_DENSE_SHARE, _SLOPES_SHARE = 0.2, 0.05
+# Labels a tile of `slopes_kernel`; and of `gradients_kernel`, with features, and how many warps and tiles on their way it has.
+_LABELS = 32
+_GRADIENTS_LABELS, _GRADIENTS_FEATURES, _GRADIENTS_WARPS, _GRADIENTS_STAGES = 64, 128, 16, 3
 
 
 class DenseChunks:
@@ -287,19 +226,15 @@ class DenseChunks:
     Args:
         bytes_a_label: of what the caller keeps for a chunk.
         unit: labels a tile: a chunk is a multiple of it, of as many as there are multiprocessors if it is that large.
-        copy: the caller writes on the rows, which must not be the weights themselves then.
     """
 
-    def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int, copy: bool = False) -> None:
+    def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int) -> None:
         self.head, self.d, dtype, device = head, batch.rows.shape[1], batch.rows.dtype, batch.rows.device
-        labels, share, self.workspace = head.weight_LF.shape[0], _DENSE_SHARE, None
-        as_they_are = head.index_RF is None and head.weight_LF.dtype == dtype and not copy
-        if as_they_are:
-            share = _SLOPES_SHARE
-        else:
+        labels, self.workspace = head.weight_LF.shape[0], None
+        as_they_are = head.index_RF is None and head.weight_LF.dtype == dtype
+        if not as_they_are:
             bytes_a_label += self.d * dtype.itemsize
-        head_bytes = head.weight_LF.nbytes + (0 if head.index_RF is None else head.index_RF.nbytes)
-        size = chunk_labels(labels, max(WORKSPACE, share * head_bytes), max(1, bytes_a_label), unit)
+        size = chunk_labels(labels, step_workspace(head), max(1, bytes_a_label), unit)
         wave = unit * multiprocessors(device)
         self.size = size if size >= labels else size // wave * wave or size
         if not as_they_are:
@@ -325,57 +260,58 @@ class DenseChunks:
             yield first, last, rows
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of the batch's dtype, as float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out <- a @ b, of the batch's dtype; out may be float32."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a.float(), b.float(), out=out)
 
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """(loss float32 [columns], feature gradient float32 [columns, d])."""
-    labels, columns, device = head.weight_LF.shape[0], batch.columns, batch.rows.device
-    d, size, programs = batch.rows.shape[1], batch.rows.element_size(), multiprocessors(device)
-    has_bias, sparse = head.bias_L is not None, head.index_RF is not None
-    # Tiles of labels and features, warps and stages.
-    slopes, gradients = (_SLOPES_TILES, _GRADIENTS_TILES) if batch.bf16 else (_SLOPES_TILES_32, _GRADIENTS_TILES_32)
+    labels, (columns, d), device = head.weight_LF.shape[0], batch.rows.shape, batch.rows.device
+    has_bias, dtype, programs = head.bias_L is not None, batch.rows.dtype, multiprocessors(device)
     by_label = step.update and step.rule["RULE"] == ROWWISE.value
-    gathered = sparse or by_label
-    chunks = DenseChunks(head, batch, columns * size + columns // 8, slopes.labels, copy=by_label)
-    pairs = PairBitmap(chunks.size, columns, slopes.labels, slopes.labels, device)
-    slope_CB = torch.empty(chunks.size, columns, dtype=batch.rows.dtype, device=device)
-    loss = torch.empty(triton.cdiv(labels, slopes.labels), columns, device=device)
-    bias = [head.bias_L, *two_states(head.bias_state, loss)] if has_bias else [loss] * 3
-    update_bias = step.finite * int(step.update and has_bias)
-    # Weight and feature gradient are made together if each text is in one tile.
-    together = step.update and columns == batch.tile
-    feature_tiles = triton.cdiv(d, gradients.features)
-    lanes = max(1, min(programs // feature_tiles, triton.cdiv(labels, gradients.labels)))
-    dx = torch.zeros(lanes if together else 1, columns, d, device=device)
-    texts = dict(B_TILE=batch.tile, B_TILES=columns // batch.tile, BF16=batch.bf16)
+    one_pass = step.update and head.index_RF is None and not by_label and batch.bf16 and columns == batch.tile
+    writes_gradient = step.update and not one_pass
+    bytes_a_label = columns * (4 + dtype.itemsize) + columns // 8 + (d * dtype.itemsize if writes_gradient else 0)
+    chunks = DenseChunks(head, batch, bytes_a_label, _LABELS)
+    pairs = PairBitmap(chunks.size, columns, _LABELS, _LABELS, device)
+    z_CB = torch.empty(chunks.size, columns, device=device)
+    slope_CB = torch.empty(chunks.size, columns, dtype=dtype, device=device)
+    gradient_Cd = torch.empty(chunks.size if writes_gradient else 0, d, dtype=dtype, device=device)
+    tile_loss = torch.empty(triton.cdiv(chunks.size, _LABELS), columns, device=device)
+    bias = [head.bias_L, *two_states(head.bias_state, z_CB)] if has_bias else [z_CB] * 3
+    update_bias = step.finite * int(step.update)
+    feature_tiles = triton.cdiv(d, _GRADIENTS_FEATURES)
+    lanes = max(1, min(programs // feature_tiles, triton.cdiv(labels, _GRADIENTS_LABELS))) if one_pass else 1
+    loss, dx = torch.zeros(columns, device=device), torch.zeros(lanes, columns, d, device=device)
+    dx_of_chunk = torch.empty(columns, d, device=device)
     for first, last, rows in chunks:
+        count, tiles = last - first, triton.cdiv(last - first, _LABELS)
+        slope = slope_CB[:count]
         pairs.mark(label_P, row_P, first)
-        slopes_kernel[(min(programs, triton.cdiv(last - first, slopes.labels)),)](
-            rows, batch.rows, *bias, pairs.bits, pairs.any, slope_CB, loss, update_bias,
-            first_label=first, last_label=last, texts=batch.texts, columns=columns, text_weight=step.text_weight,
-            D=d, D_TILE=slopes.features, T=slopes.labels, ALL_TEXTS=batch.texts == columns, LOSS=step.loss,
-            HAS_BIAS=has_bias, num_warps=slopes.warps, num_stages=stages_of(d, slopes.features, slopes.stages), **texts,
-            **step.rule,
+        _multiply(rows, batch.rows.T, z_CB[:count])
+        slopes_kernel[(tiles,)](
+            z_CB, *bias, pairs.bits, pairs.any, slope_CB, tile_loss, update_bias, first_label=first, last_label=last,
+            texts=batch.texts, columns=columns, text_weight=step.text_weight, T=_LABELS, B_TILE=batch.tile, LOSS=step.loss,
+            HAS_BIAS=has_bias, BF16=batch.bf16, num_warps=8, **step.rule,
         )  # fmt: skip
-        if not together:
-            dx[0] += _product(slope_CB[: last - first].T, rows)
-        if not step.update:
+        loss += tile_loss[:tiles].sum(0)
+        if one_pass:
+            gradients_kernel[(feature_tiles * lanes,)](
+                head.weight_LF, *two_states(head.weight_state, head.weight_LF), batch.rows, slope_CB, dx, step.finite,
+                first_label=first, last_label=last, label_start=head.label_start, lanes=lanes, text_weight=step.text_weight,
+                D=d, D_TILE=_GRADIENTS_FEATURES, T=_GRADIENTS_LABELS, B=columns, BF16=True, num_warps=_GRADIENTS_WARPS,
+                num_stages=_GRADIENTS_STAGES, **step.rule, **step.decay,
+            )  # fmt: skip
             continue
-        # In the workspace, the gradient takes the place of the rows.
-        gradients_kernel[(feature_tiles * lanes,)](
-            rows if gathered else head.weight_LF, *two_states(head.weight_state, head.weight_LF), batch.rows, slope_CB, dx,
-            step.finite, first_label=first, last_label=last, label_start=head.label_start, columns=columns, lanes=lanes,
-            text_weight=step.text_weight, D=d, D_TILE=gradients.features, T=gradients.labels, IN_WORKSPACE=gathered,
-            num_warps=gradients.warps, num_stages=gradients.stages, **texts, **step.rule, **step.decay,
-        )  # fmt: skip
-        if gathered:
-            update_from(head, rows, first, last, step, head.index_RF)
-    return loss.sum(0), dx.sum(0) * step.text_weight
+        dx[0] += _multiply(slope.T, rows, dx_of_chunk)
+        if step.update:
+            update_from(head, _multiply(slope, batch.rows, gradient_Cd[:count]), first, last, step, head.index_RF)
+    return loss, dx.sum(0) * step.text_weight
 
 
 def update_from(

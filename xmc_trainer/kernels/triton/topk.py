@@ -31,13 +31,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from xmc_trainer.kernels.arguments import WORKSPACE, Batch, chunk_labels, multiprocessors
+from xmc_trainer.kernels.arguments import BLOCK, WORKSPACE, Batch, chunk_labels, multiprocessors
 from xmc_trainer.kernels.interface import HeadTensors, candidate_ids, pack_candidates
 from xmc_trainer.kernels.triton.bitmap import PairBitmap
-from xmc_trainer.kernels.triton.dense import DenseChunks, stages_of
+from xmc_trainer.kernels.triton.dense import DenseChunks
 from xmc_trainer.kernels.triton.tile_math import load_columns, load_operand, operand, product
 
-BLOCK, SPARE = 128, 2
+SPARE = 2
 
 
 class Blocks(NamedTuple):
@@ -273,7 +273,8 @@ def dense_best(
             rows, head.bias_L if has_bias else best, batch.rows, *_bits(pairs, best), best, first, last,
             first // BLOCK, columns, D=chunks.d, D_TILE=features_tile, BLOCK=BLOCK,
             B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=8,
-            num_stages=stages_of(chunks.d, features_tile, 4 if texts_tile == 256 else 3),
+            # A single tile of features leaves nothing to be on its way, and Triton 3.6 fails where it should be.
+            num_stages=1 if chunks.d <= features_tile else 4 if texts_tile == 256 else 3,
         )  # fmt: skip
 
 

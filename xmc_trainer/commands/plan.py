@@ -1,0 +1,161 @@
+"""Memory, disk and time of a training, before anything is loaded.
+
+xmc-trainer plan dataset=amazon3m                              # 1, 2, 4 and 8 GPUs, every ZeRO stage
+xmc-trainer plan dataset=amazon3m --gpus 2 --gpu-gib 80 model.ffi.weight_dtype=bfloat16
+xmc-trainer plan dataset=mine.yaml --texts 500000 --test-texts 50000 --tokens 80 --positives 4
+
+Takes the settings of a training. Of the encoder it reads config.json alone, of the data nothing: sizes of published data sets are
+known, for others give them. Times are scaled from measured rates, the CSV files of xmc-trainer bench; measure your own machine
+with `xmc-trainer bench train --csv train.csv` and `bench head --csv head.csv`, and give --rates train.csv head.csv.
+`xmc_trainer.plan` has the formula of every term.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+_RATES = Path(__file__).parents[2] / "docs" / "results"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="+", metavar="key=value", help="of a training; dataset=... is needed")
+    parser.add_argument("--gpus", type=int, help="only so many GPUs (default: 1, 2, 4 and 8)")
+    parser.add_argument("--gpu-gib", type=float, help="memory of a GPU (default: this machine's, or 80)")
+    parser.add_argument("--cores", type=int, help="that tokenise (default: this machine's, at most 16)")
+    parser.add_argument("--texts", type=int, help="training texts (default: the published number)")
+    parser.add_argument("--test-texts", type=int)
+    parser.add_argument("--tokens", type=float, help="mean tokens a text, after the cut to data.max_len")
+    parser.add_argument("--positives", type=float, help="mean labels a text")
+    parser.add_argument("--rates", nargs="+", type=Path, metavar="CSV", help="measured rates (default: docs/results)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    options = parse()
+    from xmc_trainer.config import load_config
+    from xmc_trainer.errors import UserError
+
+    for name in ("gpus", "gpu_gib", "cores", "texts", "test_texts", "tokens", "positives"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < 1e10:
+            raise UserError(f"--{name.replace('_', '-')}={value}: must be above 0 and below 1e10")
+    found = report(load_config(options.settings), options)
+    print(json.dumps(found, indent=1) if options.json else "\n".join(lines_of(found)), flush=True)
+
+
+def report(config: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is printed, as JSON holds it: bytes and seconds."""
+    import torch
+
+    from xmc_trainer import plan
+
+    rates = plan.Rates.read(options.rates if options.rates is not None else sorted(_RATES.glob("*.csv")))
+    encoder, facts = plan.EncoderPlan.of(config), _facts(config, options)
+    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    gpu_bytes = int(options.gpu_gib * plan.GIB) if options.gpu_gib else here or 80 * plan.GIB
+    cores = options.cores or min(16, len(os.sched_getaffinity(0)))
+    rows = []
+    for gpus in [options.gpus] if options.gpus else [1, 2, 4, 8]:
+        for stage in plan.STAGES:
+            row: dict[str, Any] = {
+                "gpus": gpus,
+                "stage": plan.stage_name(stage),
+                "refused": plan.refusal(config, gpus, stage),
+            }
+            if row["refused"] is None:
+                memory = plan.memory_of(config, encoder, facts, gpus, stage, gpu_bytes)
+                phases = plan.phases_of(config, encoder, facts, gpus, stage, rates, cores)
+                row |= {
+                    "micro_batches": memory.parts, "terms": memory.terms, "peak": memory.peak, "device": memory.device,
+                    "fits": memory.device <= gpu_bytes, "host": plan.host_terms(config, encoder, facts, gpus),
+                    "phases": [vars(phase) for phase in phases],
+                }  # fmt: skip
+            rows.append(row)
+    index = config.model.ffi.index_from_texts or config.model.ffi.weight_init == "centroid"
+    return {
+        "dataset": config.data.dataset, "texts": facts.texts, "test_texts": facts.test_texts, "labels": facts.labels,
+        "tokens_a_text": facts.tokens, "labels_a_text": facts.positives, "encoder_parameters": encoder.trained + encoder.fixed,
+        "features": encoder.features, "texts_a_step": config.texts_a_step, "precision": config.training.amp.mixed_precision,
+        "gpu_bytes": gpu_bytes, "cores": cores,
+        "disk": {
+            "token cache": plan.token_cache_bytes(facts),
+            "features of texts, a process, for the first index": 2 * facts.texts * encoder.features if index else 0,
+            "checkpoint": plan.checkpoint_bytes(config, encoder, facts),
+            "saved model": plan.model_bytes(config, encoder, facts, 1),
+        },
+        "checkpoints_kept": config.training.checkpoints_kept,
+        "plans": rows,
+    }  # fmt: skip
+
+
+def _facts(config: Any, options: argparse.Namespace) -> Any:
+    from xmc_trainer.data.generated import Shape
+    from xmc_trainer.plan import Facts
+
+    told = (options.texts, options.test_texts, options.tokens, options.positives)
+    shape = Shape(1, 1, config.data.num_labels or 1, 1.0, 1.0) if None not in told and config.data.num_labels else None
+    names = ("texts", "test_texts", "tokens", "positives")
+    given = {name: value for name, value in zip(names, told) if value is not None}
+    return replace(Facts.of(config, shape), **given)
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """The report as text: a table of GPU memory, then disk, host memory and time of the plan that takes least memory a GPU count."""
+    gib = 1 << 30
+    lines = [
+        f"{found['dataset']}: {found['texts']:,} training and {found['test_texts']:,} test texts of {found['tokens_a_text']:.0f} tokens, "
+        f"{found['labels']:,} labels, {found['labels_a_text']:.1f} a text",
+        f"encoder of {found['encoder_parameters'] / 1e6:.1f} million parameters, {found['features']} features; "
+        f"{found['texts_a_step']} texts a step; precision: {found['precision']}; GPUs of {found['gpu_bytes'] / gib:.0f} GiB",
+        "",
+    ]
+    terms = next((list(row["terms"]) for row in found["plans"] if row["refused"] is None), [])
+    lines.append(
+        "GiB of each GPU".ljust(22) + "parts".rjust(6) + "".join(name.rjust(max(9, len(name) + 2)) for name in terms)
+        + "peak".rjust(8) + "with CUDA".rjust(11)
+    )  # fmt: skip
+    for row in found["plans"]:
+        start = f"{row['gpus']} GPU{'s' * (row['gpus'] > 1)}, {row['stage']}".ljust(22)
+        if row["refused"] is not None:
+            lines.append(f"{start}      -  {row['refused']}")
+            continue
+        cells = "".join(f"{value / gib:.2f}".rjust(max(9, len(name) + 2)) for name, value in row["terms"].items())
+        fits = "" if row["fits"] else "  does not fit"
+        lines.append(
+            f"{start}{row['micro_batches']:6d}{cells}{row['peak'] / gib:8.2f}{row['device'] / gib:11.2f}{fits}"
+        )
+    lines += ["", "disk, GiB"]
+    lines += [f"  {name.ljust(52)}{value / gib:8.2f}" for name, value in found["disk"].items() if value]
+    lines.append(f"  (checkpoints: {found['checkpoints_kept']} kept, and one while it is written)")
+    for gpus in dict.fromkeys(row["gpus"] for row in found["plans"]):
+        rows = [row for row in found["plans"] if row["gpus"] == gpus and row["refused"] is None]
+        if not rows:
+            continue
+        # The simplest way to train that fits: without DeepSpeed, or the lowest stage.
+        row = next((row for row in rows if row["fits"]), rows[-1])
+        lines += ["", f"{gpus} GPU{'s' * (gpus > 1)}, {row['stage']}: host memory of rank 0 beside its libraries, GiB"]
+        lines += [f"  {name.ljust(52)}{value / gib:8.2f}" for name, value in row["host"].items()]
+        lines.append("time")
+        lines += [
+            f"  {phase['name'].ljust(20)}{_time(phase['seconds']):>10}  {phase['source']}" for phase in row["phases"]
+        ]
+    return lines
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.1f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )

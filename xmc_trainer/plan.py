@@ -1,0 +1,748 @@
+"""What a training needs, before anything is loaded: GPU memory, host memory, disk and time, from one formula a term.
+
+Letters: P trained parameters of the encoder, U the others (a pooler), w bytes of its weights (2 under DeepSpeed with fp16 or bf16, else 4),
+s states of its optimizer (Adam 2, SGD 1), N GPUs, B texts of a step, b texts of a GPU's micro-batch, d features, N_t training texts.
+
+GPU memory of a process, in bytes that the allocator hands out (`torch.cuda.max_memory_allocated`):
+
+    weights             w (P + U); ZeRO 3: w (P + U) / N, and w (P + U) again while layers are gathered
+    optimizer           ZeRO 1, 2, 3: (4 + 4 s) P / N, of float32 weights and states; ZeRO 0 with 16-bit weights: (4 + 4 s) P; without
+                        DeepSpeed: 4 s P (the weights are float32 themselves)
+    gradients           kept from one micro-batch to the next: w P; ZeRO 2: w P / N; ZeRO 3: w P / N and a bucket of
+                        5e8 numbers (DeepSpeed's reduce_bucket_size). One micro-batch a step keeps none while it runs forward
+    activations         what autograd saves of b texts of `data.max_len` tokens. The forward pass runs on tensors without memory, and
+                        the saved bytes are added up: about 34 h bytes a token and layer of a BERT with h features in 16 bits, 42 h
+                        under autocast (an attention kernel saves queries, keys, values and its output). A model that does not run without values counts
+                        as a BERT of its sizes. Compiled code saves
+                        no more. Under autocast the 16-bit copies of weights come on top.
+    head                the buffers of `FixedFanInHead`, made without memory, and what kernels keep of the index
+    head, working       of the kernel that `kernels.dispatch` chooses: see `working_bytes`
+    exchange            features and labels of all GPUs, and float32 gradients of the features: see `exchange_bytes`
+
+The peak is the larger of two moments: the head's step, which finds all activations in memory, and the end of the backward pass, which
+finds none, but two copies of the encoder's gradient (of each parameter, and joined).
+
+Outside the allocator a process takes CONTEXT bytes (CUDA, NCCL), and SLACK of the rest is lost to fragments. Both are assumed.
+
+Times come from measured rates: see `Rates`. A phase without a measured rate has no time.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, is_initialized
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from transformers import AttentionInterface
+
+from xmc_trainer.config import Config
+from xmc_trainer.data.generated import PUBLISHED, Shape
+from xmc_trainer.encoder.text_encoder import TextEncoder, backbone_without_weights
+from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
+from xmc_trainer.errors import UserError
+from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.kernels.dispatch import STEPS, Problem, choose
+from xmc_trainer.parallel import Ranks
+
+GIB = 1 << 30
+STAGES = (None, 0, 1, 2, 3)  # None: without DeepSpeed
+CONTEXT = 1 << 30  # of a process, outside torch's allocator: CUDA, NCCL (assumed)
+SLACK = 0.05  # of allocated memory, that the allocator cannot use (assumed)
+_BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
+_HOPPER = (9, 0)  # the GPU that is planned for
+_MULTIPROCESSORS = 132  # and what it has
+_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
+_LABELS_A_CLUSTER = 64  # of xmc-trainer clusters
+
+
+# The encoder ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """The encoder's sizes, from its config.json.
+
+    Attributes:
+        groups: trained numbers of each optimizer group, which are the lengths of the engine's flat tensors.
+        fixed: parameters that are not trained.
+        features: d.
+        matrices: trained numbers that a token is multiplied with: of matrices, without embeddings.
+        layers, hidden: of the backbone.
+        text_bytes: saved by autograd for a text of `tokens` tokens. cast_bytes: saved once, whatever the texts.
+    """
+
+    groups: tuple[int, ...]
+    tensors: int
+    fixed: int
+    features: int
+    matrices: int
+    layers: int
+    hidden: int
+    tokens: int
+    text_bytes: dict[bool, int]  # by whether the weights have 16 bits (DeepSpeed) or autocast is used
+    cast_bytes: dict[bool, int]
+
+    @property
+    def trained(self) -> int:
+        return sum(self.groups)
+
+    def flops(self, texts: float, tokens: float, *, backward: bool = True) -> float:
+        """Floating point operations of a pass over `texts` texts of `tokens` tokens: 2 a weight and token, 4 T h a layer for attention."""
+        forward = texts * tokens * (2 * self.matrices + 4 * self.layers * self.hidden * tokens)
+        return (3 if backward else 1) * forward
+
+    @classmethod
+    def of(cls, config: Config) -> EncoderPlan:
+        """Of a configuration. UserError where its encoder is not to be had."""
+        amp, tokens = config.training.amp.enabled, config.data.max_len
+        text_bytes, cast_bytes = {}, {}
+        for sixteen in (True, False) if amp else (False,):
+            dtype = torch.bfloat16 if sixteen else torch.float32
+            encoder = encoder_without_weights(config, dtype)
+            text_bytes[sixteen], cast_bytes[sixteen] = saved_bytes(encoder, tokens, autocast=amp and not sixteen)
+        parameters = list(encoder.parameters())
+        groups = encoder.parameter_groups(0.0, 0.0, 0.0)
+        embeddings = {id(m.weight) for m in encoder.modules() if isinstance(m, torch.nn.Embedding)}
+        shape = encoder.backbone.config
+        return cls(
+            groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
+            tensors=len(encoder.state_dict()),
+            fixed=sum(p.numel() for p in parameters if not p.requires_grad),
+            features=encoder.out_features,
+            matrices=sum(p.numel() for p in parameters if p.requires_grad and p.dim() > 1 and id(p) not in embeddings),
+            layers=shape.num_hidden_layers,
+            hidden=shape.hidden_size,
+            tokens=tokens,
+            text_bytes=text_bytes,
+            cast_bytes=cast_bytes,
+        )
+
+
+def encoder_without_weights(config: Config, dtype: torch.dtype) -> TextEncoder:
+    """The encoder of a configuration, of tensors without memory. UserError as of `load_backbone`."""
+    chosen, penultimate = config.model.encoder, config.model.penultimate
+    with FakeTensorMode():
+        encoder = TextEncoder(
+            backbone_without_weights(chosen.encoder_model, dtype=dtype, trust_remote_code=chosen.trust_remote_code),
+            pool_mode=chosen.pool_mode,
+            feature_layers=chosen.feature_layers,
+            embed_dropout=chosen.embed_dropout,
+            penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
+            penultimate_activation=penultimate.penultimate_activation,
+        )
+        if encoder.penultimate is not None:
+            for parameter in encoder.penultimate.parameters():
+                parameter.data = parameter.data.to(dtype)
+    config.check_fan_in(encoder.out_features)
+    return encoder
+
+
+class _Attention(torch.autograd.Function):
+    """Saves what a fused attention kernel saves: queries, keys, values, output, and a float32 for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        texts, heads, tokens, width = query.shape
+        out = query.new_empty(texts, tokens, heads, width)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(texts, heads, tokens, dtype=torch.float32))
+        return out
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *arguments: Any, **more: Any
+) -> tuple[Tensor, None]:
+    return _Attention.apply(query, key, value), None
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As a GPU has it: a mask of one byte a number is saved."""
+    return torch.native_dropout(input, p, True)[0] if training and p else input
+
+
+def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) -> tuple[int, int]:
+    """(bytes a text, bytes besides) that autograd saves in the forward pass for texts of `tokens` tokens.
+
+    Args: encoder: of `encoder_without_weights`. autocast: to bfloat16.
+    """
+    backbone = encoder.backbone
+    if getattr(backbone, "_supports_sdpa", False):
+        AttentionInterface.register("planned", _attention)
+        backbone.set_attn_implementation("planned")
+    encoder.train()
+    own = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.disabled = True  # it would print a traceback for each operation that it cannot run
+    try:
+        found = [_saved(encoder, texts, tokens, own, autocast) for texts in (2, 4)]
+    except Exception:  # a model may look at the values of tensors, which have none here, or not run in 16 bits as it is
+        return _closed_form(encoder, tokens, autocast), 0
+    finally:
+        log.disabled = False
+    a_text = (found[1] - found[0]) // 2
+    return a_text, found[0] - 2 * a_text
+
+
+def _closed_form(encoder: TextEncoder, tokens: int, autocast: bool) -> int:
+    """The bytes a text of a BERT of these sizes, with attention weights in memory: of a model that cannot run without values."""
+    shape, wide = encoder.backbone.config, next(encoder.parameters()).dtype == torch.float32
+    a_feature, a_score = (42, 5) if autocast else (66, 9) if wide else (34, 5)
+    return (
+        shape.num_hidden_layers
+        * tokens
+        * (a_feature * shape.hidden_size + a_score * shape.num_attention_heads * tokens)
+    )
+
+
+def _saved(encoder: TextEncoder, texts: int, tokens: int, own: set[int], autocast: bool) -> int:
+    saved: dict[int, Tensor] = {}  # by storage; the tensors stay, so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            saved[storage] = tensor
+        return tensor
+
+    first = next(encoder.parameters())
+    assert isinstance(first, FakeTensor)
+    functional: Any = torch.nn.functional
+    original, functional.dropout = functional.dropout, _dropout
+    try:
+        with (
+            first.fake_mode,
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            ids = torch.ones(texts, tokens, dtype=torch.int64)
+            encoder(ids, ids.clone())
+    finally:
+        functional.dropout = original
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+# The head -------------------------------------------------------------------------------------------------------------
+
+
+class _HeadShape(FixedFanInHead):
+    """The buffers of a head, and nothing in them."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+def heads_of(
+    config: Config, features: int, labels: int, ranks: int, clusters: int | None = None
+) -> list[FixedFanInHead]:
+    """The heads that one of `ranks` processes has in a training, without memory: of the labels (one or two), of the meta branch.
+
+    Args: clusters: of the meta branch; default: as `xmc-trainer clusters` makes them.
+    """
+    ffi, optimization = config.model.ffi, config.training.optimization
+    optimizers = {
+        "sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "adamw_8bit": AdamW(eight_bits=True),
+        "rowwise_rmsprop": RowwiseRMSprop(),
+    }  # fmt: skip
+    one = Ranks()
+    one.rank, one.size = ranks - 1, ranks  # the last rank's share is never the smaller one
+
+    def head(labels: int, fan_in: int | None, **more: Any) -> FixedFanInHead:
+        common: dict[str, Any] = {
+            "optimizer": optimizers[optimization.xmc_optimizer], "weight_dtype": getattr(torch, ffi.weight_dtype),
+            "logit_shift": torch.empty(labels, device="meta") if ffi.logit_adjustment else None,
+        }  # fmt: skip
+        return _HeadShape(
+            features,
+            labels,
+            fan_in=fan_in,
+            loss=optimization.loss_fn,
+            product_dtype=torch.bfloat16 if config.training.amp.enabled else torch.float32,
+            backend="reference",
+            ranks=one,
+            device="meta",
+            **common | more,
+        )
+
+    fan_in = ffi.fan_in if ffi.use_sparse_layer and not optimization.dense_epochs else None
+    frequent = round(ffi.head_ratio * labels)
+    found = [head(labels - frequent, fan_in, group_size=ffi.group_size)]
+    if frequent:
+        found.insert(0, head(frequent, ffi.head_fan_in))
+    if config.model.auxiliary.use_meta_branch:
+        more = {"optimizer": AdamW(), "weight_dtype": torch.float32, "logit_shift": None}
+        found.append(head(clusters or max(ranks, -(-labels // _LABELS_A_CLUSTER)), None, **more))
+    return found
+
+
+def head_bytes(heads: Iterable[FixedFanInHead]) -> int:
+    """Of all buffers: weights, index, biases, optimizer state."""
+    return sum(buffer.nbytes for head in heads for buffer in head.buffers())
+
+
+def index_bytes(head: FixedFanInHead, texts: int) -> int:
+    """What kernels keep of an index besides: int16 a row and 64 features (densify), a bit a row and feature (Triton's dense)."""
+    index = head.tensors().index_RF
+    if index is None:
+        return 0
+    rows, d, name = index.shape[0], head.in_features, _kernel(head, texts).name
+    return {"densify, CUDA": 2 * rows * -(-d // 64), "dense, Triton": 4 * rows * -(-d // 32)}.get(name, 0)
+
+
+def _kernel(head: FixedFanInHead, texts: int) -> Any:
+    problem = Problem.of(head.tensors(), texts, head.in_features, head.product_dtype)
+    return choose(STEPS, problem._replace(capability=_HOPPER))
+
+
+def working_bytes(head: FixedFanInHead, texts: int) -> int:
+    """Memory of a step over `texts` texts beside the head, of the kernel that an H100 or H200 takes.
+
+    All keep the features twice (rows and columns) and their float32 gradient twice. The kernels take the labels in chunks:
+
+        group       a chunk of 48 MiB: the bits of its positives (CUDA), or slopes and bits (Triton)
+        densify     a chunk of 256 MiB, or 0.2 of weights and index if that is more: slopes, bits, bias gradients, the weight
+                    gradient; and the feature gradient once a lane of blocks
+        dense       a chunk of 48 MiB, or of 0.05 of the weights (0.2 where rows are copied); a lane's feature gradients; losses
+    """
+    labels, d, e = len(head.labels), head.in_features, head.product_dtype.itemsize
+    kernel = _kernel(head, texts)
+    columns = -(-texts // kernel.texts) * kernel.texts
+    tensors = head.tensors()
+    fan_in = tensors.weight_LF.shape[1]
+    weights = tensors.weight_LF.nbytes + (0 if tensors.index_RF is None else tensors.index_RF.nbytes)
+    common = columns * d * (2 * e + 2 * 4)
+    if kernel.name.startswith("group"):
+        a_label = columns // 8 + (0 if "CUDA" in kernel.name else columns * e)
+        return common + min(48 << 20, labels * a_label)
+    if kernel.name == "densify, CUDA":
+        tiles = columns // 128
+        a_label = (
+            2 * columns
+            + columns // 8
+            + columns // 4
+            + fan_in * (2 if tiles <= 8 else 4)
+            + (4 * columns if d > 768 else 0)
+        )
+        blocks = -(-d // 256)
+        together = max(1, min(4, tiles))
+        lanes = max(1, _MULTIPROCESSORS // (together * blocks))
+        return common + int(min(max(256 << 20, 0.2 * weights), labels * a_label)) + lanes * columns * d * 4
+    copied = (
+        tensors.index_RF is not None
+        or tensors.weight_LF.dtype != head.product_dtype
+        or isinstance(head.optimizer, RowwiseRMSprop)
+    )
+    a_label = columns * e + columns // 8 + (d * e if copied else 0)
+    lanes = max(1, _MULTIPROCESSORS // -(-d // 128)) if columns <= 128 else 2
+    losses = 4 * columns * -(-labels // 128)
+    return (
+        common
+        + int(min(max(48 << 20, (0.2 if copied else 0.05) * weights), labels * a_label))
+        + lanes * columns * d * 4
+        + losses
+    )
+
+
+def exchange_bytes(texts: int, ranks: int, features: int, positives: float, product_dtype: torch.dtype) -> int:
+    """Memory of the collectives of a micro-batch of `texts` texts over all ranks: features and labels sent and received, gradients."""
+    if ranks == 1:
+        return 0
+    a_text = features * product_dtype.itemsize + 4 * positives + 4
+    gathered = texts * a_text * (1 / ranks + 2)  # sent; received, and joined
+    return int(
+        gathered + texts * 4 * features * (1 + 1 / ranks)
+    )  # gradients in whole rows, and the share that comes back
+
+
+# Memory of a process --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the data before they are read."""
+
+    texts: int
+    test_texts: int
+    labels: int
+    tokens: float  # mean, after the cut to data.max_len
+    positives: float  # mean labels a text
+    name_bytes: float = 7.0  # of a label's id, and again of its text
+
+    @classmethod
+    def of(cls, config: Config, shape: Shape | None = None, labels: int | None = None) -> Facts:
+        """Of a published shape, and of the configuration's number of labels. A word counts as a token. UserError where neither is known."""
+        data = config.data
+        shape = shape or PUBLISHED.get(data.dataset)
+        labels = labels or data.num_labels or (None if shape is None else shape.labels)
+        if shape is None or labels is None:
+            raise UserError(
+                f"data.dataset={data.dataset}: its size is not known; give --texts, --test-texts, --tokens and --positives, and "
+                "data.num_labels"
+            )
+        # The mean of a lognormal length that is cut at m is mean Phi(a - deviation) + m (1 - Phi(a)), a = (log m - mu) / deviation.
+        most, deviation = data.max_len - 2, shape.deviation
+        a = (math.log(most / shape.words_a_text) + deviation**2 / 2) / deviation
+        phi = [0.5 * (1 + math.erf(x / math.sqrt(2))) for x in (a - deviation, a)]
+        tokens = 2 + shape.words_a_text * phi[0] + most * (1 - phi[1])
+        name_bytes = len(str(labels - 1))
+        return cls(shape.train_texts, shape.test_texts, labels, tokens, shape.labels_a_text, name_bytes)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GPU memory of a process: bytes by term, and their peak."""
+
+    gpus: int
+    stage: int | None
+    parts: int  # micro-batches a step
+    terms: dict[str, int]
+    peak: int
+
+    @property
+    def device(self) -> int:
+        """What of a GPU's memory is taken: the peak, what the allocator loses, and the context."""
+        return int(self.peak * (1 + SLACK)) + CONTEXT
+
+
+def stage_name(stage: int | None) -> str:
+    return "no DeepSpeed" if stage is None else f"ZeRO {stage}"
+
+
+def refusal(config: Config, gpus: int, stage: int | None) -> str | None:
+    """Why a training does not start; None if it does."""
+    if stage is None and gpus > 1:
+        return "one process only"
+    if stage == 0 and config.training.amp.mixed_precision == "fp16":
+        return "fp16 trains wrongly"
+    if config.texts_a_step % gpus:
+        return f"{config.texts_a_step} texts a step"
+    return None
+
+
+def memory_of(
+    config: Config,
+    encoder: EncoderPlan,
+    facts: Facts,
+    gpus: int,
+    stage: int | None,
+    gpu_bytes: int,
+    parts: int | None = None,
+) -> Memory:
+    """GPU memory of each of `gpus` processes.
+
+    Args:
+        gpu_bytes: of a GPU; data.micro_batches=auto cuts a step until it fits.
+        parts: micro-batches a step; default: by the configuration.
+    """
+    P, U, s = encoder.trained, encoder.fixed, _STATES[config.training.optimization.encoder_optimizer]
+    amp = config.training.amp.enabled
+    sixteen = amp and stage is not None
+    w, share = 2 if sixteen else 4, gpus if stage in (1, 2, 3) else 1
+    heads = heads_of(config, encoder.features, facts.labels, gpus)
+    texts = config.texts_a_step
+    product = heads[0].product_dtype
+    head = head_bytes(heads) + sum(index_bytes(each, texts) for each in heads)
+    working = max(working_bytes(each, texts) for each in heads)
+    if parts is None:
+        if config.data.micro_batches != "auto":
+            parts = int(config.data.micro_batches)
+        else:
+            free = int((1 - SPARED) * gpu_bytes) - CONTEXT - head - (4 + BYTES_A_PARAMETER) * (P + U)
+            # The training measures it before the engine has the encoder, in float32 or under autocast.
+            parts = fewest_parts(texts, gpus, encoder.text_bytes[False], free)
+    largest = max(encoder.groups)
+    kept = 0 if parts == 1 else w * P // (share if stage in (2, 3) else 1)
+    terms = {
+        "weights": w * (P + U) // (gpus if stage == 3 else 1) + (w * (P + U) if stage == 3 else 0),
+        "optimizer": (4 * s if stage is None or not sixteen and stage == 0 else 4 + 4 * s) * P // share,
+        "gradients": kept if stage != 3 else w * P // gpus + w * _BUCKET,
+        "activations": -(-texts // (parts * gpus)) * encoder.text_bytes[sixteen] + encoder.cast_bytes[sixteen],
+        "head": head,
+        "head, working": working,
+        "exchange": exchange_bytes(-(-texts // parts), gpus, encoder.features, facts.positives, product),
+    }
+    # Features of the micro-batches of a step, and of the latest steps for growth by gradient.
+    ffi = config.model.ffi
+    steps = 1 + (ffi.growth_batches if ffi.growth_mode == "gradient" else 0)
+    terms["head, working"] += int(steps * texts * (encoder.features * product.itemsize + 16 * facts.positives))
+    static = terms["weights"] + terms["optimizer"] + terms["gradients"] + head
+    in_head = static + terms["activations"] + terms["head, working"] + terms["exchange"]
+    # A gradient for each parameter, the joined one of the largest group, and under ZeRO 1 to 3 its float32 part.
+    in_backward = static + (0 if stage == 3 else w * (P + largest)) + (4 * P // share if stage is not None else 0)
+    return Memory(gpus, stage, parts, terms, max(in_head, in_backward))
+
+
+# Disk and host memory -------------------------------------------------------------------------------------------------
+
+_HEADER = 130  # bytes of a safetensors header for a tensor
+_ROWS = 2000  # of a record batch in the token cache
+_BATCH = 900  # bytes of a record batch beside its columns
+# Of a label's name while raw files are read: a string, its places in a set, a list and a dict, and in the list of labels.
+_NAME = 330
+
+
+def token_cache_bytes(facts: Facts) -> int:
+    """Of the Arrow files: an int32 a token and label, 12 bytes a text, two strings with offsets a label. Memory-mapped: disk, and page cache."""
+    texts = facts.texts + facts.test_texts
+    rows = texts * (12 + 4 * (facts.tokens + facts.positives)) + facts.labels * 2 * (facts.name_bytes + 4)
+    batches = sum(-(-each // _ROWS) for each in (facts.texts, facts.test_texts, facts.labels))
+    return int(rows) + batches * _BATCH
+
+
+def checkpoint_bytes(config: Config, encoder: EncoderPlan, facts: Facts) -> int:
+    """Of one checkpoint: the encoder's float32 weights and states, the head's buffers, the latest steps."""
+    s = _STATES[config.training.optimization.encoder_optimizer]
+    heads = heads_of(config, encoder.features, facts.labels, 1)
+    state = sum(value.nbytes for head in heads for value in head.state_dict().values())
+    ffi = config.model.ffi
+    recent = ffi.growth_batches if ffi.growth_mode == "gradient" else 0
+    recent *= int(config.texts_a_step * (encoder.features * heads[0].product_dtype.itemsize + 16 * facts.positives))
+    return (1 + s) * (4 * encoder.trained + _HEADER * encoder.tensors) + state + recent
+
+
+def model_bytes(config: Config, encoder: EncoderPlan, facts: Facts, stage: int | None) -> int:
+    """Of the saved model, but for the tokenizer: the encoder in the precision that it has, weights, index and bias of the head, label names."""
+    w = 2 if config.training.amp.enabled and stage is not None else 4
+    heads = heads_of(config, encoder.features, facts.labels, 1)[: 2 if config.model.ffi.head_ratio else 1]
+    tensors = [head.tensors() for head in heads]
+    kept = sum(t.nbytes for head in tensors for t in (head.weight_LF, head.index_RF, head.bias_L) if t is not None)
+    names = int(facts.labels * facts.name_bytes * 2)
+    return w * (encoder.trained + encoder.fixed) + _HEADER * encoder.tensors + kept + names
+
+
+def host_terms(config: Config, encoder: EncoderPlan, facts: Facts, gpus: int) -> dict[str, int]:
+    """Host memory of rank 0 beside Python and its libraries, in bytes by term: what grows with data and model.
+
+    label names while raw files are read; numbers of an epoch's texts (lengths, order, plan); counts and propensities of labels; a
+    checkpoint's tensors on their way to the disk.
+    """
+    s = _STATES[config.training.optimization.encoder_optimizer]
+    heads = heads_of(config, encoder.features, facts.labels, gpus)
+    return {
+        "reading labels": int(facts.labels * (_NAME + facts.name_bytes)),
+        "plan of an epoch": 4 * 8 * facts.texts,
+        "label counts": 3 * 8 * facts.labels,
+        "writing a checkpoint": (4 + 4 * s) * encoder.trained
+        + sum(v.nbytes for head in heads for v in head.state_dict().values()),
+    }
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured rates, from the CSV files of `xmc-trainer bench`.
+
+    bench head     ms of the head's step and of ranking, by texts, fan-in, group size and optimizer
+    bench train    ms of the encoder's step, by engine, precision and ranks; its operations a second carry over to other encoders
+                   and lengths. (Rows without `encoder_parameters` are of a BERT of 12 layers, the default there.)
+    bench data     texts tokenised a second
+    """
+
+    head: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    train: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    data: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, paths: Iterable[Path]) -> Rates:
+        """UserError for a file that cannot be read. Files of other tables are passed over."""
+        rates = cls()
+        for path in paths:
+            try:
+                with path.open(newline="", encoding="utf-8") as lines:
+                    rows = [(path.name, row) for row in csv.DictReader(lines)]
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: cannot be read ({error}); name a CSV file of xmc-trainer bench") from None
+            names = set(rows[0][1]) if rows else set()
+            for needed, target in (
+                ({"copy_gb_s", "group_size", "ms"}, rates.head), ({"encoder_ms", "width", "engine"}, rates.train),
+                ({"tokenised_texts_s"}, rates.data),
+            ):  # fmt: skip
+                if needed <= names:
+                    target += rows
+        return rates
+
+    def head_ms(self, head: FixedFanInHead, texts: int, *, rank: bool = False) -> tuple[float, str] | None:
+        """(ms of the head's step, or of ranking, source) over `texts` texts; None if nothing like it was measured.
+
+        The row of the nearest number of texts with the same fan-in and group size; ms grow with labels, and with texts where there are more.
+        """
+        name = {"momentum": "sgd"}.get(head.optimizer.name, head.optimizer.name)
+        sparse = head.index is not None
+        rows = [
+            (source, row) for source, row in self.head
+            if int(row["features"]) == head.in_features
+            and (row["fan_in"], row["group_size"]) == ((str(head.fan_in), str(head.group_size)) if sparse else ("", ""))
+            and ("top" in row["what"] if rank else row["optimizer"] in (name, "sgd") and "plain torch" not in row["what"])
+        ]  # fmt: skip
+        if not rows:
+            return None
+        # The same optimizer first; of the others what it moves besides is added below.
+        source, row = min(
+            rows,
+            key=lambda item: (item[1]["optimizer"] != name and not rank, abs(math.log(int(item[1]["batch"]) / texts))),
+        )
+        batch = int(row["batch"])
+        ms = float(row["ms"]) * len(head.labels) / int(row["labels"]) * max(1.0, texts / batch)
+        if not rank:
+            tensors = head.tensors()
+            moved = tensors.weight_LF.nbytes + sum(state.nbytes for state in tensors.weight_state)
+            measured = tensors.weight_LF.numel() * (2 if row["weight_dtype"] == "bfloat16" else 4)
+            measured *= 3 if row["optimizer"] == "adamw" else 1
+            ms += max(0, moved - measured) * 2 / float(row["copy_gb_s"]) / 1e6
+        return ms, f"{source}: {row['what']}, {batch} texts"
+
+    def encoder_flops(
+        self, gpus: int, stage: int | None, precision: str
+    ) -> tuple[tuple[float, str], tuple[float, str]] | tuple[None, None]:
+        """Operations a second of a GPU, with their source: in the encoder's step alone, and in whole steps less the head; of the nearest row.
+
+        Whole steps wait for data, other ranks and the host besides: what a row lost so, a plan loses in proportion.
+        """
+        engine = "without DeepSpeed" if stage is None else f"DeepSpeed ZeRO {stage}"
+        rows = [item for item in self.train if item[1]["precision"] == precision and item[1]["encoder_ms"]]
+        # ZeRO 3 is another program than the others; these are alike.
+        rows = [item for item in rows if (item[1]["engine"] == "DeepSpeed ZeRO 3") == (stage == 3)]
+        if not rows:
+            return None, None
+        file, row = min(rows, key=lambda item: (abs(int(item[1]["ranks"]) - gpus), item[1]["engine"] != engine))
+        width, ranks = int(row["width"]), int(row["ranks"])
+        matrices = int(row.get("encoder_parameters") or 12 * 12 * 768 * 768)
+        a_text = 3000 * width * (2 * matrices + 4 * 12 * 768 * width)
+        alone = int(row["rows"]) * int(row["micro_batches"]) * a_text / float(row["encoder_ms"])
+        whole = int(row["texts_a_step"]) / ranks * a_text / (float(row["ms"]) - float(row["head_ms"]))
+        source = f"{file}: {ranks} ranks, {row['engine']}, {row['precision']}"
+        return (alone, source), (whole, source)
+
+    def tokenised(self) -> tuple[float, str] | None:
+        """(texts a second and core, source)."""
+        rows = [item for item in self.data if item[1]["tokenised_texts_s"]]
+        if not rows:
+            return None
+        source, row = rows[-1]
+        return float(row["tokenised_texts_s"]) / int(row["cores"]), f"{source}: {row['device']}"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a training: its time, and where that comes from. seconds is None where nothing was measured."""
+
+    name: str
+    seconds: float | None
+    source: str
+
+
+def phases_of(
+    config: Config, encoder: EncoderPlan, facts: Facts, gpus: int, stage: int | None, rates: Rates, cores: int
+) -> list[Phase]:
+    """The phases of a training that take time, in order."""
+    ffi, batch, steps = config.model.ffi, config.data.test_batch_size, -(-facts.texts // config.texts_a_step)
+    heads = heads_of(config, encoder.features, facts.labels, gpus)
+    alone, whole = rates.encoder_flops(gpus, stage, config.training.amp.mixed_precision)
+    of_step = [rates.head_ms(head, config.texts_a_step) for head in heads]
+    of_ranking = [rates.head_ms(head, batch, rank=True) for head in heads[: 2 if ffi.head_ratio else 1]]
+    a_text = (
+        encoder.flops(1, facts.tokens, backward=False) / gpus
+    )  # of a pass forward, which runs at the rate of training
+    a_step = encoder.flops(config.texts_a_step / gpus, facts.tokens)
+
+    def read(rate: float) -> float:
+        return (facts.texts + facts.test_texts) / (rate * cores)
+
+    def forward(rate: float) -> float:
+        return facts.texts * a_text / rate
+
+    def epoch(rate: float, *head_ms: float) -> float:
+        return steps * (a_step / rate + sum(head_ms) / 1000)
+
+    def head(*head_ms: float) -> float:
+        return steps * sum(head_ms) / 1000
+
+    def evaluation(rate: float, *head_ms: float) -> float:
+        return facts.test_texts * a_text / rate + -(-facts.test_texts // batch) * sum(head_ms) / 1000
+
+    found = [_phase("read and tokenise", read, rates.tokenised())]
+    if ffi.index_from_texts or ffi.weight_init == "centroid":
+        found.append(_phase("first index", forward, alone))
+    return [
+        *found,
+        _phase("an epoch", epoch, whole, *of_step),
+        _phase("of it the head", head, *of_step),
+        _phase("an evaluation", evaluation, alone, *of_ranking),
+    ]
+
+
+def _phase(name: str, seconds: Callable[..., float], *rates: tuple[float, str] | None) -> Phase:
+    """seconds(the rates' values); without a time where one of the rates was not measured."""
+    measured = [rate for rate in rates if rate is not None]
+    if len(measured) < len(rates):
+        return Phase(name, None, "no measured rate")
+    return Phase(name, seconds(*(value for value, _ in measured)), "; ".join(dict.fromkeys(s for _, s in measured)))
+
+
+# Out of memory --------------------------------------------------------------------------------------------------------
+
+
+def what_fits(config: Config, gpus: int, stage: int | None, gpu_bytes: int, parts: int | None = None) -> str:
+    """One line for a training that ran out of GPU memory: what it needs, and the first change of settings that fits.
+
+    Args: parts: micro-batches a step of that training; None: by the configuration.
+    """
+    shape, labels = PUBLISHED.get(config.data.dataset), config.data.num_labels
+    if labels is None and shape is None:
+        return "set data.micro_batches to more than before; with data.num_labels set, xmc-trainer plan says what a step needs"
+    encoder = EncoderPlan.of(config)
+    # Of texts nothing but their longest tokens counts here.
+    facts = Facts.of(config, shape or Shape(1, 1, 1, 36, config.data.max_len))
+    now = memory_of(config, encoder, facts, gpus, stage, gpu_bytes, parts)
+    said = f"{gpus} GPU{'s' * (gpus > 1)}, {stage_name(stage)}, {now.parts} micro-batches: {now.device / GIB:.1f} GiB planned"
+    for change, other in _changes(config, now.parts, gpus):
+        needed = memory_of(other, encoder, facts, gpus, stage, gpu_bytes)
+        # Whatever the plan of the training that failed says, it was too much.
+        if needed.device < 0.95 * gpu_bytes and needed.peak < 0.9 * now.peak:
+            return f"{said}; {change} needs {needed.device / GIB:.1f} GiB"
+    return f"{said}; no change of micro-batches and head fits: take more GPUs, or GPUs with more memory"
+
+
+def _changes(config: Config, parts: int, gpus: int) -> Iterator[tuple[str, Config]]:
+    """(settings as words, configuration): smaller and smaller ones, those that train the same first."""
+
+    def with_parts(config: Config, number: int) -> Config:
+        return replace(config, data=replace(config.data, micro_batches=str(number)))
+
+    most = config.texts_a_step // gpus
+    cuts = [number for number in range(parts + 1, most + 1) if config.texts_a_step % (number * gpus) == 0]
+    yield from ((f"data.micro_batches={number}", with_parts(config, number)) for number in cuts)
+    number = cuts[-1] if cuts else parts
+    words = f"data.micro_batches={number} "
+    ffi, optimization = config.model.ffi, config.training.optimization
+    for states in ("adamw_8bit", "rowwise_rmsprop"):
+        small = replace(optimization, xmc_optimizer=states, xmc_momentum=0.9)
+        changed = replace(
+            with_parts(config, number),
+            model=replace(config.model, ffi=replace(ffi, weight_dtype="bfloat16")),
+            training=replace(config.training, optimization=small),
+        )
+        yield f"{words}model.ffi.weight_dtype=bfloat16 training.optimization.xmc_optimizer={states}", changed
+
+
+@contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """An error for want of GPU memory in the block, which trains, becomes a UserError that says what would fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        stage = parts = None
+        if is_initialized():
+            plugin = AcceleratorState().deepspeed_plugin
+            stage, parts = plugin and plugin.zero_stage, GradientState().num_steps
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        fits = what_fits(config, Ranks().size, stage, total, parts)
+        raise UserError(f"out of GPU memory ({total / GIB:.1f} GiB): {fits}") from error
