@@ -44,6 +44,8 @@ def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
     chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchinductor_"))
     if chosen.parent == Path(tempfile.gettempdir()) and chosen.name.startswith("torchinductor_"):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
+    # As many texts as tokens in the first batch are not always so.
+    torch.fx.experimental._config.use_duck_shape = False
     backbone = encoder.backbone
     lists = layer_lists(backbone)
     for owner, layers in lists:
@@ -69,7 +71,7 @@ def warm_up(
 
     Args:
         forward: calls the encoder in the precision of the training.
-        rows, tokens: of a batch. They must differ: equal sizes would be taken for one.
+        rows, tokens: of the largest batch.
     """
     training = encoder.training
     ids, mask = (torch.ones(rows, tokens, dtype=torch.int64, device=device) for _ in range(2))

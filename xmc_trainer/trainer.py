@@ -6,6 +6,7 @@ import hashlib
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,12 @@ from torch.utils.data import DataLoader
 
 from xmc_trainer import resume, signals
 from xmc_trainer.builders import accelerator_of, backbone_of, encoder_of, in_precision_of, prepare_encoder, tokenizer_of
+from xmc_trainer.captured import CannotCapture
 from xmc_trainer.checkpoint import head_parts, save_model
 from xmc_trainer.clusters import LabelClusters
 from xmc_trainer.compiling import compile_encoder, undo, warm_up
 from xmc_trainer.config import Config, portable_yaml
-from xmc_trainer.data import Corpus, MicroBatch, plan_epoch, plan_eval, sample_rows
+from xmc_trainer.data import Corpus, MicroBatch, padded_width, plan_epoch, plan_eval, sample_rows
 from xmc_trainer.encoder import TextEncoder
 from xmc_trainer.engine import (
     leave,
@@ -49,6 +51,8 @@ from xmc_trainer.step_clock import StepClock
 
 # Losses stay on the device until this many seconds have passed: reading one waits for the device.
 _SECONDS_BETWEEN_LOSSES = 1.0
+# The lengths of batches for which the encoder's steps are CUDA graphs: each takes some MiB and a quarter of a second.
+_MOST_GRAPHS = 32
 # From its first 2^12 the loss scale of fp16 has halved to nothing long before.
 _FP16_STEPS_TO_RECOVER = 50
 
@@ -132,6 +136,8 @@ class Trainer:
         self.micro_batches = self._cut_steps()
         self.encoder, self.optimizer = prepare_encoder(config, self.accelerator, self.encoder_module)
         self.compiled = self._compile_encoder()
+        if self.compiled and self.device.type == "cuda":
+            self._capture_encoder()
         self.meta_branch = None
         if config.model.auxiliary.use_meta_branch:
             self.meta_branch = self._build_meta_branch(cluster_of)
@@ -187,16 +193,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         self.encoder.train()
         self.head.train()
-        steps = plan_epoch(
-            self._train_lengths,
-            batch_size=self.config.texts_a_step // self.micro_batches,
-            accumulation=self.micro_batches,
-            world_size=self.ranks.size,
-            seed=self.config.training.seed,
-            epoch=self.state.epoch,
-            length_grouped=self.config.data.length_grouped,
-            rows=self.train_rows,
-        )
+        steps = self._plan(self.state.epoch)
         made = self.state.step - self.state.epoch * self.state.steps_per_epoch  # of this epoch, before a checkpoint
         steps = steps[made : made + self.state.total_steps - self.state.step]
         batches = iter(
@@ -218,6 +215,19 @@ class Trainer:
             self._record_loss(loss, applied)
             if applied:
                 self.dispatch("on_step_end")
+
+    def _plan(self, epoch: int) -> list[list[MicroBatch]]:
+        """The steps of an epoch."""
+        return plan_epoch(
+            self._train_lengths,
+            batch_size=self.config.texts_a_step // self.micro_batches,
+            accumulation=self.micro_batches,
+            world_size=self.ranks.size,
+            seed=self.config.training.seed,
+            epoch=epoch,
+            length_grouped=self.config.data.length_grouped,
+            rows=self.train_rows,
+        )
 
     def _seed_draws(self) -> None:
         """Ranks drop out different features; a step's draws are the same whether or not the training was interrupted before."""
@@ -300,7 +310,8 @@ class Trainer:
             "waiting": parts["data"] / ms,
         }
         if self.device.type == "cuda":
-            speed["gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            graphs = getattr(self.accelerator.unwrap_model(self.encoder), "captured_bytes", 0)
+            speed["gib"] = (torch.cuda.max_memory_allocated(self.device) + graphs) / 2**30
         return {name: round(value, 4) for name, value in speed.items()}
 
     def close(self) -> None:
@@ -448,7 +459,7 @@ class Trainer:
         try:
             # The module itself: the engine must not see a backward pass that belongs to no step.
             with self.accelerator.autocast():
-                warm_up(self.encoder_module, self.encoder_module, rows, tokens + (tokens == rows), self.device)
+                warm_up(self.encoder_module, self.encoder_module, rows, tokens, self.device)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -463,6 +474,28 @@ class Trainer:
         if self.accelerator.is_main_process:
             print(f"the encoder was compiled in {time.monotonic() - begin:.0f} s", flush=True)
         return True
+
+    def _capture_encoder(self) -> None:
+        """Let the passes of training become CUDA graphs, one for each length that comes often in the first epoch."""
+        rows, longest = self._rows(self.config.texts_a_step // self.micro_batches), int(self._train_lengths.max())
+        widths = Counter(
+            padded_width(int(self._train_lengths[own].max()), longest)
+            for step in self._plan(epoch=0)
+            for own in (micro.rows[self.ranks.rank] for micro in step)
+            if len(own)
+        )
+        often = sorted((width for width, _ in widths.most_common(_MOST_GRAPHS)), reverse=True)
+        ids = [torch.ones(rows, width, dtype=torch.int64, device=self.device) for width in often]
+        flat, begin = self.accelerator.unwrap_model(self.encoder), time.monotonic()
+        flat.train()
+        try:
+            with self.accelerator.autocast():
+                flat.capture([(each, each.clone()) for each in ids])
+        except CannotCapture as error:
+            print(f"the encoder's steps are not recorded as CUDA graphs and take longer ({error})", flush=True)
+            return
+        if self.accelerator.is_main_process:
+            print(f"its steps were recorded for {len(often)} lengths in {time.monotonic() - begin:.0f} s", flush=True)
 
     def _rows(self, texts: int) -> int:
         """The most of a batch's `texts` that one rank gets."""
