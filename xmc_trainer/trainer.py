@@ -38,7 +38,15 @@ from xmc_trainer.engine import (
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import corpus_of, evaluate, loader_of, metrics_of
 from xmc_trainer.finite import require_finite
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop, SplitHead, multi_head_step
+from xmc_trainer.head import (
+    SGD,
+    AdamW,
+    FixedFanInHead,
+    RowwiseRMSprop,
+    SplitHead,
+    feature_gradient,
+    multi_head_step,
+)
 from xmc_trainer.head.losses import starting_bias
 from xmc_trainer.hooks import Hook, default_hooks
 from xmc_trainer.kernels.dispatch import select_backend
@@ -146,6 +154,7 @@ class Trainer:
         self._losses: list[tuple[dict[str, Any], Tensor]] = []  # steps whose loss is still on the device
         self._losses_read = time.monotonic()
         self.clock = StepClock(self.device)
+        self._of_step: list[tuple[Tensor, Tensor, Tensor]] = []  # its micro-batches and feature gradients, in float16
         self.not_finite = 0  # latest steps in a row whose loss is not
         if self._checkpoint is not None:
             resume.restore(self._checkpoint, self)
@@ -204,6 +213,7 @@ class Trainer:
         for _ in steps:
             self.dispatch("on_step_begin")
             self._seed_draws()
+            self._of_step = []
             loss = torch.zeros((), device=self.device)
             for micro in range(self.micro_batches):
                 self.clock.mark(None)
@@ -211,6 +221,8 @@ class Trainer:
                 self.clock.mark("data")
                 loss += self._micro_step(batch, end_of_step=micro == self.micro_batches - 1)
             applied = step_was_applied(self.accelerator, self.encoder, self.optimizer)
+            if not applied and self._of_step:
+                applied = self._repeat_encoder_step()
             self.state.step += 1
             self._record_loss(loss, applied)
             if applied:
@@ -236,7 +248,6 @@ class Trainer:
 
     def _micro_step(self, batch: dict[str, Any], end_of_step: bool) -> Tensor:
         """Forward and backward of one micro-batch, at the end of the step both updates. Returns its loss, detached."""
-        optimization = self.config.training.optimization
         tensors = self._to_device(batch)
         meta_weight = self.meta_branch.weight(self.state.step) if self.meta_branch is not None else 0.0
         with self.accelerator.accumulate(self.encoder):
@@ -257,13 +268,41 @@ class Trainer:
                 rank_sizes=batch["rank_sizes"],
             )
             self.clock.mark("head")
-            self.accelerator.backward(loss)
-            if optimization.max_grad_norm and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.encoder.parameters(), optimization.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            if self.config.training.amp.mixed_precision == "fp16":
+                self._of_step.append((tensors["input_ids"], tensors["attention_mask"], feature_gradient(loss)))
+            self._encoder_step(loss)
         self.clock.mark("engine")  # which runs the backward pass, and at the end of a step the update
         return loss.detach()
+
+    def _encoder_step(self, loss: Tensor) -> None:
+        """Backward pass of a micro-batch, and at the end of the step the encoder's update."""
+        most = self.config.training.optimization.max_grad_norm
+        self.accelerator.backward(loss)
+        if most and self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.encoder.parameters(), most)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _repeat_encoder_step(self) -> bool:
+        """The encoder's part of a step that overflowed float16, with the loss scale that was lowered since, until it fits.
+
+        The head's part is done: encoder and head make the same steps. Where a feature was not finite, neither does (false).
+        """
+        for _ in range(_FP16_STEPS_TO_RECOVER):
+            own = any(not grad.isfinite().all() for _, _, grad in self._of_step)
+            if self.ranks.largest(lambda: [int(own)])()[0]:
+                return False
+            self._seed_draws()
+            for input_ids, attention_mask, grad in self._of_step:
+                with self.accelerator.accumulate(self.encoder):
+                    features = self.encoder(input_ids, attention_mask)[: grad.shape[0]]
+                    self._encoder_step((features.float() * grad).sum())
+            if step_was_applied(self.accelerator, self.encoder, self.optimizer):
+                return True
+        raise UserError(
+            f"the encoder's gradient overflows float16 at step {self.state.step + 1}, whatever the loss scale: set training.amp.dtype="
+            "bfloat16, or fp16.loss_scale=0 in the DeepSpeed JSON"
+        )
 
     # Losses ---------------------------------------------------------------------------------------------------------
 
@@ -289,7 +328,7 @@ class Trainer:
         records[-1]["head_skipped"] = int(self.head.skipped)
         records[-1] |= self._speed(len(records))
         self.dispatch("on_losses", records)
-        # fp16 may overflow now and then: its loss scale recovers, and the head skips such a step.
+        # fp16's features may overflow now and then: encoder and head skip such a step.
         allowed = _FP16_STEPS_TO_RECOVER if self.config.training.amp.mixed_precision == "fp16" else 0
         for record in records:
             self.not_finite = 0 if math.isfinite(record["loss"]) else self.not_finite + 1

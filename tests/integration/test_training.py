@@ -617,6 +617,73 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
     assert Trainer._compile_encoder(trainer) is False
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_overflows_float16_is_repeated(toy_settings, accumulation, monkeypatch):
+    """Its second and third try draw the same dropout, and the head makes its update once: as if nothing had overflowed."""
+    settings = [
+        *toy_settings,
+        f"data.micro_batches={accumulation}",
+        "model.encoder.embed_dropout=0.3",
+        "training.optimization.max_steps=5",
+    ]
+    trained, tries = [], []
+    for overflows in ([], [False, False, True, True, True, False, True, True]):
+        trainer = Trainer(load_config([*settings, f"log_fname=overflows-{len(overflows)}"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(type(trainer.config.training.amp), "mixed_precision", "fp16")
+            step, left = trainer.optimizer.step, list(overflows)
+
+            def updates(step=step, left=left, trainer=trainer):
+                if trainer.accelerator.sync_gradients:
+                    tries.append(trainer.state.step)
+                    if left and not left[0]:
+                        return
+                step()
+
+            patch.setattr(trainer.optimizer, "step", updates)
+            patch.setattr("xmc_trainer.trainer.step_was_applied", lambda *_, left=left: left.pop(0) if left else True)
+            trainer.train()
+        assert not any(record["encoder_skipped"] for record in log_of(trainer, "step"))
+        trained.append(
+            (
+                [record["loss"] for record in log_of(trainer, "step")],
+                trainer.head.state_dict(),
+                trainer.encoder_module.state_dict(),
+            )
+        )
+    assert tries == [0, 1, 2, 3, 4, 0, 0, 0, 1, 2, 3, 3, 4]
+    assert trained[0][0] == trained[1][0]
+    for one, other in zip(trained[0][1:], trained[1][1:]):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_step_whose_features_are_not_finite_is_none_for_encoder_and_head(toy_settings, monkeypatch):
+    trainer = Trainer(load_config([*toy_settings, "training.optimization.max_steps=1"]))
+    grad = torch.tensor([[1.0, torch.nan]])
+    trainer._of_step = [(torch.ones(1, 2), torch.ones(1, 2), grad)]
+    assert not trainer._repeat_encoder_step()
+    # And one that no loss scale helps ends the training: the head has made a step that the encoder cannot.
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    trainer._of_step = [(ids, ids, torch.ones(1, trainer.encoder_module.out_features))]
+    monkeypatch.setattr("xmc_trainer.trainer.step_was_applied", lambda *_: False)
+    with pytest.raises(
+        UserError, match="overflows float16 at step 1, whatever the loss scale: set training.amp.dtype=bfloat16"
+    ):
+        trainer._repeat_encoder_step()
+
+
+@pytest.mark.gpu
+def test_float16_finds_its_loss_scale_without_losing_a_step(toy_settings, monkeypatch):
+    amp = ["training.amp.enabled=true", "training.amp.dtype=float16", "training.optimization.max_steps=20"]
+    plain, _ = train(toy_settings, *amp)
+    monkeypatch.setattr("xmc_trainer.engine._INITIAL_SCALE_POWER", 40)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    high, _ = train(toy_settings, *amp, "log_fname=high")
+    losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, high)]
+    assert not any(record["encoder_skipped"] for record in log_of(high, "step"))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.gpu)])

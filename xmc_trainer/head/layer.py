@@ -94,6 +94,11 @@ class _HeadStep(torch.autograd.Function):
         return (grad_bd * grad_output.float()).to(ctx.feat_dtype), None, None
 
 
+def feature_gradient(loss: Tensor) -> Tensor:
+    """What the backward pass of a loss of `multi_head_step`, to come, will hand the features for a gradient of 1: float32 [b, d]."""
+    return loss.grad_fn.saved_tensors[0]
+
+
 def multi_head_step(
     terms: list[HeadTerm],
     feat_bd: Tensor,
