@@ -71,7 +71,8 @@ class _Replay:
     def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
         self._recording.grad.copy_(grad)
         self._recording.backward.replay()
-        return tuple(flat.clone() for flat in self._recorder.gradients)
+        made = self._recorder.gradients
+        return tuple(made) if self._recorder.used_up else tuple(flat.clone() for flat in made)
 
 
 class Recorder:
@@ -82,14 +83,15 @@ class Recorder:
     Args:
         encoder: its parameters stay where they are; in training mode.
         members: its trained parameters, in groups.
+        used_up: whoever gets gradients is through with them before the next backward pass, which writes over them.
     Raises CannotCapture for an encoder that is known to change from call to call.
     """
 
-    def __init__(self, encoder: nn.Module, members: list[list[nn.Parameter]]) -> None:
+    def __init__(self, encoder: nn.Module, members: list[list[nn.Parameter]], *, used_up: bool = False) -> None:
         settings = getattr(getattr(encoder, "backbone", None), "config", None)
         if any(getattr(settings, name, 0) for name in _DRAWS):
             raise CannotCapture("it leaves out layers at random")
-        self.encoder, self.members = encoder, members
+        self.encoder, self.members, self.used_up = encoder, members, used_up
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.gradients = [torch.cat([torch.empty_like(p).reshape(-1) for p in group]) for group in members]
         self.bytes = 0  # of GPU memory that the recordings share

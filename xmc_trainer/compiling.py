@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from xmc_trainer.encoder import TextEncoder
 
 _DYNAMIC = {"dynamic": True}  # one compilation for all lengths
+# Of what a backward pass reads of a layer, the share that is kept; the rest is computed again, what costs least first. On a GPU this
+# takes about a tenth of the encoder's time, and saves a third of the memory that grows with the texts.
+_KEPT = 0.6
 
 
 def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
@@ -46,6 +49,8 @@ def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
     # As many texts as tokens in the first batch are not always so.
     torch.fx.experimental._config.use_duck_shape = False
+    if torch.cuda.is_available():
+        torch._functorch.config.activation_memory_budget = _KEPT
     backbone = encoder.backbone
     lists = layer_lists(backbone)
     for owner, layers in lists:

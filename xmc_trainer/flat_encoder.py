@@ -84,9 +84,12 @@ class FlatEncoder(nn.Module):
             return self._recorder.run(inputs)
         return EagerPass(self.encoder, self.members, inputs)
 
-    def capture(self, shapes: list[tuple[Tensor, ...]]) -> None:
-        """Let the passes of training be CUDA graphs for inputs of these shapes, the largest first. Raises CannotCapture."""
-        recorder = Recorder(self.encoder, self.members)
+    def capture(self, shapes: list[tuple[Tensor, ...]], *, used_up: bool = False) -> None:
+        """Let the passes of training be CUDA graphs for inputs of these shapes, the largest first. Raises CannotCapture.
+
+        Args: used_up: gradients are not kept beyond the step's end, and a step has one backward pass.
+        """
+        recorder = Recorder(self.encoder, self.members, used_up=used_up)
         recorder.record(shapes)
         self._recorder = recorder
 

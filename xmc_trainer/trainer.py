@@ -210,16 +210,14 @@ class Trainer:
                 "train", [micro for step in steps for micro in step], self.config.texts_a_step // self.micro_batches
             )
         )
+        self._fetch(batches)
         for _ in steps:
             self.dispatch("on_step_begin")
             self._seed_draws()
             self._of_step = []
             loss = torch.zeros((), device=self.device)
             for micro in range(self.micro_batches):
-                self.clock.mark(None)
-                batch = next(batches)
-                self.clock.mark("data")
-                loss += self._micro_step(batch, end_of_step=micro == self.micro_batches - 1)
+                loss += self._micro_step(batches, end_of_step=micro == self.micro_batches - 1)
             applied = step_was_applied(self.accelerator, self.encoder, self.optimizer)
             if not applied and self._of_step:
                 applied = self._repeat_encoder_step()
@@ -246,9 +244,16 @@ class Trainer:
         key = f"{self.config.training.seed} {self.state.step} {self.ranks.rank}".encode()
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
 
-    def _micro_step(self, batch: dict[str, Any], end_of_step: bool) -> Tensor:
+    def _fetch(self, batches: Iterator[dict[str, Any]]) -> None:
+        """Have the next batch on the device, if there is one."""
+        self._next = next(batches, None)
+        if self._next is not None:
+            self._next |= self._to_device(self._next)
+
+    def _micro_step(self, batches: Iterator[dict[str, Any]], end_of_step: bool) -> Tensor:
         """Forward and backward of one micro-batch, at the end of the step both updates. Returns its loss, detached."""
-        tensors = self._to_device(batch)
+        tensors = self._next
+        self.clock.mark(None)
         meta_weight = self.meta_branch.weight(self.state.step) if self.meta_branch is not None else 0.0
         with self.accelerator.accumulate(self.encoder):
             features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
@@ -262,14 +267,17 @@ class Trainer:
                 tensors["label_ids"],
                 tensors["label_counts"],
                 end_of_step=end_of_step,
-                texts_in_step=batch["rows_in_step"],
+                texts_in_step=tensors["rows_in_step"],
                 # The engine averages gradients over ranks and micro-batches; the head's loss is meant as it stands.
                 engine_divisor=float(self.ranks.size * self.micro_batches),
-                rank_sizes=batch["rank_sizes"],
+                rank_sizes=tensors["rank_sizes"],
             )
             self.clock.mark("head")
             if self.config.training.amp.mixed_precision == "fp16":
                 self._of_step.append((tensors["input_ids"], tensors["attention_mask"], feature_gradient(loss)))
+            # Now, for at a step's end the engine may wait for the device, which then waits for the next step's launches.
+            self._fetch(batches)
+            self.clock.mark("data")
             self._encoder_step(loss)
         self.clock.mark("engine")  # which runs the backward pass, and at the end of a step the update
         return loss.detach()
@@ -289,8 +297,7 @@ class Trainer:
         The head's part is done: encoder and head make the same steps. Where a feature was not finite, neither does (false).
         """
         for _ in range(_FP16_STEPS_TO_RECOVER):
-            own = any(not grad.isfinite().all() for _, _, grad in self._of_step)
-            if self.ranks.largest(lambda: [int(own)])()[0]:
+            if self.ranks.largest(lambda: [int(not all(g.isfinite().all() for *_, g in self._of_step))])()[0]:
                 return False
             self._seed_draws()
             for input_ids, attention_mask, grad in self._of_step:
@@ -529,7 +536,7 @@ class Trainer:
         flat.train()
         try:
             with self.accelerator.autocast():
-                flat.capture([(each, each.clone()) for each in ids])
+                flat.capture([(each, each.clone()) for each in ids], used_up=self.micro_batches == 1)
         except CannotCapture as error:
             print(f"the encoder's steps are not recorded as CUDA graphs and take longer ({error})", flush=True)
             return

@@ -413,7 +413,8 @@ def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
     kept = []
     micro_step = trainer._micro_step
 
-    def watch(batch, end_of_step):
+    def watch(batches, end_of_step):
+        batch = trainer._next
         with torch.no_grad():
             features = trainer.encoder(batch["input_ids"], batch["attention_mask"]).double()
         expected = 0.0
@@ -434,7 +435,7 @@ def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
             expected += (
                 weight * torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum").item()
             )
-        loss = micro_step(batch, end_of_step)
+        loss = micro_step(batches, end_of_step)
         kept.append((loss.item(), expected))
         assert len(names) == 41
         return loss
