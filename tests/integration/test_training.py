@@ -17,9 +17,11 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import RobertaConfig, RobertaModel
 
+from xmc_trainer.captured import CannotCapture
 from xmc_trainer.config import config_of_model, load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import evaluate_saved, metrics_of, most_popular
+from xmc_trainer.flat_encoder import FlatEncoder
 from xmc_trainer.hooks import BestModelHook, Hook
 from xmc_trainer.model import XMCModel
 from xmc_trainer.parallel import Ranks
@@ -683,6 +685,31 @@ def test_float16_finds_its_loss_scale_without_losing_a_step(toy_settings, monkey
     losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, high)]
     assert not any(record["encoder_skipped"] for record in log_of(high, "step"))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_passes_are_recorded_for_the_shapes_of_the_first_epoch(toy_settings, monkeypatch, capsys):
+    trainer = Trainer(load_config([*toy_settings, "data.micro_batches=2"]))
+    flat, given = trainer.accelerator.unwrap_model(trainer.encoder), []
+    monkeypatch.setattr(FlatEncoder, "capture", lambda self, shapes, used_up: given.append((shapes, used_up)))
+    trainer._capture_encoder()
+    ((shapes, used_up),) = given
+    widths = [ids.shape[1] for ids, mask in shapes]
+    rows = trainer.config.texts_a_step // 2
+    assert not used_up and widths == sorted(widths, reverse=True) and len(set(widths)) == len(widths)
+    assert all(ids.shape == mask.shape == (rows, width) for width, (ids, mask) in zip(widths, shapes))
+    plan = [micro for step in trainer._plan(0) for micro in step]
+    assert {batch["input_ids"].shape[1] for batch in trainer._loader("train", plan, rows)} == set(widths)
+
+    def fails(*arguments, **options):
+        raise CannotCapture("operation not permitted")
+
+    monkeypatch.setattr(FlatEncoder, "capture", fails)
+    capsys.readouterr()
+    trainer._capture_encoder()
+    assert capsys.readouterr().out == (
+        "the encoder's steps are not recorded as CUDA graphs and take longer (operation not permitted)\n"
+    )
+    assert flat.captured_bytes == 0
 
 
 @pytest.mark.slow
