@@ -12,8 +12,8 @@ from torch import Tensor
 from xmc_trainer.errors import UserError
 from xmc_trainer.step_clock import StepClock
 
-# With its first scale of 2^12 fp16 has halved it to nothing long before.
-_FP16_STEPS_TO_RECOVER = 50
+# With float16 the features of so many steps in a row may overflow.
+_MOST_OVERFLOWS = 50
 
 
 class StepRecords:
@@ -21,7 +21,7 @@ class StepRecords:
 
     Args:
         texts_a_step: texts of an optimizer step, all ranks together.
-        fp16: whether the loss may overflow now and then. The loss scale recovers, and encoder and head skip such a step.
+        fp16: whether features may overflow now and then; encoder and head skip such a step.
 
     Attributes:
         clock: measures the parts of a step: "data", "forward", "head", "engine".
@@ -32,7 +32,7 @@ class StepRecords:
     def __init__(self, device: torch.device, texts_a_step: int, fp16: bool) -> None:
         self.clock, self.not_finite, self.seconds = StepClock(device), 0, 1.0
         self._device, self._texts_a_step = device, texts_a_step
-        self._most_not_finite = _FP16_STEPS_TO_RECOVER if fp16 else 0
+        self._most_not_finite = _MOST_OVERFLOWS if fp16 else 0
         self._unread: list[tuple[dict[str, Any], Tensor]] = []
         self._read_at = time.monotonic()
 
@@ -45,11 +45,12 @@ class StepRecords:
         """Whether it is time to read."""
         return time.monotonic() - self._read_at >= self.seconds
 
-    def read(self, skipped: Tensor) -> list[dict[str, Any]]:
+    def read(self, skipped: Tensor, captured_bytes: int = 0) -> list[dict[str, Any]]:
         """The records since the last reading with their "loss". The last one also has the speed of them all.
 
         Args:
             skipped: steps that the head has skipped so far, int64 scalar on the device.
+            captured_bytes: GPU memory in use that the allocator does not count.
         """
         if not self._unread:
             return []
@@ -57,7 +58,7 @@ class StepRecords:
         records = [record | {"loss": value} for (record, _), value in zip(self._unread, values)]
         self._unread, self._read_at = [], time.monotonic()
         records[-1]["head_skipped"] = int(skipped)
-        records[-1] |= self._speed(len(records))
+        records[-1] |= self._speed(len(records), captured_bytes)
         return records
 
     def require_finite(self, records: list[dict[str, Any]]) -> None:
@@ -70,7 +71,7 @@ class StepRecords:
                     "set training.optimization.max_grad_norm=1.0"
                 )
 
-    def _speed(self, steps: int) -> dict[str, float]:
+    def _speed(self, steps: int, captured_bytes: int) -> dict[str, float]:
         """Texts a second, milliseconds of encoder and head per step, share of waiting for data, peak GiB of a GPU."""
         parts = self.clock.read()
         ms = sum(parts.values())
@@ -81,5 +82,5 @@ class StepRecords:
             "waiting": parts["data"] / ms,
         }
         if self._device.type == "cuda":
-            speed["gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+            speed["gib"] = (torch.cuda.max_memory_allocated(self._device) + captured_bytes) / 2**30
         return {name: round(value, 4) for name, value in speed.items()}

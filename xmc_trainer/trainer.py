@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ from xmc_trainer.checkpoint.saved_model import save_model
 from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Batches, Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
-from xmc_trainer.engine.accelerator import leave, step_was_applied
+from xmc_trainer.encoder_step import EncoderStep
+from xmc_trainer.engine.accelerator import leave
 from xmc_trainer.evaluation import evaluate
 from xmc_trainer.head import FixedFanInHead, Head, multi_head_step
 from xmc_trainer.head.cluster_branch import MetaBranch
@@ -59,6 +59,7 @@ class Trainer:
     encoder_module: TextEncoder
     encoder: nn.Module  # `encoder_module` as the engine runs it: (input_ids, attention_mask) -> features [b, d]
     optimizer: Any  # of the encoder, as the engine runs it
+    encoder_step: EncoderStep  # of this encoder and optimizer
     compiled: bool  # whether the encoder is compiled
     head: Head
     meta_branch: MetaBranch | None
@@ -107,43 +108,43 @@ class Trainer:
         made = self.state.step - self.state.epoch * self.state.steps_per_epoch  # before the checkpoint, if there is one
         steps = self.batches.plan(self.state.epoch)[made : made + self.state.total_steps - self.state.step]
         batches = iter(self.batches.train(steps))
-        clock = self.records.clock
+        batch = self._fetch(batches)
         for _ in steps:
             self.dispatch("on_step_begin")
-            self._seed_draws()
+            self.encoder_step.begin(self.state.step)
             loss = torch.zeros((), device=self.device)
             for micro in range(self.batches.micro_batches):
-                clock.mark(None)
-                batch = next(batches)
-                clock.mark("data")
-                loss += self._micro_step(batch, end_of_step=micro == self.batches.micro_batches - 1)
-            applied = step_was_applied(self.accelerator, self.encoder, self.optimizer)
+                part, batch = self._micro_step(batch, batches, end_of_step=micro == self.batches.micro_batches - 1)
+                loss += part
+            applied = self.encoder_step.finish()
             self.state.step += 1
             self._record(loss, applied)
             if applied:
                 self.dispatch("on_step_end")
 
-    def _seed_draws(self) -> None:
-        """Seed dropout by rank and step: ranks drop different features, and a resumed training draws the same numbers."""
-        key = f"{self.config.training.seed} {self.state.step} {self.ranks.rank}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
+    def _fetch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch, on its way to the device; empty if there is none."""
+        batch = next(batches, {})
+        return batch | {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
 
-    def _micro_step(self, batch: dict[str, Any], end_of_step: bool) -> Tensor:
-        """Forward and backward of one micro-batch; both updates at the end of a step. Returns the loss, detached."""
-        max_grad_norm, clock = self.config.training.optimization.max_grad_norm, self.records.clock
-        tensors = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
+    def _micro_step(
+        self, batch: dict[str, Any], batches: Iterator[dict[str, Any]], end_of_step: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Forward and backward of one micro-batch; both updates at the end of a step. Returns (loss, the next batch)."""
+        clock = self.records.clock
+        clock.mark(None)
         meta_weight = self._meta_weight(self.state.step)
         with self.accelerator.accumulate(self.encoder):
-            features = self.encoder(tensors["input_ids"], tensors["attention_mask"])
+            features = self.encoder(batch["input_ids"], batch["attention_mask"])
             clock.mark("forward")
             terms = self.head.terms(1.0 - meta_weight)
             if meta_weight > 0:
                 terms += self.meta_branch.terms(meta_weight)
             loss = multi_head_step(
                 terms,
-                features[: tensors["label_counts"].shape[0]],
-                tensors["label_ids"],
-                tensors["label_counts"],
+                features[: batch["label_counts"].shape[0]],
+                batch["label_ids"],
+                batch["label_counts"],
                 end_of_step=end_of_step,
                 texts_in_step=batch["rows_in_step"],
                 # The engine averages gradients over ranks and micro-batches; the head's loss is a sum.
@@ -151,13 +152,13 @@ class Trainer:
                 rank_sizes=batch["rank_sizes"],
             )
             clock.mark("head")
-            self.accelerator.backward(loss)
-            if max_grad_norm and self.accelerator.sync_gradients:
-                self.accelerator.clip_grad_norm_(self.encoder.parameters(), max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.encoder_step.keep(batch["input_ids"], batch["attention_mask"], loss)
+            # At the end of a step the engine may wait for the device. A batch fetched then would come too late.
+            following = self._fetch(batches)
+            clock.mark("data")
+            self.encoder_step.backward(loss)
         clock.mark("engine")  # the backward pass, and the update at the end of a step
-        return loss.detach()
+        return loss.detach(), following
 
     def _meta_weight(self, step: int) -> float:
         return 0.0 if self.meta_branch is None else self.meta_branch.weight(step)
@@ -177,7 +178,7 @@ class Trainer:
 
     def read_losses(self) -> None:
         """Read the losses that are still on the device and call the hooks. Raises UserError if they stay not finite."""
-        if records := self.records.read(self.head.skipped):
+        if records := self.records.read(self.head.skipped, self.encoder_step.captured_bytes):
             self.dispatch("on_losses", records)
             self.records.require_finite(records)
 
@@ -242,5 +243,5 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the process group. The trainer cannot be used afterwards."""
-        del self.encoder, self.optimizer
+        del self.encoder, self.optimizer, self.encoder_step
         leave(self.accelerator)

@@ -17,10 +17,13 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import RobertaConfig, RobertaModel
 
+from xmc_trainer.builders.encoder import capture_passes
 from xmc_trainer.builders.saved_model import evaluate_saved
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.config import load_config
+from xmc_trainer.encoder.captured import CannotCapture
+from xmc_trainer.encoder.flat import FlatEncoder
 from xmc_trainer.errors import UserError
 from xmc_trainer.evaluation import most_popular
 from xmc_trainer.hooks import Hook
@@ -416,7 +419,7 @@ def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
     kept = []
     micro_step = trainer._micro_step
 
-    def watch(batch, end_of_step):
+    def watch(batch, batches, end_of_step):
         with torch.no_grad():
             features = trainer.encoder(batch["input_ids"], batch["attention_mask"]).double()
         expected = 0.0
@@ -437,10 +440,10 @@ def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
             expected += (
                 weight * torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum").item()
             )
-        loss = micro_step(batch, end_of_step)
+        loss, following = micro_step(batch, batches, end_of_step)
         kept.append((loss.item(), expected))
         assert len(names) == 41
-        return loss
+        return loss, following
 
     trainer._micro_step = watch
     trainer.train()
@@ -616,6 +619,102 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
     ):
         compiled("model.encoder.use_torch_compile=true")
     assert compiled("model.encoder.use_torch_compile=False") is False
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_overflows_float16_is_repeated(toy_settings, accumulation, monkeypatch):
+    """Its second and third try draw the same dropout, and the head makes its update once: as if nothing had overflowed."""
+    settings = [
+        *toy_settings,
+        f"data.micro_batches={accumulation}",
+        "model.encoder.embed_dropout=0.3",
+        "training.optimization.max_steps=5",
+    ]
+    trained, tries = [], []
+    for overflows in ([], [False, False, True, True, True, False, True, True]):
+        trainer = build_trainer(load_config([*settings, f"log_fname=overflows-{len(overflows)}"]))
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.encoder_step, "_fp16", True)
+            step, left = trainer.optimizer.step, list(overflows)
+
+            def updates(step=step, left=left, trainer=trainer):
+                if trainer.accelerator.sync_gradients:
+                    tries.append(trainer.state.step)
+                    if left and not left[0]:
+                        return
+                step()
+
+            patch.setattr(trainer.optimizer, "step", updates)
+            patch.setattr(
+                "xmc_trainer.encoder_step.step_was_applied", lambda *_, left=left: left.pop(0) if left else True
+            )
+            trainer.train()
+        assert not any(record["encoder_skipped"] for record in log_of(trainer, "step"))
+        trained.append(
+            (
+                [record["loss"] for record in log_of(trainer, "step")],
+                trainer.head.state_dict(),
+                trainer.encoder_module.state_dict(),
+            )
+        )
+    assert tries == [0, 1, 2, 3, 4, 0, 0, 0, 1, 2, 3, 3, 4]
+    assert trained[0][0] == trained[1][0]
+    for one, other in zip(trained[0][1:], trained[1][1:]):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_step_whose_features_are_not_finite_is_none_for_encoder_and_head(toy_settings, monkeypatch):
+    trainer = build_trainer(load_config([*toy_settings, "training.optimization.max_steps=1"]))
+    grad = torch.tensor([[1.0, torch.nan]])
+    step = trainer.encoder_step
+    step.begin(0)
+    monkeypatch.setattr("xmc_trainer.encoder_step.step_was_applied", lambda *_: False)
+    step._kept = [(torch.ones(1, 2), torch.ones(1, 2), grad)]
+    assert not step.finish()
+    # And one that no loss scale helps ends the training: the head has made a step that the encoder cannot.
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    step._kept = [(ids, ids, torch.ones(1, trainer.encoder_module.out_features))]
+    with pytest.raises(
+        UserError, match="overflows float16 at step 1, whatever the loss scale: set training.amp.dtype=bfloat16"
+    ):
+        step.finish()
+
+
+@pytest.mark.gpu
+def test_float16_finds_its_loss_scale_without_losing_a_step(toy_settings, monkeypatch):
+    amp = ["training.amp.enabled=true", "training.amp.dtype=float16", "training.optimization.max_steps=20"]
+    plain, _ = train(toy_settings, *amp)
+    monkeypatch.setattr("xmc_trainer.engine.accelerator._INITIAL_SCALE_POWER", 40)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    high, _ = train(toy_settings, *amp, "log_fname=high")
+    losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, high)]
+    assert not any(record["encoder_skipped"] for record in log_of(high, "step"))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_passes_are_recorded_for_the_shapes_of_the_first_epoch(toy_settings, monkeypatch, capsys):
+    trainer = build_trainer(load_config([*toy_settings, "data.micro_batches=2"]))
+    flat, given = trainer.accelerator.unwrap_model(trainer.encoder), []
+    monkeypatch.setattr(FlatEncoder, "capture", lambda self, shapes, used_up: given.append((shapes, used_up)))
+    capture_passes(trainer.accelerator, flat, trainer.batches)
+    ((shapes, used_up),) = given
+    widths = [ids.shape[1] for ids, mask in shapes]
+    rows = trainer.config.texts_a_step // 2
+    assert not used_up and widths == sorted(widths, reverse=True) and len(set(widths)) == len(widths)
+    assert all(ids.shape == mask.shape == (rows, width) for width, (ids, mask) in zip(widths, shapes))
+    batches = trainer.batches.train(trainer.batches.plan(epoch=0))
+    assert {batch["input_ids"].shape[1] for batch in batches} == set(widths)
+
+    def fails(*arguments, **options):
+        raise CannotCapture("operation not permitted")
+
+    monkeypatch.setattr(FlatEncoder, "capture", fails)
+    capsys.readouterr()
+    capture_passes(trainer.accelerator, flat, trainer.batches)
+    assert capsys.readouterr().out == (
+        "the encoder's steps are not recorded as CUDA graphs and take longer (operation not permitted)\n"
+    )
+    assert flat.captured_bytes == 0
 
 
 @pytest.mark.slow

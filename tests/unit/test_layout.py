@@ -30,13 +30,15 @@ ALLOWED = {
     "builders.head": {"builders", "config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "labels", "parallel"},
     "builders.hooks": {"config", "hooks"},
     "builders.training": {
-        "builders", "checkpoint", "config", "data", "encoder", "errors", "hooks.base", "parallel", "run_folder", "trainer",
+        "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",
+        "trainer",
     },
     "plan": {"config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "parallel"},
     "trainer": {
-        "checkpoint.finite", "checkpoint.saved_model", "config", "data", "encoder", "engine", "evaluation", "head", "hooks.base",
-        "metrics", "parallel", "run_folder", "signals", "step_records",
+        "checkpoint.finite", "checkpoint.saved_model", "config", "data", "encoder", "encoder_step", "engine", "evaluation", "head",
+        "hooks.base", "metrics", "parallel", "run_folder", "signals", "step_records",
     },
+    "encoder_step": {"engine", "errors", "head", "parallel"},
     "step_records": {"errors", "step_clock"},
     "step_clock": set(),
     "hooks": {"hooks.base"},

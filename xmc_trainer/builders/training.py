@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from xmc_trainer.builders.data import corpus_of, metrics_of, order_labels, require_data, train_rows_of
 from xmc_trainer.builders.encoder import (
     backbone_of,
+    capture_passes,
     compile_as_configured,
     encoder_of,
     longest_batch,
@@ -27,6 +28,7 @@ from xmc_trainer.checkpoint import resume
 from xmc_trainer.config import Config
 from xmc_trainer.data import Batches, Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
+from xmc_trainer.encoder_step import EncoderStep
 from xmc_trainer.errors import UserError
 from xmc_trainer.hooks.base import Hook
 from xmc_trainer.parallel import Ranks
@@ -90,10 +92,6 @@ def build_trainer(
     module, optimizer = prepare_encoder(config, accelerator, encoder)
     texts = config.texts_a_step // micro_batches
     compiled = compile_as_configured(config, accelerator, encoder, -(-texts // ranks.size), longest_batch(corpus))
-    meta_branch = None
-    if config.model.auxiliary.use_meta_branch:
-        features, steps_per_epoch = encoder.out_features, state.steps_per_epoch
-        meta_branch = meta_branch_of(config, features, corpus, cluster_of, steps_per_epoch, ranks, device)
     batches = Batches(
         corpus=corpus,
         rank=ranks.rank,
@@ -109,6 +107,21 @@ def build_trainer(
         eval_texts=config.data.test_batch_size,
         fixed_rows=compiled,
     )
+    if compiled and device.type == "cuda":
+        capture_passes(accelerator, accelerator.unwrap_model(module), batches)
+    meta_branch = None
+    if config.model.auxiliary.use_meta_branch:
+        features, steps_per_epoch = encoder.out_features, state.steps_per_epoch
+        meta_branch = meta_branch_of(config, features, corpus, cluster_of, steps_per_epoch, ranks, device)
+    encoder_step = EncoderStep(
+        accelerator,
+        module,
+        optimizer,
+        ranks,
+        seed=config.training.seed,
+        max_grad_norm=config.training.optimization.max_grad_norm,
+        fp16=config.training.amp.mixed_precision == "fp16",
+    )
     trainer = Trainer(
         config=config,
         folder=folder,
@@ -120,6 +133,7 @@ def build_trainer(
         encoder_module=encoder,
         encoder=module,
         optimizer=optimizer,
+        encoder_step=encoder_step,
         compiled=compiled,
         head=head,
         meta_branch=meta_branch,

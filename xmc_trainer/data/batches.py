@@ -101,6 +101,12 @@ def plan_eval(
     return [MicroBatch(tuple(np.array_split(part, world_size)), len(part)) for part in parts]
 
 
+def padded_width(longest_text: int, longest: int) -> int:
+    """Tokens that a batch is padded to. Args: longest: that any is."""
+    # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
+    return min(-(-longest_text // _LENGTH_STEP) * _LENGTH_STEP, longest)
+
+
 def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows: int = 1) -> dict[str, Tensor]:
     """What the encoder reads of some texts: {"input_ids", "attention_mask"}, int64 [b, T]. Every batch is made here.
 
@@ -114,8 +120,7 @@ def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows
     texts = len(tokens.offsets) - 1
     lengths = np.ones(max(texts, least_rows), dtype=np.int64)
     lengths[:texts] = np.diff(tokens.offsets)
-    # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
-    width = min(-(-int(lengths.max()) // _LENGTH_STEP) * _LENGTH_STEP, longest)
+    width = padded_width(int(lengths.max()), longest)
     mask = np.arange(width) < lengths[:, None]
     input_ids = np.full(mask.shape, pad_token_id or 0, dtype=np.int64)
     input_ids[:texts][mask[:texts]] = tokens.ids

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from xmc_trainer.encoder.text_encoder import TextEncoder
 
 _DYNAMIC = {"dynamic": True}  # one compilation for all lengths
+# Of what a backward pass reads of a layer, the share that is kept; the rest is computed again, what costs least first. On a GPU this
+# takes about a tenth of the encoder's time, and saves a third of the memory that grows with the texts.
+_KEPT = 0.6
 
 
 def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
@@ -44,6 +47,10 @@ def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
     chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchinductor_"))
     if chosen.parent == Path(tempfile.gettempdir()) and chosen.name.startswith("torchinductor_"):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
+    # As many texts as tokens in the first batch are not always so.
+    torch.fx.experimental._config.use_duck_shape = False
+    if torch.cuda.is_available():
+        torch._functorch.config.activation_memory_budget = _KEPT
     backbone = encoder.backbone
     lists = layer_lists(backbone)
     for owner, layers in lists:
@@ -69,7 +76,7 @@ def warm_up(
 
     Args:
         forward: calls the encoder in the precision of the training.
-        rows, tokens: of a batch. They must differ: equal sizes would be taken for one.
+        rows, tokens: of the largest batch.
     """
     training = encoder.training
     ids, mask = (torch.ones(rows, tokens, dtype=torch.int64, device=device) for _ in range(2))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from xmc_trainer.encoder.captured import EagerPass, Recorder
 from xmc_trainer.encoder.text_encoder import TextEncoder
 
 
@@ -21,21 +22,15 @@ class _Encode(torch.autograd.Function):
     """The encoder's forward and backward pass as one operation on the flat parameters."""
 
     @staticmethod
-    def forward(
-        ctx: Any, flat_encoder: FlatEncoder, input_ids: Tensor, attention_mask: Tensor, *flat: Tensor
-    ) -> Tensor:
-        with torch.enable_grad():
-            features = flat_encoder.encoder(input_ids, attention_mask)
-        ctx.features, ctx.members = features, flat_encoder.members
-        return features.detach()
+    def forward(ctx: Any, flat_encoder: FlatEncoder, inputs: tuple[Tensor, ...], *flat: Tensor) -> Tensor:
+        ctx.run = flat_encoder.run(inputs)
+        return ctx.run.features
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameters = [parameter for group in ctx.members for parameter in group]
-        # A parameter that the features do not depend on counts as one with a gradient of zero.
-        grads = iter(torch.autograd.grad(ctx.features, parameters, grad, allow_unused=True, materialize_grads=True))
-        del ctx.features
-        return None, None, None, *(torch.cat([next(grads).reshape(-1) for _ in group]) for group in ctx.members)
+        run = ctx.run
+        del ctx.run
+        return None, None, *run.gradients(grad)
 
 
 class FlatEncoder(nn.Module):
@@ -51,6 +46,7 @@ class FlatEncoder(nn.Module):
     """
 
     encoder: TextEncoder
+    _recorder: Recorder | None
 
     def __init__(self, encoder: TextEncoder, groups: list[dict[str, Any]]) -> None:
         super().__init__()
@@ -63,6 +59,7 @@ class FlatEncoder(nn.Module):
     @torch.no_grad()
     def attach(self) -> None:
         """Lay the encoder's parameters over the flat ones, wherever the engine has put these and in whatever dtype."""
+        self._recorder = None  # its graphs know where the parameters were
         for flat, members in zip(self.flat, self.members):
             parts = flat.detach().split([p.numel() for p in members])
             for parameter, part in zip(members, parts):
@@ -79,7 +76,27 @@ class FlatEncoder(nn.Module):
         """As the encoder's."""
         if not torch.is_grad_enabled():
             return self.encoder(input_ids, attention_mask)
-        return _Encode.apply(self, input_ids, attention_mask, *self.flat)
+        return _Encode.apply(self, (input_ids, attention_mask), *self.flat)
+
+    def run(self, inputs: tuple[Tensor, ...]) -> EagerPass:
+        """The forward pass of `inputs`, which waits for its backward pass."""
+        if self._recorder is not None and self.training:
+            return self._recorder.run(inputs)
+        return EagerPass(self.encoder, self.members, inputs)
+
+    def capture(self, shapes: list[tuple[Tensor, ...]], *, used_up: bool = False) -> None:
+        """Let the passes of training be CUDA graphs for inputs of these shapes, the largest first. Raises CannotCapture.
+
+        Args: used_up: gradients are not kept beyond the step's end, and a step has one backward pass.
+        """
+        recorder = Recorder(self.encoder, self.members, used_up=used_up)
+        recorder.record(shapes)
+        self._recorder = recorder
+
+    @property
+    def captured_bytes(self) -> int:
+        """Memory of the GPU that the recorded passes share, and that its allocator does not count as in use."""
+        return 0 if self._recorder is None else self._recorder.bytes
 
     def train(self, mode: bool = True) -> FlatEncoder:
         self.encoder.train(mode)

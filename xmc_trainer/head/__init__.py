@@ -5,7 +5,7 @@ from xmc_trainer.head.optimizers import SGD, AdamW, RowwiseRMSprop
 from xmc_trainer.head.protocol import Head
 from xmc_trainer.head.rewire import RewireReport, RewireRule
 from xmc_trainer.head.split import SplitHead
-from xmc_trainer.head.step import HeadTerm, multi_head_step
+from xmc_trainer.head.step import HeadTerm, feature_gradient, multi_head_step
 
 __all__ = [
     "SGD",
@@ -17,5 +17,7 @@ __all__ = [
     "RewireRule",
     "RowwiseRMSprop",
     "SplitHead",
+    "feature_gradient",
+    "feature_gradient",
     "multi_head_step",
 ]

@@ -100,6 +100,11 @@ def multi_head_step(
     return _step(feat_bd, terms, *batch)[0]
 
 
+def feature_gradient(loss: Tensor) -> Tensor:
+    """The gradient of the features, float32 [b, d], that the backward pass of `multi_head_step`'s loss is going to return."""
+    return loss.grad_fn.saved_tensors[0]
+
+
 class _HeadStep(torch.autograd.Function):
     """Forward runs the step of all heads; backward returns the feature gradient that forward stored."""
 

@@ -173,7 +173,9 @@ class _Timed(Hook):
             self.row = {"ms": round(1000 * seconds / self.count, 3), "texts_s": round(texts / seconds, 1)}
             self.row |= {f"{part}_ms": round(parts.get(part, 0.0) / self.count, 3) for part in _PARTS}
             if gpu:
-                self.row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+                self.row["peak_gib"] = round(
+                    (torch.cuda.max_memory_allocated() + trainer.encoder_step.captured_bytes) / 2**30, 3
+                )
                 self._profile = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
                 self._profile.__enter__()
 
