@@ -19,7 +19,7 @@ from typing import TextIO
 from xmc_trainer.errors import UserError, reason
 
 PARTIAL, OLD, REMOVED = ".partial", ".old", ".removed"  # suffixes while writing, replacing and removing
-_REMEDIES = {
+_REMEDIES: dict[int | None, str] = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",
     errno.ENOTDIR: "remove the file that is in place of a folder",

@@ -79,16 +79,15 @@ class RankingMetrics:
         if self._weight is None:
             return
         gain = relevant * self._weight[np.maximum(predicted, 0)]
-        best = self._best_gains(label_ids, row_of, counts)
+        best = self._best_gains(self._weight[label_ids], row_of, counts)
         for name, value in (("", gain), ("best ", best)):
             self._add(f"{name}PSP", np.cumsum(value, 1))
             self._add(f"{name}PSnDCG", np.cumsum(value * discount, 1) / norm)
 
-    def _best_gains(self, label_ids: np.ndarray, row_of: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    def _best_gains(self, weight: np.ndarray, row_of: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Return the k largest weights of each text's relevant labels, float64 [B, k], descending, padded with 0."""
-        weight = self._weight[label_ids]
         order = np.lexsort((-weight, row_of))
-        place = np.arange(len(label_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = np.arange(len(weight)) - np.repeat(np.cumsum(counts) - counts, counts)
         best = np.zeros((len(counts), self.k))
         kept = place < self.k
         best[row_of[kept], place[kept]] = weight[order][kept]

@@ -113,7 +113,7 @@ class _Heartbeat:
     def announce_failure(self) -> None:
         self.stop_current()
         with suppress(dist.DistError):
-            self._store.set(self._names[self._rank], self._FAILED)
+            self._store.set(self._names[self._rank], self._FAILED.decode())
 
     def _beat(self) -> None:
         last, number = [b""] * len(self._names), 0

@@ -234,7 +234,9 @@ def _locked(folder: Path) -> TextIO:
 
 def _free_name(path: Path) -> Path:
     """Return the path if nothing exists there, else its name with the first free number from 2 up."""
-    stem, number = re.fullmatch(r"(?s)(.*?)(?:-(\d{1,9}))?", path.name).groups()
+    match = re.fullmatch(r"(?s)(.*?)(?:-(\d{1,9}))?", path.name)
+    assert match is not None  # the pattern matches any name
+    stem, number = match.groups()
     others = (path.with_name(f"{stem}-{n}") for n in count(int(number or 1) + 1))
     return next(each for each in chain([path], others) if not each.exists())
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, cast
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Ctrl-C reaches a rank from the terminal and again from its launcher. Within this time they count as one signal.
@@ -147,7 +147,7 @@ def _watch(wakeups: int, launchers: list[int]) -> None:
                 _end_at_once(number, "again: ended at once")
             if not first and not _pending:
                 # The system may have delivered it to another thread; wake the main thread.
-                signal.pthread_kill(threading.main_thread().ident, number)
+                signal.pthread_kill(cast(int, threading.main_thread().ident), number)
             first = first or now
         if first and not _deferrals and now - max(first, _deferred_until) > _GRACE_SECONDS:
             _end_at_once(

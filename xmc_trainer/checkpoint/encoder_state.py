@@ -130,7 +130,7 @@ class EncoderState:
             self._engine._hp_optimizer_states_linked = False
             self._engine._lazy_init_hp_params_optimizer_state()
 
-    def _set(self, parameter: Tensor, value: Tensor, state: str | None) -> None:
+    def _set(self, parameter: Any, value: Tensor, state: str | None) -> None:
         if not self._sharded:
             own = self._copies.get(id(parameter), parameter)
             (own if state is None else self._torch.state[own][state]).copy_(value)

@@ -151,6 +151,7 @@ def save_folder(folder: Path, ranks: Ranks, kind: Kind, write: Callable[[Path], 
             manifest = write(partial)
         with ranks.together(), writing(folder):
             if main:
+                assert manifest is not None
                 _seal(partial, kind, manifest)
                 sync_tree(partial)
                 put_in_place(partial, folder)

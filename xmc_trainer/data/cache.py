@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import xxhash
 
@@ -98,6 +98,10 @@ def _lock_file(target: Path) -> Path:
     return target.with_name(f"{target.name}.lock")
 
 
+@overload
+def _acquire(path: Path, wait: Literal[True]) -> int: ...
+@overload
+def _acquire(path: Path, wait: bool) -> int | None: ...
 def _acquire(path: Path, wait: bool) -> int | None:
     """Lock a lock file and return its descriptor. Returns None if another process holds it and `wait` is false."""
     while True:
@@ -136,7 +140,7 @@ def _remove_leftovers(target: Path, locked_here: bool) -> None:
             return
         for partial in target.parent.glob(f"{target.name}.*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
-        if not locked_here:
+        if lock is not None:
             _lock_file(target).unlink()
             os.close(lock)
 

@@ -161,11 +161,13 @@ def load_corpus(
     Raises UserError for defects of the files and leaves the cache unchanged.
     """
     folder = Path(folder)
+    origin: Path | str = folder
     if layout == "raw":
         source = raw_source(folder, label_text_file, augment_label_data, test_split)
     elif layout == "lf":
         source = lf_source(folder, augment_label_data, use_filter_eval)
     elif layout == "hf" and hf_source:
+        origin = hf_source
         source = open_hf(hf_source, hf_train_split, hf_test_split, text_column, label_column)
     else:
         raise ValueError(f"layout={layout!r}, hf_source={hf_source!r}: choose raw, lf, or hf with hf_source")
@@ -174,7 +176,7 @@ def load_corpus(
     def make(part: Path) -> None:
         contents = source.read()
         _check_num_labels(num_labels, len(contents.labels))
-        _build(part, contents, folder if layout != "hf" else hf_source, tokenizer, max_len, progress)
+        _build(part, contents, origin, tokenizer, max_len, progress)
 
     corpus, notes = _open_or_make(_cache_folder(cache_dir) / fingerprint, make)
     _check_num_labels(num_labels, corpus.num_labels)

@@ -107,7 +107,7 @@ class _LabelColumn:
         self.name = name
         self.classes = class_names  # all labels, if the column itself defines them
         self._class_names = class_names
-        self._multi_hot = False
+        self._multi_hot: list[str] | None = None  # the classes, if the column is multi-hot
         self._only_bits, self._repeats, self._lengths = True, False, set[int]()
         self._strings, self._commas, self._example = 0, 0, ""
 
@@ -146,8 +146,7 @@ class _LabelColumn:
             else:
                 (length,) = self._lengths
                 if self._repeats and classes in (None, length):
-                    self._multi_hot = True
-                    self.classes = self._class_names or [str(number) for number in range(length)]
+                    self._multi_hot = self.classes = self._class_names or [str(number) for number in range(length)]
                 elif self._repeats:
                     raise UserError(
                         f"{where} holds lists of {length} numbers 0 or 1, but there are {classes} class labels; write "
@@ -167,8 +166,8 @@ class _LabelColumn:
     def names(self, value: Any, where: str) -> list[str]:
         """Return the label names of a row."""
         entries = self._entries(value, where)
-        if self._multi_hot:
-            return [name for name, bit in zip(self.classes, entries) if bit]
+        if self._multi_hot is not None:
+            return [name for name, bit in zip(self._multi_hot, entries) if bit]
         if self._class_names is None:
             return [str(entry) for entry in entries]
         return [self._class_names[entry] for entry in entries]
@@ -259,7 +258,7 @@ def _find_files(folder: Path, split: str) -> list[Path]:
                 if extension is None or path.name.startswith(".") or not path.is_file():
                     continue
                 if found := part.fullmatch(path.name):
-                    number, count = int(found[1]), found[2] and int(found[2])
+                    number, count = int(found[1]), int(found[2]) if found[2] else None
                 elif path.name == f"{split}{extension}" or parent.name in (split, f"{split}{extension}"):
                     number, count = 0, None
                 else:
@@ -280,7 +279,8 @@ def _find_files(folder: Path, split: str) -> list[Path]:
         )
     parts = sorted(next(iter(sets.values()), []), key=lambda part: part[:2])
     counts = {count for *_, count in parts}
-    if counts - {None} and (len(counts) > 1 or [number for number, *_ in parts] != list(range(max(counts)))):
+    known = [count for count in counts if count is not None]
+    if known and (len(counts) > 1 or [number for number, *_ in parts] != list(range(known[0]))):
         present = ", ".join(name for _, name, *_ in parts[:8])
         raise UserError(
             f"data.hf_source={folder}: {split} is incomplete, it has {present}; fetch the missing parts, or remove "

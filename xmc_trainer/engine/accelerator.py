@@ -95,7 +95,7 @@ def build_accelerator(
     if mixed_precision == "fp16":
         # accelerate ignores this under DeepSpeed, which has its own scaler.
         handlers.append(GradScalerKwargs(init_scale=2.0**_INITIAL_SCALE_POWER))
-    if settings is not None:
+    if path is not None and settings is not None:
         if on_cpu:
             _skip_shared_memory_build()
         if "LOCAL_RANK" not in os.environ:
@@ -344,6 +344,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
 def own_weights(module: nn.Module, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, this rank's values) of each parameter. Under ZeRO 3 these are a flat shard."""
+    parameter: Any  # DeepSpeed adds attributes
     for name, parameter in module.named_parameters():
         part = getattr(parameter, "ds_tensor", None)
         if part is None:

@@ -53,7 +53,10 @@ class LabelClusters:
 
     def save(self, path: Path, label_ids: Iterable[str]) -> None:
         """Write a safetensors file with a hash of the label ids and a checksum. Raises CannotWrite."""
-        tensors = {"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}
+        tensors: dict[str, np.ndarray] = {
+            "order": self.order.astype(np.int32),
+            "offsets": self.offsets.astype(np.int64),
+        }
         labels = _digest(label_ids)
         metadata = {"format": _FORMAT, "labels_sha256": labels, "sha256": _checksum(labels, **tensors)}
         partial = path.with_name(path.name + PARTIAL)
@@ -189,7 +192,11 @@ def balanced_order(
             cuts = [cut_position(a, b, align) if b - a > align else None for a, b in zip(bounds, bounds[1:])]
             if not any(cuts):
                 break
-            moved = _bisect(lambda rows=rows: (rows,), bounds, cuts, torch.from_numpy(part), seed, iterations)
+
+            def all_rows(rows: Tensor = rows) -> Iterable[Tensor]:
+                return (rows,)
+
+            moved = _bisect(all_rows, bounds, cuts, torch.from_numpy(part), seed, iterations)
             part, rows = part[moved], rows[torch.from_numpy(moved).to(rows.device)]
             bounds = [at for a, cut in zip(bounds, cuts) for at in ((a,) if cut is None else (a, cut))] + [len(part)]
         order[start:stop] = part
@@ -233,7 +240,8 @@ def _bisect(
             break
         half = torch.empty(n, dtype=torch.int64)
         half[order] = torch.repeat_interleave(torch.arange(2 * len(cuts)), halves)
-        total, at = None, 0
+        total: Tensor | None = None
+        at = 0
         for rows in chunks():
             # Sum the rows of each half in a fixed order, so that the result is deterministic.
             part = half[at : at + len(rows)]
@@ -242,6 +250,7 @@ def _bisect(
             sums = torch.segment_reduce(rows[sort.to(rows.device)], "sum", lengths=lengths, axis=0)
             total = sums if total is None else total + sums
             at += len(rows)
+        assert total is not None
         centre = normalize(total, dim=1)
         direction = centre[0::2] - centre[1::2]
         parts, at = [], 0
