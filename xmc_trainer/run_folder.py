@@ -85,7 +85,7 @@ class RunFolder:
         config: the configuration that is stored in the folder.
         checkpoint: the checkpoint to resume from, or None to start from the beginning.
 
-    Raises on all ranks UserError if another training uses the folder, if it cannot be written, or if another run's
+    Raises, on all ranks: UserError if another training uses the folder, if it cannot be written, or if another run's
     results would be lost; NothingToDo if the run is finished and `training.resume` is set.
     """
 

@@ -89,7 +89,7 @@ class Corpus:
         return placed
 
     def log_frequency(self) -> np.ndarray:
-        """Return log(training texts / mean over labels) of each label, float32 [L]. No texts count as half a text."""
+        """Return log(training texts / mean over labels) of each label, float32 [L]. 0 texts count as 0.5."""
         counts = self.label_counts()
         return np.log(np.maximum(counts, 0.5) / counts.mean()).astype(np.float32)
 
