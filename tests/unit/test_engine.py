@@ -262,7 +262,7 @@ def test_a_deepspeed_json_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}}, "zero2.json: DeepSpeed refuses it \(.* overlap_comm"),
+    ({"zero_optimization": {"stage": 2, "overlap_comm": "perhaps"}}, r"zero2.json: DeepSpeed refuses it \(.* overlap_comm"),
     ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com Extra inputs are not permitted"),
     ({"fp16": {"initial_scale_power": []}}, "initial_scale_power"),
 ])  # fmt: skip
