@@ -1,4 +1,4 @@
-"""The one exception that users are meant to read."""
+"""Exceptions whose messages are written for users, and helpers for such messages."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ _LONGEST_MESSAGE = 4000  # characters
 
 
 class UserError(ValueError):
-    """Something that the user can mend: the message is one line that names the field, or the file and line, to change.
+    """An error that the user can fix. The message is one line that names the field, or the file and line, to change.
 
-    The launchers print it without a traceback and exit with status 2. A message often quotes a file: characters that do not
-    print are escaped, so that it stays one line and cannot drive the terminal, and its middle is cut where it is very long.
+    The launchers print it without a traceback and exit with status 2. Messages may quote files, so unprintable
+    characters are escaped: the message stays one line and cannot control the terminal. Very long messages lose their
+    middle.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -22,19 +23,19 @@ class UserError(ValueError):
 
 
 class NothingToDo(UserError):
-    """What was asked for is there already: the launchers print it and exit with status 0."""
+    """The requested result already exists. The launchers print the message and exit with status 0."""
 
 
 def reason(error: Exception) -> str:
-    """What a library's exception says, for a message of ours: its first line, without colours, or its type."""
+    """Return the first line of an exception's message without terminal codes, or the name of its type."""
     lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, whatever it is."""
+    """Format a value for a message, in about 100 characters at most."""
     if isinstance(value, int) and value.bit_length() > 256:
-        value = hex(value)  # str refuses integers of more than 4300 digits
+        value = hex(value)  # str raises for integers of more than 4300 digits
     return _shortened(str(value), 100)
 
 

@@ -1,8 +1,8 @@
-"""Files that last: each appears whole or not at all, and is on the disk before anything relies on it.
+"""Durable files and folders: each appears complete or not at all, and is synced before anything relies on it.
 
-A write that fails because of the disk is a `CannotWrite`. Power may go at any moment: what was not synced is then lost, a file's
-content and the names in a folder each on its own. So contents are synced first, then their names, and only then does
-what they replace go.
+A write that the disk refuses raises `CannotWrite`. A power failure may lose whatever was not synced, and a file's
+content independently of its name in the folder. So the content is synced first, then the name, and only then is the
+predecessor removed.
 """
 
 from __future__ import annotations
@@ -18,51 +18,52 @@ from typing import TextIO
 
 from xmc_trainer.errors import UserError, reason
 
-PARTIAL, OLD, REMOVED = ".partial", ".old", ".removed"  # endings of what is being written, replaced and removed
-_REMEDIES = {
+PARTIAL, OLD, REMOVED = ".partial", ".old", ".removed"  # suffixes while writing, replacing and removing
+_REMEDIES: dict[int | None, str] = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "free some of your quota there",
-    errno.ENOTDIR: "remove the file that stands where a folder must be",
+    errno.ENOTDIR: "remove the file that is in place of a folder",
     errno.ENAMETOOLONG: "choose shorter names",
-    errno.ELOOP: "correct the links, which lead in a circle",
+    errno.ELOOP: "correct the circular links",
     errno.EROFS: "make that file system writable",
     errno.EACCES: "make it writable for you",
 }
-# The libraries in Rust tell the number in the text alone.
-_NUMBER = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)
+# Libraries written in Rust give the error number only in the message.
+_ERROR_NUMBER = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)
 
 
 class CannotWrite(UserError):
-    """The disk did not take a file: it is full, read-only, or broken."""
+    """The disk refused a write: it is full, read-only or broken."""
 
 
 @contextmanager
 def writing(path: Path, elsewhere: str = "choose another folder") -> Iterator[None]:
-    """Errors of the operating system in the block, by whatever library, become a CannotWrite that names `path`.
+    """Turn operating system errors in the block, from any library, into a CannotWrite that names `path`.
 
-    Args: elsewhere: what the user can do to write to another place.
+    Args:
+        elsewhere: how the user can choose another place, as a remedy in the message.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        found = _NUMBER.search(str(error))
+        found = _ERROR_NUMBER.search(str(error))
         number = getattr(error, "errno", None) or (int(found[1]) if found else None)
         if number is None and not isinstance(error, OSError):
             raise
-        said = os.strerror(number) if number else reason(error)
+        cause = os.strerror(number) if number else reason(error)
         remedy = _REMEDIES.get(number, "check that disk")
-        raise CannotWrite(f"{path}: cannot be written ({said}); {remedy}, or {elsewhere}") from None
+        raise CannotWrite(f"{path}: cannot be written ({cause}); {remedy}, or {elsewhere}") from None
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file's content, or the names in a folder."""
+    """Sync a file's content, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems sync no folders.
+        # Some network file systems cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -70,7 +71,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """`sync` every file and folder in it, and the folder itself."""
+    """`sync` a folder and all files and folders in it."""
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             sync(Path(parent, name))
@@ -79,16 +80,15 @@ def sync_tree(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
-    """A text file that takes the place of `path`, on the disk, when the block ends without an error.
+    """Give a text file that atomically replaces `path`, synced, when the block ends without an error.
 
-    What is no plain file (a device, a pipe) is written to as it is, and so is a file that is open already, such as
-    /dev/stdout: what it holds stays before the text.
+    Devices, pipes and files that are already open, such as /dev/stdout, are not replaced: the text is appended to them.
     """
     if (path.exists() and not path.is_file()) or _is_open_file(path):
         with writing(path), open(path, "a", encoding="utf-8", newline=newline) as file:
             yield file
         return
-    path = Path(os.path.realpath(path))  # where a link points
+    path = Path(os.path.realpath(path))  # follow links
     partial = path.with_name(path.name + PARTIAL)
     with writing(path):
         if path.is_symlink():
@@ -96,7 +96,7 @@ def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
         try:
             with open(partial, "w", encoding="utf-8", newline=newline) as file:
                 if path.exists():
-                    shutil.copymode(path, partial)  # who may not read the old file may not read the new one
+                    shutil.copymode(path, partial)  # keep the old file's permissions
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -107,8 +107,8 @@ def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
 
 
 def _is_open_file(path: Path) -> bool:
-    """Whether links lead from `path` to an open file's descriptor, as those of /dev/stdout and /dev/fd/3 do."""
-    for _ in range(40):  # the system follows no more links either
+    """Whether `path` links to a file descriptor, as /dev/stdout and /dev/fd/3 do."""
+    for _ in range(40):  # the kernel's limit
         if not path.is_symlink():
             break
         if os.path.realpath(path.parent).startswith("/proc/"):
@@ -123,9 +123,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Rename a folder, all of which is synced, to `folder`, whose predecessor goes when the new one is there to stay.
+    """Rename a synced folder to `folder`, sync the new name, and then remove the predecessor.
 
-    In between the predecessor may stand aside, see `settle`.
+    If this is interrupted, the predecessor may be left under another name; see `settle`.
     """
     old = folder.with_name(folder.name + OLD)
     if folder.exists():
@@ -139,18 +139,18 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def remove(folders: list[Path]) -> None:
-    """Remove folders, one after another. Each is there whole, or under another name, at every moment."""
+    """Remove folders, one after another. At every moment a folder is complete under its name, or absent."""
     for folder in folders:
         removed = folder.with_name(folder.name + REMOVED)
         if os.path.lexists(removed):
             _delete(removed)
         os.rename(folder, removed)
-        sync(folder.parent)  # or the folder might come back without some of its files
+        sync(folder.parent)  # otherwise a power failure may bring the folder back without some of its files
         _delete(removed)
 
 
 def _delete(folder: Path) -> None:
-    """Of a link that somebody put in a folder's place, the link alone."""
+    """Delete a folder. For a link to a folder, delete only the link."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -158,13 +158,13 @@ def _delete(folder: Path) -> None:
 
 
 def settle(folder: Path, names: re.Pattern[str]) -> None:
-    """Clear up what writing, replacing and removing the folders `names` in `folder` have left where they were cut off."""
+    """Clean up after interrupted writes, replacements and removals of the subfolders whose names match `names`."""
     for path in sorted(folder.iterdir()):
-        whole, ending = path.with_name(path.stem), path.suffix
-        if not path.is_dir() or ending not in (PARTIAL, OLD, REMOVED) or not names.fullmatch(whole.name):
+        final, suffix = path.with_name(path.stem), path.suffix
+        if not path.is_dir() or suffix not in (PARTIAL, OLD, REMOVED) or not names.fullmatch(final.name):
             continue
-        if ending == OLD and not whole.exists():
-            os.rename(path, whole)
+        if suffix == OLD and not final.exists():
+            os.rename(path, final)
             sync(folder)
         else:
             _delete(path)

@@ -1,12 +1,12 @@
-"""Ranking metrics of extreme classification, by the definitions of the Extreme Classification Repository's pyxclib.
+"""Ranking metrics of extreme classification, as defined by the Extreme Classification Repository's pyxclib.
 
 For a text with relevant labels Y, predictions p_1, p_2, ... and weights q_l (1, or the inverse propensity):
 
     P@k    = mean over texts of (1/k) sum_{i<=k} [p_i in Y]
     R@k    = mean of (1/|Y|) sum_{i<=k} [p_i in Y]
     nDCG@k = mean of (sum_{i<=k} [p_i in Y] / log2(i+1)) / (sum_{i<=min(k,|Y|)} 1 / log2(i+1))
-    PSP@k, PSnDCG@k: the sums of P@k and nDCG@k with q_{p_i} as weight, divided by what the best possible ranking of
-    the relevant labels (by q, descending) scores: a ratio of means, not a mean of ratios.
+    PSP@k, PSnDCG@k: P@k and nDCG@k with the terms weighted by q_{p_i}, divided by the score of the best possible
+    ranking (relevant labels by descending q). This is a ratio of means, not a mean of ratios.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ import numpy as np
 
 
 def inverse_propensity(label_counts: np.ndarray, texts: int, a: float, b: float) -> np.ndarray:
-    """1 / propensity of each label (Jain et al., KDD 2016): 1 + C (n_l + B)^-A, C = (log N - 1)(B + 1)^A.
+    """Compute 1 / propensity of each label (Jain et al., KDD 2016): 1 + C (n_l + B)^-A, C = (log N - 1)(B + 1)^A.
 
-    Below e texts C would be negative, and so a propensity be above 1: it is 0 there.
+    For N < e, C would be negative and propensities above 1, so C is set to 0.
 
-    Args: label_counts: training texts a label, [L]; texts: N, training texts in all; a: A >= 0; b: B > 0.
-    Returns: float64 [L], finite and at least 1. Raises ValueError for constants that would not give that.
+    Args:
+        label_counts: n_l, training texts per label, [L].
+        texts: N, the number of training texts.
+        a: A >= 0.
+        b: B > 0.
+    Returns: float64 [L], finite and at least 1. Raises ValueError for invalid constants.
     """
     if not (0 <= a < math.inf and 0 < b < math.inf):
-        raise ValueError(f"a={a}, b={b}: a must be at least 0 and b above 0, both finite")
+        raise ValueError(f"a={a}, b={b}: must be finite, a at least 0 and b above 0")
     c = max(math.log(max(texts, 1)) - 1, 0.0) * (b + 1) ** a
     return 1 + c * (np.asarray(label_counts, dtype=np.float64) + b) ** -a
 
 
 class RankingMetrics:
-    """Adds up batches of predictions; `result` gives the metrics as fractions in [0, 1] (PSP can exceed neither).
+    """Accumulates batches of predictions. `result` returns the metrics as fractions in [0, 1].
 
-    Args: inverse_propensity: float64 [L] for PSP and PSnDCG; None leaves them out.
+    Args:
+        inverse_propensity: float64 [L], for PSP and PSnDCG; None leaves them out.
     """
 
     def __init__(self, inverse_propensity: np.ndarray | None = None, ks: tuple[int, ...] = (1, 3, 5)) -> None:
@@ -43,19 +48,20 @@ class RankingMetrics:
 
     @property
     def k(self) -> int:
-        """Predictions needed a text."""
+        """The number of predictions needed per text."""
         return max(self.ks)
 
     def add(self, predicted: np.ndarray, label_ids: np.ndarray, label_counts: np.ndarray) -> None:
-        """One batch.
+        """Add one batch.
 
         Args:
-            predicted: int [B, k or fewer], label ids, best first; -1 for none.
-            label_ids: int [sum of label_counts], relevant labels, text after text, without repeats.
-            label_counts: int [B].
+            predicted: int [B, n], label ids, best first; -1 for no prediction. Columns after k are ignored; n may be
+                below k.
+            label_ids: int [sum of label_counts], the distinct relevant labels, text by text.
+            label_counts: int [B], the number of relevant labels of each text.
         """
         predicted = np.asarray(predicted, dtype=np.int64)[:, : self.k]
-        # Fewer labels than k: nothing is predicted in the other places.
+        # With fewer than k labels, the remaining positions have no prediction.
         predicted = np.pad(predicted, ((0, 0), (0, self.k - predicted.shape[1])), constant_values=-1)
         label_ids, counts = np.asarray(label_ids, dtype=np.int64), np.asarray(label_counts, dtype=np.int64)
         rows = len(counts)
@@ -65,7 +71,7 @@ class RankingMetrics:
         relevant = np.isin(predicted + np.arange(rows)[:, None] * width, label_ids + row_of * width) & (predicted >= 0)
 
         discount = 1 / np.log2(np.arange(self.k) + 2)
-        ideal = np.concatenate([[1.0], np.cumsum(discount)])  # [n]: DCG of n hits in front; rows without labels score 0
+        ideal = np.concatenate([[1.0], np.cumsum(discount)])  # [n]: best DCG of n labels; 1 for n = 0 avoids 0 / 0
         norm = ideal[np.minimum(counts[:, None], np.arange(1, self.k + 1))]
         self._add("P", np.cumsum(relevant, 1))
         self._add("R", np.cumsum(relevant, 1) / np.maximum(counts, 1)[:, None])
@@ -73,16 +79,15 @@ class RankingMetrics:
         if self._weight is None:
             return
         gain = relevant * self._weight[np.maximum(predicted, 0)]
-        best = self._best_gains(label_ids, row_of, counts)
+        best = self._best_gains(self._weight[label_ids], row_of, counts)
         for name, value in (("", gain), ("best ", best)):
             self._add(f"{name}PSP", np.cumsum(value, 1))
             self._add(f"{name}PSnDCG", np.cumsum(value * discount, 1) / norm)
 
-    def _best_gains(self, label_ids: np.ndarray, row_of: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """float64 [B, k]: the k largest weights among each text's relevant labels, descending, zeros behind."""
-        weight = self._weight[label_ids]
+    def _best_gains(self, weight: np.ndarray, row_of: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Return the k largest weights of each text's relevant labels, float64 [B, k], descending, padded with 0."""
         order = np.lexsort((-weight, row_of))
-        place = np.arange(len(label_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+        place = np.arange(len(weight)) - np.repeat(np.cumsum(counts) - counts, counts)
         best = np.zeros((len(counts), self.k))
         kept = place < self.k
         best[row_of[kept], place[kept]] = weight[order][kept]
@@ -92,7 +97,7 @@ class RankingMetrics:
         self._sums[name] = self._sums.get(name, 0) + value.sum(0)
 
     def result(self) -> dict[str, float]:
-        """{"P@1": ..., "nDCG@1": ..., "R@1": ..., "PSP@1": ..., "PSnDCG@1": ..., ...} for every k."""
+        """Return {"P@1": ..., "nDCG@1": ..., "R@1": ..., "PSP@1": ..., "PSnDCG@1": ..., ...} for every k."""
         if not self.texts:
             raise ValueError("no texts were added")
         out: dict[str, float] = {}
@@ -110,7 +115,7 @@ class RankingMetrics:
 
 
 def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = ()) -> str:
-    """Metrics of several models as an aligned text table, in per cent; `columns` defaults to P and PSP at 1, 3, 5."""
+    """Format the metrics of several models as a text table in per cent. `columns` defaults to P and PSP at 1, 3, 5."""
     first = next(iter(rows.values()))
     columns = columns or tuple(f"{name}@{k}" for name in ("P", "PSP") for k in (1, 3, 5) if f"{name}@{k}" in first)
     width = max(len(name) for name in rows)

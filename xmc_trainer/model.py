@@ -1,4 +1,4 @@
-"""XMCModel: a saved model in one Python call, for prediction."""
+"""XMCModel: load a saved model and predict with it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from xmc_trainer.errors import UserError
 
 
 class Prediction(NamedTuple):
-    """One label of one text."""
+    """A label predicted for a text."""
 
     id: str
     text: str
-    score: float  # probability for a model trained with bce, margin for squared_hinge
+    score: float  # a probability for models trained with bce, a margin for squared_hinge
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
-    """The device of a name such as cpu, cuda or cuda:1; None: the GPU if there is one. UserError for one that is not there."""
+    """Return the device named cpu, cuda, cuda:1 and so on; for None the GPU if there is one. Raises UserError."""
     usable = torch.cuda.is_available()
     try:
         device = torch.device(name or ("cuda" if usable else "cpu"))
     except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name}: choose cpu, cuda, or one of several GPUs by its number, such as cuda:1")
+        raise UserError(f"device {name}: is not valid; choose cpu, cuda, or a GPU by its number, such as cuda:1")
     if device.type == "cuda" and not usable:
         raise UserError(f"device {device}: there is no usable GPU; choose cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -49,8 +49,8 @@ class XMCModel:
     for label in model.predict(["a small domesticated carnivore"], k=5)[0]:
         print(label.id, label.text, label.score)
 
-    In a process group (`torch.distributed`) each rank loads a share of the labels. Then every rank must predict the same
-    texts; they share the work, and all receive all predictions.
+    In a process group (`torch.distributed`), each rank loads a share of the labels. Every rank must then predict the
+    same texts; the ranks share the work, and each receives all predictions.
     """
 
     def __init__(self, saved: SavedModel, device: torch.device) -> None:
@@ -58,45 +58,45 @@ class XMCModel:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device | None = None) -> XMCModel:
-        """Read a model folder onto `device` (default: the GPU if there is one). UserError if it is not one."""
+        """Load a model folder onto `device` (default: the GPU if there is one). Raises UserError."""
         chosen = device_of(device)
         return cls(load_model(folder, chosen), chosen)
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """int64 [b, T] ids and mask on the model's device -> float32 features [b, d]."""
+        """Compute features, float32 [b, d], from token ids and mask, int64 [b, T], on the model's device."""
         return self.saved.encoder(input_ids, attention_mask)
 
     def predict(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> list[list[Prediction]]:
-        """The k best labels of each text, best first, in the order of the texts.
+        """Return the k best labels of each text, best first, in the order of the texts.
 
         Args:
-            texts: a list, a tuple, a generator, a numpy array, a pandas Series (whatever its index), a column of a data set ...
-                An empty text is predicted from no words.
+            texts: any iterable of strings: list, tuple, generator, numpy array, pandas Series, column of a data set ...
+                Empty texts are allowed.
             k: 1 to the number of labels.
-            batch_size: texts a batch; no score depends on it.
-        Raises UserError, which names the position, for what is no text, and for arguments out of range.
+            batch_size: texts per batch. Scores do not depend on it.
+        Raises UserError for an item that is not a string, with its position, and for arguments out of range.
         """
-        k = _whole_number("k", k, highest=self.saved.head.num_labels, is_what=", the number of labels")
+        k = _whole_number("k", k, highest=self.saved.head.num_labels, meaning=", the number of labels")
         batch_size = _whole_number("batch_size", batch_size)
-        texts = _checked(texts)
+        texts = _checked_texts(texts)
         ranks = self.saved.head.ranks
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
         out: list[list[Prediction]] = [[] for _ in texts]
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = batch_of_texts(self.saved.tokenizer, [texts[row] for row in rows], self.saved.max_len)
-            # A batch of all ranks' texts: a text is padded to the same length whatever their number. A rank without any
-            # encodes one in vain.
+            # Pad before splitting, so that a text's padding does not depend on the number of ranks. A rank without
+            # texts encodes the first one and drops the result.
             parts = np.array_split(np.arange(len(rows)), ranks.size)
-            mine, sizes = parts[ranks.rank], [len(part) for part in parts]
-            chosen = torch.from_numpy(mine if len(mine) else np.zeros(1, np.int64))
-            own = {name: value[chosen].to(self.device) for name, value in batch.items()}
-            features = self.encode(**own)[: len(mine)]
+            own_rows, sizes = parts[ranks.rank], [len(part) for part in parts]
+            encoded_rows = torch.from_numpy(own_rows if len(own_rows) else np.zeros(1, np.int64))
+            inputs = {name: value[encoded_rows].to(self.device) for name, value in batch.items()}
+            features = self.encode(**inputs)[: len(own_rows)]
             scores, labels = (ranks.gather_rows(x, sizes) for x in self.saved.head.topk(features, k))
             if not scores.isfinite().all():
                 raise UserError(
-                    f"{self.saved.folder}: gives scores that are not finite; train the model again, with lower rates"
+                    f"{self.saved.folder}: gives scores that are not finite; train it again with lower learning rates"
                 )
             if self.saved.head.loss_name == "bce":
                 scores = scores.sigmoid()
@@ -108,34 +108,31 @@ class XMCModel:
         return Prediction(self.saved.label_ids[label].as_py(), self.saved.label_texts[label].as_py(), score)
 
 
-def _whole_number(name: str, value: Any, highest: int | None = None, is_what: str = "") -> int:
-    """`value`, which is 1 or more. UserError for anything else."""
+def _whole_number(name: str, value: Any, highest: int | None = None, meaning: str = "") -> int:
+    """Return `value` as an int. UserError unless it is a whole number from 1 to `highest`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or not 1 <= value <= (highest or value):
-        up_to = "at least 1" if highest is None else f"1 to {highest}{is_what}"
-        said = f"{hex(value)[:20]}..." if whole and abs(value) >> 64 else repr(value)  # Python prints no 5,000 digits
-        raise UserError(f"{name}={said}: must be a whole number, {up_to}")
+        bounds = "at least 1" if highest is None else f"1 to {highest}{meaning}"
+        text = f"{hex(value)[:20]}..." if whole and abs(value) >> 64 else repr(value)  # repr raises for huge integers
+        raise UserError(f"{name}={text}: must be a whole number, {bounds}")
     return int(value)
 
 
-def _checked(texts: Any) -> list[str]:
-    """The texts, in their order."""
-    # Of a mapping or a table these would be the names, and a set has no order.
+def _checked_texts(texts: Any) -> list[str]:
+    """Return the texts as a list of strings. UserError names the first item that is not a string."""
+    # Iterating a mapping or a table gives its keys or column names, and a set has no order.
     unordered = isinstance(texts, (str, bytes, Mapping, Set)) or hasattr(texts, "columns")
-    no_column = getattr(texts, "ndim", 1) == 0  # a numpy array of one value, which says that it is iterable
-    if unordered or no_column or not isinstance(texts, Iterable):
+    scalar = getattr(texts, "ndim", 1) == 0  # a numpy scalar array is an Iterable but cannot be iterated
+    if unordered or scalar or not isinstance(texts, Iterable):
         raise UserError(
-            f"texts: must be a list of strings, or something else that gives them one by one (a column, a generator ...), not "
-            f"{type(texts).__name__}"
+            f"texts: must be a list or another iterable of strings, such as a column, not {type(texts).__name__}"
         )
     checked = []
     for number, text in enumerate(texts, start=1):
-        text = text.as_py() if hasattr(text, "as_py") else text  # of an Arrow column
+        text = text.as_py() if hasattr(text, "as_py") else text  # an Arrow scalar
         if not isinstance(text, str):
             what = str(text) if text is None or isinstance(text, float) else f"of type {type(text).__name__}"
-            raise UserError(
-                f"text {number} is {what}, not a string; give every text as a string, an empty one for none"
-            )
+            raise UserError(f"text {number} is {what}, not a string; pass every text as a string, a missing one as ''")
         check_unicode(text, f"text {number}")
-        checked.append(str(text))  # numpy's strings are of a type of their own
+        checked.append(str(text))  # numpy's strings are a subclass of str
     return checked

@@ -1,6 +1,6 @@
-"""Collectives between ranks: the only module that imports torch.distributed.
+"""Process groups and collectives. No other module imports torch.distributed.
 
-Everything here moves features, ragged labels or scalars of one batch; nothing grows with the number of labels.
+Transfers hold features, ragged labels or scalars of one batch. Their size does not grow with the number of labels.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from torch import Tensor
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.launch import launched_processes
 
-# After this time without a sign of life from a rank the others end; see `_Heartbeat`.
+# After this time without a heartbeat of a rank, the others exit; see `_Heartbeat`.
 TIMEOUT = timedelta(minutes=10)
-# Collectives wait longer than that, so that the error names the rank. They alone notice a rank that lives but is stuck.
+# Collectives wait longer, so that the heartbeat's error comes first: it names the rank. Only collectives notice a rank
+# that is alive but stuck.
 _COLLECTIVES_WAIT_LONGER = timedelta(minutes=1)
-# Tokenising, under which the other ranks wait, may take an hour.
-_PATIENCE = timedelta(hours=2)
+# Other ranks wait while one tokenises, which may take an hour.
+_LONG_TIMEOUT = timedelta(hours=2)
 
-# torch 2.13 renamed them; the old names warn.
+# torch 2.13 renamed these functions; the old names warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def form_process_group(backend: str, timeout: timedelta = TIMEOUT) -> None:
-    """Meet the other processes of the launcher, and watch over them: after `timeout` without a sign of life of one, this process ends.
+    """Join the launcher's process group and start the heartbeat. UserError if the processes cannot connect.
 
-    UserError if they cannot meet.
+    Args:
+        timeout: how long another rank's heartbeat may be missing before this process exits.
     """
     if dist.is_initialized():
         return
@@ -45,43 +47,43 @@ def form_process_group(backend: str, timeout: timedelta = TIMEOUT) -> None:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(
-                f"port {os.environ['MASTER_PORT']} is in use on this machine: choose another with --master_port (deepspeed, torchrun) or "
-                "--main_process_port (accelerate launch)"
+                f"port {os.environ['MASTER_PORT']} is in use on this machine: choose another with --master_port "
+                "(deepspeed, torchrun) or --main_process_port (accelerate launch)"
             ) from None
         raise UserError(
-            f"{where}: the first process is out of reach ({reason(error)}); check the address, the port and the network"
+            f"{where}: the first process cannot be reached ({reason(error)}); check the address, port and network"
         ) from None
     except (dist.DistStoreError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{where}: the {os.environ['WORLD_SIZE']} processes did not all meet ({reason(error)}); start every one of them"
+            f"{where}: not all {os.environ['WORLD_SIZE']} processes connected ({reason(error)}); start all of them"
         ) from None
     _Heartbeat(timeout)
 
 
 def leave_process_group() -> None:
-    """The end of this process's part in the job, if it has one."""
+    """Stop the heartbeat and leave the process group, if there is one."""
     _Heartbeat.stop_current()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def announce_failure() -> None:
-    """Tell the other ranks that this one ends with an error: they may be waiting for it on a GPU, where they would not notice."""
+    """Tell the other ranks that this one failed. Ranks that wait for it on a GPU would not notice otherwise."""
     if (heartbeat := _Heartbeat.current) is not None:
         heartbeat.announce_failure()
 
 
 def lost_ranks(error: BaseException) -> bool:
-    """Whether `error` is a collective's whose other ranks are gone, not one of this rank's own."""
+    """Whether `error` comes from a collective that lost its other ranks, not from this rank's own work."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 class _Heartbeat:
-    """Ends this process when another rank has failed, or has given no sign of life for `timeout`, with a line that names it.
+    """Exits this process, naming the rank, when another rank has failed or sent no heartbeat for `timeout`.
 
-    Every rank writes a counter to the job's store and reads the others'. Collectives cannot do this: they do not know whom
-    they wait for, and a process that waits for its GPU cannot raise. Time is counted in intervals of this process, so that
-    a job that was stopped and continued as a whole goes on.
+    Every rank writes a counter to the job's store and reads the others' counters. Collectives cannot do this: they do
+    not know which rank is missing, and a process that waits for its GPU cannot raise. Time is counted in intervals of
+    this process, so a job that is suspended and resumed as a whole continues.
     """
 
     current: _Heartbeat | None = None
@@ -94,11 +96,11 @@ class _Heartbeat:
         self._silent = [0] * len(self._names)  # intervals since a rank's counter moved
         self._stopped = threading.Event()
         self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # A connection of its own: torch's is busy while a new group forms.
+        # Use a separate connection: torch's own is busy while a new group forms.
         store = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout)
         self._store = dist.PrefixStore("heartbeat", store)
         _Heartbeat.current = self
-        # Two threads: if the store does not answer, the first hangs and the second notices.
+        # If the store does not answer, the first thread hangs and the second one notices.
         for work in (self._beat, self._watch):
             threading.Thread(target=work, name="heartbeat", daemon=True).start()
 
@@ -111,7 +113,7 @@ class _Heartbeat:
     def announce_failure(self) -> None:
         self.stop_current()
         with suppress(dist.DistError):
-            self._store.set(self._names[self._rank], self._FAILED)
+            self._store.set(self._names[self._rank], self._FAILED.decode())
 
     def _beat(self) -> None:
         last, number = [b""] * len(self._names), 0
@@ -136,34 +138,35 @@ class _Heartbeat:
             if not silent:
                 continue
             who = f"rank {', '.join(map(str, silent))} gave no sign of life"
-            if self._rank in silent:  # without the store a rank does not hear itself
+            if self._rank in silent:  # it cannot read its own counter: the store is gone
                 who = f"rank 0 or the launcher on its machine, {self._host}:{self._port}, gave no sign of life"
             self._end(
-                f"{who} for {self._limit / 60:g} min (environment.timeout_minutes); look at its machine and network, then start "
-                "the job again"
+                f"{who} for {self._limit / 60:g} min (environment.timeout_minutes); check its machine and network, "
+                "then start the job again"
             )
 
-    def _end(self, said: str) -> None:
+    def _end(self, message: str) -> None:
         if not self._stopped.is_set():
-            os.write(2, f"\nerror (rank {self._rank}): {said}\n".encode())
+            os.write(2, f"\nerror (rank {self._rank}): {message}\n".encode())
             os._exit(2)
 
 
 def use_gpu(number: int) -> None:
-    """Make it this process's. UserError if the machine has no such GPU."""
-    there = torch.cuda.device_count()
-    if number >= there:
+    """Make a GPU this process's default device. UserError if the machine has no such GPU."""
+    count = torch.cuda.device_count()
+    if number >= count:
         raise UserError(
-            f"GPU {number}: there are {there} on this machine, counted from 0; start fewer processes, or choose another GPU"
+            f"GPU {number}: this machine has {count}, counted from 0; start fewer processes, or choose another GPU"
         )
     torch.cuda.set_device(number)
 
 
 @contextmanager
 def joined_ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
-    """The process group of a launcher's processes, if there are several. Trainings leave that to accelerate.
+    """Form the process group for prediction and evaluation, and leave it at the end. Training uses accelerate instead.
 
-    Gives this process's device: its own of the machine's GPUs, or `device`.
+    Gives this process's device: the GPU that belongs to its rank on this machine if there are several processes and
+    `device` is a GPU, else `device`.
     """
     if launched_processes() == 1:
         if device.type == "cuda":
@@ -175,15 +178,15 @@ def joined_ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator
         use_gpu(device.index)
     form_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
     yield device
-    # Not after an error: it would wait for ranks that wait for this one.
+    # Not in a finally block: after an error, the barrier would wait for ranks that wait for this one.
     dist.barrier()
     leave_process_group()
 
 
 class Ranks:
-    """The processes that train one model, on the default process group; one rank if there is none.
+    """The ranks of the default process group, or a single rank without one.
 
-    Tensors of different lengths are padded to the longest for the transfer, because the collectives want equal ones.
+    Tensors of different lengths are padded to the longest for a transfer, because collectives need equal sizes.
     """
 
     def __init__(self, timeout: timedelta = TIMEOUT) -> None:
@@ -191,11 +194,11 @@ class Ranks:
         self.rank: int = dist.get_rank() if active else 0
         self.size: int = dist.get_world_size() if active else 1
         self._timeout = timeout
-        self._patient: dist.ProcessGroup | None = None  # for waits of an hour
-        self._of_hosts: dist.ProcessGroup | None = None  # does not meet the device
+        self._long_wait_group: dist.ProcessGroup | None = None  # with _LONG_TIMEOUT
+        self._host_group: dist.ProcessGroup | None = None  # gloo, which does not involve the GPU
 
     def sizes(self, length: int, device: torch.device) -> list[int]:
-        """`length` of every rank, in rank order. Synchronises with the host."""
+        """Return `length` of every rank, in rank order. Synchronises device and host."""
         if self.size == 1:
             return [length]
         out = torch.empty(self.size, dtype=torch.int64, device=device)
@@ -203,7 +206,7 @@ class Ranks:
         return out.tolist()
 
     def gather_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
-        """[n_r, ...] of every rank r -> [sum n_r, ...] on every rank, in rank order. `sizes` as of `sizes()`."""
+        """Concatenate x, [n_r, ...] on rank r, to [sum n_r, ...] on every rank, in rank order. `sizes`: all n_r."""
         if self.size == 1:
             return x
         longest = max(sizes)
@@ -214,24 +217,24 @@ class Ranks:
         return torch.cat([out[r * longest : r * longest + n] for r, n in enumerate(sizes)])
 
     def gather_rows_of(self, tensors: list[Tensor], sizes: list[list[int]]) -> list[Tensor]:
-        """`gather_rows` of each tensor, all in one transfer: for small ones the number of transfers is what counts."""
+        """`gather_rows` for several tensors in one transfer. For small tensors, the number of transfers dominates."""
         if self.size == 1:
             return tensors
-        # Places of 16 bytes suit every dtype.
+        # 16-byte alignment suits every dtype.
         row_bytes = [x.element_size() * math.prod(x.shape[1:]) for x in tensors]
-        places = [-(-max(each) * length // 16) * 16 for each, length in zip(sizes, row_bytes)]
-        sent = torch.zeros(sum(places), dtype=torch.uint8, device=tensors[0].device)
-        for x, place in zip(tensors, sent.split(places)):
-            place[: x.nbytes].view(x.dtype).copy_(x.reshape(-1))
+        spans = [-(-max(each) * length // 16) * 16 for each, length in zip(sizes, row_bytes)]
+        sent = torch.zeros(sum(spans), dtype=torch.uint8, device=tensors[0].device)
+        for x, span in zip(tensors, sent.split(spans)):
+            span[: x.nbytes].view(x.dtype).copy_(x.reshape(-1))
         out = sent.new_empty(self.size, sent.shape[0])
         _all_gather(out.view(-1), sent)
         return [
             torch.cat([column[r, : n * length].view(x.dtype).view(n, *x.shape[1:]) for r, n in enumerate(each)])
-            for x, each, length, column in zip(tensors, sizes, row_bytes, out.split(places, dim=1))
+            for x, each, length, column in zip(tensors, sizes, row_bytes, out.split(spans, dim=1))
         ]
 
     def scatter_sum_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
-        """[sum n_r, ...] on every rank -> this rank's rows of the sum over ranks: the transpose of `gather_rows`."""
+        """Sum x, [sum n_r, ...], over ranks and return this rank's rows, [n_r, ...]. The transpose of `gather_rows`."""
         if self.size == 1:
             return x
         longest = max(sizes)
@@ -243,32 +246,33 @@ class Ranks:
         return out[: sizes[self.rank]]
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
+        """Sum x over ranks, in place."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def largest(self, values: Callable[[], list[int]]) -> Callable[[], list[int]]:
-        """Begin to find the largest of all ranks' `values()`, one by one; the function that it gives waits for them.
+        """Start the elementwise maximum of `values()` over ranks. Returns a function that waits for it and returns it.
 
-        Between hosts and in the background: who asks now and waits a step later waits for nobody. One rank's values are
-        those of the moment that they are waited for.
+        The transfer runs between hosts in the background, so a wait one step later costs nothing. With a single rank,
+        `values` is called only at the wait.
         """
         if self.size == 1:
             return values
-        if self._of_hosts is None:
+        if self._host_group is None:
             try:
-                self._of_hosts = dist.new_group(backend="gloo", timeout=self._timeout + _COLLECTIVES_WAIT_LONGER)
+                self._host_group = dist.new_group(backend="gloo", timeout=self._timeout + _COLLECTIVES_WAIT_LONGER)
             except RuntimeError as error:
                 raise UserError(
-                    f"the machines do not reach each other ({reason(error)}); name the network interface: GLOO_SOCKET_IFNAME"
+                    f"the machines cannot reach each other ({reason(error)}); set GLOO_SOCKET_IFNAME to the network "
+                    "interface"
                 ) from None
-        found = torch.tensor(values())
-        work = dist.all_reduce(found, dist.ReduceOp.MAX, group=self._of_hosts, async_op=True)
+        maxima = torch.tensor(values())
+        work = dist.all_reduce(maxima, dist.ReduceOp.MAX, group=self._host_group, async_op=True)
 
         def wait() -> list[int]:
             work.wait()
-            return found.tolist()
+            return maxima.tolist()
 
         return wait
 
@@ -277,7 +281,7 @@ class Ranks:
             dist.barrier()
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value`, any object that can be pickled, on every rank."""
+        """Return rank 0's `value`, any object that can be pickled, on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -286,7 +290,7 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Every rank runs the block, and waits for the others; where it ends in a UserError on one, it does on all."""
+        """Run the block on every rank and wait for all. A UserError on one rank is raised on all. Collective."""
         own: UserError | None = None
         try:
             yield
@@ -301,15 +305,15 @@ class Ranks:
 
     @contextmanager
     def one_a_machine_first(self) -> Iterator[None]:
-        """One process a machine runs the block, then the others do, which find what it left. It may take an hour."""
+        """Run the block on one process per machine first, then on the others, which use its results. May take long."""
         if self.size == 1:
             yield
             return
-        if self._patient is None:
-            self._patient = dist.new_group(timeout=_PATIENCE)
+        if self._long_wait_group is None:
+            self._long_wait_group = dist.new_group(timeout=_LONG_TIMEOUT)
         first = os.environ.get("LOCAL_RANK", "0") == "0"
         if not first:
-            dist.barrier(self._patient)
+            dist.barrier(self._long_wait_group)
         yield
         if first:
-            dist.barrier(self._patient)
+            dist.barrier(self._long_wait_group)

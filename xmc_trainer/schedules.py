@@ -1,6 +1,6 @@
-"""Learning-rate schedules: a factor on the peak rate, from the number of optimizer steps made.
+"""Learning-rate schedules: a factor on the peak rate as a function of the number of optimizer steps made.
 
-Each warms up linearly from 0 over `warmup_steps` (step 0 has the factor 0) and then goes its own way.
+All warm up linearly from 0 over `warmup_steps`; step 0 has the factor 0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Half a cosine to 0 at `total_steps`: the seed's CosineScheduleWithWarmup, transformers' function of that name."""
+    """Warm up, then follow half a cosine to 0 at `total_steps`, as transformers' get_cosine_schedule_with_warmup."""
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -21,10 +21,10 @@ def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
 
 @dataclass
 class Schedule:
-    """What the schedules below share; each reads what its own description names."""
+    """Base class. A schedule uses the fields that its docstring names, and ignores the others."""
 
     warmup_steps: int
-    total_steps: int  # optimizer steps of the training
+    total_steps: int  # optimizer steps in the whole training
     steps_per_epoch: int
     milestones: Sequence[int] = ()
     gamma: float = 1.0
@@ -34,10 +34,10 @@ class Schedule:
         raise NotImplementedError
 
     def observe(self, metric: float) -> None:
-        """Called after each test evaluation with a metric of which more is better."""
+        """Report a metric, higher is better, after each evaluation on the test set."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: whatever does not follow from the step."""
+        """Return the state that does not follow from the step, for checkpoints."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -47,14 +47,14 @@ class Schedule:
 
 
 class CosineScheduleWithWarmup(Schedule):
-    """Half a cosine to 0 at `total_steps`."""
+    """Follow half a cosine to 0 at `total_steps`."""
 
     def factor(self, step: int) -> float:
         return cosine_with_warmup(step, self.warmup_steps, self.total_steps)
 
 
 class MultiStepLR(Schedule):
-    """Times `gamma` after each of the epochs `milestones`."""
+    """Multiply by `gamma` after each of the epochs `milestones`."""
 
     def factor(self, step: int) -> float:
         passed = sum(step >= epoch * self.steps_per_epoch for epoch in self.milestones)
@@ -62,7 +62,7 @@ class MultiStepLR(Schedule):
 
 
 class ReduceLROnPlateau(Schedule):
-    """Times `gamma` whenever more than `patience` evaluations in a row were no better than the best one."""
+    """Multiply by `gamma` whenever more than `patience` evaluations in a row were no better than the best one."""
 
     best = -math.inf
     waited = reductions = 0

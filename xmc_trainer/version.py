@@ -1,4 +1,4 @@
-"""Which code this is."""
+"""The version of this code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def commit() -> str:
-    """The git commit of this code, with a + where it was edited since; "none" if it does not lie in a repository."""
+    """Return the git commit of this code, followed by + if files were edited, or "none" outside a repository."""
     here = Path(__file__).parent
     words = ["git", "-C", str(here), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
     try:

@@ -38,7 +38,7 @@ cli.run(main)
 @pytest.mark.parametrize(
     "stopped, said",
     [
-        (1, "rank 1 gave no sign of life for 0.1 min (environment.timeout_minutes); look at its machine"),
+        (1, "rank 1 gave no sign of life for 0.1 min (environment.timeout_minutes); check its machine"),
         (
             0,
             "rank 0 or the launcher on its machine, 127.0.0.1:{port}, gave no sign of life",

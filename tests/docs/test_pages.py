@@ -31,7 +31,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     done = subprocess.run(command, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     api = (tmp_path / "api.html").read_text(encoding="utf-8")
-    assert "The k best labels of each text" in api  # a docstring of XMCModel
+    assert "the k best labels of each text" in api  # a docstring of XMCModel
 
 
 def test_readme_stays_short():

@@ -68,7 +68,7 @@ def test_a_kept_strength_equals_training_with_it(toy_settings, command, head_rat
 def test_models_that_cannot_be_adjusted_are_errors(tmp_path, command):
     with pytest.raises(UserError, match="manifest.json: No such file or directory; name the folder of a saved model"):
         command(tmp_path)
-    with pytest.raises(UserError, match="model.ffi.logit_adjustment=2: a saved model can be given only"):
+    with pytest.raises(UserError, match="model.ffi.logit_adjustment=2: cannot be changed for a saved model"):
         command(tmp_path, "model.ffi.logit_adjustment=2")
     for wrong in (
         ["--strengths", "0,x"],

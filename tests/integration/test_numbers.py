@@ -54,7 +54,7 @@ def test_weights_that_are_no_numbers_are_not_saved(toy_settings):
                 kept = tensor.detach().clone()
                 tensor.detach().view(-1)[3] = value
                 for save in (lambda: resume.save(trainer, kept=1), lambda: trainer.save(model)):
-                    said = f"not written at step 2, for weights are not finite any more .*{name}.*encoder_lr"
+                    said = f"not written at step 2, because weights are no longer finite .*{name}.*encoder_lr"
                     with pytest.raises(UserError, match=said):
                         save()
                     assert all(path.read_bytes() == content for path, content in good.items())

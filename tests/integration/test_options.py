@@ -215,6 +215,6 @@ def test_a_training_that_is_all_warm_up_says_so_and_says_what_drives_it(toy_sett
 def test_missing_clusters_are_noticed_before_the_texts_are_read(toy_settings, monkeypatch):
     monkeypatch.setattr("xmc_trainer.builders.training.corpus_of", lambda *_, **__: pytest.fail("texts were read"))
     with pytest.raises(
-        UserError, match="label_group7.safetensors: no such label clusters; make it by xmc-trainer clusters"
+        UserError, match="label_group7.safetensors: no such label clusters; create it by xmc-trainer clusters"
     ):
         train(toy_settings, *PLAIN, "model.auxiliary.use_meta_branch=true", "model.auxiliary.group_y_group=7")

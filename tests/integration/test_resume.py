@@ -149,8 +149,8 @@ def run_message_of(settings, hooks=None):
 
 
 def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
-    held = "cut: holds a run that was interrupted (checkpoint-7); go on with training.resume=true"
-    other = "name this one otherwise (log_fname=cut-2)"
+    held = "cut: holds an interrupted run (checkpoint-7); continue it with training.resume=true"
+    other = "choose another name (log_fname=cut-2)"
     assert held in (message := message_of(interrupted)) and other in message
     new_process()
     trainer, _ = train([*interrupted, "training.resume=true"])
@@ -165,7 +165,7 @@ def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
     shorter = [*interrupted, "training.optimization.epochs=1"]
     assert "cut: holds a finished run; " in (message := message_of(shorter)) and other in message
     new_process()
-    assert "a finished run with training.optimization.epochs=3, not 1; set that again" in message_of(
+    assert "a finished run with training.optimization.epochs=3, not 1; restore these settings" in message_of(
         [*shorter, "training.resume=true"]
     )
     assert before == {path: path.read_bytes() for path in before}
@@ -210,7 +210,7 @@ def test_the_last_checkpoints_are_kept(toy_settings):
 def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     again = [*interrupted, "training.resume=true"]
     for more, message in {
-        "model.ffi.fan_in=9": "(checkpoint-7) with model.ffi.fan_in=12, not 9; set that again",
+        "model.ffi.fan_in=9": "(checkpoint-7) with model.ffi.fan_in=12, not 9; restore these settings",
         "training.optimization.epochs=4": "with training.optimization.epochs=3, not 4",
     }.items():
         assert message in message_of([*again, more])
@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     message = message_of(again)
-    assert "encoder.safetensors: damaged" in message and f"remove {folder} to go on without it" in message
+    assert "encoder.safetensors: is damaged" in message and f"remove {folder} to go on without it" in message
 
 
 def test_two_trainings_do_not_share_a_folder(interrupted):
@@ -249,7 +249,7 @@ def test_two_trainings_do_not_share_a_folder(interrupted):
     new_process()
     file = load_config(interrupted).run_folder / "log.jsonl"
     assert (
-        "cannot be written (Not a directory); remove the file that stands where a folder must be, or set output_dir to another folder"
+        "cannot be written (Not a directory); remove the file that is in place of a folder, or set output_dir to another folder"
         in run_message_of([*interrupted, f"output_dir={file}"])
     )
 
@@ -267,10 +267,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence(interrupted, kilobytes
         message = run_message_of([*interrupted, "training.resume=true"], hooks=[Full()])
     folder = load_config(interrupted).run_folder
     assert message.startswith(f"{folder / file}: cannot be written (File too large); ")
-    assert (
-        message.endswith("; training.resume=true then goes on from checkpoint-7, which is whole")
-        and "\n" not in message
-    )
+    assert message.endswith("; then resume from checkpoint-7 with training.resume=true") and "\n" not in message
     assert not list(folder.glob("*.partial"))
     new_process()
     trainer, _ = train([*interrupted, "training.resume=true", "training.checkpoint_interval=0"])
@@ -299,7 +296,7 @@ def test_a_checkpoint_of_the_version_before_is_refused_and_kept(interrupted):
     (folder / "checkpoint-7").rename(folder / "checkpoint.old")  # as it was called, cut off between two renamings
     message = message_of([*interrupted, "training.resume=true"])
     assert (
-        "checkpoint/manifest.json: format 1, this version reads 2 of a checkpoint; use the version that wrote it"
+        "checkpoint/manifest.json: has format 1, but this version reads 2 of a checkpoint; use the version that wrote it"
         in message
     )
     assert (folder / "checkpoint" / "encoder.safetensors").is_file()
@@ -320,4 +317,4 @@ def test_a_run_at_wandb_goes_on_too(toy_settings, monkeypatch):
 def test_without_a_checkpoint_it_begins_and_says_so(toy_settings, capsys):
     trainer, _ = train(settings_of(toy_settings, "fresh", "training.resume=true", "training.optimization.max_steps=3"))
     assert len(log_of(trainer, "start")) == 1 and trainer.state.step == 3
-    assert "no checkpoint to go on from; the training begins" in capsys.readouterr().out
+    assert "no checkpoint to resume from; training from the beginning" in capsys.readouterr().out

@@ -181,17 +181,17 @@ def shards(change):
 
 HEAD = "head-00000-of-00001.safetensors"
 FORGERIES = {
-    "no checksums": (lambda m: m["sha256"].clear(), "has no checksum of config.yaml"),
-    "no checksum of a head": (lambda m: m["sha256"].pop(HEAD), f"has no checksum of {HEAD}"),
+    "no checksums": (lambda m: m["sha256"].clear(), "has no checksum for config.yaml"),
+    "no checksum of a head": (lambda m: m["sha256"].pop(HEAD), f"has no checksum for {HEAD}"),
     "outside": (shards(lambda s: s.update(file=f"../model/{HEAD}")), "must be the name of a file in this folder"),
     "absolute": (shards(lambda s: s.update(file="/etc/passwd")), "must be the name of a file in this folder"),
     "a file above": (lambda m: m["sha256"].update({"../x": "0" * 64}), "must be the name of a file in this folder"),
     "labels left out": (shards(lambda s: s.update(labels=[0, 4])), "must be F32 [4, 20]"),
     "no shards": (lambda m: m["heads"][0].update(shards=[]), "its files have 0 of 8 labels"),
-    "labels twice": (lambda m: m["heads"][1].update(shards=m["heads"][1]["shards"] * 2), "after those to 33"),
+    "labels twice": (lambda m: m["heads"][1].update(shards=m["heads"][1]["shards"] * 2), "must begin at 33"),
     "more labels": (
         lambda m: m["heads"][1]["arguments"].update(num_labels=100),
-        "has the labels 0 to 33 of 100, after those to 0: they must be cut between groups of 4",
+        "has the labels 0 to 33 of 100, but must begin at 0 and end between groups of 4",
     ),
     "a trillion labels": (
         lambda m: m["heads"][1]["arguments"].update(num_labels=10**12),
@@ -209,12 +209,12 @@ FORGERIES = {
         "index is I16 [9, 12], must be I16 [17, 12]",
     ),
     "other numbers": (lambda m: m["heads"][0]["arguments"].update(weight_dtype="bfloat16"), "must be BF16"),
-    "one head": (lambda m: m["heads"].pop(0), "holds 'frequent."),
+    "one head": (lambda m: m["heads"].pop(0), "the unknown tensor 'frequent."),
     "other features": (
         lambda m: [head["arguments"].update(in_features=32) for head in m["heads"]],
-        "gives 24 features, the head reads 32",
+        "has 24 features, the head needs 32",
     ),
-    "other format": (lambda m: m.update(format=99), "format 99, this version reads 3 and 4 of a saved model"),
+    "other format": (lambda m: m.update(format=99), "has format 99, but this version reads 3 and 4 of a saved model"),
     "a number as text": (
         lambda m: m.update(max_len="16"),
         'max_len must be a whole number from 1 to 9007199254740991, not "16"',
@@ -240,11 +240,11 @@ def test_files_that_are_forged_or_do_not_belong_are_refused(model, tmp_path):
     tensors["index"][-1, -1] = 24
     save_file(tensors, model / HEAD)
     forge(model)
-    assert "its index names features beyond the 24 that there are" in message_of(load_model, model)
+    assert "its index names features beyond the 24 of the encoder" in message_of(load_model, model)
     tensors["index"][-1, -1] = 23
     save_file(tensors | {"more": torch.zeros(1)}, model / HEAD)
     forge(model)
-    assert "a head's file holds 'more', which nobody reads" in message_of(load_model, model)
+    assert "a head's file holds the unknown tensor 'more'" in message_of(load_model, model)
     save_file(tensors, model / HEAD)
     forge(model)
     load_model(model)
@@ -252,7 +252,7 @@ def test_files_that_are_forged_or_do_not_belong_are_refused(model, tmp_path):
     load_model(model)
     (model / HEAD).rename(tmp_path / "elsewhere")
     (model / HEAD).symlink_to(tmp_path / "elsewhere")
-    assert f"{HEAD}: a link that leaves the folder" in message_of(load_model, model)
+    assert f"{HEAD}: is a link out of the folder" in message_of(load_model, model)
 
 
 class Evil:
@@ -267,7 +267,7 @@ def test_no_file_of_a_model_or_checkpoint_runs_code(model, checkpoint, saved, tm
     proof = tmp_path / "code ran"
     evil = pickle.dumps(Evil(proof))
     (model / "encoder" / "pytorch_model.bin").write_bytes(evil)
-    assert "pytorch_model.bin: does not belong to what was saved" in message_of(load_model, model)
+    assert "pytorch_model.bin: is not part of what was saved" in message_of(load_model, model)
     digest = hashlib.sha256(evil).hexdigest()
     forge(model, lambda manifest: manifest["sha256"].update({"encoder/pytorch_model.bin": digest}))
     assert "pytorch_model.bin: may hold code" in message_of(load_model, model)
@@ -292,12 +292,12 @@ def test_no_file_of_a_model_or_checkpoint_runs_code(model, checkpoint, saved, tm
 def test_a_manifest_that_never_ends_is_not_read(model):
     (model / "manifest.json").unlink()
     (model / "manifest.json").symlink_to("/dev/zero")
-    assert "manifest.json: is no plain file" in message_of(load_model, model)
+    assert "manifest.json: is not a regular file" in message_of(load_model, model)
 
 
 def test_settings_of_a_model_are_verified_before_they_are_read(model):
     (model / "config.yaml").write_text("data: [not, verified")
-    assert "config.yaml: damaged" in message_of(config_of_model, model, [])
+    assert "config.yaml: is damaged" in message_of(config_of_model, model, [])
 
 
 def test_a_model_of_the_format_before_loads(model):

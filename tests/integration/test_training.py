@@ -338,10 +338,10 @@ def test_damaged_models_are_refused(toy_settings, tmp_path):
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="head-00000-of-00001.safetensors: damaged"):
+    with pytest.raises(UserError, match="head-00000-of-00001.safetensors: is damaged"):
         XMCModel.load(folder)
     shard.unlink()
-    with pytest.raises(UserError, match="head-00000-of-00001.safetensors: missing"):
+    with pytest.raises(UserError, match="head-00000-of-00001.safetensors: is missing"):
         XMCModel.load(folder)
     with pytest.raises(UserError, match="manifest.json"):
         XMCModel.load(tmp_path)

@@ -77,7 +77,7 @@ def test_files_remember_their_labels(tmp_path):
         with pytest.raises(UserError, match=message):
             LabelClusters.load(tmp_path / path, labels)
     (tmp_path / "c.safetensors").write_bytes(b"not clusters")
-    with pytest.raises(UserError, match="not a file of label clusters"):
+    with pytest.raises(UserError, match="is not a label cluster file"):
         LabelClusters.load(tmp_path / "c.safetensors", ids)
 
 
@@ -103,9 +103,9 @@ def test_cluster_files_of_the_format_before_load_if_they_can_be_true(tmp_path):
     digest = hashlib.sha256("\0".join(ids).encode()).hexdigest()
     for order, offsets, message in [
         ([5, 4, 3, 2, 1, 0], [0, 4, 6], None),
-        ([5, 4, 3, 2, 1, 1], [0, 4, 6], "does not hold each of its labels once"),
-        ([5, 4, 3, 2, 1, 0], [0, 7, 6], "its clusters do not follow each other"),
-        ([5, 4, 3, 2, 1, 0], [0, 4], "its clusters do not follow each other"),
+        ([5, 4, 3, 2, 1, 1], [0, 4, 6], "does not hold each label exactly once"),
+        ([5, 4, 3, 2, 1, 0], [0, 7, 6], "its clusters are empty, overlap"),
+        ([5, 4, 3, 2, 1, 0], [0, 4], "its clusters are empty, overlap"),
     ]:
         tensors = {"order": np.array(order, np.int32), "offsets": np.array(offsets, np.int64)}
         save_file(tensors, path, {"format": "1", "labels_sha256": digest})

@@ -118,8 +118,8 @@ def test_hugging_face_content(tmp_path):
 
 
 def test_many_rows_in_several_processes_keep_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "ROWS_A_BATCH", 100)
-    monkeypatch.setattr(tokenise, "ROWS_A_BATCH", 100)
+    monkeypatch.setattr(corpus, "ROWS_PER_BATCH", 100)
+    monkeypatch.setattr(tokenise, "ROWS_PER_BATCH", 100)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
     rng = np.random.default_rng(0)
     words = [rng.integers(0, 100, rng.integers(1, 12)) for _ in range(1009)]
@@ -202,7 +202,7 @@ def test_number_of_labels_is_checked_with_and_without_cache(tmp_path):
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"train": []}, "train_labels.txt: a label file with no labels"),
+        ({"train": []}, "train_labels.txt: has no labels"),
         ({"test": [("w0", "unseen")]}, "the test set has no texts with labels; check its files"),
     ],
 )
@@ -249,13 +249,15 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     folder = write_raw(tmp_path / "d")
     with pytest.raises(
-        UserError, match=r"data\.cache_dir=.*/file/c: cannot be written \(Not a directory\); name a folder"
+        UserError, match=r"data\.cache_dir=.*/file/c: cannot be written \(Not a directory\); name a writable folder"
     ):
         load(folder, tmp_path / "file" / "c")
-    with pytest.raises(UserError, match=r"data\.cache_dir=.*: cannot be written \(File name too long\); name a folder"):
+    with pytest.raises(
+        UserError, match=r"data\.cache_dir=.*: cannot be written \(File name too long\); name a writable folder"
+    ):
         load(folder, tmp_path / ("c" * 300))
     for name in ("~nobody-here/c", "a\0b", "\ud800"):
-        with pytest.raises(UserError, match=r"data\.cache_dir=.*: no name of a folder"):
+        with pytest.raises(UserError, match=r"data\.cache_dir=.*: is not a valid folder name"):
             load(folder, name)
 
 
@@ -265,7 +267,7 @@ def test_a_disk_that_is_full(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"data\.cache_dir=.*/c: cannot be written \(.*\); .* and has room"):
+        with pytest.raises(UserError, match=r"data\.cache_dir=.*/c: cannot be written \(.*\); .* enough space"):
             load(folder, tmp_path / "c")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -382,7 +384,7 @@ def test_flipped_bits_and_truncated_files_are_made_again(tmp_path, caplog):
 def test_a_damaged_cache_that_cannot_be_made_again(tmp_path, monkeypatch):
     folder = write_raw(tmp_path / "d")
     monkeypatch.setattr(corpus, "seal", lambda *arguments: None)  # nothing that is written reads back
-    with pytest.raises(UserError, match=r"data\.cache_dir=.*manifest.json: No such file or directory, just after"):
+    with pytest.raises(UserError, match=r"data\.cache_dir=.*manifest.json: No such file or directory just after"):
         load(folder, tmp_path / "c")
 
 

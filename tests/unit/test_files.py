@@ -40,7 +40,7 @@ def test_replaced_file_is_as_secret_as_before(tmp_path: Path) -> None:
 def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
-    with pytest.raises(CannotWrite, match="correct the links"):
+    with pytest.raises(CannotWrite, match="correct the circular links"):
         write_text(tmp_path / "a", "text")
     assert all(path.is_symlink() for path in tmp_path.iterdir())
 

@@ -56,7 +56,7 @@ def test_features_that_find_no_room(tmp_path):
     array = label_features.array_on_disk(tmp_path / "f.npy", (1000, 8))
     assert (array.dtype, array.shape) == (np.float16, (1000, 8)) and not array.any()
     assert (tmp_path / "f.npy").stat().st_blocks * 512 >= 16_000
-    with pytest.raises(UserError, match=r": no room for features of 1000000000000 texts or labels, .*; set TMPDIR to"):
+    with pytest.raises(UserError, match=r": no space for features of 1000000000000 texts or labels, .*; set TMPDIR to"):
         label_features.array_on_disk(tmp_path / "g.npy", (10**12, 768))
 
 

@@ -88,7 +88,7 @@ def test_propensities_are_at_most_one():
             assert np.isfinite(weight).all() and (weight >= 1).all() and (np.diff(weight) <= 0).all()
     assert inverse_propensity(counts, 2, 0.55, 0.001).tolist() == [1, 1, 1]
     for a, b in ((math.nan, 1.5), (0.55, 0.0), (0.55, math.nan), (math.inf, 1.5), (-1.0, 1.5)):
-        with pytest.raises(ValueError, match="must be at least 0"):
+        with pytest.raises(ValueError, match="must be finite, a at least 0"):
             inverse_propensity(counts, 10, a, b)
 
 

@@ -120,7 +120,7 @@ def test_no_texts_give_no_predictions(model):
 @pytest.mark.parametrize(
     "texts, message",
     [
-        ("kettle", "texts: must be a list of strings.*not str"),
+        ("kettle", "texts: must be a list or another iterable of strings.*not str"),
         (b"kettle", "texts: must be .* not bytes"),
         (None, "texts: must be .* not NoneType"),
         (7, "texts: must be .* not int"),
@@ -160,7 +160,7 @@ def test_counts_may_be_numpys_and_k_is_at_most_the_labels(model):
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:-1", "meta", "cuda:x", "cuda:99", 1.5])
 def test_devices_are_named_cpu_or_cuda(model, device):
-    with pytest.raises(UserError, match="device .*: (choose cpu, cuda, or|there )"):
+    with pytest.raises(UserError, match="device .*: (is not valid; choose cpu, cuda, or|there )"):
         XMCModel.load(model.saved.folder, device)
 
 

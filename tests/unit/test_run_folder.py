@@ -43,7 +43,7 @@ def test_a_run_at_work_is_called_that_and_a_killed_one_leaves_no_lock(settings, 
         (tmp_path / "out" / "run" / "checkpoint-5").mkdir()
         (tmp_path / "out" / "run" / "checkpoint-5" / "manifest.json").write_text("{}")
         for more in ([], ["training.resume=true"], ["training.overwrite=true"]):
-            with pytest.raises(UserError, match=rf"another training is at work in it \(process {holder.pid} on "):
+            with pytest.raises(UserError, match=rf"another training is using it \(process {holder.pid} on "):
                 RunFolder(load_config([*settings, *more]), Ranks())
         holder.kill()
         holder.wait()
@@ -59,7 +59,7 @@ def test_the_next_free_name_is_offered(settings, tmp_path):
     for name, free in (("run", "run-2"), ("run-2", "run-3"), ("run", "run-3")):
         (tmp_path / "out" / name / "model").mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name / "model" / "manifest.json").write_text("{}")
-        with pytest.raises(UserError, match=f"{name}: holds a finished run; name this one otherwise .log_fname={free}"):
+        with pytest.raises(UserError, match=f"{name}: holds a finished run; choose another name .log_fname={free}"):
             RunFolder(load_config([*settings, f"log_fname={name}"]), Ranks())
 
 
@@ -101,13 +101,13 @@ def test_a_run_that_was_finished_without_a_log_is_finished(settings, tmp_path):
 
 @pytest.mark.parametrize(
     "name, said",
-    [(".lock", "plain file"), ("log.jsonl", "plain file"), ("config.yaml", "plain file"), ("model", "folder")],
+    [(".lock", "regular file"), ("log.jsonl", "regular file"), ("config.yaml", "regular file"), ("model", "folder")],
 )
 def test_what_stands_in_a_runs_place_is_refused_at_once(settings, tmp_path, name, said):
     victim = tmp_path / "victim"
     victim.write_text("of somebody else")
     (tmp_path / "out" / "run").mkdir()
     (tmp_path / "out" / "run" / name).symlink_to(victim)
-    with pytest.raises(UserError, match=f"run/{name}: is no {said}, and a run"):
+    with pytest.raises(UserError, match=f"run/{name}: is not a {said}, but a run"):
         RunFolder(load_config(settings), Ranks())
     assert victim.read_text() == "of somebody else"

@@ -108,7 +108,7 @@ def test_the_first_signal_ends_a_process_that_hangs_where_nothing_is_half_done(s
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
-    assert (process.returncode, err) == (143, "\nSIGTERM had not ended it after 0 s: ended at once\n")
+    assert (process.returncode, err) == (143, "\nSIGTERM did not end the process within 0 s: ended at once\n")
 
 
 def test_children_say_nothing(start):

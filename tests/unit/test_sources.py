@@ -97,8 +97,8 @@ def test_raw_label_texts_are_counted(tmp_path):
     labels, _, _, notes = read_with_notes(raw_source(folder, "names.tsv"))
     assert labels == [("a", "Alpha one"), ("b", "b"), ("c", "c")]
     assert notes == (
-        "names.tsv: 1 of 3 labels have a text; 2 have none, like 'b'; 2 names are no label of the training set, "
-        "like 'C'; 1 lines repeat a name, like 'a': its last text counts"
+        "names.tsv: 1 of 3 labels have a text; 2 have none, like 'b'; 2 names are not labels of the training set, "
+        "like 'C'; 1 lines repeat a name, like 'a': the last text is used"
     )
 
 
@@ -125,7 +125,7 @@ def test_lf_label_texts_are_counted(tmp_path):
     write_lf(tmp_path, labels=[{"uid": f"L{n}", "name": "of another field"} for n in range(3)])
     assert "0 of 3 labels have a text" in read_with_notes(lf_source(tmp_path))[3]
     with pytest.raises(
-        UserError, match="lbl.json: no label has a title or a content, which data.augment_label_data=true"
+        UserError, match="lbl.json: no label has a title or content, which data.augment_label_data=true"
     ):
         lf_source(tmp_path, augment=True).read()
 
@@ -143,8 +143,8 @@ def test_raw_labels_that_a_comma_seems_to_separate(tmp_path, line, warned):
     folder = write_raw(tmp_path, [("t", line)], [("t", line)])
     notes = read_with_notes(raw_source(folder))[3]
     names = line.split()
-    said = f"train_labels.txt: 1 of {len(names)} labels end in a comma or semicolon, or stand alone with one inside, like {names[0]!r}"
-    assert (said in notes and "write spaces alone between them" in notes) == warned and bool(notes) == warned
+    said = f"train_labels.txt: 1 of {len(names)} labels end in a comma or semicolon, or contain one and are alone on their line, like {names[0]!r}"
+    assert (said in notes and "separate labels by spaces only" in notes) == warned and bool(notes) == warned
 
 
 def test_raw_augment_adds_the_texts_that_labels_have(tmp_path):
@@ -178,7 +178,7 @@ def test_raw_line_counts_that_differ(tmp_path):
 def test_raw_label_file_with_no_labels(tmp_path, split):
     folder = write_raw(tmp_path, **{split: [("w0", ""), ("w1", " ")]})
     message = message_of(lambda: raw_source(folder).read())
-    assert f"{folder}/{split}_labels.txt: a label file with no labels; write" in message
+    assert f"{folder}/{split}_labels.txt: has no labels; write" in message
 
 
 # A text without words, as each layout may hold it. What one reads, all read: rows and their numbers stay.
@@ -239,7 +239,7 @@ def test_raw_label_text_file_missing_or_without_tab(tmp_path):
     assert "names.tsv is missing" in message and "data.label_text_file" in message
     (folder / "names.tsv").write_text("a\tA\nb B\n")
     message = message_of(lambda: raw_source(folder, "names.tsv").read())
-    assert f"{folder}/names.tsv, line 2: no tab; write" in message
+    assert f"{folder}/names.tsv, line 2: has no tab; write" in message
 
 
 # Label features -------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_lf_missing_files(tmp_path):
     (inside / "lbl.json").unlink()
     message = message_of(lambda: lf_source(tmp_path))
     assert "lbl.json or lbl.json.gz is missing" in message and f"{inside} and in {tmp_path}" in message
-    assert "trn.json, tst.json, lbl.json" in message and "data.is_lf_data" in message
+    assert "trn.json, tst.json and lbl.json" in message and "data.is_lf_data" in message
     assert f"{tmp_path}/no: no such folder" in message_of(lambda: lf_source(tmp_path / "no"))
 
 
@@ -341,7 +341,7 @@ def test_lf_bad_json(tmp_path, line):
     inside = write_lf(tmp_path)
     (inside / "trn.json").write_bytes(json_lines([instance("w0", [0])]) + line.encode() + b"\n")
     message = message_of(lambda: list(lf_source(tmp_path).read().train()))
-    assert f"{inside}/trn.json, line 2: not valid JSON" in message and "write one JSON object a line" in message
+    assert f"{inside}/trn.json, line 2: not valid JSON" in message and "write one JSON object per line" in message
 
 
 @pytest.mark.parametrize("line", ["[1]", "3", "null", '"text"'])
@@ -355,7 +355,7 @@ def test_lf_json_that_is_no_object(tmp_path, line):
 def test_lf_no_labels(tmp_path):
     inside = write_lf(tmp_path, labels=[])
     message = message_of(lambda: lf_source(tmp_path).read())
-    assert f"{inside}/lbl.json: a label file with no labels; write" in message
+    assert f"{inside}/lbl.json: has no labels; write" in message
 
 
 def test_lf_undecodable_bytes(tmp_path):
@@ -477,16 +477,16 @@ def test_hf_missing_column(tmp_path, kind, file):
         (
             ["x", "y"],
             [None, [1.5]],
-            "column 'labels' must hold names or whole numbers, one or a list of them, not float in a list",
+            "column 'labels' must hold a name, a whole number or a list of them, not float in a list",
         ),
         (
             ["x", "y"],
             [None, 0.5],
-            "column 'labels' must hold names or whole numbers, one or a list of them, not float;",
+            "column 'labels' must hold a name, a whole number or a list of them, not float;",
         ),
-        (["x", "y"], [None, [True]], "not bool in a list; write the whole numbers 0 and 1 for multi-hot"),
-        (["x", "y"], [["a"], ["a", None]], "one or a list of them, not null in a list"),
-        (["x", "y"], [[], [["a"]]], "one or a list of them, not list in a list"),
+        (["x", "y"], [None, [True]], "not bool in a list; for multi-hot, write the whole numbers 0 and 1"),
+        (["x", "y"], [["a"], ["a", None]], "a list of them, not null in a list"),
+        (["x", "y"], [[], [["a"]]], "a list of them, not list in a list"),
         (["x", "y"], [["a"], ["b", " "]], "holds an empty label name; remove it"),
     ],
 )
@@ -528,7 +528,7 @@ def test_hf_multi_hot_class_labels(tmp_path, kind):
     feature = datasets.List(datasets.ClassLabel(names=["zeta", "alpha", "unused"]))
     assert class_labels(tmp_path, kind, feature, [[1, 1, 0], [0, 0, 0]]) == (["zeta", "alpha", "unused"], [[0, 1], []])
     with pytest.raises(
-        UserError, match="lists of 4 times 0 or 1, and there are 3 class labels; write one number for each"
+        UserError, match="lists of 4 numbers 0 or 1, but there are 3 class labels; write one number per"
     ):
         class_labels(tmp_path / "four", kind, feature, [[1, 1, 0, 0], [0, 0, 0, 0]])
 
@@ -553,8 +553,8 @@ def test_hf_lists_of_whole_numbers(tmp_path, labels, names, rows):
 @pytest.mark.parametrize(
     "train, test, said",
     [
-        ([[0, 1]], [[1, 0]], r"holds \[0, 1\] or \[1, 0\] in every row, which may be .* write the labels' names"),
-        ([[0, 1, 0]], [[1, 0]], "lists of 0 and 1 of different lengths; write one number for each class"),
+        ([[0, 1]], [[1, 0]], r"holds \[0, 1\] or \[1, 0\] in every row, which may be .* write label names"),
+        ([[0, 1, 0]], [[1, 0]], "lists of 0 and 1 with different lengths; write one number per class"),
     ],
 )
 def test_hf_whole_numbers_in_doubt(tmp_path, train, test, said):
@@ -568,7 +568,10 @@ def test_hf_strings_that_seem_to_be_lists(tmp_path):
     folder = write_hf(tmp_path, "jsonl", data, data)
     labels, _, _, notes = read_with_notes(hf_source(str(folder), "train", "test", "text", "labels"))
     assert [name for name, _ in labels] == ["net", "net,web"]
-    assert "2 of 4 rows are one string with a comma or semicolon, like 'net,web'" in notes and "write a list" in notes
+    assert (
+        "2 of 4 rows are one string with a comma or semicolon, like 'net,web'" in notes
+        and "as a list of strings" in notes
+    )
 
 
 def test_hf_no_labels_at_all(tmp_path):
@@ -586,7 +589,7 @@ def test_hf_damaged_files(tmp_path):
     assert f"{folder}/train.jsonl, line 2: not valid JSON" in message_of(lambda: read_hf(folder))
     folder = write_hf(tmp_path / "s", "saved")
     (folder / "train" / "state.json").write_text("{")
-    assert f"{folder}/train: tried" in message_of(lambda: read_hf(folder))
+    assert f"{folder}/train: the datasets library cannot load" in message_of(lambda: read_hf(folder))
 
 
 def write_parts(folder, names):
@@ -633,12 +636,10 @@ def test_hf_parts_as_the_hub_stores_them(tmp_path, train, test):
 def test_hf_parts_that_are_not_whole_or_not_one_set(tmp_path):
     write_parts(tmp_path / "gap", ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test.jsonl"])
     message = message_of(lambda: read_hf(tmp_path / "gap"))
-    assert "train is not whole, it has train-00000-of-00003.parquet, train-00002-of-00003.parquet; fetch" in message
+    assert "train is incomplete, it has train-00000-of-00003.parquet, train-00002-of-00003.parquet; fetch" in message
     write_parts(tmp_path / "two", ["en/train-00000-of-00001.parquet", "de/train-00000-of-00001.parquet"])
     message = message_of(lambda: read_hf(tmp_path / "two"))
-    assert (
-        f"train may be {tmp_path}/two/de/*.parquet and {tmp_path}/two/en/*.parquet; name the folder of one" in message
-    )
+    assert f"train may be {tmp_path}/two/de/*.parquet or {tmp_path}/two/en/*.parquet; name the folder of one" in message
 
 
 def test_hf_reads_two_columns_alone(tmp_path):
@@ -720,7 +721,7 @@ def test_hf_values_that_python_cannot_hold(tmp_path):
 
 def test_hf_missing_split_says_what_was_looked_for(tmp_path):
     message = message_of(lambda: read_hf(write_hf(tmp_path / "d", "jsonl"), test_split="dev"))
-    assert f"data.hf_source={tmp_path}/d: the folder has no dev.parquet, dev.jsonl or folder dev" in message
+    assert f"data.hf_source={tmp_path}/d: the folder has no dev.parquet, no dev.jsonl, no folder dev" in message
     assert "data.hf_test_split" in message
 
 
@@ -730,12 +731,14 @@ def test_hf_neither_folder_nor_reachable(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = message_of(lambda: read_hf("someone/nothing"))
-    assert "data.hf_source=someone/nothing: tried as a folder, and split 'train' with the datasets library" in message
-    assert "Couldn't reach 'someone/nothing' on the Hub; correct data.hf_source" in message
+    assert "data.hf_source=someone/nothing: the datasets library cannot load split 'train'" in message
+    assert "Couldn't reach 'someone/nothing' on the Hub); name an existing folder" in message
 
 
 def test_hf_path_that_does_not_exist(tmp_path):
-    assert f"data.hf_source={tmp_path}/no: tried as a folder" in message_of(lambda: read_hf(tmp_path / "no"))
+    assert f"data.hf_source={tmp_path}/no: the datasets library cannot load" in message_of(
+        lambda: read_hf(tmp_path / "no")
+    )
 
 
 def test_hf_hub_dataset(monkeypatch, tmp_path):

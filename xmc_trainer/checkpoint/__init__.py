@@ -1,1 +1,1 @@
-"""Saved models and checkpoints: folders that appear whole, survive a power failure and vouch for themselves."""
+"""Saved models and checkpoints: folders that are written atomically, survive a power failure and carry checksums."""

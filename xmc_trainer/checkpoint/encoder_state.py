@@ -1,8 +1,8 @@
-"""The encoder's training state, whole: what a checkpoint keeps of it, whatever engine had it and however many ranks.
+"""The encoder's full training state, independent of engine and number of ranks.
 
-DeepSpeed scatters a parameter's float32 values and optimizer state over the ranks; here they are put together, one parameter
-at a time, and taken apart again. So a training goes on with another ZeRO stage, number of processes, or without DeepSpeed.
-Names and shapes are the encoder's own, also where the engine has flat parameters.
+DeepSpeed shards a parameter's float32 values and optimizer state over the ranks. This module gathers them, one
+parameter at a time, and shards them again. Training can therefore resume with another ZeRO stage, another number of
+processes, or without DeepSpeed. Names and shapes are the encoder's own, even if the engine uses flat parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from xmc_trainer.encoder.flat import named_parts
 
-# What each of torch's optimizers keeps for a parameter beside its count of steps.
+# The per-parameter state of torch's optimizers, apart from the step count.
 _STATES = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
     torch.optim.Adam: ("exp_avg", "exp_avg_sq"),
@@ -26,16 +26,20 @@ _STATES = {
 
 
 class EncoderState:
-    """Access to the trained parameters of `encoder` and what `optimizer` keeps for them, both as `accelerator.prepare` gave them."""
+    """Access to the trained parameters of `encoder` and their state in `optimizer`.
+
+    Args:
+        encoder, optimizer: the results of `accelerator.prepare`.
+    """
 
     def __init__(self, accelerator: Accelerator, encoder: nn.Module, optimizer: Any) -> None:
         self._accelerator = accelerator
         self._parts = list(named_parts(accelerator.unwrap_model(encoder)))
-        # accelerate's wrapper holds DeepSpeed's optimizer, which holds torch's; or torch's itself.
+        # accelerate's wrapper holds torch's optimizer, or DeepSpeed's, which holds torch's.
         self._engine = optimizer.optimizer
         self._torch = getattr(self._engine, "optimizer", self._engine)
         first = self._parts[0][0]
-        self._partitioned = hasattr(first, "ds_id")  # ZeRO 3: the module holds no whole parameter
+        self._partitioned = hasattr(first, "ds_id")  # ZeRO 3: parameters are sharded too
         self._sharded = self._partitioned or hasattr(first, "_hp_mapping")
         # ZeRO 0 with bfloat16 keeps a float32 copy of each parameter.
         pairs = (
@@ -46,23 +50,23 @@ class EncoderState:
         self._copies = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs)}
 
     def _flat(self) -> list[Tensor]:
-        """What torch's optimizer takes for parameters."""
+        """Return the tensors that torch's optimizer updates."""
         if self._partitioned:
             return self._engine.fp32_partitioned_groups_flat
         return [parameter for group in self._torch.param_groups for parameter in group["params"]]
 
     def names(self) -> tuple[str, ...]:
-        """Of the state of every parameter; none before the first step."""
+        """Return the names of the optimizer states of a parameter, or () before the first step."""
         flat = self._flat()
         return _STATES[type(self._torch)] if any(self._torch.state.get(each) for each in flat) else ()
 
     def steps(self) -> float:
-        """What the optimizer has counted, for Adam's correction."""
+        """Return the optimizer's step count, which Adam's bias correction needs."""
         counts = [float(state["step"]) for state in self._torch.state.values() if "step" in state]
         return max(counts, default=0.0)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """("weight/<name>" or "<state>/<name>", float32 tensor) of every parameter. Every rank must run through it."""
+        """Yield ("weight/<name>" or "<state>/<name>", float32 tensor) for each parameter. Collective: exhaust it."""
         if self.names():
             self._link()
         for parameter, members in self._parts:
@@ -85,9 +89,11 @@ class EncoderState:
 
     @torch.no_grad()
     def load(self, get: Callable[[str], Tensor], states: tuple[str, ...], steps: float) -> None:
-        """Take over what another training's `tensors`, `names` and `steps` gave; on every rank.
+        """Load what `tensors`, `names` and `steps` returned in another process. Collective.
 
-        Args: get: the tensor of a name. Raises ValueError where a parameter's shape is another, or the optimizer.
+        Args:
+            get: name of `tensors` -> tensor.
+        Raises ValueError if a parameter's shape or the optimizer differs.
         """
         if states:
             if states != _STATES[type(self._torch)]:
@@ -100,12 +106,14 @@ class EncoderState:
                 for name, shape in members:
                     value = get(f"{state or 'weight'}/{name}").to(self._accelerator.device)
                     if value.shape != shape:
-                        raise ValueError(f"{name} has the shape {list(value.shape)}, the encoder's has {list(shape)}")
+                        raise ValueError(
+                            f"{name} has the shape {list(value.shape)}, but the encoder needs {list(shape)}"
+                        )
                     values.append(value.reshape(-1))
                 self._set(parameter, torch.cat(values).view(whole), state)
 
     def _make_states(self, names: tuple[str, ...], steps: float) -> None:
-        """As after a step: torch's optimizers make theirs in the first one."""
+        """Create the optimizer states, which torch's optimizers otherwise create in their first step."""
         fused = bool(self._torch.param_groups[0].get("fused"))
         for each in self._flat():
             state: dict[str, Tensor] = {name: torch.zeros_like(each) for name in names}
@@ -115,20 +123,21 @@ class EncoderState:
         self._link()
 
     def _link(self) -> None:
-        """Let the parameters find their states under ZeRO 1 and 2."""
+        """Under ZeRO 1 and 2, link the parameters to their optimizer states."""
         if self._sharded and not self._partitioned:
-            # DeepSpeed 0.19 does so after the first step of the first group of parameters, when the others have no state yet.
+            # DeepSpeed 0.19 links them once, after the first parameter group's first step; other groups have no state
+            # then.
             self._engine._hp_optimizer_states_linked = False
             self._engine._lazy_init_hp_params_optimizer_state()
 
-    def _set(self, parameter: Tensor, value: Tensor, state: str | None) -> None:
+    def _set(self, parameter: Any, value: Tensor, state: str | None) -> None:
         if not self._sharded:
             own = self._copies.get(id(parameter), parameter)
             (own if state is None else self._torch.state[own][state]).copy_(value)
         elif self._partitioned:
             from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-            # DeepSpeed takes a whole value only where it divides by the ranks.
+            # DeepSpeed's functions for full values require a size that is divisible by the number of ranks.
             size = parameter.ds_tensor.numel()
             own = value.reshape(-1)[size * self._accelerator.process_index :][:size]
             own = functional.pad(own, (0, size - own.numel()))
@@ -145,7 +154,7 @@ class EncoderState:
             safe_set_full_fp32_param(parameter, value)
         if state is not None:
             return
-        # What the encoder computes with, in the precision of that.
+        # Also set the weights that the forward pass uses, in their own precision.
         if self._partitioned:
             from deepspeed.runtime.zero import GatheredParameters
 
@@ -155,7 +164,7 @@ class EncoderState:
             parameter.data.copy_(value)
 
     def loss_scale(self) -> dict[str, float] | None:
-        """fp16's: the scale, and the steps since it changed or overflowed; None without one."""
+        """Return fp16's loss scale and the number of steps since it changed or overflowed, or None without a scaler."""
         if (ours := self._accelerator.scaler) is not None:
             state = ours.state_dict()
             return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}

@@ -1,11 +1,11 @@
 """The saved model: a folder of safetensors, JSON, YAML and Parquet. No pickle.
 
-manifest.json              format, shapes, label ranges and checksums, see `saved_folder`: the first thing read
+manifest.json              format, shapes, label ranges and checksums; read first, see `folder`
 config.yaml                the resolved configuration of the run
-encoder/                   Hugging Face layout, and penultimate.safetensors if there is such a layer
+encoder/                   Hugging Face layout, plus penultimate.safetensors if the encoder has that layer
 tokenizer/                 Hugging Face layout
-head-00000-of-00001.safetensors   one a rank: weight, index, bias of its labels (and of frequent ones: frequent.weight ...)
-labels.parquet             id and text of every label
+head-00000-of-00001.safetensors   one per rank: weight, index, bias of its labels; frequent.weight ... in a split head
+labels.parquet             id and text of each label
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from xmc_trainer.encoder.text_encoder import TextEncoder
 
 _HEAD_TENSORS = ("weight", "index", "bias")
-# What safetensors calls the types of tensors that a head has.
+# safetensors' names for the dtypes of a head's tensors.
 STORED_DTYPES = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8",
-    torch.int8: "I8",
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8",
 }  # fmt: skip
 SHARDS = ListOf({"file": NAME, "labels": (whole(0), whole(1))})
 _HEAD = {
@@ -72,7 +72,7 @@ _HEAD = {
 }
 MODEL = Kind(
     name="a saved model",
-    formats=(3, 4),  # 3: a list of heads, every row of the index ascending; 4: a digest of the manifest
+    formats=(3, 4),  # 3: a list of heads, index rows ascending; 4: a digest of the manifest
     signed=4,
     shape={
         "xmc_trainer": TEXT,
@@ -99,7 +99,7 @@ MODEL = Kind(
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, and wait until the disk has it."""
+    """Write a safetensors file and sync it to disk."""
     save_file(tensors, path)
     sync(path)
 
@@ -116,13 +116,13 @@ def save_model(
     step: int,
     config_yaml: str,
 ) -> None:
-    """Write the model; every rank must call, on one file system. The folder appears whole or not at all.
+    """Write a model folder atomically. Collective; all ranks must share the file system.
 
     Args:
-        encoder_state: the full state dict of `encoder`, on the main rank.
+        encoder_state: the full state dict of `encoder`, on rank 0.
         labels: columns id and text, in label order.
-        max_len: tokens a text is cut to.
-    Raises CannotWrite, on all ranks, if the disk fails one of them.
+        max_len: maximal number of tokens per text.
+    Raises CannotWrite on all ranks if a write of any rank fails.
     """
     ranks, parts = head.ranks, head.parts()
     shards = shard_names(ranks)
@@ -159,12 +159,12 @@ def save_model(
 
 
 def shard_names(ranks: Ranks) -> list[str]:
-    """Of the file of each rank."""
+    """Return the file name of each rank's shard."""
     return [f"head-{rank:05d}-of-{ranks.size:05d}.safetensors" for rank in range(ranks.size)]
 
 
 def shard_ranges(head: FixedFanInHead, shards: list[str]) -> list[dict[str, Any]]:
-    """Which of the head's labels each file has."""
+    """Return the range of the head's labels in each file, as the manifest stores it."""
     ranges = (head.labels_of(rank) for rank in range(len(shards)))
     return [{"file": name, "labels": [part.start, part.stop]} for name, part in zip(shards, ranges)]
 
@@ -172,7 +172,7 @@ def shard_ranges(head: FixedFanInHead, shards: list[str]) -> list[dict[str, Any]
 def load_shards(
     head: FixedFanInHead, folder: Path, prefix: str, shards: list[dict[str, Any]], names: Iterable[str]
 ) -> None:
-    """Read this rank's labels of the tensors `names`, of which none or all of a file's may be missing."""
+    """Read this rank's labels of the tensors `names`, skipping tensors that a file does not have."""
     for shard in shards:
         first, last = shard["labels"]
         start, stop = max(first, head.labels.start), min(last, head.labels.stop)
@@ -189,7 +189,7 @@ def load_shards(
 
 
 def _description(prefix: str, head: FixedFanInHead, shards: list[str]) -> dict[str, Any]:
-    """What a head is made from again: arguments of its class, and which of its labels each file has."""
+    """Describe a head for the manifest: constructor arguments, and the range of labels in each file."""
     return {
         "prefix": prefix,
         "arguments": {
@@ -207,7 +207,7 @@ def _description(prefix: str, head: FixedFanInHead, shards: list[str]) -> dict[s
 
 @dataclass(frozen=True)
 class SavedModel:
-    """What `load_model` gives: ready for inference on one device."""
+    """A loaded model, ready for inference on one device."""
 
     encoder: TextEncoder
     tokenizer: PreTrainedTokenizerBase
@@ -219,11 +219,11 @@ class SavedModel:
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedModel:
-    """Read a folder of `save_model`, whatever number of ranks wrote it; of the labels those of this rank.
+    """Load a folder of `save_model`, written by any number of ranks. The head holds only this rank's labels.
 
-    Raises UserError if the folder is not a model, is of another format, or a file is not what the manifest says.
+    Raises UserError if the folder is not a saved model, has an unknown format, or a file differs from the manifest.
     """
-    # It imports transformers, which takes seconds: who only looks for checkpoints, as a sweep does, need not wait for it.
+    # This imports transformers, which takes seconds. Sweeps, which only look for checkpoints, need not wait for it.
     from xmc_trainer.encoder.text_encoder import TextEncoder, check_tokens_fit, load_backbone, load_tokenizer
 
     folder = Path(folder)
@@ -231,7 +231,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     described = manifest["heads"]
     for name in manifest["sha256"]:
         if name.startswith("encoder/") and not name.endswith((".json", ".safetensors")):
-            raise UserError(f"{folder / name}: may hold code; a saved encoder is .json and .safetensors files alone")
+            raise UserError(f"{folder / name}: may hold code; a saved encoder has only .json and .safetensors files")
     try:
         _check_heads(folder, manifest)
         labels = _read_labels(folder / "labels.parquet", sum(each["arguments"]["num_labels"] for each in described))
@@ -241,13 +241,15 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
         load_backbone(str(folder / "encoder"), saved=True),
         load_tokenizer(str(folder / "tokenizer"), saved=True),
     )
-    said, max_len_is = manifest["encoder"], f"{folder}: max_len={manifest['max_len']} in manifest.json"
+    options, max_len_is = manifest["encoder"], f"{folder}: max_len={manifest['max_len']} in manifest.json"
     check_tokens_fit(
         backbone, tokenizer, manifest["max_len"], tokenizer_is=str(folder / "tokenizer"), max_len_is=max_len_is
     )
-    if said["feature_layers"] > getattr(backbone.config, "num_hidden_layers", 1):
-        raise UserError(f"{folder}: the encoder has fewer than {said['feature_layers']} layers; save the model again")
-    encoder = TextEncoder(backbone, **said)
+    if options["feature_layers"] > getattr(backbone.config, "num_hidden_layers", 1):
+        raise UserError(
+            f"{folder}: the encoder has fewer than {options['feature_layers']} layers; save the model again"
+        )
+    encoder = TextEncoder(backbone, **options)
     _check_encoder(encoder, folder, described[0]["arguments"]["in_features"])
     encoder.load_penultimate(folder / "encoder")
     heads = [_load_head(folder, description, device) for description in described]
@@ -264,11 +266,11 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
 
 
 def _check_heads(folder: Path, manifest: dict[str, Any]) -> None:
-    """ValueError where the heads cannot be made of their files: what was said about them, before memory is taken."""
+    """Check that the heads' files fit the manifest, before memory is allocated for them. Raises ValueError."""
     described = manifest["heads"]
     prefixes = [each["prefix"] for each in described]
     if prefixes not in ([""], [FREQUENT, ""]):
-        raise ValueError(f"heads {prefixes}: there must be one, or the frequent labels' and the others'")
+        raise ValueError(f"has the heads {prefixes}, which must be one head, or a frequent and a tail part")
     if len({(each["arguments"]["in_features"], each["arguments"]["loss"]) for each in described}) > 1:
         raise ValueError("its two heads differ in in_features or loss")
     headers: dict[str, dict[str, Any]] = {}
@@ -276,7 +278,7 @@ def _check_heads(folder: Path, manifest: dict[str, Any]) -> None:
         options = each["arguments"]
         d, fan_in = options["in_features"], options["fan_in"]
         if fan_in is not None and fan_in > d:
-            raise ValueError(f"fan_in {fan_in} of {d} features")
+            raise ValueError(f"its fan_in {fan_in} exceeds its {d} features")
         group = 1 if fan_in is None else options["group_size"]
         rows = {
             "weight": (STORED_DTYPES[getattr(torch, options["weight_dtype"])], [1, fan_in or d]),
@@ -287,7 +289,7 @@ def _check_heads(folder: Path, manifest: dict[str, Any]) -> None:
             folder, each["shards"], options["num_labels"], options["group_size"], each["prefix"], rows, headers
         )
     if left := [name for file, header in headers.items() for name in header]:
-        raise ValueError(f"a head's file holds {left[0]!r}, which nobody reads")
+        raise ValueError(f"a head's file holds the unknown tensor {left[0]!r}")
 
 
 def check_shards(
@@ -299,18 +301,23 @@ def check_shards(
     rows: dict[str, tuple[str, list[int]] | None],
     headers: dict[str, dict[str, Any]],
 ) -> None:
-    """ValueError unless the files' ranges are 0 to `labels`, one after another, cut between groups, and the tensors fit them.
+    """Check the shards of a head. Raises ValueError.
+
+    The files' ranges must cover the labels 0 to `labels` in order, cut between groups, and the tensors must fit the
+    ranges.
 
     Args:
-        rows: name -> (dtype as safetensors calls it, [labels that share a row, columns ...]) of each tensor; None: there is none.
-        headers: file name -> `tensor_header`, filled here; what was looked at is taken out.
+        rows: tensor name -> (safetensors' dtype name, [labels per row, columns ...]); None for a tensor that must be
+            absent.
+        headers: file name -> `tensor_header`. Filled here; tensors that were checked are removed.
     """
     at = 0
     for shard in shards:
         name, (start, stop) = shard["file"], shard["labels"]
         if start != at or stop <= start or stop > labels or (stop % group_size and stop != labels):
             raise ValueError(
-                f"{name} has the labels {start} to {stop} of {labels}, after those to {at}: they must be cut between groups of {group_size}"
+                f"{name} has the labels {start} to {stop} of {labels}, but must begin at {at} and end between groups "
+                f"of {group_size}"
             )
         at = stop
         header = headers.setdefault(name, tensor_header(folder / name))
@@ -318,35 +325,38 @@ def check_shards(
             found = header.pop(prefix + tensor, None)
             expected = row and (row[0], [-(-(stop - start) // row[1][0]), *row[1][1:]])
             if found != expected:
-                raise ValueError(f"{name}: {prefix + tensor} is {_said(found)}, must be {_said(expected)}")
+                raise ValueError(f"{name}: {prefix + tensor} is {_described(found)}, must be {_described(expected)}")
     if at != labels:
         raise ValueError(f"its files have {at} of {labels} labels")
 
 
-def _said(tensor: tuple[str, list[int]] | None) -> str:
+def _described(tensor: tuple[str, list[int]] | None) -> str:
     return "missing" if tensor is None else f"{tensor[0]} {tensor[1]}"
 
 
 def _check_encoder(encoder: TextEncoder, folder: Path, features: int) -> None:
-    """UserError where the encoder, its penultimate layer's file and the head's `features` do not fit."""
+    """Raise UserError unless the encoder, its penultimate layer's file and the head's `features` fit together."""
     if encoder.out_features != features:
         raise UserError(
-            f"{folder}: the encoder gives {encoder.out_features} features, the head reads {features}; save the model again"
+            f"{folder}: the encoder has {encoder.out_features} features, the head needs {features}; save the model again"
         )
     if encoder.penultimate is not None:
-        own = {f"penultimate.{name}": list(value.shape) for name, value in encoder.penultimate.state_dict().items()}
+        expected = {
+            f"penultimate.{name}": list(value.shape) for name, value in encoder.penultimate.state_dict().items()
+        }
         path = folder / "encoder" / "penultimate.safetensors"
-        if own != {name: shape for name, (_, shape) in tensor_header(path).items()}:
-            raise UserError(f"{path}: is not of this model, which has {own}; save the model again")
+        if expected != {name: shape for name, (_, shape) in tensor_header(path).items()}:
+            raise UserError(f"{path}: does not fit this model, which needs {expected}; save the model again")
 
 
 def _read_labels(path: Path, count: int) -> Any:
-    """The table of label ids and texts. ValueError if it is of another number of labels."""
+    """Read the table of label ids and texts. ValueError if it is damaged or does not have `count` labels."""
     try:
         file = pyarrow.parquet.ParquetFile(path)
         if file.metadata.num_rows != count or {"id", "text"} - set(file.schema_arrow.names):
             raise ValueError(
-                f"{path.name} has the columns {file.schema_arrow.names} of {file.metadata.num_rows} labels, the heads have {count}"
+                f"{path.name} has {file.metadata.num_rows} labels with the columns {file.schema_arrow.names}, must "
+                f"have {count} with id and text"
             )
         return file.read(["id", "text"])
     except pyarrow.ArrowException as error:
@@ -356,7 +366,7 @@ def _read_labels(path: Path, count: int) -> Any:
 def _load_head(folder: Path, description: dict[str, Any], device: str | torch.device) -> FixedFanInHead:
     options, prefix = dict(description["arguments"]), description["prefix"]
     options["weight_dtype"] = getattr(torch, options["weight_dtype"])
-    # Made without memory first: nothing is drawn at random only to be overwritten.
+    # Start on the meta device, so that no random weights are drawn only to be overwritten.
     head = FixedFanInHead(**options, optimizer=SGD(), device="meta").to_empty(device=device)
     head.skipped.zero_()
     load_shards(head, folder, prefix, description["shards"], _HEAD_TENSORS)
@@ -365,8 +375,8 @@ def _load_head(folder: Path, description: dict[str, Any], device: str | torch.de
 
 
 def check_index(head: FixedFanInHead, folder: Path) -> None:
-    """UserError where a label reads a feature that there is not: kernels would read foreign memory."""
+    """Raise UserError if the index names a feature out of range, because kernels would read out of bounds."""
     if head.index is not None and not 0 <= int(head.index.min()) <= int(head.index.max()) < head.in_features:
         raise UserError(
-            f"{folder}: its index names features beyond the {head.in_features} that there are; save it again"
+            f"{folder}: its index names features beyond the {head.in_features} of the encoder; save it again"
         )

@@ -1,10 +1,10 @@
-"""Folders of files made once and read many times: sealed with hashes, verified at every opening, made by one process.
+"""A cache of folders, each written once by one process, hashed, and verified whenever it is opened.
 
-A cache folder holds, for each entry,
+For each entry, the cache folder holds
 
-<name>/             the entry, whole; its manifest.json lists every file with size and hash
-<name>.<x>.partial/ one that is being made, or that its dead maker left behind
-<name>.lock         held by the maker
+<name>/             the complete entry; its manifest.json lists every file with size and hash
+<name>.<x>.partial/ an entry that is being written, or left behind by a process that died
+<name>.lock         the lock of the process that writes the entry
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import xxhash
 
@@ -30,21 +30,21 @@ _BLOCK = 1 << 22
 
 
 class Damaged(Exception):
-    """An entry that is not there, or not as it was made: the message says what is wrong."""
+    """An entry is missing or differs from what was written. The message says what is wrong."""
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of an entry: its files as they are now, and `facts` about them, which JSON can hold."""
+    """Write the manifest of an entry: size and hash of its files, and `facts`, which must be valid JSON values."""
     files = {path.name: [path.stat().st_size, _digest(path)] for path in sorted(folder.iterdir())}
     body = json.dumps({"files": files, "facts": facts}).encode()
     (folder / _MANIFEST).write_bytes(body + b"\n" + _digest_of(body))
 
 
 def unseal(folder: Path) -> dict[str, Any]:
-    """The facts about an entry whose every file is as it was sealed. Raises Damaged.
+    """Verify all files of an entry and return its facts. Raises Damaged.
 
-    Reads all files, at about the speed of memory: only then may they be memory-mapped. A flipped bit in an Arrow file gives
-    other data, or a crash of the process.
+    This reads every file, at about memory speed. Verify before memory-mapping: a flipped bit in an Arrow file changes
+    the data or crashes the process.
     """
     try:
         body, _, digest = (folder / _MANIFEST).read_bytes().partition(b"\n")
@@ -76,18 +76,18 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Waits while another process makes the entry `target`; what dead makers left behind is gone then.
+    """Hold the lock of the entry `target`, waiting for another holder. Removes what dead processes left in the cache.
 
-    The lock ends with the process that took it, and its children do not have it (`lockf`, not `flock`).
+    The lock ends with this process. Forked children do not hold it, because it is a `lockf` lock, not a `flock` lock.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     path = _lock_file(target)
-    lock = _take(path, wait=True)
+    lock = _acquire(path, wait=True)
     try:
-        for owner in {
+        for name in {
             entry.name.split(".")[0] for entry in target.parent.iterdir() if entry.suffix in (".partial", ".lock")
         }:
-            _remove_leftovers(target.with_name(owner), own=owner == target.name)
+            _remove_leftovers(target.with_name(name), locked_here=name == target.name)
         yield
     finally:
         path.unlink(missing_ok=True)
@@ -98,24 +98,28 @@ def _lock_file(target: Path) -> Path:
     return target.with_name(f"{target.name}.lock")
 
 
-def _take(path: Path, wait: bool) -> int | None:
-    """The descriptor of a lock file, held; None if another process holds it and `wait` is false."""
+@overload
+def _acquire(path: Path, wait: Literal[True]) -> int: ...
+@overload
+def _acquire(path: Path, wait: bool) -> int | None: ...
+def _acquire(path: Path, wait: bool) -> int | None:
+    """Lock a lock file and return its descriptor. Returns None if another process holds it and `wait` is false."""
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
         try:
             if os.fstat(lock).st_uid == os.geteuid():
-                os.fchmod(lock, path.parent.stat().st_mode & 0o666)  # for whoever else may write there
+                os.fchmod(lock, path.parent.stat().st_mode & 0o666)  # so that all users of the cache can lock it
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            held = error.errno in (errno.EAGAIN, errno.EACCES)  # else this file system has no locks
+            held = error.errno in (errno.EAGAIN, errno.EACCES)  # otherwise the file system has no locks
             if not wait:
                 os.close(lock)
                 return None
             if not held:
                 return lock
-            logger.warning("%s: another process makes this; waiting for it", path.with_suffix(""))
+            logger.warning("%s: another process is writing this; waiting for it", path.with_suffix(""))
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        # Whoever held it removed it in the end: a file without a name locks nothing.
+        # The previous holder has deleted the file. A lock on a deleted file excludes nobody, so try again.
         try:
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
@@ -124,29 +128,33 @@ def _take(path: Path, wait: bool) -> int | None:
         os.close(lock)
 
 
-def _remove_leftovers(target: Path, own: bool) -> None:
-    """Partial folders of an entry, if its maker is dead. `own`: this process holds the entry's lock."""
+def _remove_leftovers(target: Path, locked_here: bool) -> None:
+    """Remove an entry's partial folders unless another process is writing it.
+
+    Args:
+        locked_here: this process holds the entry's lock.
+    """
     with suppress(OSError):
-        lock = None if own else _take(_lock_file(target), wait=False)
-        if not own and lock is None:
+        lock = None if locked_here else _acquire(_lock_file(target), wait=False)
+        if not locked_here and lock is None:
             return
         for partial in target.parent.glob(f"{target.name}.*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
-        if not own:
+        if lock is not None:
             _lock_file(target).unlink()
             os.close(lock)
 
 
 @contextmanager
 def making(target: Path) -> Iterator[Path]:
-    """An empty folder to make the entry `target` in, which takes the place of what is there when the block ends well."""
-    made = [_beside(target)]
+    """Give an empty folder, which becomes the entry `target` when the block ends without an error."""
+    made = [_make_partial(target)]
     try:
-        made[0].chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp's is for one user only
+        made[0].chmod(target.parent.stat().st_mode & 0o777)  # mkdtemp's folders are private to the user
         yield made[0]
         if os.path.lexists(target):
-            # Aside first: a folder cannot be replaced. Those who have its files mapped keep them.
-            made.append(_beside(target))
+            # os.replace cannot replace a folder that has files, so move it away. Existing memory maps stay valid.
+            made.append(_make_partial(target))
             os.replace(target, made[1] / "old")
         os.replace(made[0], target)
     finally:
@@ -154,5 +162,5 @@ def making(target: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _beside(target: Path) -> Path:
+def _make_partial(target: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{target.name}.", suffix=".partial", dir=target.parent))

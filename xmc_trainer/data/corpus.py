@@ -1,7 +1,7 @@
-"""The corpus: a source, tokenised once, as memory-mapped Arrow files that are found again by content.
+"""The corpus: a source tokenised once into memory-mapped Arrow files, which are cached by content.
 
-A folder of the cache, named by the fingerprint, holds train.arrow, test.arrow, labels.arrow, filter_ids.npy and
-filter_offsets.npy (if there are pairs to leave out), and manifest.json with their hashes.
+A cache folder is named by the corpus's fingerprint. It holds train.arrow, test.arrow, labels.arrow, manifest.json with
+their hashes, and filter_ids.npy and filter_offsets.npy if the source has filter pairs.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from transformers import PreTrainedTokenizerBase
 from xmc_trainer.data.cache import Damaged, locked, making, seal, unseal
 from xmc_trainer.data.hugging_face import hf_source as open_hf
 from xmc_trainer.data.sources import Contents, Ragged, Row, Source, lf_source, raw_source
-from xmc_trainer.data.tokenise import ROWS_A_BATCH, tokenised
+from xmc_trainer.data.tokenise import ROWS_PER_BATCH, tokenised
 from xmc_trainer.errors import UserError, reason
 
 logger = logging.getLogger(__name__)
 
-# Changes whenever the files of the cache change their meaning.
+# Increase when the meaning of the cached files changes.
 _CACHE_FORMAT = 4
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 _LABEL_FEATURES = Features({"id": Value("string"), "text": Value("string")})
@@ -45,11 +45,13 @@ class Corpus:
     """A tokenised data set.
 
     Attributes:
-        train, test: columns input_ids (int32, special tokens included, cut to max_len, unpadded), labels (int32,
-            ascending; see `places`) and length (tokens).
-        labels: columns id and text, one row a label, in the order in which the head holds them.
-        filter_pairs: labels to leave out of the ranking of each test row; None: nothing to leave out.
-        fingerprint: hash of the source files' content, how they are read, and the tokenizer.
+        train, test: columns input_ids (int32, with special tokens, truncated to max_len, unpadded), labels (int32,
+            ascending; see `places`) and length (int32, tokens).
+        labels: columns id and text, one row per label, in the head's label order.
+        filter_pairs: labels to exclude from the ranking of each test row, or None.
+        fingerprint: hash of the source files' content, the reading options and the tokenizer.
+        texts: training texts. The rows of `train` after them are made from label texts.
+        places: int32 [L], label number in `train` and `test` -> row of `labels`. None: they are equal.
     """
 
     train: Dataset
@@ -57,10 +59,8 @@ class Corpus:
     labels: Dataset
     filter_pairs: Ragged | None
     fingerprint: str
-    texts: int  # real training texts: rows made from label texts come after them
-    places: np.ndarray | None = (
-        None  # int32 [L]: where each label number of train and test stands in `labels`; None: there
-    )
+    texts: int
+    places: np.ndarray | None = None
 
     @property
     def num_labels(self) -> int:
@@ -68,18 +68,18 @@ class Corpus:
 
     @functools.cached_property
     def label_order(self) -> str:
-        """Hash of the labels' ids, in the order in which the head holds them."""
+        """Hash of the label ids in the head's label order."""
         digest = hashlib.sha256()
         for label in self.labels["id"]:
             digest.update(f"{label}\n".encode())
         return digest.hexdigest()
 
     def lengths(self, split: str) -> np.ndarray:
-        """Tokens of every text of "train" or "test", int32."""
+        """Return the number of tokens of each text, int32 [texts]. `split` is "train" or "test"."""
         return getattr(self, split).data.column("length").to_numpy()
 
     def label_counts(self) -> np.ndarray:
-        """Real training texts of every label, int64 [num_labels]."""
+        """Count the training texts of each label, int64 [L], without rows made from label texts."""
         counts = np.zeros(self.num_labels, dtype=np.int64)
         for chunk in self.train.data.column("labels").slice(0, self.texts).chunks:
             np.add.at(counts, chunk.flatten().to_numpy().astype(np.int64), 1)
@@ -90,36 +90,36 @@ class Corpus:
         return placed
 
     def log_frequency(self) -> np.ndarray:
-        """log of how many more training texts a label has than the average one, float32 [num_labels]; without any it counts half."""
+        """Return log(training texts / mean over labels) of each label, float32 [L]. 0 texts count as 0.5."""
         counts = self.label_counts()
         return np.log(np.maximum(counts, 0.5) / counts.mean()).astype(np.float32)
 
     def train_labels(self) -> Ragged:
-        """The labels of every training row."""
+        """Return the labels of each training row, as rows of `labels`."""
         return self._placed(flatten_lists(self.train.data.column("labels")))
 
     def test_labels(self) -> Ragged:
-        """The labels of every test text."""
+        """Return the labels of each test row, as rows of `labels`."""
         return self._placed(flatten_lists(self.test.data.column("labels")))
 
     def _placed(self, labels: Ragged) -> Ragged:
         return labels if self.places is None else Ragged(self.places[labels.ids], labels.offsets)
 
     def reordered(self, order: np.ndarray) -> Corpus:
-        """The same data with the labels in another order: `order` [L] gives for each new place the present one."""
-        moved = np.empty(len(order), dtype=np.int32)
-        moved[order] = np.arange(len(order), dtype=np.int32)
+        """Return the same data with the labels reordered: new label i is the old label order[i]. `order`: int [L]."""
+        new_place = np.empty(len(order), dtype=np.int32)
+        new_place[order] = np.arange(len(order), dtype=np.int32)
         pairs = self.filter_pairs
         return dataclasses.replace(
             self,
             labels=self.labels.select(order),
-            filter_pairs=None if pairs is None else Ragged(moved[pairs.ids], pairs.offsets),
-            places=moved if self.places is None else moved[self.places],
+            filter_pairs=None if pairs is None else Ragged(new_place[pairs.ids], pairs.offsets),
+            places=new_place if self.places is None else new_place[self.places],
         )
 
 
 def flatten_lists(column: pa.ChunkedArray) -> Ragged:
-    """An Arrow list column as numpy arrays, without Python lists in between."""
+    """Convert an Arrow list column to numpy arrays without Python lists."""
     counts = [chunk.value_lengths().to_numpy() for chunk in column.chunks]
     ids = [chunk.flatten().to_numpy() for chunk in column.chunks]
     offsets = np.zeros(len(column) + 1, dtype=np.int64)
@@ -147,26 +147,28 @@ def load_corpus(
     num_labels: int | None = None,
     progress: bool = True,
 ) -> Corpus:
-    """The tokenised data set, from the cache if the same content was tokenised the same way before.
+    """Tokenise a data set, or open it from the cache if the same content was tokenised the same way before.
 
-    What is in the cache is verified, and made again if it is damaged.
+    A cache entry is verified, and written again if it is damaged.
 
     Args:
-        folder: of layout "raw" or "lf"; "hf" reads `hf_source` instead (see `xmc_trainer.data.sources`).
-        label_text_file, test_split: layout "raw" only.
-        augment_label_data: layout "lf", or "raw" with a label_text_file.
-        use_filter_eval: layout "lf" only.
-        max_len: tokens a text is cut to.
-        num_labels: what the data must say; None: anything.
-        progress: show progress bars, and say what the source noticed: empty texts, unused label texts and the like.
-    Raises UserError for whatever is wrong with the files; the cache then stays as it was.
+        layout: "raw" or "lf" reads `folder`, "hf" reads `hf_source` (see `xmc_trainer.data.sources`).
+        label_text_file, test_split: only for layout "raw".
+        augment_label_data: for layout "lf", and for "raw" with a label_text_file.
+        use_filter_eval: only for layout "lf".
+        max_len: maximal number of tokens per text.
+        num_labels: the expected number of labels; None accepts any.
+        progress: show progress bars, and log the source's warnings: empty texts, unused label texts and so on.
+    Raises UserError for defects of the files and leaves the cache unchanged.
     """
     folder = Path(folder)
+    origin: Path | str = folder
     if layout == "raw":
         source = raw_source(folder, label_text_file, augment_label_data, test_split)
     elif layout == "lf":
         source = lf_source(folder, augment_label_data, use_filter_eval)
     elif layout == "hf" and hf_source:
+        origin = hf_source
         source = open_hf(hf_source, hf_train_split, hf_test_split, text_column, label_column)
     else:
         raise ValueError(f"layout={layout!r}, hf_source={hf_source!r}: choose raw, lf, or hf with hf_source")
@@ -175,7 +177,7 @@ def load_corpus(
     def make(part: Path) -> None:
         contents = source.read()
         _check_num_labels(num_labels, len(contents.labels))
-        _build(part, contents, folder if layout != "hf" else hf_source, tokenizer, max_len, progress)
+        _build(part, contents, origin, tokenizer, max_len, progress)
 
     corpus, notes = _open_or_make(_cache_folder(cache_dir) / fingerprint, make)
     _check_num_labels(num_labels, corpus.num_labels)
@@ -189,19 +191,23 @@ def _cache_folder(name: str | Path) -> Path:
     try:
         folder = Path(name).expanduser()
         os.path.realpath(folder)
-    except (RuntimeError, ValueError) as error:  # ~ of a user that there is not; a zero byte, half a surrogate pair
-        raise UserError(f"data.cache_dir={name}: no name of a folder ({error}); name another") from None
+    except (RuntimeError, ValueError) as error:  # ~ names an unknown user; a zero byte or a lone surrogate
+        raise UserError(f"data.cache_dir={name}: is not a valid folder name ({error}); name another") from None
     return folder
 
 
 def _open_or_make(target: Path, make: Callable[[Path], None]) -> tuple[Corpus, list[str]]:
-    """The corpus in the cache folder `target`, and what its source had to say. `make` fills an empty folder with it."""
+    """Open the cache entry `target`, after writing it if needed. Returns the corpus and its source's notes.
+
+    Args:
+        make: writes the entry into an empty folder.
+    """
     with suppress(Damaged):
         return _open(target)
     try:
         with locked(target):
             try:
-                return _open(target)  # another process made it meanwhile
+                return _open(target)  # another process may have written it meanwhile
             except Damaged as error:
                 if os.path.lexists(target):
                     logger.warning("%s; the texts are tokenised again", error)
@@ -209,19 +215,19 @@ def _open_or_make(target: Path, make: Callable[[Path], None]) -> tuple[Corpus, l
                 make(part)
     except OSError as error:
         raise UserError(
-            f"data.cache_dir={target.parent}: cannot be written ({error.strerror or reason(error)}); name a folder that "
-            "can be written and has room"
+            f"data.cache_dir={target.parent}: cannot be written ({error.strerror or reason(error)}); name a writable "
+            "folder with enough space"
         ) from None
     try:
         return _open(target)
     except Damaged as error:
         raise UserError(
-            f"data.cache_dir={target.parent}: {error}, just after it was written; name a folder on another disk"
+            f"data.cache_dir={target.parent}: {error} just after it was written; name a folder on another disk"
         ) from None
 
 
 def _open(folder: Path) -> tuple[Corpus, list[str]]:
-    """What `_build` wrote. Raises Damaged if it is not all there as it was written."""
+    """Open an entry that `_build` wrote. Raises Damaged if it is missing or differs from what was written."""
     facts = unseal(folder)
     train, test, labels = (Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("train", "test", "labels"))
     filter_pairs = None
@@ -230,9 +236,9 @@ def _open(folder: Path) -> tuple[Corpus, list[str]]:
     return Corpus(train, test, labels, filter_pairs, fingerprint=folder.name, texts=facts["texts"]), facts["notes"]
 
 
-def _check_num_labels(wanted: int | None, found: int) -> None:
-    if wanted not in (None, found):
-        raise UserError(f"data.num_labels={wanted}: the data have {found} labels; correct it, or set it to null")
+def _check_num_labels(expected: int | None, found: int) -> None:
+    if expected not in (None, found):
+        raise UserError(f"data.num_labels={expected}: the data have {found} labels; correct it, or set it to null")
 
 
 def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> str:
@@ -252,12 +258,12 @@ def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """A tokenizer is what it does: the name of its folder or hub id says nothing about its content."""
+    """Return the tokenizer's content. Its folder or hub id would not do: the files behind a name can change."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: Any = [tokenizer.get_vocab(), {name: str(value) for name, value in tokenizer.init_kwargs.items()}]
     else:
-        # Truncation and padding are what it was last called with.
+        # Truncation and padding are left over from the last call.
         content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     return [type(tokenizer).__name__, tokenizer.truncation_side, content]
 
@@ -270,7 +276,7 @@ def _build(
     max_len: int,
     progress: bool,
 ) -> None:
-    """Write everything that the cache keeps of a data set into an empty folder."""
+    """Write a data set's cache entry into an empty folder."""
     sizes = {}
     for split, rows in (("train", contents.train()), ("test", contents.test())):
         with tqdm(desc=f"tokenise {split}", unit="text", disable=not progress) as bar:
@@ -278,8 +284,8 @@ def _build(
         if not sizes[split]:
             raise UserError(f"{origin}: the {split} set has no texts with labels; check its files")
     with _arrow_writer(folder / "labels.arrow", _LABEL_FEATURES.arrow_schema) as writer:
-        for start in range(0, len(contents.labels), ROWS_A_BATCH):
-            columns = [pa.array(column) for column in zip(*contents.labels[start : start + ROWS_A_BATCH])]
+        for start in range(0, len(contents.labels), ROWS_PER_BATCH):
+            columns = [pa.array(column) for column in zip(*contents.labels[start : start + ROWS_PER_BATCH])]
             writer.write_batch(pa.record_batch(columns, schema=_LABEL_FEATURES.arrow_schema))
     if contents.filter_pairs is not None:
         np.save(folder / "filter_ids.npy", contents.filter_pairs.ids)
@@ -294,7 +300,7 @@ def _arrow_writer(path: Path, schema: pa.Schema) -> Iterator[pa.ipc.RecordBatchS
 
 
 def _write_tokens(path: Path, rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase, max_len: int, bar: tqdm) -> int:
-    """Tokenise rows as they come into an Arrow file; returns their number."""
+    """Tokenise a stream of rows into an Arrow file. Returns the number of rows."""
     written = 0
     waiting: list[tuple[Ragged, list[list[int]]]] = []
     with _arrow_writer(path, _FEATURES.arrow_schema) as writer:
@@ -302,8 +308,8 @@ def _write_tokens(path: Path, rows: Iterator[Row], tokenizer: PreTrainedTokenize
             waiting.append((tokens, labels))
             written += len(labels)
             bar.update(len(labels))
-            # Batches of long texts have few rows, and a file of many small record batches is slow to read.
-            if sum(len(labels) for _, labels in waiting) >= ROWS_A_BATCH:
+            # Batches of long texts have few rows; combine them, because many small record batches are slow to read.
+            if sum(len(labels) for _, labels in waiting) >= ROWS_PER_BATCH:
                 writer.write_batch(_record_batch(waiting))
                 waiting = []
         if waiting:

@@ -1,7 +1,7 @@
-"""Hugging Face datasets as a source: files as the hub stores them, data sets of `save_to_disk`, or hub ids.
+"""Read Hugging Face data sets: files as the hub stores them, folders of `save_to_disk`, or hub ids.
 
-Only the two columns of texts and labels are read. Nothing that comes with a data set is run: the datasets library has no
-loading scripts since version 4, and what is read here is JSON, Parquet and Arrow.
+Only the text column and the label column are read. No code of a data set is run: the datasets library has no loading
+scripts since version 4, and this module reads only JSON, Parquet and Arrow.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, jso
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError, reason, shown
 
-_ROWS_A_READ = 2000
-_KINDS = (".parquet", ".jsonl", ".jsonl.gz")
-_DEPTH = 3  # folders that files may lie below the one that is named
-# With a comma in more than this share of the rows that are strings, they seem to be lists.
-_ODD_SHARE = 0.2
+_ROWS_PER_READ = 2000
+_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz")
+_DEPTH = 3  # levels of folders searched, including the named one
+# If more than this share of the rows that are strings has a comma, warn.
+_COMMA_SHARE = 0.2
 
-# What pyarrow raises for damaged files; ValueError and OverflowError: for a value that Python has no object for.
+# pyarrow's exceptions for damaged files. ValueError and OverflowError: a value that no Python object can hold.
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 Record = dict[str, Any]
@@ -37,35 +37,35 @@ class _Split(NamedTuple):
     """One split of a source."""
 
     files: list[Path]
-    records: Callable[[list[str]], Iterator[tuple[str, Record]]]  # columns -> ("file, row n", those columns' values)
-    class_names: list[str] | None = None  # of a column of class labels
+    records: Callable[[list[str]], Iterator[tuple[str, Record]]]  # column names -> ("file, row n", their values)
+    class_names: list[str] | None = None  # of the label column, if it holds class labels
 
 
 def hf_source(name: str, train_split: str, test_split: str, text_column: str, label_column: str) -> Source:
-    """A Hugging Face datasets source.
+    """Open a Hugging Face data set.
 
-    The labels are those seen in training, unless the column is of class labels, or multi-hot: then all classes.
+    The label set is that of the training split. For class labels and multi-hot columns it is all classes.
 
     Args:
-        name: a folder with files of `_find_files`; a folder of `save_to_disk`; or a hub id.
-        label_column: what `_Column` understands.
+        name: a folder with the files of `_find_files`, a folder of `save_to_disk`, or a hub id.
+        label_column: see `_LabelColumn` for the accepted values.
     """
     if text_column == label_column:
-        raise UserError(f"data.label_column={label_column}: is data.text_column, too; name the column of the labels")
+        raise UserError(f"data.label_column={label_column}: is also data.text_column; name the column with the labels")
     columns = [text_column, label_column]
     train, test = (_open_split(name, split, columns) for split in (train_split, test_split))
 
     def read() -> Contents:
         notes: dict[str, str] = {}
-        column = _Column(label_column, train.class_names)
+        column = _LabelColumn(label_column, train.class_names)
         seen = column.scan(train)
         if test.class_names != train.class_names:
             raise UserError(
-                f"data.hf_source={name}: the class labels of {label_column!r} in {test_split} are not those in "
+                f"data.hf_source={name}: the class labels of {label_column!r} in {test_split} differ from those in "
                 f"{train_split}; give both splits the same"
             )
         column.scan(test)
-        column.settle(f"data.hf_source={name}", notes)
+        column.decide(f"data.hf_source={name}", notes)
         vocabulary = Vocabulary.of(seen) if column.classes is None else Vocabulary(column.classes)
         if not vocabulary.names:
             raise UserError(
@@ -87,32 +87,32 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
             notes=notes,
         )
 
-    # The name identifies what has no files of its own; names of classes may stand in other files than the rows.
-    own_files = train.files and test.files
-    identity = json.dumps([None if own_files else name, train_split, test_split, *columns, train.class_names])
+    # Without files, the name identifies the data set. Class names may be stored outside the files with the rows.
+    has_files = train.files and test.files
+    identity = json.dumps([None if has_files else name, train_split, test_split, *columns, train.class_names])
     return Source([*train.files, *test.files], identity, read)
 
 
-class _Column:
-    """How a column holds labels: one rule for all rows, found by a pass over them.
+class _LabelColumn:
+    """The format of a label column. `scan` collects facts over all rows, then `decide` picks one format for them all.
 
-    A row holds a label or a list of labels; null is no label. A label is a name (a string; a whole number used as a name)
-    or a class label. Lists of equal length n with only the whole numbers 0 and 1 in them are multi-hot: labels are the n
-    classes, by the names of the class labels, or 0 to n - 1. Lists of labels do not repeat a label, so n >= 3 leaves no
-    doubt. With n = 1 a list holds the label 0 or 1. With n = 2 there is doubt if every list is [0, 1] or [1, 0], and lists
-    of different lengths are in doubt if one repeats a number: both are refused.
+    A row holds a label, a list of labels, or null for no label. A label is a name (a string, or a whole number used as
+    a name) or a class label. Lists of one length n that hold only 0 and 1 are multi-hot: the labels are the n classes,
+    named by the class labels or 0 to n - 1. A list of labels never repeats a label, so n >= 3 is unambiguous. With n =
+    1 a list holds the label 0 or 1. Two cases are ambiguous and refused: n = 2 if every list is [0, 1] or [1, 0], and
+    lists of different lengths if one repeats a number.
     """
 
     def __init__(self, name: str, class_names: list[str] | None) -> None:
         self.name = name
-        self.classes = class_names  # all labels, where the column itself says what there is
+        self.classes = class_names  # all labels, if the column itself defines them
         self._class_names = class_names
-        self._multi_hot = False
+        self._multi_hot: list[str] | None = None  # the classes, if the column is multi-hot
         self._only_bits, self._repeats, self._lengths = True, False, set[int]()
         self._strings, self._commas, self._example = 0, 0, ""
 
     def scan(self, split: _Split) -> set[str]:
-        """Look at all rows of a split. Returns the names in it, if it is not multi-hot."""
+        """Read all rows of a split. Returns the label names, which are valid unless the column is multi-hot."""
         seen: set[str] = set()
         for where, record in split.records([self.name]):
             value = record[self.name]
@@ -131,8 +131,8 @@ class _Column:
                 seen.update(map(str, entries))
         return seen
 
-    def settle(self, where: str, notes: dict[str, str]) -> None:
-        """Decide what the column is, after all scans."""
+    def decide(self, where: str, notes: dict[str, str]) -> None:
+        """Choose the column's format, after all scans. Adds a note about commas. UserError if it is ambiguous."""
         column = f"column {self.name!r}"
         where = f"{where}: {column}"
         if self._only_bits and max(self._lengths, default=0) > 1:
@@ -140,59 +140,59 @@ class _Column:
             if len(self._lengths) > 1:
                 if self._repeats:
                     raise UserError(
-                        f"{where} holds lists of 0 and 1 of different lengths; write one number for each class in every row "
-                        "(multi-hot), or lists of labels without repeats"
+                        f"{where} holds lists of 0 and 1 with different lengths; write one number per class in every "
+                        "row (multi-hot), or lists of distinct labels"
                     )
             else:
                 (length,) = self._lengths
                 if self._repeats and classes in (None, length):
-                    self._multi_hot = True
-                    self.classes = self._class_names or [str(number) for number in range(length)]
+                    self._multi_hot = self.classes = self._class_names or [str(number) for number in range(length)]
                 elif self._repeats:
                     raise UserError(
-                        f"{where} holds lists of {length} times 0 or 1, and there are {classes} class labels; write one "
-                        "number for each class (multi-hot), or lists of class labels without repeats"
+                        f"{where} holds lists of {length} numbers 0 or 1, but there are {classes} class labels; write "
+                        "one number per class (multi-hot), or lists of distinct class labels"
                     )
                 elif length == 2 and classes in (None, 2):
                     raise UserError(
-                        f"{where} holds [0, 1] or [1, 0] in every row, which may be a list of two labels or multi-hot; "
-                        "write the labels' names"
+                        f"{where} holds [0, 1] or [1, 0] in every row, which may be two labels or multi-hot; write "
+                        "label names instead"
                     )
-        if self._commas > _ODD_SHARE * self._strings:
+        if self._commas > _COMMA_SHARE * self._strings:
             notes["label commas"] = (
                 f"{column}: {self._commas} of {self._strings} rows are one string with a comma or semicolon, like "
-                f"{shown(self._example)!r}, which is read as one label; if it is several, write a list of strings"
+                f"{shown(self._example)!r}; each is read as one label; write several labels as a list of strings"
             )
 
     def names(self, value: Any, where: str) -> list[str]:
-        """The label names of a row."""
+        """Return the label names of a row."""
         entries = self._entries(value, where)
-        if self._multi_hot:
-            return [name for name, bit in zip(self.classes, entries) if bit]
+        if self._multi_hot is not None:
+            return [name for name, bit in zip(self._multi_hot, entries) if bit]
         if self._class_names is None:
             return [str(entry) for entry in entries]
         return [self._class_names[entry] for entry in entries]
 
     def _entries(self, value: Any, where: str) -> list[Any]:
-        """A row as a list of names or numbers. UserError for anything else."""
+        """Return a row as a list of names or numbers. UserError for other values."""
         where = f"{where}: column {self.name!r}"
         entries = value if isinstance(value, list) else [] if value is None else [value]
-        kinds = (int,) if self._class_names is not None else (int, str)
+        allowed = (int,) if self._class_names is not None else (int, str)
         for entry in entries:
-            if type(entry) not in kinds:
-                kind = "null" if entry is None else type(entry).__name__
-                remedy = "; write the whole numbers 0 and 1 for multi-hot" if kind in ("bool", "float") else ""
+            if type(entry) not in allowed:
+                found = "null" if entry is None else type(entry).__name__
+                remedy = "; for multi-hot, write the whole numbers 0 and 1" if found in ("bool", "float") else ""
                 raise UserError(
-                    f"{where} must hold names or whole numbers, one or a list of them, not {kind}{' in a list' * (entries is value)}"
-                    f"{remedy}; correct it, or set data.label_column"
+                    f"{where} must hold a name, a whole number or a list of them, not {found}"
+                    f"{' in a list' * (entries is value)}{remedy}; correct it, or set data.label_column"
                 )
             if type(entry) is str:
                 check_unicode(entry, where)
                 if not entry.strip():
-                    raise UserError(f"{where} holds an empty label name; remove it, or write null or [] for no label")
+                    raise UserError(f"{where} holds an empty label name; remove it; for no label, write null or []")
             elif self._class_names is not None and not 0 <= entry < len(self._class_names):
                 raise UserError(
-                    f"{where}: label {shown(entry)} is out of range: there are {len(self._class_names)} class labels; correct it"
+                    f"{where}: label {shown(entry)} is out of range: there are {len(self._class_names)} class labels; "
+                    "correct it"
                 )
         return entries
 
@@ -203,16 +203,18 @@ class _Column:
 def _open_split(name: str, split: str, columns: list[str]) -> _Split:
     try:
         folder = Path(name).expanduser()
-    except RuntimeError as error:  # ~ of a user that there is not
+    except RuntimeError as error:  # ~ names an unknown user
         raise UserError(f"data.hf_source={name}: {error}; name a folder or hub id") from None
-    # os.path: Path's methods raise for names that are too long.
+    # Path's methods raise for names that are too long; os.path returns False.
     if os.path.isfile(folder):
-        raise UserError(f"data.hf_source={name}: a file; name its folder, with {split}.parquet or {split}.jsonl in it")
+        raise UserError(
+            f"data.hf_source={name}: is a file; name the folder that holds {split}.parquet or {split}.jsonl"
+        )
     if not os.path.isdir(folder):
         return _open_dataset(lambda: datasets.load_dataset(name, split=split), f"data.hf_source={name}", split, columns)
     saved = folder / split
     try:
-        is_saved = (saved / "state.json").is_file() and not any(map(os.path.exists, _exact(folder, split)))
+        is_saved = (saved / "state.json").is_file() and not any(map(os.path.exists, _unsplit_files(folder, split)))
         files = [] if is_saved else _find_files(folder, split)
     except OSError as error:
         raise UserError(
@@ -222,25 +224,27 @@ def _open_split(name: str, split: str, columns: list[str]) -> _Split:
         return _open_dataset(lambda: datasets.load_from_disk(str(saved)), str(saved), split, columns)
     if not files:
         raise UserError(
-            f"data.hf_source={name}: the folder has no {split}.parquet, {split}.jsonl or folder {split} of save_to_disk, nor "
-            f"parts of them such as {split}-00000-of-00002.parquet; set data.hf_train_split and data.hf_test_split"
+            f"data.hf_source={name}: the folder has no {split}.parquet, no {split}.jsonl, no folder {split} of "
+            f"save_to_disk and no parts such as {split}-00000-of-00002.parquet; set data.hf_train_split and "
+            "data.hf_test_split"
         )
     if files[0].suffix == ".parquet":
         return _open_parquet(files, columns)
     return _Split(files, lambda wanted: _json_records(files, wanted))
 
 
-def _exact(folder: Path, split: str) -> list[Path]:
-    return [folder / f"{split}{kind}" for kind in _KINDS]
+def _unsplit_files(folder: Path, split: str) -> list[Path]:
+    return [folder / f"{split}{extension}" for extension in _EXTENSIONS]
 
 
 def _find_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split, in the order of their rows; none if there are none.
+    """Return the files of a split in row order, or [].
 
-    <split>.parquet, <split>.jsonl or <split>.jsonl.gz in the folder; else the one set of parts, <split>-00000-of-00005.parquet
-    or similar, or files in a folder named <split> (or <split>.parquet), in the folder or the nearest below it.
+    First choice: <split>.parquet, <split>.jsonl or <split>.jsonl.gz in the folder. Otherwise parts such as
+    <split>-00000-of-00005.parquet, or files in a folder named <split> or <split>.parquet, on the first level of folders
+    that has any. UserError if a level has several such sets, or if parts are missing.
     """
-    for path in _exact(folder, split):
+    for path in _unsplit_files(folder, split):
         if path.is_file():
             return [path]
     name = re.escape(split)
@@ -250,16 +254,16 @@ def _find_files(folder: Path, split: str) -> list[Path]:
     for _ in range(_DEPTH):
         for parent in level:
             for path in sorted(parent.iterdir()):
-                kind = next((kind for kind in _KINDS if path.name.endswith(kind)), None)
-                if kind is None or path.name.startswith(".") or not path.is_file():
+                extension = next((extension for extension in _EXTENSIONS if path.name.endswith(extension)), None)
+                if extension is None or path.name.startswith(".") or not path.is_file():
                     continue
                 if found := part.fullmatch(path.name):
-                    number, of = int(found[1]), found[2] and int(found[2])
-                elif path.name == f"{split}{kind}" or parent.name in (split, f"{split}{kind}"):
-                    number, of = 0, None
+                    number, count = int(found[1]), int(found[2]) if found[2] else None
+                elif path.name == f"{split}{extension}" or parent.name in (split, f"{split}{extension}"):
+                    number, count = 0, None
                 else:
                     continue
-                sets.setdefault((parent, kind), []).append((number, path.name, path, of))
+                sets.setdefault((parent, extension), []).append((number, path.name, path, count))
         if sets:
             break
         level = [
@@ -269,16 +273,18 @@ def _find_files(folder: Path, split: str) -> list[Path]:
             if path.is_dir() and not path.name.startswith(".")
         ]
     if len(sets) > 1:
-        found_in = " and ".join(f"{parent}/*{kind}" for parent, kind in sorted(sets))
+        candidates = " or ".join(f"{parent}/*{extension}" for parent, extension in sorted(sets))
         raise UserError(
-            f"data.hf_source={folder}: {split} may be {found_in}; name the folder of one, or move the others away"
+            f"data.hf_source={folder}: {split} may be {candidates}; name the folder of one, or move the others away"
         )
     parts = sorted(next(iter(sets.values()), []), key=lambda part: part[:2])
-    wholes = {of for *_, of in parts}
-    if wholes - {None} and (len(wholes) > 1 or [number for number, *_ in parts] != list(range(max(wholes)))):
-        have = ", ".join(name for _, name, *_ in parts[:8])
+    counts = {count for *_, count in parts}
+    known = [count for count in counts if count is not None]
+    if known and (len(counts) > 1 or [number for number, *_ in parts] != list(range(known[0]))):
+        present = ", ".join(name for _, name, *_ in parts[:8])
         raise UserError(
-            f"data.hf_source={folder}: {split} is not whole, it has {have}; fetch the missing parts, or remove those of another set"
+            f"data.hf_source={folder}: {split} is incomplete, it has {present}; fetch the missing parts, or remove "
+            "those of another set"
         )
     return [path for _, _, path, _ in parts]
 
@@ -293,7 +299,7 @@ def _check_columns(found: Iterable[str], columns: list[str], where: str) -> None
 
 
 def _class_names(feature: Any) -> list[str] | None:
-    """The names of a column of class labels, or of lists of them."""
+    """Return the class names of a feature that is a class label or a list of class labels, else None."""
     feature = getattr(feature, "feature", feature)
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
@@ -311,7 +317,7 @@ def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
             number = 0
             try:
                 with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                    for batch in file.iter_batches(_ROWS_A_READ, columns=wanted):
+                    for batch in file.iter_batches(_ROWS_PER_READ, columns=wanted):
                         batch.validate(full=True)
                         for record in batch.to_pylist():
                             number += 1
@@ -329,37 +335,38 @@ def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
         except _UNREADABLE as error:
             raise UserError(f"{path}: cannot be read ({reason(error)}); write it again") from None
         _check_columns(names, columns, str(path))
-        # Of the label column alone: other columns may be of types that the datasets library does not know.
+        # Only for the label column: the datasets library may not know the types of other columns.
         class_names.append(_class_names_in(schema, columns[1]))
         if class_names[0] != class_names[-1]:
             raise UserError(
-                f"{path}: its class labels of {columns[1]!r} are not those of {paths[0].name}; write them all alike"
+                f"{path}: the class labels of {columns[1]!r} differ from those in {paths[0].name}; write the same in "
+                "all files"
             )
     return _Split(paths, records, class_names[0])
 
 
 def _class_names_in(schema: pa.Schema, column: str) -> list[str] | None:
-    """What the datasets library wrote about a column into a file's schema."""
+    """Return the class names that the datasets library stored in a file's schema for a column, else None."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return _class_names(datasets.Features.from_dict({column: features[column]})[column])
-    except Exception:  # there is nothing of the kind, or it is of another version: then the column is what Arrow says
+    except Exception:  # absent, or written by an incompatible version: use the column's Arrow type
         return None
 
 
 def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: list[str]) -> _Split:
-    """A split that the `datasets` library opens: from the hub, or saved to disk."""
+    """Open a split with the `datasets` library, from the hub or from disk."""
     try:
         dataset = load()
         _check_columns(dataset.column_names, columns, f"{where}, split {split}")
         dataset = dataset.with_format(None).select_columns(columns)
-        dataset.data.table.validate(full=True)  # a damaged file that is memory-mapped could crash the process
+        dataset.data.table.validate(full=True)  # a damaged memory-mapped file could crash the process
     except UserError:
         raise
-    except Exception as error:  # the hub's client, its transport and the file formats each raise errors of their own
+    except Exception as error:  # the hub client, its transport and the file formats have no common base exception
         raise UserError(
-            f"{where}: tried as a folder, and split {split!r} with the datasets library: {reason(error)}; correct "
-            "data.hf_source and the split names, or see to the connection"
+            f"{where}: the datasets library cannot load split {split!r} ({reason(error)}); name an existing folder or "
+            "a hub id in data.hf_source, correct the split names, or check the connection"
         ) from error
 
     def records(wanted: list[str]) -> Iterator[tuple[str, Record]]:

@@ -1,7 +1,7 @@
-"""Where texts and labels come from: the two layouts of the Extreme Classification Repository.
+"""Read texts and labels from the two layouts of the Extreme Classification Repository.
 
-A source streams rows and never holds a corpus. Whatever is wrong with a file becomes a UserError that names file, line
-and remedy. An empty text is a row like any other. `hugging_face` reads the third kind of source.
+A source streams rows; it never holds a whole corpus. Every defect of a file raises a UserError that names the file, the
+line and the remedy. Rows with an empty text are kept. `hugging_face` reads Hugging Face data sets.
 """
 
 from __future__ import annotations
@@ -21,58 +21,58 @@ import numpy as np
 from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object, without_marks
 from xmc_trainer.errors import UserError, shown
 
-# With a comma at the end of more than this share of the labels, commas seem to stand between them.
-_ODD_SHARE = 0.01
-_MOST_DIGITS = 40  # of a row or label: int() refuses thousands
+# If more than this share of the labels looks comma-separated, warn.
+_COMMA_SHARE = 0.01
+_MAX_DIGITS = 40  # of a row or label number; int() raises for thousands of digits
 
 
 class Row(NamedTuple):
     """One instance."""
 
     text: str
-    labels: list[int]  # ascending, without repeats
+    labels: list[int]  # ascending, distinct
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Rows of different lengths: `ids` int32 [nnz], `offsets` int64 [rows + 1]."""
+    """Rows of different lengths: `ids` int32 [nnz] and `offsets` int64 [rows + 1]."""
 
     ids: np.ndarray
     offsets: np.ndarray
 
     def rows(self, indices: np.ndarray) -> Ragged:
-        """The rows of these numbers, in this order."""
+        """Select rows by number, int [n], in the given order."""
         counts = np.diff(self.offsets)[indices]
         offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        place = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], counts)
-        return Ragged(self.ids[place], offsets)
+        positions = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], counts)
+        return Ragged(self.ids[positions], offsets)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a source holds. `train` and `test` start a new pass each time they are called."""
+    """The content of a source. Each call of `train` or `test` starts a new pass."""
 
     labels: list[tuple[str, str]]  # (id, text) in label order
     train: Callable[[], Iterator[Row]]
     test: Callable[[], Iterator[Row]]
-    filter_pairs: Ragged | None = None  # labels to leave out of the ranking of each test row
+    filter_pairs: Ragged | None = None  # labels to exclude from the ranking of each test row
     augmented: int = 0  # training rows made from label texts; they come last
-    # What the user should know, by subject, a line each: complete after a pass over train and test. They name files without
-    # folders, for the same content may lie elsewhere the next time.
+    # Warnings for the user: subject -> one line. Complete after a pass over train and test. They name files without
+    # their folders, because the cache may later serve the same content for another folder.
     notes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before tokenising: found, but not read yet."""
+    """A data set whose files were found but not read."""
 
-    files: list[Path]  # their content identifies the data set, together with `identity`
-    identity: str  # the choices of how to read them
+    files: list[Path]  # their content and `identity` together identify the data set
+    identity: str  # the options for reading them
     read: Callable[[], Contents]  # raises UserError; so does a pass over train or test
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text) of a UTF-8 file, plain or gzip (name ends in .gz), as `decoded_lines` gives them."""
+    """Yield (line number from 1, text) of a UTF-8 file with `decoded_lines`. A name that ends in .gz means gzip."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
@@ -87,15 +87,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file, line n", object) of every line."""
+    """Yield ("file, line n", object) for each line."""
     for number, line in read_lines(path):
         where = f"{path}, line {number}"
         yield where, json_object(line, where)
 
 
-def _find(folders: list[Path], names: list[str], layout: str, remedy: str) -> Path:
-    """The first of `names` in the first of `folders` that has one."""
-    # os.path: a name too long for the file system is there as little as another, where Path's methods raise.
+def _find_file(folders: list[Path], names: list[str], layout: str, remedy: str) -> Path:
+    """Return the first existing file, trying all `names` in one folder after the other. UserError if there is none."""
+    # Path's methods raise for a name that is too long for the file system; os.path returns False.
     if not os.path.isdir(folders[-1]):
         raise UserError(f"{folders[-1]}: no such folder; set dataset_path or data.folder")
     for folder in folders:
@@ -107,7 +107,7 @@ def _find(folders: list[Path], names: list[str], layout: str, remedy: str) -> Pa
 
 
 class Vocabulary:
-    """Label names and their numbers."""
+    """A list of label names; a label's number is its position."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
@@ -115,21 +115,22 @@ class Vocabulary:
 
     @classmethod
     def of(cls, names: set[str]) -> Vocabulary:
-        """In numerical order if all names are whole numbers, else in alphabetical order."""
+        """Sort the names: by value if all are whole numbers, else alphabetically."""
         numeric = all(name.isascii() and name.isdigit() for name in names)
         return cls(sorted(names, key=_numerical if numeric else None))
 
     def known(self, names: Iterable[str]) -> list[int]:
-        """Numbers of the known names, ascending, without repeats."""
+        """Return the numbers of the known names, ascending and distinct. Unknown names are ignored."""
         return sorted({self._number[name] for name in names if name in self._number})
 
     def train_rows(self, rows: Iterable[NamedRow], notes: dict[str, str]) -> Iterator[Row]:
+        """Yield all rows with label numbers. Adds notes about empty texts and texts without labels."""
         return count_unlabelled(
             (Row(text, self.known(names)) for text, names in count_empty(rows, "training", notes)), notes
         )
 
     def test_rows(self, rows: Iterable[NamedRow], notes: dict[str, str]) -> Iterator[Row]:
-        """Labels never seen in training cannot be predicted: they go, and so do texts left with none."""
+        """Yield rows without the labels that training does not have, and without texts left with no label."""
         unseen = dropped = 0
         for text, names in count_empty(rows, "test", notes):
             labels = self.known(names)
@@ -145,30 +146,28 @@ class Vocabulary:
 
 
 def _numerical(name: str) -> tuple[int, str, str]:
-    """Sorts the digits of whole numbers by value, of any length: int() refuses thousands of digits."""
+    """Sort key: the value of a whole number of any length. int() raises for thousands of digits."""
     digits = name.lstrip("0")
     return len(digits), digits, name
 
 
-# Where it stands ("file, line n"), its text, and its labels: names, or numbers in the label-feature layout.
+# ("file, line n", text, labels). Labels are names, or numbers in the label-feature layout.
 NamedRow = tuple[str, str, list[Any]]
 
 
 def count_empty(rows: Iterable[NamedRow], split: str, notes: dict[str, str]) -> Iterator[tuple[str, list[Any]]]:
-    """(text, labels) of every row, with a note about empty texts."""
+    """Yield (text, labels) of each row. Adds a note about empty texts."""
     empty, first = 0, ""
     for where, text, labels in rows:
         if not without_marks(text).strip():
             empty, first = empty + 1, first or os.path.basename(where)
         yield text, labels
     if empty:
-        notes[f"{split} texts"] = (
-            f"{split} set: {empty} texts are empty, the first at {first!r}; they stay, as texts without words"
-        )
+        notes[f"{split} texts"] = f"{split} set: {empty} texts are empty, the first at {first!r}; they are kept"
 
 
 def count_unlabelled(rows: Iterable[Row], notes: dict[str, str]) -> Iterator[Row]:
-    """Training rows, with a note about those that have no label: each is a negative for every label."""
+    """Yield the training rows. Adds a note about rows without labels: each is a negative example for every label."""
     empty = 0
     for row in rows:
         empty += not row.labels
@@ -186,21 +185,24 @@ _WRONG_FOLDER = "set dataset_path, data.folder or data.is_lf_data"
 def raw_source(
     folder: Path, label_text_file: str | None = None, augment: bool = False, test_split: str = "test"
 ) -> Source:
-    """`train_raw_texts.txt` (or `train_texts.txt`) beside `train_labels.txt`, and the same for `test_split`.
+    """Find the raw layout: `train_raw_texts.txt` (or `train_texts.txt`), `train_labels.txt`, and those of `test_split`.
 
-    A line is a text, which may be empty; the same line of the label file holds its label names, separated by spaces or
-    tabs (any other character is part of a name). The labels are those seen in training. `label_text_file` holds lines of name, tab, text; a label without one goes by
-    its name. With `augment` each label's text of that file is also a training row with that one label.
+    Each line of a text file is a text and may be empty. The same line of the label file holds its label names,
+    separated by spaces or tabs; any other character is part of a name. The label set is that of the training set.
+
+    Args:
+        label_text_file: lines of name, tab, text. A label without a text gets its name as text.
+        augment: add each label's text as a training row with that label.
     """
     texts, labels = {}, {}
     for split in ("train", test_split):
         remedy = _WRONG_FOLDER if split in ("train", "test") else f"the split is data.test_split={split}"
-        texts[split] = _find([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, remedy)
-        labels[split] = _find([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, remedy)
+        texts[split] = _find_file([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, remedy)
+        labels[split] = _find_file([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, remedy)
     files, table_file = [*texts.values(), *labels.values()], None
     if label_text_file is not None:
-        table_file = _find(
-            [folder], [label_text_file], "label<TAB>text a line", "correct or remove data.label_text_file"
+        table_file = _find_file(
+            [folder], [label_text_file], "one label<TAB>text per line", "correct or remove data.label_text_file"
         )
         files.append(table_file)
 
@@ -213,7 +215,7 @@ def raw_source(
         names = {split: _names_and_line_count(texts[split], labels[split], notes) for split in ("train", test_split)}
         vocabulary = Vocabulary.of(names["train"])
         table = _label_texts(table_file, vocabulary.names, labels["train"], notes) if table_file else {}
-        own = (
+        label_rows = (
             [(number, table[name]) for number, name in enumerate(vocabulary.names) if table.get(name)]
             if augment
             else []
@@ -221,13 +223,13 @@ def raw_source(
 
         def train() -> Iterator[Row]:
             yield from vocabulary.train_rows(rows("train"), notes)
-            yield from (Row(text, [number]) for number, text in own)
+            yield from (Row(text, [number]) for number, text in label_rows)
 
         return Contents(
             labels=[(name, table.get(name) or name) for name in vocabulary.names],
             train=train,
             test=lambda: vocabulary.test_rows(rows(test_split), notes),
-            augmented=len(own),
+            augmented=len(label_rows),
             notes=notes,
         )
 
@@ -235,99 +237,102 @@ def raw_source(
 
 
 def _label_names(line: str) -> list[str]:
-    # str.split() would also split at the no-break and ideographic spaces inside names.
+    # Without an argument, str.split would also split names at no-break and ideographic spaces.
     return [name for name in line.replace("\t", " ").split(" ") if name]
 
 
 def _names_and_line_count(texts: Path, labels: Path, notes: dict[str, str]) -> set[str]:
-    """The names in a label file, which must have a line for each text."""
+    """Return the names in a label file. UserError if it does not have one line for each text, or has no name."""
     names: set[str] = set()
-    label_lines = total = odd = 0
+    label_lines = total = with_comma = 0
     example = ""
     for _, line in read_lines(labels):
         found = _label_names(line)
         names.update(found)
         label_lines, total = label_lines + 1, total + len(found)
         for name in found:
-            # Inside a name a comma is nothing odd, unless it could be why the line has one name alone.
+            # A comma inside a name is normal, but a line with a single name may be a comma-separated list.
             if name[-1] in ",;" or (len(found) == 1 and ("," in name or ";" in name)):
-                odd, example = odd + 1, example or name
+                with_comma, example = with_comma + 1, example or name
     text_lines = sum(1 for _ in read_lines(texts))
     if text_lines != label_lines:
         raise UserError(
             f"{texts} has {text_lines} lines, {labels} has {label_lines}; write one line of labels for each text"
         )
     if not names:
-        raise UserError(f"{labels}: a label file with no labels; write each text's label names on its line")
-    if odd > _ODD_SHARE * total:
+        raise UserError(f"{labels}: has no labels; write each text's label names on its line")
+    if with_comma > _COMMA_SHARE * total:
         notes[f"{labels.name} commas"] = (
-            f"{labels.name}: {odd} of {total} labels end in a comma or semicolon, or stand alone with one inside, like "
-            f"{shown(example)!r}, which is read as part of the name; if it separates labels, write spaces alone between them"
+            f"{labels.name}: {with_comma} of {total} labels end in a comma or semicolon, or contain one and are alone "
+            f"on their line, like {shown(example)!r}; it is read as part of the name; separate labels by spaces only"
         )
     return names
 
 
 def _label_texts(path: Path, labels: list[str], label_file: Path, notes: dict[str, str]) -> dict[str, str]:
-    """The texts of the label names in a file. UserError if it names none of the labels."""
+    """Return label name -> text of a file. Adds a note. UserError if it has the text of no label."""
     table: dict[str, str] = {}
     repeated: list[str] = []
     for number, line in read_lines(path):
         name, tab, text = line.partition("\t")
         if not tab:
-            raise UserError(f"{path}, line {number}: no tab; write the label's name, a tab, and its text")
+            raise UserError(f"{path}, line {number}: has no tab; write the label's name, a tab, and its text")
         if name in table:
             repeated.append(name)
         table[name] = text.strip()
     known = set(labels)
-    nobody = [name for name in table if name not in known]
-    without = [name for name in labels if not table.get(name)]
-    if nobody:
-        # The typical cause: the same name in other case, or with a blank at its end.
-        folded = {_fold(name): name for name in without}
-        nobody.sort(key=lambda name: _fold(name) not in folded)
-        here, there = nobody[0], folded.get(_fold(nobody[0]), labels[0])
-    if len(nobody) == len(table):
-        found = f"it has {shown(here)!r}, {label_file} has {shown(there)!r}" if nobody else "it is empty"
+    unknown = [name for name in table if name not in known]
+    without_text = [name for name in labels if not table.get(name)]
+    if unknown:
+        # Names usually differ in case or in spaces at the end: show such a pair first.
+        similar = {_case_folded(name): name for name in without_text}
+        unknown.sort(key=lambda name: _case_folded(name) not in similar)
+        example, expected = unknown[0], similar.get(_case_folded(unknown[0]), labels[0])
+    if len(unknown) == len(table):
+        found = f"it has {shown(example)!r}, {label_file} has {shown(expected)!r}" if unknown else "it is empty"
         raise UserError(
-            f"{path}: none of its {len(table)} names is a label of the training set: {found}; names must be equal, blanks "
-            "and case included: correct the file, or remove data.label_text_file"
+            f"{path}: none of its {len(table)} names is a label of the training set: {found}; names must match "
+            "exactly, including spaces and case; correct the file, or remove data.label_text_file"
         )
-    said = [f"{path.name}: {len(labels) - len(without)} of {len(labels)} labels have a text"]
-    if without:
-        said.append(f"{len(without)} have none, like {shown(without[0])!r}")
-    if nobody:
-        said.append(f"{len(nobody)} names are no label of the training set, like {shown(here)!r}")
+    parts = [f"{path.name}: {len(labels) - len(without_text)} of {len(labels)} labels have a text"]
+    if without_text:
+        parts.append(f"{len(without_text)} have none, like {shown(without_text[0])!r}")
+    if unknown:
+        parts.append(f"{len(unknown)} names are not labels of the training set, like {shown(example)!r}")
     if repeated:
-        said.append(f"{len(repeated)} lines repeat a name, like {shown(repeated[0])!r}: its last text counts")
-    notes["label texts"] = "; ".join(said)
+        parts.append(f"{len(repeated)} lines repeat a name, like {shown(repeated[0])!r}: the last text is used")
+    notes["label texts"] = "; ".join(parts)
     return table
 
 
-def _fold(name: str) -> str:
+def _case_folded(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
 # Label features -------------------------------------------------------------------------------------------------------
 
-_LF_LAYOUT = "label-feature layout: trn.json, tst.json, lbl.json, plain or .gz, in raw_text/ or the folder itself"
+_LF_LAYOUT = "label-feature layout: trn.json, tst.json and lbl.json, plain or .gz, in raw_text/ or in the folder itself"
 
 
 def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) -> Source:
-    """Label features: `trn.json`, `tst.json`, `lbl.json` in `raw_text/`, plain or .gz; lines of JSON objects.
+    """Find the label-feature layout: JSON lines in `trn.json`, `tst.json` and `lbl.json`, plain or .gz, in `raw_text/`.
 
-    An instance has `title`, `content` and `target_ind`, line numbers (from 0) of lbl.json. Every label of lbl.json
-    counts, and every test row stays: `filter_labels_test.txt` counts them. With `augment` each label's text is also a
-    training instance of that label. A missing or empty text is an empty one.
+    An instance has `title`, `content` and `target_ind` (line numbers in lbl.json, from 0). A missing text is empty. All
+    labels of lbl.json and all test rows are kept, because `filter_labels_test.txt` refers to them by number.
+
+    Args:
+        augment: add each label's text as a training row with that label.
+        with_filter: read `filter_labels_test.txt`.
     """
     folders = [folder / "raw_text", folder]
     paths = {
-        name: _find(folders, [f"{name}.json", f"{name}.json.gz"], _LF_LAYOUT, _WRONG_FOLDER)
+        name: _find_file(folders, [f"{name}.json", f"{name}.json.gz"], _LF_LAYOUT, _WRONG_FOLDER)
         for name in ("trn", "tst", "lbl")
     }
     files, filter_file = list(paths.values()), None
     if with_filter:
-        filter_file = _find(
-            folders, ["filter_labels_test.txt"], "row and label a line", "or set data.use_filter_eval=false"
+        filter_file = _find_file(
+            folders, ["filter_labels_test.txt"], "one row and label per line", "or set data.use_filter_eval=false"
         )
         files.append(filter_file)
 
@@ -335,12 +340,12 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
         notes: dict[str, str] = {}
         labels = list(_lf_labels(paths["lbl"]))
         if not labels:
-            raise UserError(f"{paths['lbl']}: a label file with no labels; write one JSON object a label")
+            raise UserError(f"{paths['lbl']}: has no labels; write one JSON object per label")
         texts = sum(bool(text) for _, text in labels)
         if augment and not texts:
             raise UserError(
-                f"{paths['lbl']}: no label has a title or a content, which data.augment_label_data=true trains on; write "
-                "them, or set it to false"
+                f"{paths['lbl']}: no label has a title or content, which data.augment_label_data=true needs; add them, "
+                "or set data.augment_label_data=false"
             )
         repeated = len(labels) - len({name for name, _ in labels})
         notes["label texts"] = f"{paths['lbl'].name}: {texts} of {len(labels)} labels have a text" + (
@@ -369,7 +374,7 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
 
 
 def _text_field(record: dict[str, Any], name: str, where: str) -> str:
-    """A field stripped; "" if it is missing or null."""
+    """Return a field without surrounding whitespace, or "" if it is missing or null."""
     text = record.get(name)
     if text is None:
         return ""
@@ -380,7 +385,7 @@ def _text_field(record: dict[str, Any], name: str, where: str) -> str:
 
 
 def _lf_labels(path: Path) -> Iterator[tuple[str, str]]:
-    """(uid, text) of every label; the text may be empty."""
+    """Yield (uid, text) of each label. The text may be empty."""
     for number, (where, record) in enumerate(json_lines(path)):
         uid = record.get("uid")
         if type(uid) not in (str, int, type(None)):
@@ -399,25 +404,25 @@ def _lf_rows(path: Path, label_file: Path, num_labels: int) -> Iterator[NamedRow
             if not 0 <= label < num_labels:
                 raise UserError(
                     f"{where}: label {shown(label)} is out of range: {label_file} has {num_labels} labels; correct "
-                    "target_ind, which counts its lines from 0"
+                    "target_ind, which counts the lines of that file from 0"
                 )
         parts = _text_field(record, "title", where), _text_field(record, "content", where)
         yield where, " ".join(part for part in parts if part), sorted(set(target))
 
 
 def _filter_pairs(path: Path, test_file: Path, num_labels: int) -> Ragged:
-    """The labels to leave out for every row of the test file, ascending."""
+    """Read the labels to exclude for each row of the test file, ascending."""
     num_rows = sum(1 for _ in read_lines(test_file))
     flat = array("q")
     for number, line in read_lines(path):
         words = line.split()
         if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words):
-            raise UserError(f"{path}, line {number}: write a test row and a label, two whole numbers")
+            raise UserError(f"{path}, line {number}: is not two whole numbers; write a test row and a label")
         for what, word, size, counted in zip(("row", "label"), words, (num_rows, num_labels), ("test rows", "labels")):
-            if len(word) > _MOST_DIGITS or int(word) >= size:
+            if len(word) > _MAX_DIGITS or int(word) >= size:
                 raise UserError(
                     f"{path}, line {number}: {what} {shown(word)} is out of range, there are {size} {counted}; "
-                    "correct the line, both count from 0"
+                    "correct the line; both numbers count from 0"
                 )
         flat.extend(map(int, words))
     pairs = (

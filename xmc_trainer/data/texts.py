@@ -1,4 +1,4 @@
-"""What every reader of texts shares: training files, evaluation, and the input of predictions."""
+"""Decode, check and tokenise texts. Shared by training, evaluation and prediction."""
 
 from __future__ import annotations
 
@@ -12,83 +12,84 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Longer texts are cut, so that memory is bounded: at 95 bytes a character 48 MiB.
+# Longer texts are cut. Tokenizers hold about 95 bytes per character, so this bounds their memory to 48 MiB.
 MOST_CHARACTERS = 1 << 19
-_CHARACTERS_A_CALL = 1 << 18
-_CHARACTERS_A_TOKEN = 6  # more than most texts have
+_CHARACTERS_PER_CALL = 1 << 18
+_CHARACTERS_PER_TOKEN = 6  # above the average of most texts
 _MARGIN = 256  # tokens
 
 
 def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its line end) of each line of a UTF-8 file that is open in binary mode.
+    """Yield (number from 1, text without its line end) of each line of a UTF-8 file opened in binary mode.
 
-    Only a newline ends a line, with or without a carriage return before it: texts may hold other characters that
-    str.splitlines would split at. A byte order mark in front of the first line is no text. Raises UserError, which names
-    file and line, for what is not UTF-8.
+    Lines end in "\\n" or "\\r\\n". Other characters at which str.splitlines would split are part of the text. A byte
+    order mark before the first line is removed. Raises UserError, with file `name` and line, for invalid UTF-8.
     """
     for number, raw in enumerate(lines, start=1):
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{name}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-        if text:  # the file may hold a byte order mark and nothing else
+        if text:  # empty for a file that holds only a byte order mark
             yield number, text.removesuffix("\n").removesuffix("\r")
 
 
 def json_object(line: str, where: str) -> dict[str, Any]:
-    """The object that a line of JSON holds. UserError, which begins with `where`, for anything else."""
+    """Parse a JSON object. Raises UserError, which begins with `where`, for anything else."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a ValueError
+    except (ValueError, RecursionError) as error:  # ValueError: also for a number of thousands of digits
         why = getattr(error, "msg", None) or str(error)
-        raise UserError(f"{where}: not valid JSON ({why}); write one JSON object a line") from None
+        raise UserError(f"{where}: not valid JSON ({why}); write one JSON object per line") from None
     if not isinstance(record, dict):
-        raise UserError(f"{where}: not a JSON object; write one JSON object a line")
+        raise UserError(f"{where}: not a JSON object; write one JSON object per line")
     return record
 
 
 def check_unicode(text: str, where: str) -> None:
-    """UserError for half of a surrogate pair, which JSON can spell and no UTF-8 file or tokenizer can hold."""
+    """Raise UserError for a lone surrogate: JSON can escape one, but UTF-8 files and tokenizers cannot hold it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, which is no character; correct the text") from None
+        raise UserError(
+            f"{where}: holds half of a surrogate pair, which is not a character; correct the text"
+        ) from None
 
 
 def without_marks(text: str) -> str:
-    """A text without what belongs to a file: a byte order mark before it, a line end behind it."""
+    """Remove a leading byte order mark and a trailing line end."""
     return text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")
 
 
-def readable(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """What is read of a text at most: its first 524,288 characters, or its last where the tokenizer cuts off the left."""
+def cut_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """Cut a text to its first 524,288 characters, or to its last if the tokenizer truncates on the left."""
     text = without_marks(text)
     return text[-MOST_CHARACTERS:] if tokenizer.truncation_side == "left" else text[:MOST_CHARACTERS]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> list[list[int]]:
-    """Token ids of each text, special tokens included, cut to `max_len` and not padded.
+    """Return the token ids of each text, with special tokens, truncated to `max_len` and not padded.
 
-    An empty text has its special tokens. Where a tokenizer gives no token at all, one stands in (unknown, padding, or id
-    0): a mean over no tokens would be undefined.
+    Every text has at least one token, because a mean over no tokens is undefined: where the tokenizer gives none, the
+    unknown token, the padding token or id 0 takes its place.
 
-    The ids are those of the whole `readable` text, but a long one is tokenised only as far as needed. Tokenisers hold some
-    95 bytes for each character that they are given, so a call is given at most 262,144 characters, or one text.
+    The ids equal those of the whole text after `cut_text`, but only as much of a long text is tokenised as is needed.
+    To bound memory, one call of the tokenizer gets at most 262,144 characters or one text.
     """
-    parts = _long_enough(tokenizer, [readable(tokenizer, text) for text in texts], max_len)
-    stand_in = next((i for i in (tokenizer.unk_token_id, tokenizer.pad_token_id) if i is not None), 0)
-    return [ids or [stand_in] for ids in _tokenise(tokenizer, parts, max_len)]
+    prefixes = _sufficient_prefixes(tokenizer, [cut_text(tokenizer, text) for text in texts], max_len)
+    fallback = next((i for i in (tokenizer.unk_token_id, tokenizer.pad_token_id) if i is not None), 0)
+    return [ids or [fallback] for ids in _tokenise(tokenizer, prefixes, max_len)]
 
 
-def _long_enough(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> list[str]:
-    """A prefix of each text that has the same first `max_len` tokens.
+def _sufficient_prefixes(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> list[str]:
+    """Return a prefix of each text that has the same first `max_len` tokens as the text.
 
-    Where a prefix has `_MARGIN` tokens more than are kept, those kept do not depend on where it ends: what follows can
-    change the last word, and no word that a tokenizer splits has more tokens than that.
+    A prefix is long enough with `max_len + _MARGIN` tokens: the rest of the text can change only the tokens of the
+    prefix's last word, and no word that a tokenizer splits has more than `_MARGIN` tokens.
     """
-    size = (max_len + _MARGIN) * _CHARACTERS_A_TOKEN
+    size = (max_len + _MARGIN) * _CHARACTERS_PER_TOKEN
     if tokenizer.truncation_side == "left":
-        return texts  # a token may depend on the text to its left, as far as there is any
+        return texts  # a token may depend on all of the text to its left
     prefixes = [text[:size] for text in texts]
     short = [row for row, text in enumerate(texts) if len(text) > size]
     while short:
@@ -102,11 +103,11 @@ def _long_enough(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: 
 
 
 def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> list[list[int]]:
-    """Ids of each text cut to `max_len`, by calls of bounded size."""
+    """Return the ids of each text, truncated to `max_len`, with calls of bounded size."""
     ids: list[list[int]] = []
     start = size = 0
     for end, text in enumerate([*texts, None]):
-        if end > start and (text is None or size + len(text) > _CHARACTERS_A_CALL):
+        if end > start and (text is None or size + len(text) > _CHARACTERS_PER_CALL):
             encoded = tokenizer(
                 texts[start:end],
                 truncation=True,

@@ -1,4 +1,4 @@
-"""Rows to tokens, a batch at a time, in several processes where there are many."""
+"""Tokenise rows in batches. Two or more batches are spread over processes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from xmc_trainer.data.sources import Ragged, Row
-from xmc_trainer.data.texts import encode_texts, readable
+from xmc_trainer.data.texts import cut_text, encode_texts
 from xmc_trainer.errors import UserError
 
-ROWS_A_BATCH = 2000
-_CHARACTERS_A_BATCH = 1 << 20
-_MOST_PROCESSES = 16
+ROWS_PER_BATCH = 2000
+_CHARACTERS_PER_BATCH = 1 << 20
+_MAX_PROCESSES = 16
 
 Labels = list[list[int]]
 
 
 def tokenised(rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase, max_len: int) -> Iterator[tuple[Ragged, Labels]]:
-    """(tokens of `encode_texts`, labels) of consecutive rows, at most 2,000 at a time.
+    """Yield (token ids of `encode_texts`, labels) of consecutive rows, at most 2,000 at a time.
 
-    Memory is bounded whatever the length of texts: a batch has some 1,048,576 characters, and each process has three at most.
+    Memory does not grow with the length of texts: a batch has about 1,048,576 characters, and each process at most
+    three batches.
     """
     batches = _batches(rows, tokenizer)
     first = list(islice(batches, 2))
-    processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
     if len(first) < 2 or processes == 1:
         yield from ((_encoded(tokenizer, max_len, texts), labels) for texts, labels in chain(first, batches))
         return
@@ -55,10 +56,10 @@ def _batches(rows: Iterator[Row], tokenizer: PreTrainedTokenizerBase) -> Iterato
     labels: Labels = []
     characters = 0
     for row in rows:
-        texts.append(readable(tokenizer, row.text))
+        texts.append(cut_text(tokenizer, row.text))
         labels.append(row.labels)
         characters += len(texts[-1])
-        if len(texts) == ROWS_A_BATCH or characters >= _CHARACTERS_A_BATCH:
+        if len(texts) == ROWS_PER_BATCH or characters >= _CHARACTERS_PER_BATCH:
             yield texts, labels
             texts, labels, characters = [], [], 0
     if texts:
@@ -71,25 +72,25 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, max_len: int, texts: list[str])
     return Ragged(np.fromiter(chain.from_iterable(ids), np.int32, offsets[-1]), offsets)
 
 
-# In a worker: what it was started with.
-_own: tuple[PreTrainedTokenizerBase, int]
+# Set in each worker: its tokenizer and max_len.
+_worker_options: tuple[PreTrainedTokenizerBase, int]
 
 
 def _encoded_by_worker(texts: list[str]) -> Ragged:
-    return _encoded(*_own, texts)
+    return _encoded(*_worker_options, texts)
 
 
-def _begin_worker(tokenizer: PreTrainedTokenizerBase, max_len: int, parent: int) -> None:
-    global _own
-    _own = tokenizer, max_len
-    # Ctrl-C reaches the parent, too, which ends its workers; what it does at other signals is not theirs.
+def _start_worker(tokenizer: PreTrainedTokenizerBase, max_len: int, parent: int) -> None:
+    global _worker_options
+    _worker_options = tokenizer, max_len
+    # Ctrl-C also reaches the parent, which ends its workers. The parent's SIGTERM handler must not run here.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
-    """A killed parent tells nobody: its workers would wait for more texts for ever."""
+def _exit_with(parent: int) -> None:
+    """Exit when the parent has died. Without this, workers of a killed parent would wait for texts for ever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -101,16 +102,16 @@ def _workers(processes: int, tokenizer: PreTrainedTokenizerBase, max_len: int) -
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process has one core
     pool = ProcessPoolExecutor(
         processes,
-        multiprocessing.get_context("fork"),  # so a tokenizer need not be one that can be pickled
-        _begin_worker,
+        multiprocessing.get_context("fork"),  # some tokenizers cannot be pickled
+        _start_worker,
         (tokenizer, max_len, os.getpid()),
     )
     try:
         yield pool
     except BrokenProcessPool:
         raise UserError(
-            "a tokenising process was killed, most likely because memory ran out; give the job more memory, or fewer cores "
-            f"(each of {processes} has a process)"
+            "a tokenising process was killed, most likely because memory ran out; give the job more memory or fewer "
+            f"cores (it used {processes} processes, one per core)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,1 +1,1 @@
-"""What is computed of labels before a training: sums of their texts' features, and clusters."""
+"""Label statistics computed before training: sums of text features, and label clusters."""

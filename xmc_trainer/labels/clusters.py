@@ -1,8 +1,8 @@
-"""Label clusters: every label's place in a tree of balanced 2-means, saved without pickle.
+"""Label clusters from a tree of balanced 2-means, saved without pickle.
 
-The set of labels is cut into two halves of equal size (to `model.ffi.group_size`), each of them again, and so on:
-neighbours in the resulting order are similar, so that consecutive labels make semantic groups, and whole subtrees make
-the clusters of the meta branch. `xmc-trainer clusters` computes the labels' vectors and calls this.
+The labels are split into two halves of equal size, rounded to `model.ffi.group_size`, and each half is split again.
+Neighbours in the resulting order are similar: consecutive labels form the head's groups, and subtrees form the clusters
+of the meta branch. `xmc-trainer clusters` computes the label vectors and calls this module.
 """
 
 from __future__ import annotations
@@ -26,29 +26,37 @@ from xmc_trainer.files import PARTIAL, sync, writing
 from xmc_trainer.labels.features import ROWS_AT_ONCE
 from xmc_trainer.rng import Stream, make_key, uniform
 
-_FORMAT = "2"  # 2: a checksum
+_FORMAT = "2"  # format 2 added a checksum
 
 
-_REMEDY = "make it by xmc-trainer clusters, with the settings of this run"
+_REMEDY = "create it by xmc-trainer clusters with the settings of this run"
 
 
 @dataclass(frozen=True)
 class LabelClusters:
-    """order: int32 [L], the labels, cluster after cluster; offsets: int64 [C + 1], where each cluster starts in it."""
+    """L labels in C clusters.
+
+    Attributes:
+        order: int32 [L], the labels, cluster by cluster.
+        offsets: int64 [C + 1]; cluster c is order[offsets[c]:offsets[c + 1]].
+    """
 
     order: np.ndarray
     offsets: np.ndarray
 
     @property
     def cluster_of(self) -> np.ndarray:
-        """int32 [L]: the cluster of every label."""
+        """The cluster of each label, int32 [L]."""
         out = np.empty(len(self.order), dtype=np.int32)
         out[self.order] = np.repeat(np.arange(len(self.offsets) - 1, dtype=np.int32), np.diff(self.offsets))
         return out
 
     def save(self, path: Path, label_ids: Iterable[str]) -> None:
-        """Write a safetensors file that remembers which labels it is of, and vouches for itself."""
-        tensors = {"order": self.order.astype(np.int32), "offsets": self.offsets.astype(np.int64)}
+        """Write a safetensors file with a hash of the label ids and a checksum. Raises CannotWrite."""
+        tensors: dict[str, np.ndarray] = {
+            "order": self.order.astype(np.int32),
+            "offsets": self.offsets.astype(np.int64),
+        }
         labels = _digest(label_ids)
         metadata = {"format": _FORMAT, "labels_sha256": labels, "sha256": _checksum(labels, **tensors)}
         partial = path.with_name(path.name + PARTIAL)
@@ -63,37 +71,37 @@ class LabelClusters:
 
     @staticmethod
     def require(path: Path) -> None:
-        """UserError where there is no file to load."""
+        """Raise UserError if there is no file to load."""
         if not path.is_file():
             raise UserError(f"{path}: no such label clusters; {_REMEDY}")
 
     @classmethod
     def load(cls, path: Path, label_ids: Iterable[str]) -> LabelClusters:
-        """Read a file of `save`. UserError if it is none, or of other labels."""
+        """Read a file of `save`. UserError if it is missing, damaged or made for other labels."""
         cls.require(path)
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
                 order, offsets = file.get_tensor("order"), file.get_tensor("offsets")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a file of label clusters ({error}); {_REMEDY}") from None
+            raise UserError(f"{path}: is not a label cluster file ({error}); {_REMEDY}") from None
         found, labels = metadata.get("format"), _digest(label_ids)
         if found not in ("1", _FORMAT):
-            raise UserError(f"{path}: format {found} of label clusters, this version reads 1 and {_FORMAT}; {_REMEDY}")
+            raise UserError(f"{path}: has format {found}, but this version reads 1 and {_FORMAT}; {_REMEDY}")
         if metadata.get("labels_sha256") != labels:
-            raise UserError(f"{path}: of other labels than this data set's; {_REMEDY}")
+            raise UserError(f"{path}: was made for other labels than those of this data set; {_REMEDY}")
         if found == _FORMAT and metadata.get("sha256") != _checksum(labels, order, offsets):
-            raise UserError(f"{path}: damaged, it differs from its checksum; {_REMEDY}")
-        whole = (
+            raise UserError(f"{path}: is damaged, its checksum differs; {_REMEDY}")
+        valid = (
             order.dtype == np.int32
             and offsets.dtype == np.int64
             and order.ndim == offsets.ndim == 1
             and len(offsets) > 1
         )
-        if not whole or not np.array_equal(np.sort(order), np.arange(len(order))):
-            raise UserError(f"{path}: does not hold each of its labels once; {_REMEDY}")
+        if not valid or not np.array_equal(np.sort(order), np.arange(len(order))):
+            raise UserError(f"{path}: does not hold each label exactly once; {_REMEDY}")
         if offsets[0] != 0 or offsets[-1] != len(order) or (np.diff(offsets) <= 0).any():
-            raise UserError(f"{path}: its clusters do not follow each other; {_REMEDY}")
+            raise UserError(f"{path}: its clusters are empty, overlap or leave gaps; {_REMEDY}")
         return cls(order, offsets)
 
 
@@ -105,26 +113,26 @@ def _digest(label_ids: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(label_ids).encode()).hexdigest()
 
 
-# The tree: a pure function of the sizes. Only which label stands where depends on the vectors.
+# The shape of the tree depends only on sizes. The label vectors decide only which label is at which position.
 
 
-def middle(start: int, stop: int, align: int) -> int:
-    """Where positions start..stop are cut in two: in the middle, at a multiple of `align` from the start."""
+def cut_position(start: int, stop: int, align: int) -> int:
+    """Return where to cut the positions start..stop in two: near the middle, a multiple of `align` from `start`."""
     half = round((stop - start) / 2 / align) * align
     return start + min(max(half, align), stop - start - 1)
 
 
 def cluster_bounds(labels: int, clusters: int, align: int = 1) -> np.ndarray:
-    """Offsets int64 [C + 1] of the subtrees that cut `labels` positions into `clusters` parts.
+    """Return the offsets of `clusters` subtrees over `labels` positions, int64 [C + 1].
 
-    Sizes are even where `clusters` is a power of two; otherwise some parts were cut once more than others. Fewer parts
-    where none larger than `align` is left to cut.
+    Sizes are equal if `clusters` is a power of two; otherwise some parts are cut once more than others. C is smaller
+    than `clusters` if no part larger than `align` is left to cut.
     """
     parts = [(0, labels)]
     while len(parts) < clusters:
-        # A whole level at a time, the larger parts first if it cannot be a whole one.
+        # Cut a whole level of the tree, or only its largest parts if fewer cuts are needed.
         largest = sorted(parts, key=lambda part: (part[0] - part[1], part[0]))[: clusters - len(parts)]
-        cut = {part: middle(*part, align) for part in largest if part[1] - part[0] > align}
+        cut = {part: cut_position(*part, align) for part in largest if part[1] - part[0] > align}
         if not cut:
             break
         parts = [
@@ -145,15 +153,16 @@ def balanced_order(
     rows_at_once: int = ROWS_AT_ONCE,
     progress: bool = False,
 ) -> np.ndarray:
-    """The labels in the order of balanced bisecting 2-means: int32 [L].
+    """Order the labels by balanced bisecting 2-means. Returns int32 [L].
+
+    The result is deterministic on one device. Another device may give another order for the same seed.
 
     Args:
-        rows_of: label numbers int64 [n] -> their vectors, float32 [n, d] on the device to compute on. They are scaled to
-            length 1 here; a vector of zeros may go anywhere.
-        align: parts are cut at multiples of it, and parts no larger than it are not cut.
-        iterations: of assigning labels and moving the two centres, a cut.
-        rows_at_once: vectors in memory.
-    Deterministic on one device; the same seed may give another order on another device.
+        rows_of: label numbers int64 [n] -> their vectors, float32 [n, d], on the device to compute on. They are scaled
+            to length 1 here; a zero vector may end up anywhere.
+        align: cut at multiples of this, and do not cut parts that are no larger.
+        iterations: rounds of assigning labels and moving the two centres, per cut.
+        rows_at_once: maximal number of vectors in memory.
     """
     order = np.arange(labels, dtype=np.int64)
     bar = tqdm(total=labels, desc="cluster", unit="label", disable=not progress)
@@ -163,10 +172,10 @@ def balanced_order(
         if stop - start <= rows_at_once:
             small.append((start, stop))
             continue
-        # Too many rows for the device: several passes over them for one cut.
+        # Too many rows for the device: make several passes over them for one cut.
         part = order[start:stop]
         chunks = [part[at : at + rows_at_once] for at in range(0, len(part), rows_at_once)]
-        cut = middle(start, stop, align)
+        cut = cut_position(start, stop, align)
 
         def vectors(chunks: list[np.ndarray] = chunks) -> Iterable[Tensor]:
             return (normalize(rows_of(chunk), dim=1) for chunk in chunks)
@@ -180,10 +189,14 @@ def balanced_order(
         rows = normalize(rows_of(part), dim=1)
         bounds = [0, len(part)]
         while True:
-            cuts = [middle(a, b, align) if b - a > align else None for a, b in zip(bounds, bounds[1:])]
+            cuts = [cut_position(a, b, align) if b - a > align else None for a, b in zip(bounds, bounds[1:])]
             if not any(cuts):
                 break
-            moved = _bisect(lambda rows=rows: (rows,), bounds, cuts, torch.from_numpy(part), seed, iterations)
+
+            def all_rows(rows: Tensor = rows) -> Iterable[Tensor]:
+                return (rows,)
+
+            moved = _bisect(all_rows, bounds, cuts, torch.from_numpy(part), seed, iterations)
             part, rows = part[moved], rows[torch.from_numpy(moved).to(rows.device)]
             bounds = [at for a, cut in zip(bounds, cuts) for at in ((a,) if cut is None else (a, cut))] + [len(part)]
         order[start:stop] = part
@@ -200,23 +213,25 @@ def _bisect(
     seed: int,
     iterations: int,
 ) -> np.ndarray:
-    """Order rows so that in each node bounds[i]..bounds[i+1] the rows before cuts[i] are those nearer to its first centre.
+    """Split every node bounds[i]..bounds[i+1] at cuts[i]: rows nearer to its first centre come before the cut.
 
-    Args: chunks: gives the rows [n, d], in order, once for every call. cuts: None where a node stays whole. labels: int64
-        [n], for random numbers that do not depend on places.
-    Returns: int64 [n], for each new place the old one.
+    Args:
+        chunks: each call yields the rows, float32 [n, d], in order and in pieces.
+        cuts: None for a node that is not split.
+        labels: int64 [n], the labels of the rows, so that random numbers do not depend on row positions.
+    Returns: int64 [n], the old position of the row at each new position.
     """
     n = len(labels)
     sizes = torch.tensor(np.diff(bounds))
     whole = torch.tensor([cut is None for cut in cuts])
     left = torch.tensor([b if cut is None else cut for cut, b in zip(cuts, bounds[1:])]) - torch.tensor(bounds[:-1])
-    halves = torch.stack([left, sizes - left], 1).flatten()  # rows of each half, node after node
+    halves = torch.stack([left, sizes - left], 1).flatten()  # number of rows in each half, node by node
     node = torch.repeat_interleave(torch.arange(len(cuts)), sizes)
-    # First halves at random.
+    # Start with random halves.
     score = uniform(make_key(seed, len(cuts), Stream.CLUSTER), labels, torch.zeros((), dtype=torch.int64))
     order = torch.arange(n)
     for done in range(iterations + 1):
-        # Within each node by score, the highest first; a node that stays whole keeps its order.
+        # Sort each node by descending score. Equal scores keep the order of a node that is not split.
         score = torch.where(whole[node], 0.0, score)
         by_score = torch.argsort(score, descending=True, stable=True)
         new = by_score[torch.argsort(node[by_score], stable=True)]
@@ -225,15 +240,17 @@ def _bisect(
             break
         half = torch.empty(n, dtype=torch.int64)
         half[order] = torch.repeat_interleave(torch.arange(2 * len(cuts)), halves)
-        total, at = None, 0
+        total: Tensor | None = None
+        at = 0
         for rows in chunks():
-            # Rows of a half next to each other, added up in order: the same sum every time.
+            # Sum the rows of each half in a fixed order, so that the result is deterministic.
             part = half[at : at + len(rows)]
             sort = torch.argsort(part, stable=True)
             lengths = torch.bincount(part, minlength=2 * len(cuts)).to(rows.device)
             sums = torch.segment_reduce(rows[sort.to(rows.device)], "sum", lengths=lengths, axis=0)
             total = sums if total is None else total + sums
             at += len(rows)
+        assert total is not None
         centre = normalize(total, dim=1)
         direction = centre[0::2] - centre[1::2]
         parts, at = [], 0

@@ -1,8 +1,8 @@
-"""What the encoder, as it stands, says about the labels: sums of its features over each label's training texts.
+"""Sums of encoder features over the training texts of each label.
 
-The encoder passes over the training texts once; sums are then made for any range of labels, a tile at a time, so that
-memory grows neither with the texts (their features lie in a file) nor with the labels. Label clusters, the informed and
-discriminant first indices and weights along centroids are made of them.
+The encoder passes over the training texts once and writes their features to a file. Sums are then computed for any
+range of labels in tiles, so memory grows neither with the texts nor with the labels. Label clusters, the informed and
+discriminant initial indices, and initial weights along centroids use these sums.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from xmc_trainer.data import Corpus, MicroBatch, Ragged, batch_loader, plan_eval
 from xmc_trainer.errors import UserError
 from xmc_trainer.parallel import Ranks
 
-# Rows of features in memory at a time, in float32: at 768 features 0.4 GiB.
+# Rows of features in memory at a time. In float32 with 768 features they take 0.4 GiB.
 ROWS_AT_ONCE = 1 << 17
-_ROUNDING = 2**-11  # of float16, half of the step between two numbers
+_ROUNDING = 2**-11  # relative rounding error of float16
 
 
 def array_on_disk(file: Path, shape: tuple[int, int]) -> np.ndarray:
-    """A float16 array of zeros, memory-mapped to a file that is made here. UserError if it cannot be.
+    """Create a file and memory-map it as a float16 array of zeros. UserError if it cannot be written.
 
-    Its room is taken at once: a disk found full by the first write to a page would end the process without a word.
+    The disk space is allocated at once: a page write that finds the disk full would kill the process without a message.
     """
     try:
         out = np.lib.format.open_memmap(file, "w+", np.float16, shape)
@@ -38,8 +38,8 @@ def array_on_disk(file: Path, shape: tuple[int, int]) -> np.ndarray:
     except OSError as error:
         size = 2 * shape[0] * shape[1] / 2**30
         raise UserError(
-            f"{file.parent}: no room for features of {shape[0]} texts or labels, {size:.1f} GiB ({error.strerror or error}); set "
-            "TMPDIR to a folder with room"
+            f"{file.parent}: no space for features of {shape[0]} texts or labels, {size:.1f} GiB "
+            f"({error.strerror or error}); set TMPDIR to a folder with enough space"
         ) from None
     return out
 
@@ -58,20 +58,20 @@ def encode_training_texts(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """Features of the training texts: float16 [N, width], a memory-mapped file; zero where `rows` leaves a text out.
+    """Encode the training texts into a memory-mapped file, float16 [N, width]. Texts not in `rows` stay zero.
 
     Args:
-        encode: (input_ids, attention_mask) -> features, on `device`.
-        file: made here; every rank needs its own.
-        rows: int64, the texts to encode; None: all.
-        ranks: share the work, and each receives all features. A batch is always one rank's, so that what it is padded to,
-            and with it the last digit, does not depend on their number.
+        encode: (input_ids, attention_mask) int64 [b, T] -> features [b, width], on `device`.
+        file: created here. Every rank needs its own.
+        rows: int64, the texts to encode; None means all.
+        ranks: the ranks that share the work. Each receives all features. One rank encodes a whole batch, so that
+            padding, and with it the last digit, does not depend on the number of ranks.
     """
     ranks = ranks or Ranks()
     lengths = corpus.lengths("train")
     batches = [micro.rows[0] for micro in plan_eval(lengths, batch_size=batch_size, world_size=1, rows=rows)]
-    nothing = np.zeros(0, dtype=np.int64)
-    batches += [nothing] * (-len(batches) % ranks.size)
+    empty = np.zeros(0, dtype=np.int64)
+    batches += [empty] * (-len(batches) % ranks.size)
     plan = [MicroBatch(tuple(batches[at : at + ranks.size]), 0) for at in range(0, len(batches), ranks.size)]
     loader = batch_loader(
         corpus, "train", plan, rank=ranks.rank, pad_token_id=pad_token_id, workers=workers, device=device
@@ -80,19 +80,19 @@ def encode_training_texts(
     for micro, batch in zip(plan, tqdm(loader, desc="encode texts", unit="batch", disable=not progress)):
         with torch.no_grad():
             features = encode(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-        every = ranks.gather_rows(features[: len(batch["rows"])].half(), batch["rank_sizes"][0])
-        out[np.concatenate(micro.rows)] = every.cpu().numpy()
+        gathered = ranks.gather_rows(features[: len(batch["rows"])].half(), batch["rank_sizes"][0])
+        out[np.concatenate(micro.rows)] = gathered.cpu().numpy()
     return out
 
 
 class LabelSums:
-    """Sums over each label's texts.
+    """Sums of features over each label's texts.
 
     Args:
-        features: float16 [N, d], of texts.
-        labels: of the same texts.
+        features: float16 [N, d], the features of N texts.
+        labels: the labels of the same texts.
         num_labels: L.
-        rows: int64, the texts that count; None: all.
+        rows: int64, the texts to use; None means all.
     """
 
     def __init__(self, features: np.ndarray, labels: Ragged, num_labels: int, rows: np.ndarray | None = None) -> None:
@@ -106,7 +106,7 @@ class LabelSums:
         self._of_label = of_text.T.tocsr()
 
     def sums(self, labels: range) -> tuple[np.ndarray, np.ndarray]:
-        """(float32 [T, d] sums of features, int64 [T] numbers of texts) of a range of labels."""
+        """Return the sums of features, float32 [n, d], and numbers of texts, int [n], of a range of n labels."""
         part = self._of_label[labels.start : labels.stop]
         total = np.zeros((len(labels), self._features.shape[1]), np.float32)
         used = np.unique(part.indices)
@@ -116,9 +116,9 @@ class LabelSums:
         return total, np.diff(part.indptr)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """(mean, standard deviation) of every feature over the texts that count, float32 [d].
+        """Return mean and standard deviation of each feature over the texts in use, float32 [d] each.
 
-        What float16 alone makes of a constant feature is no deviation: first weights would be divided by it.
+        A deviation within float16's rounding error becomes 0, because initial weights are divided by deviations.
         """
         total, squares = (np.zeros(self._features.shape[1]) for _ in range(2))
         for first in range(0, len(self._rows), ROWS_AT_ONCE):
@@ -131,7 +131,7 @@ class LabelSums:
         return mean.astype(np.float32), deviation.astype(np.float32)
 
     def correlations(self) -> np.ndarray:
-        """Of the features over the texts that count, float64 [d, d]; a constant feature correlates with none, itself included."""
+        """Return the correlations of features over the texts in use, float64 [d, d]; 0 for constant features."""
         mean, deviation = self.moments()
         inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
         products = np.zeros((len(mean), len(mean)))
@@ -142,10 +142,11 @@ class LabelSums:
 
 
 def whitener(correlations: np.ndarray, ridge: float) -> np.ndarray:
-    """float64 [d, d]: the inverse of correlations shrunk by the share `ridge` towards none.
+    """Return ((1 - ridge) * correlations + ridge * identity)^-1, float64 [d, d].
 
-    Times a label's mean, in standardised features, it is the direction of Fisher's linear discriminant of the label against
-    all texts. Where features say the same, their mean stands out on all of them; the discriminant tells them apart.
+    Its product with a label's mean, in standardised features, is the direction of Fisher's linear discriminant between
+    the label and all texts. A label's mean stands out on all features that correlate; the discriminant separates their
+    parts.
     """
     d = len(correlations)
     return np.linalg.inv((1 - ridge) * correlations + ridge * np.eye(d))
