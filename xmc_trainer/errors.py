@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 _TERMINAL_CODES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _LONGEST_MESSAGE = 4000  # characters
+_PARAMETER = re.compile(r"`([\w=]+)`")
 
 
 class UserError(ValueError):
@@ -24,6 +27,22 @@ class UserError(ValueError):
 
 class NothingToDo(UserError):
     """The requested result already exists. The launchers print the message and exit with status 0."""
+
+
+@contextmanager
+def naming(settings: Mapping[str, str]) -> Iterator[None]:
+    """Inside, UserErrors name settings in place of parameters.
+
+    Functions that take plain arguments write the names of their parameters in backticks: "`batch_size`=33: is not ...".
+
+    Args:
+        settings: name of a parameter, or "name=value", -> setting.
+    """
+    try:
+        yield
+    except UserError as error:
+        error.args = (_PARAMETER.sub(lambda match: settings.get(match[1], match[0]), str(error)),)
+        raise
 
 
 def reason(error: Exception) -> str:

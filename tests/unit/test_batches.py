@@ -105,12 +105,12 @@ def test_a_sample_of_the_rows():
     assert sorted(in_order(plan_epoch(LENGTHS, **PLAN, rows=rows))) == rows.tolist()
     assert sample_rows(10, None, seed=0) is None
     assert sample_rows(10, 10, seed=0).tolist() == list(range(10))
-    with pytest.raises(UserError, match=r"data\.train_sample=11: there are only 10 training texts; lower"):
+    with pytest.raises(UserError, match="`size`=11: there are only 10 training texts; lower"):
         sample_rows(10, 11, seed=0)
 
 
 def test_batch_size_must_divide_by_the_ranks():
-    with pytest.raises(UserError, match=r"data\.batch_size=12: does not divide by the 5 processes; change"):
+    with pytest.raises(UserError, match="`batch_size`=12: does not divide by the 5 processes; change"):
         plan_epoch(LENGTHS, **(PLAN | {"world_size": 5}))
 
 

@@ -188,11 +188,11 @@ def test_whatever_changes_the_content_changes_the_fingerprint(tmp_path):
 
 def test_number_of_labels_is_checked_with_and_without_cache(tmp_path):
     folder, cache = write_raw(tmp_path / "d"), tmp_path / "c"
-    with pytest.raises(UserError, match=r"data\.num_labels=4: the data have 3 labels; correct it, or set it to null"):
+    with pytest.raises(UserError, match=r"`num_labels`=4: the data have 3 labels; correct it, or set it to null"):
         load(folder, cache, num_labels=4)
     assert entries(cache) == []
     assert load(folder, cache, num_labels=3).num_labels == 3
-    with pytest.raises(UserError, match=r"data\.num_labels=4: the data have 3 labels"):
+    with pytest.raises(UserError, match=r"`num_labels`=4: the data have 3 labels"):
         load(folder, cache, num_labels=4)
 
 
@@ -249,15 +249,15 @@ def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     folder = write_raw(tmp_path / "d")
     with pytest.raises(
-        UserError, match=r"data\.cache_dir=.*/file/c: cannot be written \(Not a directory\); name a writable folder"
+        UserError, match=r"`cache_dir`=.*/file/c: cannot be written \(Not a directory\); name a writable folder"
     ):
         load(folder, tmp_path / "file" / "c")
     with pytest.raises(
-        UserError, match=r"data\.cache_dir=.*: cannot be written \(File name too long\); name a writable folder"
+        UserError, match=r"`cache_dir`=.*: cannot be written \(File name too long\); name a writable folder"
     ):
         load(folder, tmp_path / ("c" * 300))
     for name in ("~nobody-here/c", "a\0b", "\ud800"):
-        with pytest.raises(UserError, match=r"data\.cache_dir=.*: is not a valid folder name"):
+        with pytest.raises(UserError, match=r"`cache_dir`=.*: is not a valid folder name"):
             load(folder, name)
 
 
@@ -267,7 +267,7 @@ def test_a_disk_that_is_full(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"data\.cache_dir=.*/c: cannot be written \(.*\); .* enough space"):
+        with pytest.raises(UserError, match=r"`cache_dir`=.*/c: cannot be written \(.*\); .* enough space"):
             load(folder, tmp_path / "c")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -384,7 +384,7 @@ def test_flipped_bits_and_truncated_files_are_made_again(tmp_path, caplog):
 def test_a_damaged_cache_that_cannot_be_made_again(tmp_path, monkeypatch):
     folder = write_raw(tmp_path / "d")
     monkeypatch.setattr(corpus, "seal", lambda *arguments: None)  # nothing that is written reads back
-    with pytest.raises(UserError, match=r"data\.cache_dir=.*manifest.json: No such file or directory just after"):
+    with pytest.raises(UserError, match=r"`cache_dir`=.*manifest.json: No such file or directory just after"):
         load(folder, tmp_path / "c")
 
 

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from xmc_trainer.builders.engine import accelerator_of
+from xmc_trainer.config import load_config
 from xmc_trainer.engine import accelerator as engine
 from xmc_trainer.engine.accelerator import build_accelerator, deepspeed_settings, own_weights
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import NothingToDo, UserError, naming
 from xmc_trainer.launch import launched_processes
 from xmc_trainer.parallel import form_process_group
 
@@ -96,7 +98,7 @@ def test_processes_that_would_train_alone(environment, started):
 
 def test_a_batch_that_does_not_divide(environment, started):
     environment(TWO)
-    with pytest.raises(UserError, match="data.batch_size=33: is not divisible by the 2 processes; change one"):
+    with pytest.raises(UserError, match="`micro_batch`=33: is not divisible by the 2 processes; change one"):
         build(micro_batch=33)
     assert not started
 
@@ -107,14 +109,14 @@ def test_a_batch_that_does_not_divide(environment, started):
         (
             {"ACCELERATE_MIXED_PRECISION": "bf16"},
             None,
-            r"mixed_precision=bf16, but training.amp decides \(no\); remove it",
+            r"mixed_precision=bf16, but `mixed_precision` decides \(no\); remove it",
         ),
         (
             {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             None,
-            r"gradient_accumulation_steps=4, .*grad_accum_step decides \(2\)",
+            r"gradient_accumulation_steps=4, .*accumulation` decides \(2\)",
         ),
-        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, None, r"gradient_clipping=1.0, .*max_grad_norm decides \(0.0\)"),
+        ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, None, r"gradient_clipping=1.0, .*max_grad_norm` decides \(0.0\)"),
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, None, r"zero_stage=3, .*DeepSpeed JSON decides \(2\)"),
         (
             {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
@@ -203,21 +205,21 @@ def test_one_process_is_no_matter_what(environment):
     [
         (
             {"gradient_accumulation_steps": 4},
-            'gradient_accumulation_steps=4 contradicts .*grad_accum_step=2; write "auto"',
+            'gradient_accumulation_steps=4 contradicts .*accumulation`=2; write "auto"',
         ),
         ({"gradient_clipping": 1.0}, "gradient_clipping=1.0 contradicts"),
         (
             {"train_micro_batch_size_per_gpu": 8},
-            "train_micro_batch_size_per_gpu=8 contradicts data.batch_size / processes=4",
+            "train_micro_batch_size_per_gpu=8 contradicts `rank_batch`=4",
         ),
-        ({"train_batch_size": 8}, "train_batch_size=8 contradicts data.batch_size x grad_accum_step=24"),
+        ({"train_batch_size": 8}, "train_batch_size=8 contradicts `step_batch`=24"),
         ({"bf16": {"enabled": True}}, "enabled=True contradicts"),
         ({"bf16": True}, "bf16, zero_optimization in it, must be JSON objects"),
-        ({"optimizer": {"type": "Adam"}}, "remove the 'optimizer' block; training.optimization sets it"),
+        ({"optimizer": {"type": "Adam"}}, "remove the 'optimizer' block; `optimizer` sets it"),
         ({"scheduler": {"type": "WarmupLR"}}, "remove the 'scheduler' block"),
-        ({"torch_autocast": {"enabled": True}}, "remove the 'torch_autocast' block; training.amp sets it"),
-        ({"amp": {"enabled": True}}, "remove the 'amp' block; training.amp"),
-        ({"bfloat16": {"enabled": True}}, "remove the 'bfloat16' block; training.amp"),
+        ({"torch_autocast": {"enabled": True}}, "remove the 'torch_autocast' block; `mixed_precision` sets it"),
+        ({"amp": {"enabled": True}}, "remove the 'amp' block; `mixed_precision`"),
+        ({"bfloat16": {"enabled": True}}, "remove the 'bfloat16' block; `mixed_precision`"),
         (
             {"zero_optimization": {"stage": "auto"}},
             "zero_optimization.stage=auto: is not a ZeRO stage; write 0, 1, 2 or 3",
@@ -288,11 +290,11 @@ def test_the_shipped_deepspeed_files_pass(tmp_path, environment, started):
 
 
 def test_fp16_needs_hardware(environment, started, monkeypatch):
-    with pytest.raises(UserError, match="training.amp.dtype=float16: needs a GPU .* set training.amp.dtype=bfloat16"):
+    with pytest.raises(UserError, match="`mixed_precision=fp16`: needs a GPU .* set `mixed_precision=bf16` or"):
         build(mixed_precision="fp16")
     environment(ACCELERATE)
     monkeypatch.setattr(engine, "_cpu_takes_fp16", lambda: False)
-    with pytest.raises(UserError, match="training.amp.dtype=float16: needs a GPU .* DeepSpeed on a CPU"):
+    with pytest.raises(UserError, match="`mixed_precision=fp16`: needs a GPU .* DeepSpeed on a CPU"):
         build(mixed_precision="fp16")
     monkeypatch.setattr(engine, "_cpu_takes_fp16", lambda: True)
     build(mixed_precision="fp16")
@@ -340,9 +342,7 @@ def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(environment, monkeyp
     with pytest.raises(UserError, match="GPU 4: this machine has 4, counted from 0"):
         build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 4})
     environment(TWO)
-    with pytest.raises(
-        UserError, match="environment.cuda_device_id=3: the launcher assigns the GPUs of several processes"
-    ):
+    with pytest.raises(UserError, match="`cuda_device_id`=3: the launcher assigns the GPUs of several processes"):
         build_accelerator(mixed_precision="no", **ON_A_GPU | {"cuda_device_id": 3})
 
 
@@ -362,3 +362,23 @@ def test_padding_behind_a_part_of_zero_3_is_nobodys_weight():
         found = dict(own_weights(layer, rank))
         torch.testing.assert_close(found["weight"], expected[2 * rank : 2 * rank + weights])
         torch.testing.assert_close(found["bias"], expected[:biases])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["environment.device=cpu", "training.amp.enabled=true", "training.amp.dtype=float16"],
+         "training.amp.dtype=float16: needs a GPU .* set training.amp.dtype=bfloat16 or training.amp.enabled=false"),
+        (["environment.device=cpu", "data.batch_size=33"], "data.batch_size=33: is not divisible by the 2 processes"),
+    ],
+)  # fmt: skip
+def test_builders_name_the_settings(environment, started, words, message):
+    environment(TWO)
+    with pytest.raises(UserError, match=message):
+        accelerator_of(load_config(["dataset=wordnet", "data.micro_batches=1", *words]))
+
+
+def test_only_known_parameters_get_the_name_of_a_setting():
+    with pytest.raises(NothingToDo) as caught, naming({"size": "data.size", "mode=a": "data.mode=b"}):
+        raise NothingToDo("`size`=3: `other`, size, `mode=a`; {size}")
+    assert str(caught.value) == "data.size=3: `other`, size, data.mode=b; {size}"

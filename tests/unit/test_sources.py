@@ -114,7 +114,7 @@ def test_raw_label_texts_that_name_nobody(tmp_path, table, said):
         f"{folder}/names.tsv: none of its {table.count(chr(10))} names is a label of the training set: {said}"
         in message
     )
-    assert "correct the file, or remove data.label_text_file" in message
+    assert "correct the file, or remove `label_text_file`" in message
     if table:
         assert f"{folder}/train_labels.txt has 'net'" in message  # the one that is meant
 
@@ -124,9 +124,7 @@ def test_lf_label_texts_are_counted(tmp_path):
     assert read_with_notes(lf_source(tmp_path))[3].endswith("lbl.json: 2 of 3 labels have a text; 1 lines repeat a uid")
     write_lf(tmp_path, labels=[{"uid": f"L{n}", "name": "of another field"} for n in range(3)])
     assert "0 of 3 labels have a text" in read_with_notes(lf_source(tmp_path))[3]
-    with pytest.raises(
-        UserError, match="lbl.json: no label has a title or content, which data.augment_label_data=true"
-    ):
+    with pytest.raises(UserError, match="lbl.json: no label has a title or content, which `augment_label_data`=true"):
         lf_source(tmp_path, augment=True).read()
 
 
@@ -223,11 +221,11 @@ def test_raw_undecodable_bytes(tmp_path):
 
 def test_raw_missing_folder_and_files(tmp_path):
     message = message_of(lambda: raw_source(tmp_path / "nowhere"))
-    assert f"{tmp_path}/nowhere: no such folder; set dataset_path or data.folder" in message
+    assert f"{tmp_path}/nowhere: no such folder; set `folder`" in message
     folder = write_raw(tmp_path)
     (folder / "test_labels.txt").unlink()
     message = message_of(lambda: raw_source(folder))
-    assert "test_labels.txt is missing" in message and str(folder) in message and "set dataset_path" in message
+    assert "test_labels.txt is missing" in message and str(folder) in message and "set `folder`" in message
     assert "{train,test}_raw_texts.txt or {train,test}_texts.txt" in message
     (folder / "train_raw_texts.txt").unlink()
     assert "train_raw_texts.txt or train_texts.txt is missing" in message_of(lambda: raw_source(folder))
@@ -236,7 +234,7 @@ def test_raw_missing_folder_and_files(tmp_path):
 def test_raw_label_text_file_missing_or_without_tab(tmp_path):
     folder = write_raw(tmp_path)
     message = message_of(lambda: raw_source(folder, "names.tsv"))
-    assert "names.tsv is missing" in message and "data.label_text_file" in message
+    assert "names.tsv is missing" in message and "`label_text_file`" in message
     (folder / "names.tsv").write_text("a\tA\nb B\n")
     message = message_of(lambda: raw_source(folder, "names.tsv").read())
     assert f"{folder}/names.tsv, line 2: has no tab; write" in message
@@ -304,11 +302,11 @@ def test_lf_bad_filter_line(tmp_path, line, said):
 def test_lf_missing_files(tmp_path):
     inside = write_lf(tmp_path)
     message = message_of(lambda: lf_source(tmp_path, with_filter=True))
-    assert "filter_labels_test.txt is missing" in message and "data.use_filter_eval=false" in message
+    assert "filter_labels_test.txt is missing" in message and "`use_filter_eval`=false" in message
     (inside / "lbl.json").unlink()
     message = message_of(lambda: lf_source(tmp_path))
     assert "lbl.json or lbl.json.gz is missing" in message and f"{inside} and in {tmp_path}" in message
-    assert "trn.json, tst.json and lbl.json" in message and "data.is_lf_data" in message
+    assert "trn.json, tst.json and lbl.json" in message and "`layout`" in message
     assert f"{tmp_path}/no: no such folder" in message_of(lambda: lf_source(tmp_path / "no"))
 
 
@@ -466,14 +464,14 @@ def test_hf_saved_splits_of_one_folder_and_other_names(tmp_path):
 def test_hf_missing_column(tmp_path, kind, file):
     message = message_of(lambda: read_hf(write_hf(tmp_path / "d", kind), label_column="tags"))
     assert f"{tmp_path}/d/{file}" in message and "has no column 'tags', only text, labels" in message
-    assert "data.label_column" in message
+    assert "`label_column`" in message
 
 
 @pytest.mark.parametrize("kind, row", [("saved", "row 2"), ("parquet", "row 2"), ("jsonl", "line 2")])
 @pytest.mark.parametrize(
     "text, labels, said",
     [
-        ([["x"], ["y"]], [["a"], ["a"]], "column 'text' must hold strings; set data.text_column"),
+        ([["x"], ["y"]], [["a"], ["a"]], "column 'text' must hold strings; set `text_column`"),
         (
             ["x", "y"],
             [None, [1.5]],
@@ -576,7 +574,7 @@ def test_hf_strings_that_seem_to_be_lists(tmp_path):
 
 def test_hf_no_labels_at_all(tmp_path):
     message = message_of(lambda: read_hf(write_hf(tmp_path / "d", "jsonl", {"text": ["x"], "labels": [[]]})))
-    assert f"{tmp_path}/d: train has no labels in 'labels'; set data.label_column" in message
+    assert f"{tmp_path}/d: train has no labels in 'labels'; set `label_column`" in message
 
 
 def test_hf_damaged_files(tmp_path):
@@ -721,8 +719,8 @@ def test_hf_values_that_python_cannot_hold(tmp_path):
 
 def test_hf_missing_split_says_what_was_looked_for(tmp_path):
     message = message_of(lambda: read_hf(write_hf(tmp_path / "d", "jsonl"), test_split="dev"))
-    assert f"data.hf_source={tmp_path}/d: the folder has no dev.parquet, no dev.jsonl, no folder dev" in message
-    assert "data.hf_test_split" in message
+    assert f"`hf_source`={tmp_path}/d: the folder has no dev.parquet, no dev.jsonl, no folder dev" in message
+    assert "`hf_test_split`" in message
 
 
 def test_hf_neither_folder_nor_reachable(monkeypatch):
@@ -731,12 +729,12 @@ def test_hf_neither_folder_nor_reachable(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = message_of(lambda: read_hf("someone/nothing"))
-    assert "data.hf_source=someone/nothing: the datasets library cannot load split 'train'" in message
+    assert "`hf_source`=someone/nothing: the datasets library cannot load split 'train'" in message
     assert "Couldn't reach 'someone/nothing' on the Hub); name an existing folder" in message
 
 
 def test_hf_path_that_does_not_exist(tmp_path):
-    assert f"data.hf_source={tmp_path}/no: the datasets library cannot load" in message_of(
+    assert f"`hf_source`={tmp_path}/no: the datasets library cannot load" in message_of(
         lambda: read_hf(tmp_path / "no")
     )
 

@@ -9,9 +9,27 @@ from transformers import PreTrainedTokenizerBase
 
 from xmc_trainer.config import Config
 from xmc_trainer.data import Corpus, load_corpus, sample_rows
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, naming
 from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity
+
+# How the settings are called that `load_corpus` takes as these parameters.
+SETTINGS = {
+    "folder": "dataset_path or data.folder",
+    "layout": "data.is_lf_data",
+    "max_len": "data.max_len",
+    "cache_dir": "data.cache_dir",
+    "hf_source": "data.hf_source",
+    "hf_train_split": "data.hf_train_split",
+    "hf_test_split": "data.hf_test_split",
+    "text_column": "data.text_column",
+    "label_column": "data.label_column",
+    "label_text_file": "data.label_text_file",
+    "test_split": "data.test_split",
+    "augment_label_data": "data.augment_label_data",
+    "use_filter_eval": "data.use_filter_eval",
+    "num_labels": "data.num_labels",
+}
 
 
 def require_data(config: Config) -> None:
@@ -25,32 +43,36 @@ def require_data(config: Config) -> None:
 def corpus_of(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> Corpus:
     """The tokenised data set that a configuration names. Raises UserError for data that cannot be read."""
     data = config.data
-    return load_corpus(
-        folder=config.data_folder,
-        layout="hf" if data.hf_source else "lf" if data.is_lf_data else "raw",
-        tokenizer=tokenizer,
-        max_len=data.max_len,
-        cache_dir=data.cache_dir,
-        hf_source=data.hf_source,
-        hf_train_split=data.hf_train_split,
-        hf_test_split=data.hf_test_split,
-        text_column=data.text_column,
-        label_column=data.label_column,
-        label_text_file=data.label_text_file,
-        test_split=data.test_split,
-        augment_label_data=data.augment_label_data,
-        use_filter_eval=data.use_filter_eval,
-        num_labels=data.num_labels,
-        progress=progress,
-    )
+    with naming(SETTINGS):
+        return load_corpus(
+            folder=config.data_folder,
+            layout="hf" if data.hf_source else "lf" if data.is_lf_data else "raw",
+            tokenizer=tokenizer,
+            max_len=data.max_len,
+            cache_dir=data.cache_dir,
+            hf_source=data.hf_source,
+            hf_train_split=data.hf_train_split,
+            hf_test_split=data.hf_test_split,
+            text_column=data.text_column,
+            label_column=data.label_column,
+            label_text_file=data.label_text_file,
+            test_split=data.test_split,
+            augment_label_data=data.augment_label_data,
+            use_filter_eval=data.use_filter_eval,
+            num_labels=data.num_labels,
+            progress=progress,
+        )
+
+
+def sampled_rows_of(config: Config, corpus: Corpus) -> np.ndarray | None:
+    """The rows of the corpus that `data.train_sample` chooses, int64; None for all. Raises UserError if there are fewer."""
+    with naming({"size": "data.train_sample"}):
+        return sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
 
 
 def train_rows_of(config: Config, corpus: Corpus) -> np.ndarray | None:
-    """The training texts of `data.train_sample`, int64 rows of the corpus; None for all.
-
-    Raises UserError if they are fewer than a step needs.
-    """
-    rows = sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
+    """`sampled_rows_of` a training. Raises UserError if they are fewer than a step needs."""
+    rows = sampled_rows_of(config, corpus)
     texts = len(corpus.train) if rows is None else len(rows)
     accumulation, most = config.training.optimization.grad_accum_step, math.ceil(texts / config.data.batch_size)
     if accumulation > most:

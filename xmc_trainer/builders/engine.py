@@ -11,7 +11,24 @@ from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import build_accelerator, set_accumulation, whole_weights
 from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_bytes
+from xmc_trainer.errors import naming
 from xmc_trainer.parallel import Ranks
+
+# How the settings are called that `build_accelerator` takes as these parameters.
+SETTINGS = {
+    "device": "environment.device",
+    "cuda_device_id": "environment.cuda_device_id",
+    "mixed_precision": "training.amp",
+    "mixed_precision=fp16": "training.amp.dtype=float16",
+    "mixed_precision=bf16": "training.amp.dtype=bfloat16",
+    "mixed_precision=no": "training.amp.enabled=false",
+    "optimizer": "training.optimization",
+    "max_grad_norm": "training.optimization.max_grad_norm",
+    "accumulation": "training.optimization.grad_accum_step",
+    "micro_batch": "data.batch_size",
+    "rank_batch": "data.batch_size / processes",
+    "step_batch": "data.batch_size x grad_accum_step",
+}
 
 
 def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accelerator:
@@ -22,16 +39,17 @@ def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accel
     """
     optimization, data = config.training.optimization, config.data
     accumulation = optimization.grad_accum_step if data.micro_batches == "auto" else int(data.micro_batches)
-    return build_accelerator(
-        device=config.environment.device,
-        cuda_device_id=config.environment.cuda_device_id,
-        mixed_precision=config.training.amp.mixed_precision,
-        accumulation=accumulation,
-        micro_batch=config.texts_a_step // accumulation,
-        max_grad_norm=optimization.max_grad_norm,
-        deepspeed_config=deepspeed_config,
-        timeout=config.environment.timeout,
-    )
+    with naming(SETTINGS):
+        return build_accelerator(
+            device=config.environment.device,
+            cuda_device_id=config.environment.cuda_device_id,
+            mixed_precision=config.training.amp.mixed_precision,
+            accumulation=accumulation,
+            micro_batch=config.texts_a_step // accumulation,
+            max_grad_norm=optimization.max_grad_norm,
+            deepspeed_config=deepspeed_config,
+            timeout=config.environment.timeout,
+        )
 
 
 def micro_batches_of(

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from xmc_trainer.builders.data import corpus_of
+from xmc_trainer.builders.data import corpus_of, sampled_rows_of
 from xmc_trainer.builders.encoder import backbone_of, encoder_of, in_precision_of, tokenizer_of
 from xmc_trainer.builders.engine import accelerator_of
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import Config, load_config
-from xmc_trainer.data import Corpus, batch_of_texts, sample_rows
+from xmc_trainer.data import Corpus, batch_of_texts
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.labels.clusters import LabelClusters, balanced_order, cluster_bounds
@@ -60,7 +60,7 @@ def label_vectors(
                 features_Bd = encode(batch["input_ids"], batch["attention_mask"])
             out[start : start + len(chunk)] = features_Bd.cpu().numpy()
         return out
-    rows = sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
+    rows = sampled_rows_of(config, corpus)
     encoded = encode_training_texts(
         encode,
         corpus,

@@ -39,7 +39,7 @@ def sample_rows(total: int, size: int | None, seed: int) -> np.ndarray | None:
     if size is None:
         return None
     if size > total:
-        raise UserError(f"data.train_sample={size}: there are only {total} training texts; lower or remove it")
+        raise UserError(f"`size`={size}: there are only {total} training texts; lower or remove it")
     return np.sort(np.random.Generator(np.random.Philox(seed)).choice(total, size, replace=False))
 
 
@@ -65,9 +65,7 @@ def plan_epoch(
     UserError if the ranks cannot share a micro-batch equally.
     """
     if batch_size % world_size:
-        raise UserError(
-            f"data.batch_size={batch_size}: does not divide by the {world_size} processes; change either one"
-        )
+        raise UserError(f"`batch_size`={batch_size}: does not divide by the {world_size} processes; change either one")
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(np.arange(len(lengths)) if rows is None else rows)
     step_size = batch_size * accumulation

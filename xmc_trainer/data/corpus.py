@@ -192,7 +192,7 @@ def _cache_folder(name: str | Path) -> Path:
         folder = Path(name).expanduser()
         os.path.realpath(folder)
     except (RuntimeError, ValueError) as error:  # ~ names an unknown user; a zero byte or a lone surrogate
-        raise UserError(f"data.cache_dir={name}: is not a valid folder name ({error}); name another") from None
+        raise UserError(f"`cache_dir`={name}: is not a valid folder name ({error}); name another") from None
     return folder
 
 
@@ -215,14 +215,14 @@ def _open_or_make(target: Path, make: Callable[[Path], None]) -> tuple[Corpus, l
                 make(part)
     except OSError as error:
         raise UserError(
-            f"data.cache_dir={target.parent}: cannot be written ({error.strerror or reason(error)}); name a writable "
+            f"`cache_dir`={target.parent}: cannot be written ({error.strerror or reason(error)}); name a writable "
             "folder with enough space"
         ) from None
     try:
         return _open(target)
     except Damaged as error:
         raise UserError(
-            f"data.cache_dir={target.parent}: {error} just after it was written; name a folder on another disk"
+            f"`cache_dir`={target.parent}: {error} just after it was written; name a folder on another disk"
         ) from None
 
 
@@ -238,7 +238,7 @@ def _open(folder: Path) -> tuple[Corpus, list[str]]:
 
 def _check_num_labels(expected: int | None, found: int) -> None:
     if expected not in (None, found):
-        raise UserError(f"data.num_labels={expected}: the data have {found} labels; correct it, or set it to null")
+        raise UserError(f"`num_labels`={expected}: the data have {found} labels; correct it, or set it to null")
 
 
 def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> str:

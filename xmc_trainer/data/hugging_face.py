@@ -51,7 +51,7 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
         label_column: see `_LabelColumn` for the accepted values.
     """
     if text_column == label_column:
-        raise UserError(f"data.label_column={label_column}: is also data.text_column; name the column with the labels")
+        raise UserError(f"`label_column`={label_column}: is also `text_column`; name the column with the labels")
     columns = [text_column, label_column]
     train, test = (_open_split(name, split, columns) for split in (train_split, test_split))
 
@@ -61,22 +61,20 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
         seen = column.scan(train)
         if test.class_names != train.class_names:
             raise UserError(
-                f"data.hf_source={name}: the class labels of {label_column!r} in {test_split} differ from those in "
+                f"`hf_source`={name}: the class labels of {label_column!r} in {test_split} differ from those in "
                 f"{train_split}; give both splits the same"
             )
         column.scan(test)
-        column.decide(f"data.hf_source={name}", notes)
+        column.decide(f"`hf_source`={name}", notes)
         vocabulary = Vocabulary.of(seen) if column.classes is None else Vocabulary(column.classes)
         if not vocabulary.names:
-            raise UserError(
-                f"data.hf_source={name}: {train_split} has no labels in {label_column!r}; set data.label_column"
-            )
+            raise UserError(f"`hf_source`={name}: {train_split} has no labels in {label_column!r}; set `label_column`")
 
         def rows(split: _Split) -> Iterator[NamedRow]:
             for where, record in split.records(columns):
                 text = record[text_column]
                 if not isinstance(text, str | None):
-                    raise UserError(f"{where}: column {text_column!r} must hold strings; set data.text_column")
+                    raise UserError(f"{where}: column {text_column!r} must hold strings; set `text_column`")
                 check_unicode(text or "", f"{where}: column {text_column!r}")
                 yield where, text or "", column.names(record[label_column], where)
 
@@ -183,7 +181,7 @@ class _LabelColumn:
                 remedy = "; for multi-hot, write the whole numbers 0 and 1" if found in ("bool", "float") else ""
                 raise UserError(
                     f"{where} must hold a name, a whole number or a list of them, not {found}"
-                    f"{' in a list' * (entries is value)}{remedy}; correct it, or set data.label_column"
+                    f"{' in a list' * (entries is value)}{remedy}; correct it, or set `label_column`"
                 )
             if type(entry) is str:
                 check_unicode(entry, where)
@@ -204,29 +202,27 @@ def _open_split(name: str, split: str, columns: list[str]) -> _Split:
     try:
         folder = Path(name).expanduser()
     except RuntimeError as error:  # ~ names an unknown user
-        raise UserError(f"data.hf_source={name}: {error}; name a folder or hub id") from None
+        raise UserError(f"`hf_source`={name}: {error}; name a folder or hub id") from None
     # Path's methods raise for names that are too long; os.path returns False.
     if os.path.isfile(folder):
-        raise UserError(
-            f"data.hf_source={name}: is a file; name the folder that holds {split}.parquet or {split}.jsonl"
-        )
+        raise UserError(f"`hf_source`={name}: is a file; name the folder that holds {split}.parquet or {split}.jsonl")
     if not os.path.isdir(folder):
-        return _open_dataset(lambda: datasets.load_dataset(name, split=split), f"data.hf_source={name}", split, columns)
+        return _open_dataset(lambda: datasets.load_dataset(name, split=split), f"`hf_source`={name}", split, columns)
     saved = folder / split
     try:
         is_saved = (saved / "state.json").is_file() and not any(map(os.path.exists, _unsplit_files(folder, split)))
         files = [] if is_saved else _find_files(folder, split)
     except OSError as error:
         raise UserError(
-            f"data.hf_source={name}: {error.filename}: {error.strerror}; check the split names and permissions"
+            f"`hf_source`={name}: {error.filename}: {error.strerror}; check the split names and permissions"
         ) from None
     if is_saved:
         return _open_dataset(lambda: datasets.load_from_disk(str(saved)), str(saved), split, columns)
     if not files:
         raise UserError(
-            f"data.hf_source={name}: the folder has no {split}.parquet, no {split}.jsonl, no folder {split} of "
-            f"save_to_disk and no parts such as {split}-00000-of-00002.parquet; set data.hf_train_split and "
-            "data.hf_test_split"
+            f"`hf_source`={name}: the folder has no {split}.parquet, no {split}.jsonl, no folder {split} of "
+            f"save_to_disk and no parts such as {split}-00000-of-00002.parquet; set `hf_train_split` and "
+            "`hf_test_split`"
         )
     if files[0].suffix == ".parquet":
         return _open_parquet(files, columns)
@@ -275,7 +271,7 @@ def _find_files(folder: Path, split: str) -> list[Path]:
     if len(sets) > 1:
         candidates = " or ".join(f"{parent}/*{extension}" for parent, extension in sorted(sets))
         raise UserError(
-            f"data.hf_source={folder}: {split} may be {candidates}; name the folder of one, or move the others away"
+            f"`hf_source`={folder}: {split} may be {candidates}; name the folder of one, or move the others away"
         )
     parts = sorted(next(iter(sets.values()), []), key=lambda part: part[:2])
     counts = {count for *_, count in parts}
@@ -283,7 +279,7 @@ def _find_files(folder: Path, split: str) -> list[Path]:
     if known and (len(counts) > 1 or [number for number, *_ in parts] != list(range(known[0]))):
         present = ", ".join(name for _, name, *_ in parts[:8])
         raise UserError(
-            f"data.hf_source={folder}: {split} is incomplete, it has {present}; fetch the missing parts, or remove "
+            f"`hf_source`={folder}: {split} is incomplete, it has {present}; fetch the missing parts, or remove "
             "those of another set"
         )
     return [path for _, _, path, _ in parts]
@@ -293,9 +289,7 @@ def _check_columns(found: Iterable[str], columns: list[str], where: str) -> None
     for column in columns:
         if column not in found:
             names = ", ".join(found)
-            raise UserError(
-                f"{where}: has no column {column!r}, only {names}; set data.text_column and data.label_column"
-            )
+            raise UserError(f"{where}: has no column {column!r}, only {names}; set `text_column` and `label_column`")
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -366,7 +360,7 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: list
     except Exception as error:  # the hub client, its transport and the file formats have no common base exception
         raise UserError(
             f"{where}: the datasets library cannot load split {split!r} ({reason(error)}); name an existing folder or "
-            "a hub id in data.hf_source, correct the split names, or check the connection"
+            "a hub id in `hf_source`, correct the split names, or check the connection"
         ) from error
 
     def records(wanted: list[str]) -> Iterator[tuple[str, Record]]:

@@ -97,7 +97,7 @@ def _find_file(folders: list[Path], names: list[str], layout: str, remedy: str) 
     """Return the first existing file, trying all `names` in one folder after the other. UserError if there is none."""
     # Path's methods raise for a name that is too long for the file system; os.path returns False.
     if not os.path.isdir(folders[-1]):
-        raise UserError(f"{folders[-1]}: no such folder; set dataset_path or data.folder")
+        raise UserError(f"{folders[-1]}: no such folder; set `folder`")
     for folder in folders:
         for name in names:
             if os.path.isfile(folder / name):
@@ -179,7 +179,7 @@ def count_unlabelled(rows: Iterable[Row], notes: dict[str, str]) -> Iterator[Row
 # Raw text -------------------------------------------------------------------------------------------------------------
 
 _RAW_LAYOUT = "raw layout: {train,test}_raw_texts.txt or {train,test}_texts.txt, and {train,test}_labels.txt"
-_WRONG_FOLDER = "set dataset_path, data.folder or data.is_lf_data"
+_WRONG_FOLDER = "set `folder` or `layout`"
 
 
 def raw_source(
@@ -196,13 +196,13 @@ def raw_source(
     """
     texts, labels = {}, {}
     for split in ("train", test_split):
-        remedy = _WRONG_FOLDER if split in ("train", "test") else f"the split is data.test_split={split}"
+        remedy = _WRONG_FOLDER if split in ("train", "test") else f"the split is `test_split`={split}"
         texts[split] = _find_file([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, remedy)
         labels[split] = _find_file([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, remedy)
     files, table_file = [*texts.values(), *labels.values()], None
     if label_text_file is not None:
         table_file = _find_file(
-            [folder], [label_text_file], "one label<TAB>text per line", "correct or remove data.label_text_file"
+            [folder], [label_text_file], "one label<TAB>text per line", "correct or remove `label_text_file`"
         )
         files.append(table_file)
 
@@ -292,7 +292,7 @@ def _label_texts(path: Path, labels: list[str], label_file: Path, notes: dict[st
         found = f"it has {shown(example)!r}, {label_file} has {shown(expected)!r}" if unknown else "it is empty"
         raise UserError(
             f"{path}: none of its {len(table)} names is a label of the training set: {found}; names must match "
-            "exactly, including spaces and case; correct the file, or remove data.label_text_file"
+            "exactly, including spaces and case; correct the file, or remove `label_text_file`"
         )
     parts = [f"{path.name}: {len(labels) - len(without_text)} of {len(labels)} labels have a text"]
     if without_text:
@@ -332,7 +332,7 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
     files, filter_file = list(paths.values()), None
     if with_filter:
         filter_file = _find_file(
-            folders, ["filter_labels_test.txt"], "one row and label per line", "or set data.use_filter_eval=false"
+            folders, ["filter_labels_test.txt"], "one row and label per line", "or set `use_filter_eval`=false"
         )
         files.append(filter_file)
 
@@ -344,8 +344,8 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
         texts = sum(bool(text) for _, text in labels)
         if augment and not texts:
             raise UserError(
-                f"{paths['lbl']}: no label has a title or content, which data.augment_label_data=true needs; add them, "
-                "or set data.augment_label_data=false"
+                f"{paths['lbl']}: no label has a title or content, which `augment_label_data`=true needs; add them, "
+                "or set `augment_label_data`=false"
             )
         repeated = len(labels) - len({name for name, _ in labels})
         notes["label texts"] = f"{paths['lbl'].name}: {texts} of {len(labels)} labels have a text" + (

@@ -56,16 +56,16 @@ def build_accelerator(
     world_size = launched_processes()
     if micro_batch % world_size:
         raise UserError(
-            f"data.batch_size={micro_batch}: is not divisible by the {world_size} processes; change one of them"
+            f"`micro_batch`={micro_batch}: is not divisible by the {world_size} processes; change one of them"
         )
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("environment.device=cuda: there is no usable GPU; set environment.device=auto or cpu")
+        raise UserError("`device`=cuda: there is no usable GPU; set `device`=auto or cpu")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     path = _deepspeed_config_path(deepspeed_config)
     if on_cpu and mixed_precision == "fp16" and (path is None or not _cpu_takes_fp16()):
         raise UserError(
-            "training.amp.dtype=float16: needs a GPU (or DeepSpeed on a CPU that supports float16); set "
-            "training.amp.dtype=bfloat16 or training.amp.enabled=false"
+            "`mixed_precision=fp16`: needs a GPU (or DeepSpeed on a CPU that supports float16); set `mixed_precision=bf16` or "
+            "`mixed_precision=no`"
         )
     settings = None
     if path is not None:
@@ -73,16 +73,14 @@ def build_accelerator(
         settings = deepspeed_settings(path, mixed_precision, accumulation, rank_batch, world_size, max_grad_norm)
     _refuse_other_flags(mixed_precision, accumulation, max_grad_norm, settings)
     if on_cpu and path is not None and torch.cuda.is_available():
-        raise UserError(
-            "environment.device=cpu: DeepSpeed ignores it; hide the GPUs with CUDA_VISIBLE_DEVICES= instead"
-        )
+        raise UserError("`device`=cpu: DeepSpeed ignores it; hide the GPUs with CUDA_VISIBLE_DEVICES= instead")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     elif world_size == 1:
         use_gpu(cuda_device_id)
     elif cuda_device_id:
         raise UserError(
-            f"environment.cuda_device_id={cuda_device_id}: the launcher assigns the GPUs of several processes; set it to 0"
+            f"`cuda_device_id`={cuda_device_id}: the launcher assigns the GPUs of several processes; set it to 0"
         )
     else:
         use_gpu(int(os.environ["LOCAL_RANK"]))
@@ -154,9 +152,9 @@ def _refuse_other_flags(
     The configuration and the DeepSpeed JSON decide these options.
     """
     flags = {
-        "mixed_precision": (mixed_precision, "training.amp"),
-        "gradient_accumulation_steps": (accumulation, "training.optimization.grad_accum_step"),
-        "gradient_clipping": (max_grad_norm, "training.optimization.max_grad_norm"),
+        "mixed_precision": (mixed_precision, "`mixed_precision`"),
+        "gradient_accumulation_steps": (accumulation, "`accumulation`"),
+        "gradient_clipping": (max_grad_norm, "`max_grad_norm`"),
     }
     if deepspeed is not None:
         zero = deepspeed["zero_optimization"]
@@ -261,11 +259,11 @@ def deepspeed_settings(
         )
     # The last three set a precision behind the configuration's back, or have no effect.
     for block, field in {
-        "optimizer": "training.optimization",
-        "scheduler": "training.optimization",
-        "torch_autocast": "training.amp",
-        "amp": "training.amp",
-        "bfloat16": "training.amp (and DeepSpeed's name is bf16)",
+        "optimizer": "`optimizer`",
+        "scheduler": "`optimizer`",
+        "torch_autocast": "`mixed_precision`",
+        "amp": "`mixed_precision`",
+        "bfloat16": "`mixed_precision` (and DeepSpeed's name is bf16)",
     }.items():
         if block in settings:
             raise UserError(f"{path}: remove the {block!r} block; {field} sets it")
@@ -275,12 +273,12 @@ def deepspeed_settings(
             raise UserError(f'{path}: {key}={shown(section[key])} contradicts {field}={value}; write "auto" there')
         section[key] = value
 
-    fill(settings, "gradient_accumulation_steps", accumulation, "training.optimization.grad_accum_step")
-    fill(settings, "train_micro_batch_size_per_gpu", rank_batch, "data.batch_size / processes")
-    fill(settings, "train_batch_size", rank_batch * ranks * accumulation, "data.batch_size x grad_accum_step")
-    fill(settings, "gradient_clipping", max_grad_norm, "training.optimization.max_grad_norm")
+    fill(settings, "gradient_accumulation_steps", accumulation, "`accumulation`")
+    fill(settings, "train_micro_batch_size_per_gpu", rank_batch, "`rank_batch`")
+    fill(settings, "train_batch_size", rank_batch * ranks * accumulation, "`step_batch`")
+    fill(settings, "gradient_clipping", max_grad_norm, "`max_grad_norm`")
     for name in ("fp16", "bf16"):
-        fill(settings.setdefault(name, {}), "enabled", mixed_precision == name, "(training.amp) " + name)
+        fill(settings.setdefault(name, {}), "enabled", mixed_precision == name, "(`mixed_precision`) " + name)
     settings["fp16"].setdefault("initial_scale_power", _INITIAL_SCALE_POWER)
     zero = settings.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)
@@ -297,7 +295,7 @@ def deepspeed_settings(
     settings.setdefault("zero_force_ds_cpu_optimizer", False)
     if mixed_precision == "fp16" and stage == 0:
         raise UserError(
-            f"{path}: fp16 at ZeRO stage 0 trains wrongly; choose stage 1, 2 or 3, or training.amp.dtype=bfloat16"
+            f"{path}: fp16 at ZeRO stage 0 trains wrongly; choose stage 1, 2 or 3, or `mixed_precision=bf16`"
         )
     # DeepSpeed's throughput timer waits for the GPU twice per step.
     settings.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
