@@ -226,7 +226,7 @@ def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
     data[-1] ^= 1
     file.write_bytes(data)
     message = message_of(again)
-    assert "encoder.safetensors: is damaged" in message and f"remove {folder} to go on without it" in message
+    assert "encoder.safetensors: is damaged" in message and f"remove {folder} to continue without it" in message
 
 
 def test_two_trainings_do_not_share_a_folder(interrupted):

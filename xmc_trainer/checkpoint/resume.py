@@ -1,15 +1,15 @@
-"""Checkpoints of a training under way: what an interrupted run goes on from, as if nothing had happened.
+"""Checkpoints: an interrupted run resumes from one exactly as if it had not been interrupted.
 
-A folder that appears whole or not at all, see `saved_folder`, and of which the last `training.checkpoints_kept` are kept. No pickle.
+A checkpoint is a folder that is written atomically, see `checkpoint.folder`. It holds no pickle.
 
-manifest.json              format, where training was, the state of the hooks, checksums
+manifest.json              format, step and epoch, the state of the hooks, checksums
 config.yaml                the run's configuration
-encoder.safetensors        of the encoder, whole and in float32: weights and optimizer state, see `engine_state`
-head-00000-of-00001.safetensors   one a rank: weights, index, bias and optimizer state of its labels
+encoder.safetensors        weights and optimizer state of the encoder, whole and in float32, see `encoder_state`
+head-00000-of-00001.safetensors   one file a rank: weights, index, bias and optimizer state of its labels
 recent.safetensors         features and labels of the latest steps, for growth by gradient
 
-Nothing in it depends on the engine or on the number of ranks that wrote it. What else a step depends on, the order of the
-texts and the random draws, follows from seed, epoch, step and rank.
+Nothing in it depends on the engine or the number of ranks that wrote it. The order of the texts and the random numbers
+of a step follow from seed, epoch, step and rank.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _LOSS_SCALE = Entry(
 )  # fmt: skip
 CHECKPOINT = Kind(
     name="a checkpoint",
-    formats=(2,),  # those of format 1 name their texts by a fingerprint that is not made any more
+    formats=(2,),  # format 1 names the texts by a fingerprint that this version does not compute
     signed=2,
     shape={
         "step": whole(0),
@@ -156,30 +156,37 @@ def save(trainer: Trainer, kept: int) -> None:
 
 
 def restore(folder: Path, trainer: Trainer) -> None:
-    """Bring a trainer that was just built to where the checkpoint was made; on every rank."""
+    """Load a checkpoint into a trainer that was just built; every rank must call.
+
+    Raises UserError, on all ranks, if the checkpoint is damaged or does not fit the trainer.
+    """
     corpus, ranks, manifest = trainer.corpus, trainer.ranks, None
     with ranks.together():
         if ranks.rank == 0:
-            manifest = read_folder(folder, CHECKPOINT, f"put it back, or remove {folder} to go on without it")
+            manifest = read_folder(folder, CHECKPOINT, f"put it back, or remove {folder} to continue without it")
     manifest = ranks.broadcast(manifest)
     if manifest["corpus"] != corpus.fingerprint:
         raise UserError(
-            f"{folder}: was made with other texts, or another tokenizer; put them back, or name another run by log_fname"
+            f"{folder}: was made with other texts or another tokenizer; restore them, or name another run with log_fname"
         )
     if manifest["label_order"] != corpus.label_order:
-        raise UserError(f"{folder}: was made with other label clusters; put {trainer.config.cluster_file} back")
+        raise UserError(f"{folder}: was made with other label clusters; restore {trainer.config.cluster_file}")
     try:
         _restore_state(folder, manifest, trainer)
         _restore_heads(folder, manifest["heads"], trainer)
     except ValueError as error:
-        raise UserError(f"{folder}: is not of this training ({error}); remove {folder} to go on without it") from None
+        raise UserError(
+            f"{folder}: does not fit this training ({error}); remove {folder} to continue without it"
+        ) from None
     try:
         _restore_encoder(folder, manifest["encoder"], trainer)
     except ValueError as error:
-        raise UserError(f"{folder}: is of another encoder ({error}); set model.encoder.encoder_model to it") from None
+        raise UserError(
+            f"{folder}: was made with another encoder ({error}); set model.encoder.encoder_model to it"
+        ) from None
     states = list(manifest["hooks"])
     for hook in trainer.hooks:
-        # By name and in order: hooks may have come or gone.
+        # By class name and in order: the run may have other hooks now.
         number = next((i for i, (name, _) in enumerate(states) if name == type(hook).__name__), None)
         if number is not None:
             name, state = states.pop(number)
@@ -187,7 +194,7 @@ def restore(folder: Path, trainer: Trainer) -> None:
                 hook.load_state_dict(state)
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 raise UserError(
-                    f"{folder}: has a state of {name} that it does not take ({error!r}); use the code that wrote it"
+                    f"{folder}: its state of {name} cannot be loaded ({error!r}); use the code that wrote it"
                 ) from error
 
 
@@ -214,12 +221,12 @@ def _restore_encoder(folder: Path, saved: dict[str, Any], trainer: Trainer) -> N
 
         encoder.load(get, tuple(saved["states"]), saved["steps"])
     if left:
-        raise ValueError(f"it has {min(left)}, which nobody reads")
+        raise ValueError(f"it has {min(left)}, which no part of the training reads")
     encoder.load_loss_scale(saved["loss_scale"])
 
 
 def _restore_heads(folder: Path, described: list[dict[str, Any]], trainer: Trainer) -> None:
-    """ValueError where the files are not of the trainer's heads."""
+    """Load all heads. Raises ValueError if the files do not fit them."""
     heads = trainer.heads()
     if [each["prefix"] for each in described] != [prefix for prefix, _ in heads]:
         raise ValueError(f"it has the heads {[each['prefix'] for each in described]}")
@@ -245,11 +252,11 @@ def _restore_heads(folder: Path, described: list[dict[str, Any]], trainer: Train
         head.skipped.fill_(each["skipped"])
         head.load_recent_steps([_recent_step(recent, f"{prefix}{number}.", head) for number in range(each["recent"])])
     if recent:
-        raise ValueError(f"it has {min(recent)}, which nobody reads")
+        raise ValueError(f"it has {min(recent)}, which no part of the training reads")
 
 
 def _recent_step(recent: dict[str, Tensor], prefix: str, head: FixedFanInHead) -> dict[str, Tensor]:
-    """What `FixedFanInHead.load_recent_steps` takes, taken out of `recent`."""
+    """Take one step for `FixedFanInHead.load_recent_steps` out of `recent`. Raises ValueError if it does not fit the head."""
     if missing := {f"{prefix}{name}" for name in ("features", "labels", "rows")} - recent.keys():
         raise ValueError(f"{min(missing)} is not in it")
     step = {name: recent.pop(prefix + name) for name in ("features", "labels", "rows")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,7 @@ class MetaBranch:
         self._cluster_of = torch.from_numpy(cluster_of.astype(np.int32)).to(head.weight.device)
 
     @classmethod
-    def build(
-        cls, features: int, cluster_of: np.ndarray, *, scaling: float, last_step: int, **head: object
-    ) -> MetaBranch:
+    def build(cls, features: int, cluster_of: np.ndarray, *, scaling: float, last_step: int, **head: Any) -> MetaBranch:
         """Build the head too; `head` are further arguments of FixedFanInHead."""
         clusters = int(cluster_of.max()) + 1
         return cls(

@@ -86,6 +86,10 @@ class FixedFanInHead(Head):
         steps: updates made so far.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    logit_shift: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -174,7 +178,7 @@ class FixedFanInHead(Head):
         self.reset_parameters()
 
     @property
-    def _backend(self) -> ModuleType:
+    def _backend(self) -> ModuleType | GPU:
         return select_backend(self._backend_name, self.weight.device)
 
     def describe_kernels(self, texts: int) -> str:
