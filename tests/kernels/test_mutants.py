@@ -27,7 +27,7 @@ SYNCHRONISES = re.compile(
 HEADS = {
     "logits.cu": [(704, 24, 1, 1100, torch.bfloat16, 128)],  # a part of X in shared memory
     "feature_gradient.cu": [(192, 24, 1, 1100, torch.bfloat16, 128)],
-    "weight_gradient.cu": [(192, 24, 1, 1100, torch.bfloat16, 128)],
+    "weight_gradient.cu": [(192, 24, 1, 700, torch.bfloat16, 300)],  # several tiles of texts
     "group.cu": [(200, 64, 16, 331, torch.float32, 150)],
     # Slopes in registers, and in shared memory.
     "warpgroup.cu": [(200, 64, 64, 700, torch.bfloat16, 256), (200, 128, 128, 700, torch.bfloat16, 256)],

@@ -1,7 +1,7 @@
 """Which kernels make the head's step and find its best labels: of the backends, and of a GPU's kernels.
 
 A backend is a module or object with `head_step` and `head_topk`, the same signatures in each (see `reference`). On a GPU bfloat16
-and float16 features are multiplied as bfloat16, float32 ones to float32's accuracy; all sums are float32. Weights are read and
+and float16 features are multiplied as bfloat16, float32 ones in float32 (see docs/kernels.md); all sums are float32. Weights are read and
 updated in their own precision. Of several kernels the first one of `STEPS` and `RANKINGS` that takes a head is used, always.
 """
 
@@ -117,7 +117,7 @@ STEPS = (
         "group, Triton", "triton.group", "run", "32 labels of an index row x 64 texts", index=True, least_group=16, most_fan_in=256,
         deterministic=False,
     ),
-    Kernel("dense, Triton", "triton.dense", "run", "128 labels x 128 texts"),
+    Kernel("dense, Triton", "triton.dense", "run", "chunks of labels, by the library's products"),
 )  # fmt: skip
 RANKINGS = (
     Kernel("group, Triton", "triton.topk", "group_best", "128 labels of index rows x 128 texts", index=True, least_group=16),

@@ -42,7 +42,7 @@ from xmc_trainer.kernels.triton.topk import Blocks
 _LABELS = 64  # a tile
 _MOST_FEATURES = 768  # whose logits a launch makes
 # Of the weight gradient: so many tiles of texts a launch, and the features of a block that leave room for them.
-_FEATURES_BY_TEXT_TILES = {1: 256, 2: 192, 4: 128, 8: 64}
+_FEATURES_BY_TEXT_TILES = {1: 256, 2: 192, 4: 128}
 _MOST_OF_BLOCK = 256  # features of the feature gradient
 _LEAST_OF_BLOCK = 192
 _TEXT_TILES_TOGETHER = 4  # of the feature gradient

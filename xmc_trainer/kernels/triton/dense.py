@@ -81,7 +81,6 @@ def slopes_kernel(
     z_ptr,  # float32 [labels of the chunk, columns]: logits without bias
     bias_ptr, bias_state0_ptr, bias_state1_ptr,  # float32 [L]
     positive_ptr,  # int32 [labels of the chunk, columns // 32]: one bit a (label, text)
-    any_positive_ptr,  # int32 [tiles of the chunk]: not zero if the tile of labels has a positive
     slope_ptr,  # out: [labels of the chunk, columns]
     loss_ptr,  # out: float32 [tiles of the chunk, columns]
     update_ptr,  # int32 scalar: not zero if there is a bias to update
@@ -98,13 +97,16 @@ def slopes_kernel(
     bias = tl.where(label_ok, 0.0, -1e30)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
-    any_positive = tl.load(any_positive_ptr + tile) != 0
     grad = tl.zeros([T], tl.float32)
     for first in range(0, columns, B_TILE):
         text = first + tl.arange(0, B_TILE)
         place = local[:, None] * columns + text[None, :]
         z = tl.load(z_ptr + place, mask=label_ok[:, None], other=0.0) + bias[:, None]
-        words = positive_ptr + local[:, None] * (columns // 32) + (text // 32)[None, :]
+        # Most tiles have no positive, and leave the bits at that.
+        row = positive_ptr + local[:, None] * (columns // 32)
+        word = (first // 32 + tl.arange(0, B_TILE // 32))[None, :]
+        any_positive = tl.max((tl.load(row + word, mask=label_ok[:, None], other=0) != 0).to(tl.int32)) != 0
+        words = row + (text // 32)[None, :]
         loss, slope = loss_and_slope(z, any_positive, words, label_ok[:, None], (text % 32)[None, :], LOSS)
         slope = tl.where((text < texts)[None, :], slope, 0.0)
         tl.store(loss_ptr + tile.to(tl.int64) * columns + text, tl.sum(loss, 0))
@@ -231,14 +233,19 @@ class DenseChunks:
     def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int) -> None:
         self.head, self.d, dtype, device = head, batch.rows.shape[1], batch.rows.dtype, batch.rows.device
         labels, self.workspace = head.weight_LF.shape[0], None
-        as_they_are = head.index_RF is None and head.weight_LF.dtype == dtype
-        if not as_they_are:
+        in_workspace = not self.as_they_are(head, dtype)
+        if in_workspace:
             bytes_a_label += self.d * dtype.itemsize
         size = chunk_labels(labels, step_workspace(head), max(1, bytes_a_label), unit)
         wave = unit * multiprocessors(device)
         self.size = size if size >= labels else size // wave * wave or size
-        if not as_they_are:
+        if in_workspace:
             self.workspace = torch.empty(self.size, self.d, dtype=dtype, device=device)
+
+    @staticmethod
+    def as_they_are(head: HeadTensors, dtype: torch.dtype) -> bool:
+        """Whether rows are the weights themselves."""
+        return head.index_RF is None and head.weight_LF.dtype == dtype
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
         """(first label, last label, rows [last - first, d])."""
@@ -275,13 +282,15 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     has_bias, dtype, programs = head.bias_L is not None, batch.rows.dtype, multiprocessors(device)
     by_label = step.update and step.rule["RULE"] == ROWWISE.value
     one_pass = step.update and head.index_RF is None and not by_label and batch.bf16 and columns == batch.tile
-    writes_gradient = step.update and not one_pass
-    bytes_a_label = columns * (4 + dtype.itemsize) + columns // 8 + (d * dtype.itemsize if writes_gradient else 0)
+    as_they_are = DenseChunks.as_they_are(head, dtype)
+    # Where the rows are in a workspace, dW takes their place there.
+    own_gradient = step.update and not one_pass and as_they_are
+    bytes_a_label = columns * (4 + dtype.itemsize) + columns // 8 + (d * dtype.itemsize if own_gradient else 0)
     chunks = DenseChunks(head, batch, bytes_a_label, _LABELS)
     pairs = PairBitmap(chunks.size, columns, _LABELS, _LABELS, device)
     z_CB = torch.empty(chunks.size, columns, device=device)
     slope_CB = torch.empty(chunks.size, columns, dtype=dtype, device=device)
-    gradient_Cd = torch.empty(chunks.size if writes_gradient else 0, d, dtype=dtype, device=device)
+    gradient_Cd = torch.empty(chunks.size if own_gradient else 0, d, dtype=dtype, device=device)
     tile_loss = torch.empty(triton.cdiv(chunks.size, _LABELS), columns, device=device)
     bias = [head.bias_L, *two_states(head.bias_state, z_CB)] if has_bias else [z_CB] * 3
     update_bias = step.finite * int(step.update)
@@ -295,7 +304,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
         pairs.mark(label_P, row_P, first)
         _multiply(rows, batch.rows.T, z_CB[:count])
         slopes_kernel[(tiles,)](
-            z_CB, *bias, pairs.bits, pairs.any, slope_CB, tile_loss, update_bias, first_label=first, last_label=last,
+            z_CB, *bias, pairs.bits, slope_CB, tile_loss, update_bias, first_label=first, last_label=last,
             texts=batch.texts, columns=columns, text_weight=step.text_weight, T=_LABELS, B_TILE=batch.tile, LOSS=step.loss,
             HAS_BIAS=has_bias, BF16=batch.bf16, num_warps=8, **step.rule,
         )  # fmt: skip
@@ -310,7 +319,8 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
             continue
         dx[0] += _multiply(slope.T, rows, dx_of_chunk)
         if step.update:
-            update_from(head, _multiply(slope, batch.rows, gradient_Cd[:count]), first, last, step, head.index_RF)
+            gradient = _multiply(slope, batch.rows, gradient_Cd[:count] if own_gradient else rows)
+            update_from(head, gradient, first, last, step, head.index_RF)
     return loss, dx.sum(0) * step.text_weight
 
 
