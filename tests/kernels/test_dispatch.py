@@ -62,8 +62,8 @@ def test_each_condition_is_named():
         ({"capability": None}, "needs nvcc, ninja and a GPU of capability 8.0"), ({"group_size": None}, "needs an index"),
         ({"group_size": 8}, "needs group_size >= 16"), ({"fan_in": 136}, "needs fan_in <= 128"),
         ({"fan_in": 100}, "needs a fan_in that is a multiple of 8"), ({"bf16": False, "fan_in": 64}, "needs bfloat16 or float16 features"),
-        ({"deterministic": True}, "its sums have no fixed order"), ({"by_weight": False}, "does not take an optimizer with one state a label"),
-        ({"bytes_in_float32": True}, "does not take states of a byte beside float32 weights"), ({"texts": 1 << 22}, "too many texts and features"),
+        ({"deterministic": True}, "is not deterministic"), ({"by_weight": False}, "needs an optimizer without per-label states"),
+        ({"bytes_in_float32": True}, "needs bfloat16 weights for 8-bit states"), ({"texts": 1 << 22}, "too many texts and features"),
     ]:  # fmt: skip
         assert group.refuses(problem._replace(**change)) == reason
     assert (

@@ -279,7 +279,7 @@ def test_torch_sparse_is_refused_where_it_is_not_pyg_s(tmp_path, monkeypatch):
     refuse("not PyG's but another package of that name, such as Spartex's kernels")
     (package / "tensor.py").write_text("")
     (package / "__init__.py").write_text("raise OSError('undefined symbol: _ZN3c10')")
-    refuse("does not fit this torch .undefined symbol: _ZN3c10.; build it")
+    refuse("does not load with this torch .undefined symbol: _ZN3c10.; rebuild it")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     refuse("PyG's torch_sparse is not installed; pip install")
 

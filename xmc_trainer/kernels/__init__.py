@@ -1,1 +1,1 @@
-"""The head's inner loops. One file a backend; `reference` is the readable twin that the others are tested against."""
+"""The head's inner loops: one module for each backend. `reference` is the plain version that tests compare the others to."""

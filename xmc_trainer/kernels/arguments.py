@@ -1,4 +1,4 @@
-"""What the GPU's kernels are called with: the features of a batch, what a step does, and the CUDA kernels' `Arguments`."""
+"""The arguments of GPU kernels: a batch's features, a step's parameters, and the CUDA kernels' `Arguments` struct."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from torch import Tensor
 from xmc_trainer.kernels.interface import HeadTensors, LossFn, Update
 from xmc_trainer.rng import Stream, make_key
 
-# Values of the kernels' LOSS and RULE.
+# The values of LOSS and RULE in the kernels.
 LOSSES = {"bce": 0, "squared_hinge": 1}
 RULES = {"sgd": 0, "momentum": 1, "adamw": 2, "rowwise_rmsprop": 3}
-TEXTS = 128  # a tile of the CUDA kernels
-BLOCK = 128  # labels of which a ranking keeps the largest logit
+TEXTS = 128  # texts in a tile of the CUDA kernels
+BLOCK = 128  # labels in a block, of which a ranking first keeps only the largest logit
 
 
 class Batch(NamedTuple):
-    """The features as the kernels read them, padded with zeros to whole tiles of texts."""
+    """A batch's features, padded with zeros to whole tiles of texts."""
 
     texts: int
     columns: int  # texts, rounded up to whole tiles
-    tile: int  # texts a tile: a power of two from 32 to 128
+    tile: int  # texts in a tile: a power of two from 32 to 128
     rows: Tensor  # [columns, d], bfloat16 or float32
     transposed: Tensor  # [d, columns]
 
     @classmethod
     def of(cls, feat_Bd: Tensor, least: int = 32) -> Batch:
-        """`least`: columns at least."""
+        """Pad and transpose features of any float dtype. least: smallest number of columns."""
         texts, d = feat_Bd.shape
         tile = min(128, max(least, 1 << max(0, texts - 1).bit_length()))
         columns = max(1, -(-texts // tile)) * tile
@@ -44,14 +44,14 @@ class Batch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The kernels' arguments that say what a step does."""
+    """The loss and the update of a step, as kernel arguments."""
 
     loss: int
     text_weight: float
-    finite: Tensor  # int32 scalar; nothing is updated where it is 0
+    finite: Tensor  # int32 scalar; 0: update nothing
     update: bool
-    rule: dict[str, Any]  # of the bias's update
-    decay: dict[str, Any]  # and what the weights' takes besides
+    rule: dict[str, Any]  # the update of weights and biases
+    decay: dict[str, Any]  # for weights only: weight decay and the rounding keys
 
     @classmethod
     def of(cls, loss_fn: LossFn, text_weight: float, finite: Tensor, update: Update | None) -> Step:
@@ -72,25 +72,25 @@ class Step(NamedTuple):
         return cls(LOSSES[loss_fn.__name__], text_weight, finite.to(torch.int32), update is not None, rule, decay)
 
 
-# A chunk of labels takes this many bytes of memory of its own.
+# Bytes of workspace for a chunk of labels that should stay in the L2 cache.
 WORKSPACE = 48 << 20
-# Where smaller chunks cost more: this, or this share of the head's weights and index if that is more.
+# The same for kernels that want few, large chunks: the larger of this and this share of the head's weights and index.
 STEP_WORKSPACE, STEP_SHARE = 256 << 20, 0.2
 
 
 def step_workspace(head: HeadTensors) -> float:
-    """Bytes for a chunk of labels, in which there are few launches."""
+    """Return the bytes of workspace for a large chunk of labels."""
     index_bytes = 0 if head.index_RF is None else head.index_RF.nbytes
     return max(STEP_WORKSPACE, STEP_SHARE * (head.weight_LF.nbytes + index_bytes))
 
 
 def chunk_labels(labels: int, workspace: float, bytes_a_label: int, unit: int) -> int:
-    """How many labels to take at a time, a multiple of `unit`."""
+    """Return how many labels a chunk has: a multiple of `unit`, as many as fit the workspace, no more than needed."""
     return min(max(1, int(workspace) // bytes_a_label // unit), -(-labels // unit)) * unit
 
 
 def two_states(state: list[Tensor], missing: Tensor) -> list[Tensor]:
-    """Two tensors, whatever the optimizer has: the kernels do not read what their rule does not use."""
+    """Pad a list of zero to two states to two tensors. Kernels do not read states that their rule does not use."""
     return [*state, missing, missing][:2]
 
 
@@ -102,12 +102,14 @@ _CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "uint32_t": cty
 
 
 class Layout:
-    """A kernel's `Arguments`, for Python and for C++.
+    """A kernel's `Arguments` struct, generated for Python and C++ from one table.
 
     Args:
-        rows: type, names and meaning of fields that follow each other.
-        constants: of the kernel's own; those that Python and every kernel share are added.
-    Attributes: structure: a ctypes.Structure. header: arguments.cuh, which the sources include.
+        rows: (C type, space-separated names, meaning), in the order of the fields.
+        constants: constants of this kernel, added to those that all kernels share.
+    Attributes:
+        structure: the ctypes.Structure.
+        header: the text of arguments.cuh, which the sources include.
     """
 
     def __init__(self, *rows: tuple[str, str, str], **constants: int) -> None:
@@ -138,44 +140,44 @@ class Layout:
         self.header = "\n".join(lines) + "\n"
 
 
-# Of logits.cu, feature_gradient.cu and weight_gradient.cu: see cuda/densify.py.
+# For logits.cu, feature_gradient.cu and weight_gradient.cu; see cuda/densify.py.
 DENSIFY = Layout(
     ("const void*", "weight", "[L, F]"),
     ("const void*", "index", "[R, F], rows ascending"),
     ("const float*", "bias", "[L], or null"),
-    ("const uint16_t*", "first_slots", "[R, columns_of_64]: how many of a row's features come before those of the i-th 64"),
-    ("const bfloat16*", "x", "[columns, features], as each file has it"),
+    ("const uint16_t*", "first_slots", "[R, columns_of_64]: a row's first slot with a feature of 64 i or more"),
+    ("const bfloat16*", "x", "[columns, features of the launch, padded]"),
     ("bfloat16*", "slopes", "[tiles of labels from first_label on, columns / TEXTS, TEXTS, LABELS]"),
-    ("const uint32_t*", "bits", "[labels from first_label on, columns / 32]: one bit a (label, text); or null"),
-    ("float*", "bias_gradient", "[columns / 16, labels_pitch]: sums over 16 texts each; or null"),
-    ("float*", "loss", "logits.cu: [lanes, columns]; or, of BEST, the largest logits [blocks of labels, columns]"),
-    ("const float*", "partial_in", "[tiles of labels, columns / TEXTS, TEXTS * LABELS]: sums over features before; or null"),
-    ("float*", "partial_out", "the same, to be left to a later launch; or null"),
+    ("const uint32_t*", "bits", "[labels from first_label on, columns / 32]: one bit for each (label, text); or null"),
+    ("float*", "bias_gradient", "[columns / 16, labels_pitch]: each row sums 16 texts; or null"),
+    ("float*", "loss", "[lanes, columns]; with BEST the largest logits [blocks of labels, columns]"),
+    ("const float*", "partial_in", "[tiles of labels, columns / TEXTS, TEXTS * LABELS]: logits over earlier features; or null"),
+    ("float*", "partial_out", "the same, for the next launch; or null"),
     ("float*", "dx", "[lanes, columns, features of all blocks]"),
     ("void*", "gradient", "[labels from first_label on, F]"),
-    ("int64_t", "labels_pitch", "of bias_gradient"),
-    ("int32_t", "first_label last_label", "of this launch"),
-    ("int32_t", "texts columns", "columns: a multiple of TEXTS; those from `texts` on are no texts"),
-    ("int32_t", "first_text_tile text_tiles first_feature", "of this launch"),
+    ("int64_t", "labels_pitch", "row length of bias_gradient"),
+    ("int32_t", "first_label last_label", "the labels of this launch"),
+    ("int32_t", "texts columns", "columns: texts padded to a multiple of TEXTS"),
+    ("int32_t", "first_text_tile text_tiles first_feature", "the tiles of texts and the features of this launch"),
     ("int32_t", "fan_in columns_of_64", "columns_of_64: ceil(d / 64)"),
-    ("int32_t", "add", "not zero: to the gradient that is there"),
+    ("int32_t", "add", "not zero: add to `gradient` instead of overwriting it"),
     ("uint32_t", "group_factor group_shift", "label / group is label * group_factor >> group_shift"),
     LABELS=64,
 )  # fmt: skip
-# Of group.cu and warpgroup.cu: see cuda/group.py.
+# For group.cu and warpgroup.cu; see cuda/group.py.
 GROUP = Layout(
     ("void*", "weight state0 state1", "[L, F]"),
     ("const void*", "index", "[R, F], rows ascending"),
     ("float*", "bias bias_state0 bias_state1", "[L], or null"),
-    ("const bfloat16*", "x", "[d, columns]; of warpgroup.cu in its order"),
-    ("float*", "dx", "like x, without text_weight"),
-    ("const uint32_t*", "positive", "[labels of rows first_row.., columns / 32]: one bit a (label, text)"),
-    ("const int32_t*", "any_positive", "[rows, tiles of a row]: not zero if the tile has one"),
+    ("const bfloat16*", "x", "[d, columns]; warpgroup.cu has the columns in its own order"),
+    ("float*", "dx", "[d, columns], without text_weight"),
+    ("const uint32_t*", "positive", "[labels of rows from first_row on, columns / 32]: one bit for each (label, text)"),
+    ("const int32_t*", "any_positive", "[rows, tiles in a row]: not zero if the tile has a positive"),
     ("float*", "loss", "[blocks, columns]"),
-    ("const int32_t*", "finite", "scalar; 0: nothing is updated"),
+    ("const int32_t*", "finite", "scalar; 0: update nothing"),
     ("int64_t", "labels", "L"),
-    ("int32_t", "first_row last_row", "of the index"),
+    ("int32_t", "first_row last_row", "the index rows of this launch"),
     ("int32_t", "label_start texts columns fan_in group update", "as in `interface` and `Step`"),
     ("float", "text_weight lr weight_decay beta0 beta1 eps correct0 correct1", "as in `Step`"),
-    ("uint32_t", "row_key column_key", "for rounding; that of columns is folded"),
+    ("uint32_t", "row_key column_key", "rounding keys; column_key is k ^ (k >> 16)"),
 )  # fmt: skip

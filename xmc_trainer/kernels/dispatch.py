@@ -1,8 +1,8 @@
-"""Which kernels make the head's step and find its best labels: of the backends, and of a GPU's kernels.
+"""Chooses the backend, and on a GPU the kernel, for the head's step and its rankings.
 
-A backend is a module or object with `head_step` and `head_topk`, the same signatures in each (see `reference`). On a GPU bfloat16
-and float16 features are multiplied as bfloat16, float32 ones in float32 (see docs/kernels.md); all sums are float32. Weights are read and
-updated in their own precision. Of several kernels the first one of `STEPS` and `RANKINGS` that takes a head is used, always.
+A backend is a module or an object with the functions `head_step` and `head_topk`; `reference` documents both. On a GPU, bfloat16 and
+float16 features are multiplied in bfloat16 and float32 features in float32; sums are float32 (see docs/kernels.md). Weights are read
+and updated in their own dtype. The first kernel of `STEPS` or `RANKINGS` that accepts the head runs; nothing is timed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ BACKENDS = ("auto", "triton", "reference", "torch_sparse")
 
 
 class Problem(NamedTuple):
-    """What decides which kernel is used."""
+    """The properties of a head, batch and GPU that decide which kernel runs."""
 
     group_size: int | None  # None: no index, a dense head
     fan_in: int
     features: int
     texts: int
-    bf16: bool  # the products; else float32
-    by_weight: bool  # the optimizer updates each weight by itself
-    bytes_in_float32: bool  # states of a byte beside float32 weights
+    bf16: bool  # products are bfloat16, else float32
+    by_weight: bool  # the optimizer has no state, or one for each weight
+    bytes_in_float32: bool  # 8-bit states with float32 weights
     deterministic: bool  # torch.use_deterministic_algorithms
-    capability: tuple[int, int] | None  # of a GPU for which CUDA sources can be compiled
+    capability: tuple[int, int] | None  # the GPU's; None where CUDA sources cannot be compiled
 
     @classmethod
     def of(cls, head: HeadTensors, texts: int, features: int, dtype: torch.dtype) -> Problem:
@@ -55,26 +55,26 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way through the work, and what it takes."""
+    """One implementation of a step or a ranking, and the heads that it accepts."""
 
     name: str
-    module: str  # of xmc_trainer.kernels; imports triton
+    module: str  # in xmc_trainer.kernels; imported when it is used, for it imports triton
     function: str
-    tiles: str  # what a block of threads has at a time
-    texts: int = 32  # a tile, at least
-    capability: tuple[int, int] | None = None  # the least; None: any GPU, nothing to compile
-    hopper: bool = False  # 9.0 alone
-    index: bool = False  # not of dense heads
+    tiles: str  # a thread block's tile, for messages
+    texts: int = 32  # smallest tile of texts
+    capability: tuple[int, int] | None = None  # lowest compute capability; None: Triton, any GPU
+    hopper: bool = False  # capability 9.0 only
+    index: bool = False  # no dense heads
     least_group: int = 1
     most_fan_in: int | None = None
     fan_in_multiple: int = 1
-    bf16: bool = False  # products of bfloat16 alone
+    bf16: bool = False  # bfloat16 products only
     deterministic: bool = True
-    by_weight: bool = False  # not of optimizers that need a label's whole gradient
-    most_numbers: int | None = None  # texts times features
+    by_weight: bool = False  # no optimizer that needs a label's whole gradient
+    most_numbers: int | None = None  # limit of texts times features
 
     def refuses(self, problem: Problem) -> str | None:
-        """Why it does not take a head; None if it does."""
+        """Return why the kernel cannot take this problem, or None if it can."""
         most = None if self.most_fan_in is None else self.most_fan_in if problem.bf16 else self.most_fan_in // 2
         reasons = [
             (self.capability and problem.capability is None, "needs nvcc, ninja and a GPU of capability 8.0"),
@@ -87,11 +87,11 @@ class Kernel:
             (most and problem.fan_in > most, f"needs fan_in <= {most}"),
             (problem.fan_in % self.fan_in_multiple, f"needs a fan_in that is a multiple of {self.fan_in_multiple}"),
             (self.bf16 and not problem.bf16, "needs bfloat16 or float16 features"),
-            (problem.deterministic and not self.deterministic, "its sums have no fixed order"),
-            (self.by_weight and not problem.by_weight, "does not take an optimizer with one state a label"),
+            (problem.deterministic and not self.deterministic, "is not deterministic"),
+            (self.by_weight and not problem.by_weight, "needs an optimizer without per-label states"),
             (
                 self.by_weight and self.capability and problem.bytes_in_float32,
-                "does not take states of a byte beside float32 weights",
+                "needs bfloat16 weights for 8-bit states",
             ),
             (
                 self.most_numbers and (problem.texts + 128) * problem.features >= self.most_numbers,
@@ -104,7 +104,7 @@ class Kernel:
         return getattr(importlib.import_module(f"xmc_trainer.kernels.{self.module}"), self.function)(*arguments)
 
 
-# The fastest first (measured on an H200; docs/results).
+# Fastest first, as measured on an H200 (docs/results).
 STEPS = (
     Kernel(
         "group, CUDA", "cuda.group", "run", "16 to 128 labels of an index row x 128 texts", texts=128, capability=(8, 0), index=True,
@@ -117,7 +117,7 @@ STEPS = (
         "group, Triton", "triton.group", "run", "32 labels of an index row x 64 texts", index=True, least_group=16, most_fan_in=256,
         deterministic=False,
     ),
-    Kernel("dense, Triton", "triton.dense", "run", "chunks of labels, by the library's products"),
+    Kernel("dense, Triton", "triton.dense", "run", "chunks of labels, multiplied by cuBLAS"),
 )  # fmt: skip
 RANKINGS = (
     Kernel("group, Triton", "triton.topk", "group_best", "128 labels of index rows x 128 texts", index=True, least_group=16),
@@ -130,19 +130,22 @@ RANKINGS = (
 
 
 def choose(kernels: tuple[Kernel, ...], problem: Problem) -> Kernel:
-    """The first that takes it: the last one takes everything."""
+    """Return the first kernel that accepts the problem. The last one accepts every problem."""
     return next(kernel for kernel in kernels if kernel.refuses(problem) is None)
 
 
 def describe(kernels: tuple[Kernel, ...], problem: Problem) -> str:
-    """The chosen kernel and why it is none before it: "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 16)"."""
+    """Name the chosen kernel and why those before it were refused.
+
+    Example: "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 16)".
+    """
     chosen = choose(kernels, problem)
     before = [f"{kernel.name}: {kernel.refuses(problem)}" for kernel in kernels[: kernels.index(chosen)]]
     return f"{chosen.name}, {chosen.tiles}" + (f" ({'; '.join(before)})" if before else "")
 
 
 class GPU:
-    """The backend "triton": the kernels of the tables above."""
+    """The backend "triton": runs the kernels of `STEPS` and `RANKINGS`."""
 
     def head_step(
         self,
@@ -157,7 +160,7 @@ class GPU:
         update: Update | None,
         tile_labels: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `reference.head_step`. `tile_labels` does not apply: the kernels' tiles are their own."""
+        """See `reference.head_step`. `tile_labels` is ignored: each kernel has its own tiles."""
         texts, features = feat_Bd.shape
         finite = torch.isfinite(feat_Bd).all()
         step = Step.of(loss_fn, text_weight, finite, update)
@@ -172,7 +175,7 @@ class GPU:
     def head_topk(
         self, head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor, *, tile_labels: int
     ) -> Tensor:
-        """See `reference.head_topk`. `tile_labels` does not apply."""
+        """See `reference.head_topk`. `tile_labels` is ignored."""
         from xmc_trainer.kernels.triton import topk
 
         def run() -> Tensor:
@@ -186,8 +189,8 @@ class GPU:
 
 
 def _compiling(run: Any, device: torch.device) -> Any:
-    """run(), without CUDA sources if they fail to compile, which they do before anything is launched."""
-    # Triton launches on the current device, wherever the tensors are.
+    """Call run(). If a CUDA source fails to compile, call it again without them: compilation precedes every launch."""
+    # Triton launches on the current device, not on that of its tensors.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             return run()
@@ -198,9 +201,10 @@ def _compiling(run: Any, device: torch.device) -> Any:
 
 @functools.cache
 def select_backend(name: str, device: torch.device) -> ModuleType | GPU:
-    """The kernels of a backend on a device: "auto" is triton on a GPU where it is installed, else reference.
+    """Return the backend of that name. "auto" is triton on a GPU with Triton installed, else reference.
 
-    Raises ValueError for "triton" and "torch_sparse" where they cannot run. Under TRITON_INTERPRET=1 it runs on a CPU, for tests.
+    Under TRITON_INTERPRET=1 "triton" runs on a CPU, for tests.
+    Raises ValueError for an unknown name, and for "triton" and "torch_sparse" where they cannot run.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}: choose {', '.join(BACKENDS)}")
@@ -222,19 +226,19 @@ def _torch_sparse() -> ModuleType:
     if spec is None:
         raise ValueError(
             f"{field}: PyG's torch_sparse is not installed; pip install --no-build-isolation torch_scatter torch_sparse "
-            "(they are compiled, which takes a while), or choose auto"
+            "(compiling takes several minutes), or choose auto"
         )
-    # PyG's has this module. Spartex's kernels are a wheel of the same name; importing it would be of no use.
+    # Only PyG's package has this module. Spartex ships its kernels under the same name.
     if not any((Path(folder) / "tensor.py").is_file() for folder in spec.submodule_search_locations or ()):
         raise ValueError(
-            f"{field}: the installed torch_sparse is not PyG's but another package of that name, such as Spartex's kernels, "
-            "which this backend does not use; pip uninstall torch_sparse and install PyG's, or choose auto"
+            f"{field}: the installed torch_sparse is not PyG's but another package of that name, such as Spartex's kernels; "
+            "pip uninstall torch_sparse and install PyG's, or choose auto"
         )
     try:
         from xmc_trainer.kernels import torch_sparse_head
     except (OSError, ImportError) as error:
         raise ValueError(
-            f"{field}: torch_sparse does not fit this torch ({str(error).splitlines()[0]}); build it and torch_scatter anew: "
+            f"{field}: torch_sparse does not load with this torch ({str(error).splitlines()[0]}); rebuild it and torch_scatter: "
             "pip install --no-build-isolation --force-reinstall --no-deps torch_scatter torch_sparse"
         ) from None
     return torch_sparse_head

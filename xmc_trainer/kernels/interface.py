@@ -1,8 +1,16 @@
-"""What the head's layer and its kernels share: the tensors of a head, an update, index rows, and candidates of a ranking.
+"""The types that the head's layer and its kernels share: head tensors, updates, index rows and ranking candidates.
 
-Shapes (capital letters as in every kernel):
-    L labels of this rank, G = group_size, R = ceil(L / G) index rows, F fan-in, d features, B texts,
-    T labels of one tile, P (text, label) pairs.
+Shape suffixes: a tensor's name ends in its shape, one letter for each dimension (`weight_LF` is [L, F]). In `head/` and `kernels/`
+every tensor parameter has one, unless the function takes any shape.
+
+    L  labels of this rank          B  texts of the step
+    G  labels of an index row       b  texts of this rank or micro-batch, a slice of B
+    R  index rows, ceil(L / G)      P  (text, label) pairs
+    F  fan-in                       T  labels of a tile
+    d  features                     C  labels of a chunk, several tiles
+                                    K  blocks of labels (rankings)
+
+GPU kernels pad B to whole tiles of texts and call the result `columns`. They take pointers; a comment beside each gives its shape.
 """
 
 from __future__ import annotations
@@ -18,7 +26,7 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class UpdateRule(Protocol):
-    """An optimizer: see `xmc_trainer.head.optimizers`."""
+    """An optimizer of `xmc_trainer.head.optimizers`."""
 
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
@@ -27,23 +35,23 @@ class UpdateRule(Protocol):
 
 @dataclass
 class HeadTensors:
-    """What one rank owns of the head. The step edits these tensors in place."""
+    """One rank's part of the head. The step edits these tensors in place."""
 
     weight_LF: Tensor  # float32 or bfloat16
-    index_RF: Tensor | None  # int16 or int32, every row ascending; None: dense, F = d
+    index_RF: Tensor | None  # int16 or int32, each row ascending; None: a dense head, F = d
     bias_L: Tensor | None  # float32
     group_size: int
     label_start: int  # global id of local label 0
-    # Each like weight_LF, or uint8 of `eight_bits`, or float32 [L, 1], one a label.
+    # Each has the shape of weight_LF and its dtype or uint8 (see `eight_bits`), or is float32 [L, 1].
     weight_state: list[Tensor] = field(default_factory=list)
     bias_state: list[Tensor] = field(default_factory=list)  # each like bias_L
-    # of_index(make, x): make(index_RF, x), what a kernel needs of the index besides; made on demand and kept.
+    # of_index(make, x) returns make(index_RF, x), a table derived from the index, and caches it.
     of_index: Callable[[Callable[[Tensor, Any], Tensor], Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Update:
-    """How the step ends: None in its place means that the weights stay (accumulation micro-batch)."""
+    """The weight update at the end of a step. Functions take None instead to leave the weights alone (gradient accumulation)."""
 
     rule: UpdateRule
     lr: float
@@ -53,30 +61,30 @@ class Update:
 
 
 def index_rows(head: HeadTensors, start: int, stop: int) -> Tensor:
-    """The features that labels start..stop read: int64 [T, F]."""
+    """Return the features that labels start..stop read: int64 [T, F]."""
     group = torch.arange(start, stop, device=head.weight_LF.device) // head.group_size
     return head.index_RF[group].to(torch.int64)
 
 
-# Top-k. A candidate is one int64: the score's bits, order-preserving, above the complement of the label id. Sorting
-# these sorts by score and breaks ties by the smaller label id, the same on every device and for every tiling.
+# A ranking candidate is one int64. The upper half holds the score's bits, mapped so that integers sort like scores; the lower
+# half holds ID_MAX minus the label id. Sorting sorts by score and puts the smaller id first in a tie, on any device and tiling.
 ID_MAX = 2**31 - 1
 
 
 def pack_candidates(score: Tensor, label: Tensor) -> Tensor:
-    """int64 keys of float32 scores and int64 global label ids that broadcast; see above."""
+    """Pack float32 scores and int64 global label ids, which broadcast, into int64 candidates."""
     bits = (score.to(torch.float32) + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (ordered.to(torch.int64) << 32) + (ID_MAX - label)
 
 
 def candidate_ids(key: Tensor) -> Tensor:
-    """The int64 label ids of packed candidates, whatever their scores."""
+    """Return the int64 label ids of packed candidates, whatever their scores."""
     return ID_MAX - (key & 0xFFFFFFFF)
 
 
 def unpack_candidates(key: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores (float32) and label ids (int64) of packed candidates; id -1 where the score is -inf (no such label)."""
+    """Return the float32 scores and int64 label ids of packed candidates. The id is -1 where the score is -inf (no label)."""
     ordered = (key >> 32).to(torch.int32)
     score = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
     return score, torch.where(score == -torch.inf, -1, candidate_ids(key))

@@ -1,12 +1,13 @@
-"""The head step in plain torch, on any device: the test oracle of the other backends and the CPU backend.
+"""The head step in plain torch, on any device: the CPU backend, and the oracle that tests compare other backends to.
 
-For a tile of labels t (shapes as in `interface`) with dense weights D_Td (row l is zero but at index[l // G], where it is weight[l]):
+The step takes one tile of labels at a time. D_Td holds the tile's weights as dense rows: row l has weight[l] at the features
+index[l // G] and zeros elsewhere. Shapes are those of `interface`.
+
     z_BT  = x_Bd D_Td^T + bias_T        loss_B += sum_T loss(z, y)         g_BT = text_weight * dloss/dz
     dx_Bd += g_BT D_Td                  dW_TF = (g_BT^T x_Bd)[:, index]     weight_TF <- update(weight_TF, dW_TF)
 
-and the tile is finished: neither B x L logits nor an L x F gradient ever exists. Scattering a tile into a dense matrix
-and using matrix products is many times faster on a CPU than gathering features (and it is simpler to read); the
-products take the full d, which the fused GPU kernels avoid.
+So neither the B x L logits nor the L x F gradient is ever in memory. On a CPU, dense rows and matrix products are many times
+faster than gathered features, and simpler. Their cost is that each product covers all d features; GPU kernels avoid that.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from xmc_trainer.rng import Stream, make_key, round_to_bfloat16
 
 
 class Tile(Protocol):
-    """The products of labels start..stop with the features of a batch. `logits` comes first."""
+    """The products of labels start..stop with a batch's features. Call `logits` first."""
 
     def __init__(self, head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> None: ...
 
     def logits(self) -> Tensor:
-        """float32 [B, T], without bias."""
+        """Return the logits without bias, float32 [B, T]."""
 
     def feature_grad(self, dlogit_BT: Tensor, grad_start: int) -> Tensor:
-        """float32 [B - grad_start, d]."""
+        """Return the feature gradient of texts grad_start..B-1, float32 [B - grad_start, d]."""
 
     def weight_grad(self, dlogit_BT: Tensor) -> Tensor:
-        """float32 [T, F]."""
+        """Return the weight gradient, float32 [T, F]."""
 
 
 class DenseTile:
-    """Tile by spreading the weights out over a dense matrix."""
+    """A tile whose weights are scattered into a dense matrix."""
 
     def __init__(self, head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> None:
         self.feat_Bd, self.index_TF = feat_Bd, None
@@ -59,10 +60,13 @@ class DenseTile:
 
 
 def pair_mask(label_P: Tensor, row_P: Tensor, start: int, stop: int, rows: int) -> Tensor:
-    """bool [B, T]: which (text, label) pairs fall into labels start..stop. A repeated pair counts once."""
+    """Mark the (text, label) pairs of labels start..stop: bool [rows, T]. Pairs may repeat.
+
+    label_P, row_P: int64 local labels and texts. rows: number of texts.
+    """
     tile = stop - start
     local = label_P - start
-    # Pairs of other tiles land in one extra column, so that no size depends on the data (no host synchronisation).
+    # Pairs of other tiles go to one extra column. Selecting pairs instead would make a size depend on data and wait for the GPU.
     column = torch.where((local >= 0) & (local < tile), local, tile)
     mask = torch.zeros(rows, tile + 1, dtype=torch.bool, device=label_P.device)
     mask[row_P, column] = True
@@ -82,22 +86,21 @@ def head_step(
     tile_labels: int,
     tile_type: type[Tile] = DenseTile,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, feature gradient and (with `update`) the weight update over this rank's labels.
+    """Compute the loss and feature gradient over this rank's labels; with `update`, update the weights.
 
     Args:
         head: edited in place if `update` is given.
         feat_Bd: features, any float dtype; the arithmetic is float32.
-        label_P, row_P: int64 pairs (local label, text); labels outside 0..L-1 are ignored.
+        label_P, row_P: int64 positives (local label, text); labels outside 0..L-1 are ignored.
         loss_fn: (logits, positive) -> (loss, dloss/dlogit), element-wise.
         text_weight: factor on every text's loss in both gradients.
-        grad_start: losses and feature gradients are returned for texts grad_start..B-1 only; the texts before them
-            (earlier micro-batches) take part in the weight update alone.
-        tile_labels: labels a tile.
-        tile_type: how a tile's products are made.
+        grad_start: the first text of this micro-batch. Earlier texts only contribute to the weight update.
+        tile_labels: labels in a tile.
+        tile_type: computes a tile's products.
     Returns:
-        loss_b float32 [B - grad_start]: each text's loss summed over this rank's labels, without text_weight.
-        grad_bd float32 [B - grad_start, d].
-        finite: bool scalar on the device; false if a feature was not finite, and then nothing was updated.
+        loss_b: float32 [B - grad_start], each text's loss summed over this rank's labels, without text_weight.
+        grad_bd: float32 [B - grad_start, d].
+        finite: bool scalar on the device. False if any feature is not finite; then nothing was updated.
     """
     feat = feat_Bd.to(torch.float32)
     rows, d = feat.shape
@@ -123,7 +126,7 @@ def head_step(
 def dense_weight_grad(
     head: HeadTensors, start: int, stop: int, feat_Bd: Tensor, label_P: Tensor, row_P: Tensor, loss_fn: LossFn
 ) -> Tensor:
-    """dloss / dweight of labels start..stop for all d features, read or not: float32 [T, d]."""
+    """Return the weight gradient of labels start..stop for all d features, whether they read them or not: float32 [T, d]."""
     feat = feat_Bd.to(torch.float32)
     logit_BT = DenseTile(head, start, stop, feat).logits()
     if head.bias_L is not None:
@@ -152,7 +155,7 @@ def _update_tile(
 
 
 def _store(old: Tensor, value: Tensor, finite: Tensor, update: Update, number: int, first_label: int) -> None:
-    """Write float32 values into a weight (0) or state (1, 2) tile, what is narrower by stochastic rounding; not at all unless `finite`."""
+    """Write float32 values into a tile of the weights (number 0) or a state (1, 2), if `finite`. Narrower dtypes round stochastically."""
     if old.dtype != torch.float32:
         label = torch.arange(first_label, first_label + old.shape[0], device=old.device)[:, None]
         slot = torch.arange(old.shape[1], device=old.device)
@@ -171,11 +174,11 @@ def head_topk(
     tile_labels: int,
     tile_type: type[Tile] = DenseTile,
 ) -> Tensor:
-    """The best k labels of this rank for each text, as packed candidates (see `unpack_candidates`).
+    """Return the best k labels of this rank for each text, as packed candidates (see `unpack_candidates`).
 
     Args:
         skip_label_P, skip_row_P: int64 pairs (local label, text) to leave out.
-    Returns: int64 [B, k], best first. Rows with fewer than k labels end in candidates of score -inf.
+    Returns: int64 [B, k], best first. A text with fewer than k labels left gets candidates of score -inf at the end.
     """
     feat = feat_Bd.to(torch.float32)
     rows = feat.shape[0]

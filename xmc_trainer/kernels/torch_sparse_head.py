@@ -1,11 +1,10 @@
-"""The head step and top-k by PyG's torch_sparse: the reference's tiles, their three products by its CSR kernels.
+"""The head step and rankings with PyG's torch_sparse, for comparisons: `reference`, with a tile's products in CSR kernels.
 
-For who has that package and wants to compare. A tile of labels is a CSR matrix W_Td with F entries a row, and
+A tile of labels is a CSR matrix W_Td with F entries in each row. `torch_sparse.matmul` and its two gradients compute
 
-    z_TB = W_Td x_dB        dx_dB = W_dT^T g_TB        dW_TF = (g_TB x_dB^T) at W's entries
+    z_TB = W_Td x_dB        dx_dB = W_Td^T g_TB        dW_TF = (g_TB x_dB^T) at W's entries
 
-are `torch_sparse.matmul` and the two gradients that the package defines for it. The work is that of the F entries, not of
-d; a dense head has no index, and its products are the reference's.
+The work grows with F, not with d. A dense head has no index and uses the reference's products.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ __all__ = ["head_step", "head_topk"]
 
 
 class SparseTile:
-    """`reference.Tile` of labels that have an index."""
+    """A `reference.Tile` of labels with an index."""
 
     def __init__(self, head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> None:
         labels, fan_in = head.weight_LF[start:stop].shape
@@ -55,7 +54,7 @@ class SparseTile:
 
 
 def _tile(head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> Tile:
-    # Without texts there is nothing to multiply, and the package's kernels would divide by their number.
+    # The package's kernels divide by the number of texts.
     by_index = head.index_RF is not None and feat_Bd.shape[0] > 0
     return (SparseTile if by_index else DenseTile)(head, start, stop, feat_Bd)
 
