@@ -1,4 +1,4 @@
-"""Bitmaps of sparse sets: (label, text) pairs (positives, or labels to skip in a ranking), and the features of index rows."""
+"""Bitmaps of (label, text) pairs (positives, or labels that a ranking skips) and of the features that index rows read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ def mark_kernel(
 
 
 class PairBitmap:
-    """Bits of the pairs of one chunk of labels, and which tiles of labels have any.
+    """A bitmap of the (label, text) pairs of one chunk of labels, and a flag for each tile of labels that has a pair.
 
     Args:
-        labels: of a chunk, at most; starts at the first label of a group.
-        columns: texts, a multiple of 32.
-        group: labels that belong together. tile: labels a tile; each group is cut into ceil(group / tile) tiles.
-    Attributes: bits: int32 [labels, columns // 32]. any: int32 [groups * tiles of a group].
+        labels: largest chunk. A chunk starts at the first label of a group.
+        columns: texts, padded to a multiple of 32.
+        group: labels in a group.
+        tile: labels in a tile. Each group is cut into ceil(group / tile) tiles.
+    Attributes:
+        bits: int32 [labels, columns // 32].
+        any: int32 [groups * tiles in a group].
     """
 
     def __init__(self, labels: int, columns: int, group: int, tile: int, device: torch.device) -> None:
@@ -38,7 +41,7 @@ class PairBitmap:
         self.bits, self.any = self._memory[:bits].view(labels, -1), self._memory[bits:]
 
     def mark(self, label_P: Tensor, row_P: Tensor, first_label: int) -> None:
-        """Take the (local label, text) pairs, int64, of the chunk at first_label. A repeated pair sets its bit once."""
+        """Set the bits of the chunk that starts at first_label, from int64 pairs (local label, text). Pairs may repeat."""
         self._memory.zero_()
         pairs = label_P.shape[0]
         if pairs:
@@ -49,7 +52,7 @@ class PairBitmap:
 
 
 def feature_bitmap(index_RF: Tensor, d: int) -> Tensor:
-    """Which features each row reads: int32 [R, ceil(d / 32)], one bit a feature, for an int16 or int32 [R, F] index."""
+    """Mark the features that each row reads: int32 [R, ceil(d / 32)], one bit for each feature. index_RF: int16 or int32."""
     rows, words = index_RF.shape[0], -(-d // 32)
     bits = torch.empty(rows, words, dtype=torch.int32, device=index_RF.device)
     power = torch.ones((), dtype=torch.int64, device=index_RF.device) << torch.arange(32, device=index_RF.device)

@@ -1,20 +1,21 @@
-"""The head step for any index and precision, by the library's products over a chunk of labels at a time. No atomics.
+"""The head step for any index and dtype: cuBLAS products, one chunk of labels at a time.
 
-A chunk's rows are dense, D_Cd: in a workspace where they are sparse in memory, or of another type than the features; else where they are.
+D_Cd holds the chunk's weights as dense rows. A dense head in the features' dtype is used where it is; any other head is first copied
+to a workspace.
 
     densify_kernel     D <- rows of the chunk
-    library            z_CB = D X^T
+    cuBLAS             z_CB = D X^T
     slopes_kernel      loss_B += sum_C loss(z + bias, y)    s_CB = dloss/dz    bias <- update
-    library            dX_Bd += s^T D    dW_Cd = s X
+    cuBLAS             dX_Bd += s^T D    dW_Cd = s X
     gather_kernel      weight[l] <- update(weight[l], dW[l, index[l]])
 
-Of a dense head and one tile of texts `gradients_kernel` makes dX, dW and the update in one pass over the weights, which are the bulk of
-what is moved then; dW is not in memory.
+For a dense head and one tile of texts, reading and writing weights takes most of the time. Then `gradients_kernel` computes dX and dW
+and updates the weights in one pass over them, and dW is never in memory.
 
-bfloat16 products have float32 sums; dW is rounded to bfloat16. float32 products are exact, or TF32 where torch is told that it may
+bfloat16 products sum in float32; dW is rounded to bfloat16. float32 products are exact unless torch allows TF32
 (`torch.set_float32_matmul_precision`, or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 in the environment).
 
-Sums have one order: results are the same, bit for bit, from run to run.
+There are no atomic adds: results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ from xmc_trainer.kernels.triton.tile_math import (
 @triton.jit(do_not_specialize=["first_label", "last_label"])
 def densify_kernel(
     weight_ptr,  # [L, F]
-    bits_ptr,  # int32 [R, words]: which features a row reads
+    bits_ptr,  # int32 [R, words]: bitmap of the features that a row reads
     dense_ptr,  # out: [labels of the chunk, d]
     first_label, last_label, d, words, F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One program, of one warp: T labels, one after another, 32 WORDS features at a time.
+    """Write dense rows. Each program is one warp and writes T labels, one after another, 32 * WORDS features at a time.
 
-    An index row is ascending: a feature's slot is the number of features before it. The slots that a warp reads at a time
-    are one label's and lie together, however the compiler lays out its threads.
+    An index row is ascending, so a feature's slot is the number of set bits before it. One warp takes one label at a time so that
+    the slots that it reads are contiguous, whatever layout the compiler chooses.
     """
     place = tl.arange(0, 32)
     bit = (tl.full([32], 1, tl.uint32) << place.to(tl.uint32))[:, None]
@@ -80,20 +81,20 @@ def densify_kernel(
 def slopes_kernel(
     z_ptr,  # float32 [labels of the chunk, columns]: logits without bias
     bias_ptr, bias_state0_ptr, bias_state1_ptr,  # float32 [L]
-    positive_ptr,  # int32 [labels of the chunk, columns // 32]: one bit a (label, text)
+    positive_ptr,  # int32 [labels of the chunk, columns // 32]: one bit for each (label, text)
     slope_ptr,  # out: [labels of the chunk, columns]
     loss_ptr,  # out: float32 [tiles of the chunk, columns]
-    update_ptr,  # int32 scalar: not zero if there is a bias to update
+    update_ptr,  # int32 scalar: 0 leaves the biases alone
     first_label, last_label, texts, columns,
     text_weight, lr, beta0, beta1, eps, correct0, correct1,
     T: tl.constexpr, B_TILE: tl.constexpr, LOSS: tl.constexpr, RULE: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: T labels, all texts, B_TILE of them at a time."""
+    """Turn logits into losses and slopes, and update the biases. Each program takes T labels and all texts, B_TILE at a time."""
     tile = tl.program_id(0)
     local = tile * T + tl.arange(0, T).to(tl.int64)
     label = first_label + local
     label_ok = label < last_label
-    # A logit of -1e30 stands for no label: its loss and slope are zero.
+    # Padding labels get a logit of -1e30: its loss and slope are zero.
     bias = tl.where(label_ok, 0.0, -1e30)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
@@ -102,7 +103,7 @@ def slopes_kernel(
         text = first + tl.arange(0, B_TILE)
         place = local[:, None] * columns + text[None, :]
         z = tl.load(z_ptr + place, mask=label_ok[:, None], other=0.0) + bias[:, None]
-        # Most tiles have no positive, and leave the bits at that.
+        # Most tiles have no positive; they do not look at single bits.
         row = positive_ptr + local[:, None] * (columns // 32)
         word = (first // 32 + tl.arange(0, B_TILE // 32))[None, :]
         any_positive = tl.max((tl.load(row + word, mask=label_ok[:, None], other=0) != 0).to(tl.int32)) != 0
@@ -123,7 +124,7 @@ def slopes_kernel(
 @triton.jit(do_not_specialize=["first_label", "last_label", "label_start", "key0", "key1"])
 def gradients_kernel(
     weight_ptr, state0_ptr, state1_ptr,  # in and out: [L, D]
-    x_ptr,  # [B, D]
+    x_ptr,  # [B, D]; B is one padded tile of texts
     slope_ptr,  # [labels of the chunk, B]
     dx_ptr,  # in and out: float32 [lanes, B, D], without text_weight
     finite_ptr,  # int32 scalar
@@ -132,9 +133,10 @@ def gradients_kernel(
     key0, key1,  # for rounding
     D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: D_TILE features, every n-th tile of T labels; these features of X and dX stay on the chip.
+    """Add to dX and update dense weights. Each program takes D_TILE features and every `lanes`-th tile of T labels.
 
-    Programs of the same labels are neighbours: slopes come from memory once.
+    Its features of X and dX stay in registers and shared memory. Programs of the same labels are neighbours, so that slopes are read
+    from device memory once.
     """
     D_TILES: tl.constexpr = (D + D_TILE - 1) // D_TILE
     first_k = tl.program_id(0) % D_TILES * D_TILE
@@ -169,14 +171,14 @@ def gradients_kernel(
 def gather_kernel(
     weight_ptr, state0_ptr, state1_ptr,  # [L, F]
     index_ptr,  # [R, F], if SPARSE
-    dense_ptr,  # [labels of the chunk, d]: the gradient, but for text_weight
+    dense_ptr,  # [labels of the chunk, d]: the gradient without text_weight
     finite_ptr,  # int32 scalar
     first_label, last_label, label_start, d,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
     key0, key1,  # for rounding
     F: tl.constexpr, G: tl.constexpr, T: tl.constexpr, F_TILE: tl.constexpr, SPARSE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """One program: T labels. F_TILE: with ROWWISE F at least."""
+    """Update weights by the gradient at their index. Each program takes T labels, F_TILE slots at a time (all F with ROWWISE)."""
     local = tl.program_id(0) * T + tl.arange(0, T).to(tl.int64)
     label = first_label + local
     for first in range(0, F, F_TILE):
@@ -198,12 +200,12 @@ def gather_kernel(
 @triton.jit(do_not_specialize=["first_label", "last_label"])
 def update_bias_kernel(
     bias_ptr, state0_ptr, state1_ptr,  # float32 [L]
-    grad_ptr,  # float32 [PARTS, pitch]: parts of the gradient of the chunk's labels, but for text_weight
+    grad_ptr,  # float32 [PARTS, pitch]: partial sums of the gradient of the chunk's labels, without text_weight
     finite_ptr,  # int32 scalar
     first_label, last_label, pitch, text_weight, lr, beta0, beta1, eps, correct0, correct1,
     PARTS: tl.constexpr, T: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """One program: T labels."""
+    """Update biases by the sum of PARTS partial gradients. Each program takes T labels."""
     local = tl.program_id(0) * T + tl.arange(0, T)
     label = first_label + local.to(tl.int64)
     ok = label < last_label
@@ -217,17 +219,17 @@ def update_bias_kernel(
     )  # fmt: skip
 
 
-# Labels a tile of `slopes_kernel`; and of `gradients_kernel`, with features, and how many warps and tiles on their way it has.
+# Labels in a tile of `slopes_kernel`; labels and features in a tile of `gradients_kernel`, its warps and its pipeline stages.
 _LABELS = 32
 _GRADIENTS_LABELS, _GRADIENTS_FEATURES, _GRADIENTS_WARPS, _GRADIENTS_STAGES = 64, 128, 16, 3
 
 
 class DenseChunks:
-    """The head's rows as dense ones, a chunk of labels after another.
+    """Iterates over the head's weights as dense rows, a chunk of labels at a time.
 
     Args:
-        bytes_a_label: of what the caller keeps for a chunk.
-        unit: labels a tile: a chunk is a multiple of it, of as many as there are multiprocessors if it is that large.
+        bytes_a_label: bytes that the caller keeps for each label of a chunk.
+        unit: labels in a tile. A chunk is a multiple of it, and where it can be a whole number of tiles for each multiprocessor.
     """
 
     def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int) -> None:
@@ -244,11 +246,11 @@ class DenseChunks:
 
     @staticmethod
     def as_they_are(head: HeadTensors, dtype: torch.dtype) -> bool:
-        """Whether rows are the weights themselves."""
+        """Return whether the weights serve as dense rows without a copy."""
         return head.index_RF is None and head.weight_LF.dtype == dtype
 
     def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(first label, last label, rows [last - first, d])."""
+        """Yield (first label, last label, dense rows [last - first, d])."""
         head = self.head
         labels, fan_in = head.weight_LF.shape
         for first in range(0, labels, self.size):
@@ -268,7 +270,7 @@ class DenseChunks:
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out <- a @ b, of the batch's dtype; out may be float32."""
+    """Compute out <- a @ b and return out. a and b share a dtype; out has it too, or is float32."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     if a.is_cuda:
@@ -277,13 +279,13 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """(loss float32 [columns], feature gradient float32 [columns, d])."""
+    """Run the step. Return the loss, float32 [columns], and the feature gradient, float32 [columns, d]."""
     labels, (columns, d), device = head.weight_LF.shape[0], batch.rows.shape, batch.rows.device
     has_bias, dtype, programs = head.bias_L is not None, batch.rows.dtype, multiprocessors(device)
     by_label = step.update and step.rule["RULE"] == ROWWISE.value
     one_pass = step.update and head.index_RF is None and not by_label and batch.bf16 and columns == batch.tile
     as_they_are = DenseChunks.as_they_are(head, dtype)
-    # Where the rows are in a workspace, dW takes their place there.
+    # Rows in a workspace are overwritten by dW.
     own_gradient = step.update and not one_pass and as_they_are
     bytes_a_label = columns * (4 + dtype.itemsize) + columns // 8 + (d * dtype.itemsize if own_gradient else 0)
     chunks = DenseChunks(head, batch, bytes_a_label, _LABELS)
@@ -327,9 +329,12 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
 def update_from(
     head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step, index_RF: Tensor | None
 ) -> None:
-    """Update the weights of labels first..last by their gradient, but for `text_weight`: [last - first, d], read at the index if given."""
+    """Update the weights of labels first..last.
+
+    gradient: without `text_weight`; [last - first, d], read at `index_RF`, or [last - first, F] if that is None.
+    """
     fan_in, by_label = head.weight_LF.shape[1], step.rule["RULE"] == ROWWISE.value
-    # Rows of 2048 elements in all for each program; with ROWWISE whole ones.
+    # A program takes rows of 2048 elements in all. ROWWISE needs whole rows.
     f_tile = triton.next_power_of_2(fan_in)
     f_tile = f_tile if by_label else min(1024, f_tile)
     rows = max(1, 2048 // f_tile)
@@ -342,7 +347,7 @@ def update_from(
 
 
 def update_biases_from(head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step) -> None:
-    """The same for biases, by the sum of the rows of `gradient` [parts, last - first or more]."""
+    """Update the biases of labels first..last by the sum over parts of `gradient`: float32 [parts, last - first or more]."""
     update_bias_kernel[(triton.cdiv(last - first, 256),)](
         head.bias_L, *two_states(head.bias_state, head.bias_L), gradient, step.finite, first_label=first, last_label=last,
         pitch=gradient.shape[1], text_weight=step.text_weight, PARTS=gradient.shape[0], T=256, **step.rule,

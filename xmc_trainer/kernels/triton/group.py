@@ -1,4 +1,4 @@
-"""The head step for labels that share index rows: products over the F gathered features only.
+"""The head step for labels that share index rows: products over the F gathered features.
 
 For the G labels of an index row, with their features gathered from the transposed features X^T [d, B]:
 
@@ -6,13 +6,12 @@ For the G labels of an index row, with their features gathered from the transpos
                      dX^T[index] += w_GF^T g_GB   (atomic)
     update_kernel    x_FB = X^T[index]    dw_GF = g_GB x_FB^T    w_GF, bias <- update
 
-Two kernels, not one: together they would hold so many registers that a multiprocessor had only one program to run. The
-slopes of a chunk of labels stay in the L2 cache between them, X^T and dX^T always do; rows of both are contiguous in the
-batch, so that gathers and atomic adds are of whole sectors. The batch is the first dimension of z because a matrix
-instruction needs 64 rows, and G may be 16. A large group is taken G_TILE labels at a time, with dx kept on chip.
+There are two kernels because one would need so many registers that a multiprocessor could hold only one program. Between them
+the slopes of a chunk stay in the L2 cache, and so do X^T and dX^T. Texts are contiguous in X^T and dX^T, so gathers and atomic adds
+move whole sectors. Texts are the first dimension of z because a matrix instruction needs 64 rows and G may be 16. Large groups are
+taken G_TILE labels at a time, while dx stays in registers.
 
-The order of the atomic adds is not defined: feature gradients differ from run to run in float32's last digits. Where
-that matters use `dense`.
+Atomic adds come in any order, so the last digits of feature gradients vary from run to run. `dense` is deterministic.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ def slopes_kernel(
     bias_ptr,  # float32 [L]
     x_ptr,  # [d, columns]
     dx_ptr,  # float32 [d, columns]
-    positive_ptr,  # int32 [labels of rows first_row.., columns // 32]: one bit a (label, text)
-    any_positive_ptr,  # int32 [rows, tiles of a row]: not zero if the tile of labels has a positive
-    slope_ptr,  # out: [labels of rows first_row.., columns]
+    positive_ptr,  # int32 [labels of rows from first_row on, columns // 32]: one bit for each (label, text)
+    any_positive_ptr,  # int32 [rows, tiles in a row]: not zero if the tile of labels has a positive
+    slope_ptr,  # out: [labels of rows from first_row on, columns]
     loss_ptr,  # in and out: float32 [programs, columns]
     first_row, last_row, labels, texts, columns, text_weight,
     F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr,
     B_TILE: tl.constexpr, ALL_TEXTS: tl.constexpr,
     LOSS: tl.constexpr, BF16: tl.constexpr, HAS_BIAS: tl.constexpr, KEEP_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n-th row, B_TILE texts (program_id(1))."""
+    """Compute losses, slopes and the feature gradient. Each program takes every n-th index row and B_TILE texts (program_id(1))."""
     text = tl.program_id(1) * B_TILE + tl.arange(0, B_TILE)
     f = tl.arange(0, F_TILE)
     f_ok = f < F
@@ -66,7 +65,7 @@ def slopes_kernel(
             label = row * G + g.to(tl.int64)
             label_ok = (g < G) & (label < labels)
             w = load_operand(weight_ptr + label[:, None] * F + f[None, :], label_ok[:, None] & f_ok[None, :], BF16)
-            # A logit of -1e30 stands for no label: its loss and slope are zero.
+            # Padding labels get a logit of -1e30: its loss and slope are zero.
             bias = tl.where(label_ok, 0.0, -1e30)
             if HAS_BIAS:
                 bias = tl.load(bias_ptr + label, mask=label_ok, other=-1e30)
@@ -82,7 +81,7 @@ def slopes_kernel(
             dx = product(tl.trans(w), s, dx, BF16)
             if KEEP_SLOPES:
                 tl.store(slope_ptr + local.to(tl.int64)[:, None] * columns + text[None, :], s, mask=label_ok[:, None])
-        # A mask along the texts would undo the vector instructions; columns of no text are not read by anyone.
+        # No mask along the texts: it would prevent vector instructions, and nobody reads the padding columns.
         place = dx_ptr + index[:, None] * columns + text[None, :]
         tl.atomic_add(place, dx * text_weight, mask=f_ok[:, None], sem="relaxed")
     sums = loss_ptr + tl.program_id(0) * columns + text
@@ -95,7 +94,7 @@ def update_kernel(
     index_ptr,  # [R, F]
     bias_ptr, bias_state0_ptr, bias_state1_ptr,  # float32 [L]
     x_ptr,  # [d, columns]
-    slope_ptr,  # [labels of rows first_row.., columns]
+    slope_ptr,  # [labels of rows from first_row on, columns]
     finite_ptr,  # int32 scalar
     first_row, last_row, labels, label_start, columns,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
@@ -103,7 +102,7 @@ def update_kernel(
     F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr,
     B_TILE: tl.constexpr, B_TILES: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One program: G_TILE labels of one row, all texts."""
+    """Compute the weight gradient and update weights and biases. Each program takes G_TILE labels of one row and all texts."""
     tiles = (G + G_TILE - 1) // G_TILE
     row = first_row + tl.program_id(0) // tiles
     g = tl.program_id(0) % tiles * G_TILE + tl.arange(0, G_TILE)
@@ -138,10 +137,10 @@ def update_kernel(
 
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """(loss float32 [columns], feature gradient float32 [columns, d])."""
+    """Run the step. Return the loss, float32 [columns], and the feature gradient, float32 [columns, d]."""
     (labels, fan_in), group, rows = head.weight_LF.shape, head.group_size, head.index_RF.shape[0]
     columns, device, d = batch.columns, batch.rows.device, batch.rows.shape[1]
-    # Tiles of labels and texts: the fastest of those tried on an H200 at d = 768, F = 128, B = 128.
+    # Tiles of labels and texts: the fastest tried on an H200 at d = 768, F = 128, B = 128.
     whole = max(16, triton.next_power_of_2(group))
     tile, update_tile, texts_tile = min(32, whole), min(64, whole), min(64, batch.tile)
     programs = 4 * multiprocessors(device)

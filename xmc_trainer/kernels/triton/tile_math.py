@@ -1,7 +1,7 @@
-"""What the Triton kernels share: random bits, losses and update rules, as device functions.
+"""Device functions of the Triton kernels: random bits, losses and update rules.
 
-The torch twins are `rng` and `eight_bits` (bit for bit) and `reference`. Under Triton's interpreter (TRITON_INTERPRET=1, CPU
-tensors) arithmetic on bfloat16 is not to be trusted: there, operands are rounded to bfloat16 and widened again.
+They match `rng` and `eight_bits` bit for bit, and `reference` up to rounding. Triton's interpreter (TRITON_INTERPRET=1, CPU tensors)
+computes bfloat16 arithmetic wrongly, so operands are rounded to bfloat16 and widened to float32 there.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from triton.language.extra import libdevice
 from xmc_trainer.kernels.arguments import LOSSES, RULES
 
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
-# Values of the kernels' LOSS and RULE.
+# The values of LOSS and RULE.
 BCE = tl.constexpr(LOSSES["bce"])
 MOMENTUM, ADAMW, ROWWISE = (tl.constexpr(RULES[name]) for name in ("momentum", "adamw", "rowwise_rmsprop"))
 
 
 @triton.jit
 def mix(x):
-    """lowbias32 on uint32."""
+    """Apply the hash lowbias32 to uint32 values."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -28,20 +28,20 @@ def mix(x):
 
 @triton.jit
 def row_hash(key0, row):
-    """Of `rng.rounding_bits` what is once a row. key0: int32 scalar; row: int32."""
+    """Compute the part of `rng.rounding_bits` that a row's elements share. key0: int32 scalar; row: int32."""
     return mix(row.to(tl.uint32, bitcast=True) ^ key0.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
 def element_hash(hashed, key1, column):
-    """What the draws of an element are made of, uint32, from broadcastable `row_hash` and columns."""
+    """Hash each element, uint32, from a `row_hash` and columns that broadcast. An element's draws are multiples of its hash."""
     x = (hashed + column.to(tl.uint32, bitcast=True) * 0x9E3779B1) ^ key1.to(tl.uint32, bitcast=True)
     return x ^ (x >> 16)
 
 
 @triton.jit
 def load_operand(pointer, mask, BF16: tl.constexpr):
-    """Load a matrix product's operand: bfloat16, or float32. `mask` broadcasts; None loads everything."""
+    """Load an operand of a matrix product, as bfloat16 or float32. `mask` broadcasts; None loads everything."""
     if mask is None:
         x = tl.load(pointer)
     else:
@@ -51,7 +51,7 @@ def load_operand(pointer, mask, BF16: tl.constexpr):
 
 @triton.jit
 def load_columns(row_ptr, first, D: tl.constexpr, D_TILE: tl.constexpr, BF16: tl.constexpr):
-    """Load an operand [T, D_TILE]: columns from `first` of the rows of D elements at row_ptr [T, 1]; zeros past D."""
+    """Load an operand [T, D_TILE]: D_TILE columns from `first` on, of rows of D elements at row_ptr [T, 1]. Zeros past D."""
     k = first + tl.arange(0, D_TILE)
     if D % D_TILE == 0:
         return load_operand(row_ptr + k[None, :], None, BF16)
@@ -60,11 +60,11 @@ def load_columns(row_ptr, first, D: tl.constexpr, D_TILE: tl.constexpr, BF16: tl
 
 @triton.jit
 def operand(x, BF16: tl.constexpr):
-    """Round to bfloat16, if BF16; to float32 otherwise."""
+    """Convert to bfloat16 if BF16, else to float32."""
     if INTERPRET:
         x = x.to(tl.float32)
         if BF16:
-            # Its own conversion truncates.
+            # The interpreter's conversion truncates.
             bits = x.to(tl.uint32, bitcast=True)
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
             x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -77,7 +77,7 @@ def operand(x, BF16: tl.constexpr):
 
 @triton.jit
 def product(a, b, total, BF16: tl.constexpr):
-    """total + a @ b in float32. float32 operands are multiplied as three tf32 products: float32's accuracy."""
+    """Return total + a @ b in float32. float32 operands take three TF32 products, which have float32's accuracy."""
     if BF16:
         return tl.dot(a, b, total)
     return tl.dot(a, b, total, input_precision="tf32x3")
@@ -99,18 +99,20 @@ def log(x):
 
 @triton.jit
 def loss_and_slope(z, any_positive, words_ptr, label_ok, places, LOSS: tl.constexpr):
-    """(loss, dloss/dlogit), float32, of a tile of logits; see `xmc_trainer.head.losses`.
+    """Return the loss and dloss/dlogit of a tile of logits, float32; see `xmc_trainer.head.losses`.
 
-    any_positive: scalar; most tiles hold no positive and skip the bits. words_ptr: int32 pointers of the shape of z;
-    label_ok: bool and places: int32, both broadcast to it: where there is a word, and the bit of each element in it.
+    any_positive: scalar; false skips the bitmap, as in most tiles.
+    words_ptr: int32 pointers of the shape of z, to each element's word of the bitmap.
+    label_ok: bool, broadcasts to z; where words_ptr is valid.
+    places: int32, broadcasts to z; each element's bit in its word.
     """
-    # By symmetry a positive's loss and slope are those of a negative with logit -z, the slope negated.
+    # A positive with logit z has the loss of a negative with logit -z, and its negated slope.
     if any_positive:
         z = tl.where(((tl.load(words_ptr, mask=label_ok, other=0) >> places) & 1) != 0, -z, z)
     if LOSS == BCE:
         e = tl.exp(-tl.abs(z))
         inverse = reciprocal(1.0 + e)
-        # log(1 + e) would lose the digits of a small e, and most are small.
+        # Most e are small, and log(1 + e) would lose their digits.
         log1p = tl.where(e < 0.01, e * (1.0 - e * (0.5 - e * (0.33333334 - 0.25 * e))), -log(inverse))
         loss = tl.maximum(z, 0.0) + log1p
         slope = tl.where(z >= 0, inverse, e * inverse)
@@ -127,10 +129,11 @@ def loss_and_slope(z, any_positive, words_ptr, label_ok, places, LOSS: tl.conste
 def updated(
     weight, grad, square, state0, state1, lr, weight_decay, beta0, beta1, eps, correct0, correct1, RULE: tl.constexpr
 ):
-    """New (weight, state0, state1) in float32; see `xmc_trainer.head.optimizers`.
+    """Return the updated (weight, state0, state1), float32; see `xmc_trainer.head.optimizers`.
 
-    square: of ROWWISE, what its state, state0, is a moving average of; both broadcast to the weight. beta0: SGD's momentum,
-    or Adam's beta1. correct0 = 1 / (1 - beta1^step), correct1 = 1 / (1 - beta2^step).
+    square: with ROWWISE, the mean square whose moving average is state0; both broadcast to the weight.
+    beta0, beta1: SGD's momentum, or Adam's beta1 and beta2. ROWWISE has its beta2 in beta1.
+    correct0, correct1: bias corrections 1 / (1 - beta1^step) and 1 / (1 - beta2^step).
     """
     if RULE == ROWWISE:
         state0 = beta1 * state0 + (1.0 - beta1) * square
@@ -151,7 +154,7 @@ def updated(
 
 @triton.jit
 def load_state(pointer, mask, SQUARES: tl.constexpr):
-    """Load a state as float32, from bytes as `eight_bits.decoded` does. SQUARES: the second state."""
+    """Load a state as float32; 8-bit states as `eight_bits.decoded` does. SQUARES: it is state 2, the mean square."""
     x = tl.load(pointer, mask=mask, other=0)
     if pointer.dtype.element_ty == tl.uint8:
         if SQUARES:
@@ -163,15 +166,15 @@ def load_state(pointer, mask, SQUARES: tl.constexpr):
 
 @triton.jit
 def store_rounded(pointer, value, mask, hashed, FACTOR: tl.constexpr, SQUARES: tl.constexpr = False):
-    """Store float32; into what is narrower by stochastic rounding: as `rng.round_to_bfloat16`, or `eight_bits.encoded`.
+    """Store float32 values. bfloat16 and 8-bit tensors round stochastically, as `rng.round_to_bfloat16` and `eight_bits.encoded` do.
 
-    hashed: of `element_hash`; FACTOR: the tensor's, of `rng`; SQUARES: as of `load_state`.
+    hashed: result of `element_hash`. FACTOR: the tensor's factor in `rng`. SQUARES: as in `load_state`.
     """
     if pointer.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True) + ((hashed * FACTOR) >> 16)
         value = (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
     elif pointer.dtype.element_ty == tl.uint8:
-        draw = hashed * 0x846CA68B  # of both states: each has bits of its own
+        draw = hashed * 0x846CA68B  # one draw for both states, which use different bits
         if SQUARES:
             bits = (value * 2.0**-17 + 2.0**-63).to(tl.uint32, bitcast=True) - (64 << 23)
             value = tl.minimum((bits + (draw >> 11)) >> 21, 0xFF).to(tl.uint8)
@@ -187,10 +190,10 @@ def update_weights(
     lr, weight_decay, beta0, beta1, eps, correct0, correct1, key0, key1,
     F: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Update and write the weights and their state at `place` (int64 [T, N]), where `ok`; nothing unless finite.
+    """Update the weights and states at `place`, int64 [T, N], where `ok`; write nothing unless `finite`.
 
-    weight: [T, N], as read; grad: float32 [T, N]; label: int64 [T], this rank's; label_start: the global id of label 0;
-    column: int32 slots that broadcast to [T, N]. With ROWWISE all F weights of the labels must be among them.
+    weight: [T, N], as stored. grad: float32 [T, N]. label: int64 [T], local labels. label_start: global id of local label 0.
+    column: int32 slots, broadcast to [T, N]; with ROWWISE they must cover all F weights of each label.
     """
     number = (label_start + label).to(tl.int32)
     weight = weight.to(tl.float32)
@@ -224,7 +227,7 @@ def update_bias(
     bias_ptr, state0_ptr, state1_ptr, label, ok, finite, bias, grad, lr, beta0, beta1, eps, correct0, correct1,
     RULE: tl.constexpr,
 ):  # fmt: skip
-    """The same for float32 biases [T], already read; they do not decay."""
+    """Update float32 biases [T], which the caller has read, and their states where `ok` and `finite`. Biases do not decay."""
     write = ok & finite
     state0 = bias
     state1 = bias
@@ -244,9 +247,9 @@ def update_bias(
 
 @triton.jit
 def count_bits(x):
-    """Bits set in each uint32, as int32."""
+    """Count the bits set in each uint32, as int32."""
     if INTERPRET:
-        # The interpreter takes its time for each operation, however many numbers it has: so few of them.
+        # The interpreter's cost is in the number of operations, not of elements: use few.
         x = tl.sum(((tl.expand_dims(x, -1) >> tl.arange(0, 32).to(tl.uint32)) & 1).to(tl.int32), -1)
     else:
         x = libdevice.popc(x.to(tl.int32, bitcast=True))

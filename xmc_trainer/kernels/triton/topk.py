@@ -1,24 +1,22 @@
-"""The best k labels without a B x L matrix: the largest logit of every block of labels, then the best blocks again.
+"""The best k labels of each text, without a B x L matrix of logits.
 
-A label among the best k lies in one of the k blocks with the largest maxima (ties to the earlier block): if it did not,
-each of those k blocks would hold a label that comes before it. So one number is kept for a block, straight from the
-matrix product that makes its logits:
+First a kernel finds the largest logit of each block of BLOCK labels. The best k labels lie in the k blocks with the largest maxima
+(ties go to the earlier block): otherwise each of those blocks would hold a better label. Each kernel reduces its matrix product to one
+number for each block and text:
 
-    dense_best_kernel    z = X D^T + bias             for rows made dense         (D_Cd; see `dense`), a tile of
-                                                      BLOCK labels after another, each with up to 256 texts
-    group_best_kernel    z = X^T[index]^T w + bias    for labels that share index rows (see `group`)
-    logits.cu            z = X W^T + bias             for rows that are dense on the chip alone (see `cuda.densify`)
+    dense_best_kernel    z = X D^T + bias             dense rows (D_Cd; see `dense`), BLOCK labels x up to 256 texts at a time
+    group_best_kernel    z = X^T[index]^T w + bias    labels that share index rows (see `group`)
+    logits.cu            z = X W^T + bias             sparse rows, made dense in shared memory (see `cuda.densify`)
 
-Logits never leave the chip: from memory come weights (and index) once, X from the L2 cache. Texts are the first
-dimension of z, so that the maximum over a block's labels is taken within a few threads. The best of the maxima are found
-by the same argument, from the maxima of BLOCK blocks. Then `rescore_kernel` computes the logits of the chosen blocks
-once more, always in the same order: a score, and which of two labels comes first, depends neither on tiles, chunks,
-batch or shard nor on the way that chose the blocks.
+Logits are never in device memory. Weights and index are read once; X comes from the L2 cache. Texts are the first dimension of z, so
+a few threads share each maximum. The best blocks are found in the same way, from the maxima of BLOCK blocks.
 
-A maximum and a score are two roundings of the same sum. SPARE blocks more than k are therefore rescored, and what is
-certain is: a label that belongs among the best k by its score is missed only if in at least SPARE + 1 other blocks the
-largest logit lies within both roundings below it. Labels of equal weights and index, and all whose sums are exact in
-float32, have equal logits either way, and no such luck is needed.
+Then `rescore_kernel` computes the logits of the chosen blocks again, in a fixed order of sums. So scores and ties do not depend on
+tiles, chunks, batch, shard or the kernel that chose the blocks.
+
+The maximum and the score are two roundings of the same sum, so SPARE more than k blocks are rescored. A label of the best k is missed
+only if at least SPARE + 1 other blocks have a maximum within rounding error of its score. Labels with equal weights and index, and
+labels whose sums are exact in float32, have equal logits both times and are never missed.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ SPARE = 2
 
 
 class Blocks(NamedTuple):
-    """Which labels a block has: every `span` labels are cut into `tiles` blocks of BLOCK, the last one perhaps shorter."""
+    """How labels are cut into blocks: every `span` labels into `tiles` blocks of BLOCK, the last of which may be shorter."""
 
     span: int
     tiles: int
@@ -49,7 +47,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, labels: int, group: int) -> Blocks:
-        """group: labels that share an index row; as many whole groups as fit a block, or a group cut into blocks."""
+        """Cut groups of `group` labels: a block has as many whole groups as fit, or a large group is cut into blocks."""
         span = max(1, BLOCK // group) * group
         tiles = triton.cdiv(span, BLOCK)
         whole, rest = divmod(labels, span)
@@ -58,9 +56,9 @@ class Blocks(NamedTuple):
 
 @triton.jit
 def tile_max(z, local, label_ok, text, columns, skip_ptr, SKIPS: tl.constexpr):
-    """Each text's largest logit [B_TILE] of z [B_TILE, labels], but for labels to skip, if SKIPS.
+    """Return each text's largest logit, [B_TILE], of z [B_TILE, labels]; with SKIPS, without the labels to skip.
 
-    local: int64 [labels], their rows in skip_ptr.
+    local: int64 [labels], the labels' rows in skip_ptr.
     """
     keep = label_ok[None, :] & (text >= 0)[:, None]
     if SKIPS:
@@ -75,23 +73,26 @@ def dense_best_kernel(
     dense_ptr,  # [labels of the chunk, D]
     bias_ptr,  # float32 [L]
     x_ptr,  # [columns, D]
-    skip_ptr,  # int32 [labels of the chunk, columns // 32]: one bit a (label, text) to leave out
+    skip_ptr,  # int32 [labels of the chunk, columns // 32]: one bit for each (label, text) to leave out
     any_skip_ptr,  # int32 [blocks of the chunk]
     best_ptr,  # out: float32 [blocks, columns]
     first_label, last_label, first_block, columns,
     D: tl.constexpr, D_TILE: tl.constexpr, BLOCK: tl.constexpr, B_TILE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: every n-th tile of a block and B_TILE texts. Tiles of the same block are neighbours."""
+    """Find the largest logits of dense rows. Each program takes every n-th tile of a block and B_TILE texts.
+
+    Tiles of the same block are neighbours.
+    """
     labels = last_label - first_label
     text_tiles = columns // B_TILE
     tiles = (labels + BLOCK - 1) // BLOCK * text_tiles
-    # One loop over the tiles' features: the next tile's loads are under way while a maximum is taken.
+    # Flattened, so that the next tile's loads overlap with the maximum of this one.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         block = tile // text_tiles
         local = block * BLOCK + tl.arange(0, BLOCK)
         text = tile % text_tiles * B_TILE + tl.arange(0, B_TILE)
-        # Past the end is the last label again: no mask in the loop.
+        # Padding labels repeat the last one, so the loop needs no mask.
         row = tl.minimum(local, labels - 1).to(tl.int64)
         z = tl.zeros([B_TILE, BLOCK], tl.float32)
         for first in range(0, D, D_TILE):
@@ -103,7 +104,7 @@ def dense_best_kernel(
         skips = False
         if HAS_SKIP:
             skips = tl.load(any_skip_ptr + block) != 0
-        # Two maxima, not a branch in one: loading the bits wants another layout, which would then be every block's.
+        # Two calls, not a branch in one: bits need another layout, which the compiler would then use for blocks without bits too.
         if skips:
             best = tile_max(z, row, local < labels, text, columns, skip_ptr, True)
         else:
@@ -117,11 +118,11 @@ def rows_max(
     F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, HAS_BIAS: tl.constexpr, SKIPS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """The largest logits [B_TILE] of a block; see `group_best_kernel`."""
+    """Return the largest logits of a block, [B_TILE]; see `group_best_kernel`."""
     g = block % TILES * BLOCK + tl.arange(0, G_TILE)
     best = tl.full([text.shape[0]], float("-inf"), tl.float32)
     for number in range(ROWS):
-        # Past the end is the last row again.
+        # Padding rows repeat the last one.
         row = tl.minimum(block // TILES * ROWS + number, (labels - 1) // G).to(tl.int64)
         label = row * G + g
         label_ok = (g < G) & (label < labels)
@@ -145,23 +146,23 @@ def group_best_kernel(
     index_ptr,  # [R, F]
     bias_ptr,  # float32 [L]
     x_ptr,  # [d, columns]
-    skip_ptr,  # int32 [labels from first_label, columns // 32]: one bit a (label, text) to leave out
-    any_skip_ptr,  # int32 [blocks from first_block]
+    skip_ptr,  # int32 [labels from first_label on, columns // 32]: one bit for each (label, text) to leave out
+    any_skip_ptr,  # int32 [blocks from first_block on]
     best_ptr,  # out: float32 [blocks, columns]
     first_block, first_label, labels, columns,
     F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, G_TILE: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, B_TILE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr,
     BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: a block, which is ROWS index rows or one of the TILES of a row's labels, and B_TILE texts.
+    """Find the largest logits of groups. Each program takes a block and B_TILE texts.
 
-    Programs of the same block are neighbours.
+    A block is ROWS index rows, or one of the TILES tiles of a row's labels. Programs of the same block are neighbours.
     """
     text_tiles = columns // B_TILE
     local_block = tl.program_id(0) // text_tiles
     text = tl.program_id(0) % text_tiles * B_TILE + tl.arange(0, B_TILE)
     block = first_block + local_block
-    # Two loops, not a branch in one: a loop without a branch has its next loads under way.
+    # Two loops, not a branch in one: the compiler prefetches only in a loop without a branch.
     skips = False
     if HAS_SKIP:
         skips = tl.load(any_skip_ptr + local_block) != 0
@@ -190,7 +191,7 @@ def rescore_kernel(
     F: tl.constexpr, G: tl.constexpr, F_TILE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, TILES: tl.constexpr,
     SPARSE: tl.constexpr, HAS_BIAS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One program: one block of one text."""
+    """Compute the logits of chosen blocks. Each program takes one block of one text."""
     text = tl.program_id(0)
     block = tl.load(block_ptr + text * blocks + tl.program_id(1))
     inside = block % TILES * BLOCK + tl.arange(0, BLOCK)
@@ -213,14 +214,14 @@ def rescore_kernel(
     tl.store(score_ptr + place, tl.where(label_ok, score, float("-inf")))
 
 
-# find(head, batch, blocks, best, skip_label_P, skip_row_P): every block's largest logit, into `best` [blocks or more, columns].
+# find(head, batch, blocks, best, skip_label_P, skip_row_P) writes each block's largest logit to `best`: [blocks or more, columns].
 Find = Callable[[HeadTensors, Batch, Blocks, Tensor, Tensor, Tensor], None]
 
 
 def best_labels(
     head: HeadTensors, batch: Batch, k: int, skip_label_P: Tensor, skip_row_P: Tensor, find: Find, group_blocks: bool
 ) -> Tensor:
-    """See `reference.head_topk`. group_blocks: `find` has blocks of whole groups, or of a group's labels."""
+    """Rank labels as `reference.head_topk` does. group_blocks: `find` cuts blocks along groups, see `Blocks`."""
     (labels, fan_in), texts, device = head.weight_LF.shape, batch.texts, batch.rows.device
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
     blocks = Blocks.of(labels, head.group_size if group_blocks else 1)
@@ -240,7 +241,7 @@ def best_labels(
     start = chosen // blocks.tiles * blocks.span + chosen % blocks.tiles * BLOCK
     label = (start[:, :, None] + torch.arange(BLOCK, device=device)).flatten(1)
     if skip_label_P.numel():
-        # Candidates meet the pairs to skip by binary search: (text, label) as one number.
+        # Look candidates up among the pairs to skip by binary search: a pair (text, label) is one number.
         skip = (skip_row_P * (labels + 1) + skip_label_P.clamp(-1, labels)).sort().values
         candidate = torch.arange(texts, device=device)[:, None] * (labels + 1) + label
         place = torch.searchsorted(skip, candidate).clamp_max(skip.shape[0] - 1)
@@ -254,10 +255,10 @@ def best_labels(
 def dense_best(
     head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
 ) -> None:
-    """Every block's largest logit, into `best` [blocks or more, columns]."""
+    """Write each block's largest logit to `best` [blocks or more, columns], from dense rows."""
     columns, device = batch.columns, batch.rows.device
     has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
-    # As many texts a tile as the chip holds, with the bits of those to skip: each tile of texts reads the rows once more.
+    # As many texts in a tile as fit, with the bits to skip: each tile of texts reads the dense rows once.
     texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
     if batch.bf16 and columns % 256 == 0 and not has_skip:
         texts_tile = 256
@@ -273,7 +274,7 @@ def dense_best(
             rows, head.bias_L if has_bias else best, batch.rows, *_bits(pairs, best), best, first, last,
             first // BLOCK, columns, D=chunks.d, D_TILE=features_tile, BLOCK=BLOCK,
             B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=8,
-            # A single tile of features leaves nothing to be on its way, and Triton 3.6 fails where it should be.
+            # One tile of features leaves nothing to prefetch, and Triton 3.6 fails if more stages are asked for.
             num_stages=1 if chunks.d <= features_tile else 4 if texts_tile == 256 else 3,
         )  # fmt: skip
 
@@ -281,7 +282,7 @@ def dense_best(
 def group_best(
     head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
 ) -> None:
-    """The same for labels that share index rows."""
+    """Write each block's largest logit to `best` [blocks or more, columns], for labels that share index rows."""
     (labels, fan_in), group, columns, device = head.weight_LF.shape, head.group_size, batch.columns, batch.rows.device
     has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
     texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
@@ -303,14 +304,14 @@ def group_best(
 
 
 def _bits(pairs: PairBitmap | None, missing: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernels' arguments for the pairs to skip; they do not read what is not there."""
+    """Return the kernels' arguments skip_ptr and any_skip_ptr. Without pairs they are `missing`, which kernels do not read."""
     return (missing.view(torch.int32),) * 2 if pairs is None else (pairs.bits, pairs.any)
 
 
 def _best_blocks(best: Tensor, texts: int, wanted: int) -> Tensor:
-    """The `wanted` blocks of the largest maxima for each text, equal ones by number: int64 [texts, wanted].
+    """Return the `wanted` blocks with the largest maxima for each text: int64 [texts, wanted]. Ties go to the smaller number.
 
-    best: float32 [blocks, columns], blocks a multiple of BLOCK. Of many blocks, the best among those of the best BLOCKs.
+    best: float32 [blocks, columns], with a multiple of BLOCK blocks. If there are many, BLOCK blocks at a time are compared first.
     """
     device = best.device
     best = best[:, :texts]
@@ -323,7 +324,7 @@ def _best_blocks(best: Tensor, texts: int, wanted: int) -> Tensor:
 
 
 def _best_columns(score: Tensor, number: Tensor, wanted: int) -> Tensor:
-    """The numbers of the `wanted` largest scores of each row, equal ones by number: by the same packing as labels."""
+    """Return the numbers of the `wanted` largest scores of each row. Ties go to the smaller number, by the packing of labels."""
     return candidate_ids(pack_candidates(score, number).topk(wanted, dim=1).values)
 
 
