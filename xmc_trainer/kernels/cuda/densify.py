@@ -1,14 +1,14 @@
-"""Launches logits.cu, feature_gradient.cu and weight_gradient.cu: the step and the best labels for rows that are sparse in memory and
-dense on the chip.
+"""Launches logits.cu, feature_gradient.cu and weight_gradient.cu: the step and the rankings of sparse heads, on capability 9.0.
 
-Three products, each a kernel that keeps what does not change on the chip and lets the labels pass, a chunk of labels at a time:
+Weights are sparse in device memory; the kernels make them dense in shared memory. Each product has a kernel, which loops over a chunk
+of labels and keeps one operand on chip:
 
     logits.cu              z = X W^T + bias    loss += sum loss(z, y)    s = dloss/dz      keeps 128 texts of X
     feature_gradient.cu    dX += s W                                                       keeps a part of dX
     weight_gradient.cu     dW = (s^T X)[index]                                             keeps a part of X
     triton.dense           weight <- update(weight, dW)    bias <- update(bias, sum of s)
 
-Only the chunk's s and dW are in memory between them. For any number of texts and features. For GPUs of capability 9.0.
+Between them only the chunk's s and dW are in device memory. The numbers of texts and features are not limited.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from xmc_trainer.kernels.triton import dense
 from xmc_trainer.kernels.triton.bitmap import PairBitmap
 from xmc_trainer.kernels.triton.topk import Blocks
 
-_LABELS = 64  # a tile
-_MOST_FEATURES = 768  # whose logits a launch makes
-# Of the weight gradient: so many tiles of texts a launch, and the features of a block that leave room for them.
+_LABELS = 64  # in a tile
+_MOST_FEATURES = 768  # in a launch of logits.cu
+# weight_gradient.cu: tiles of texts in a launch -> most features in a block, limited by shared memory.
 _FEATURES_BY_TEXT_TILES = {1: 256, 2: 192, 4: 128}
-_MOST_OF_BLOCK = 256  # features of the feature gradient
-_LEAST_OF_BLOCK = 192
-_TEXT_TILES_TOGETHER = 4  # of the feature gradient
-_ROWS = 1 << 16  # of the index at a time
+_MOST_OF_BLOCK = 256  # features in a block of feature_gradient.cu
+_LEAST_OF_BLOCK = 192  # features; smaller blocks take as long, see `features_of_block`
+_TEXT_TILES_TOGETHER = 4  # in a launch of feature_gradient.cu
+_ROWS = 1 << 16  # index rows that `first_slots` takes at a time
 
 
 class Kernel:
-    """A source, compiled for a head, and how many of its blocks a device holds."""
+    """A source compiled for a head. `blocks`: how many thread blocks the device runs at once."""
 
     def __init__(self, file: str, head: HeadTensors, device: torch.device, **defines: int | str) -> None:
         types = {"WEIGHT": head.weight_LF.dtype, "INDEX": head.index_RF.dtype}
@@ -65,7 +65,7 @@ class Kernel:
         self.blocks = source.checked(self._library.launch_blocks())
 
     def __call__(self, blocks: int, arguments: dict[str, Any]) -> None:
-        """On the current stream; tensors by their addresses."""
+        """Launch `blocks` thread blocks on the current stream. Tensors are passed by address."""
         plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in arguments.items()}
         source.checked(
             -self._library.launch(ctypes.byref(DENSIFY.structure(**plain)), blocks, source.stream(self._device))
@@ -73,14 +73,14 @@ class Kernel:
 
 
 class Slice(NamedTuple):
-    """Features whose logits a launch makes."""
+    """The features that one launch of logits.cu takes."""
 
     first: int
-    x: Tensor  # bfloat16 [columns, features of a launch]
+    x: Tensor  # bfloat16 [columns, features of the launch]
 
 
 def slices(rows: Tensor) -> list[Slice]:
-    """rows: bfloat16 [columns, d]. Each slice has as many features, a multiple of 64; zeros beyond the last one."""
+    """Cut features, bfloat16 [columns, d], into slices of equal size, a multiple of 64. The last is padded with zeros."""
     d = rows.shape[1]
     count = -(-d // _MOST_FEATURES)
     size = -(-d // (64 * count)) * 64
@@ -91,7 +91,7 @@ def slices(rows: Tensor) -> list[Slice]:
 
 
 def first_slots(index_RF: Tensor, d: int) -> Tensor:
-    """int16 [R, ceil(d / 64)]: how many of a row's features come before those of the i-th 64. `index_RF`: ascending rows."""
+    """Return a row's first slot with a feature of 64 i or more: int16 [R, ceil(d / 64)]. index_RF: int16 or int32, rows ascending."""
     bounds = torch.arange(0, d, 64, device=index_RF.device).to(index_RF.dtype)
     found = torch.empty(index_RF.shape[0], len(bounds), dtype=torch.int16, device=index_RF.device)
     for start in range(0, index_RF.shape[0], _ROWS):
@@ -101,9 +101,9 @@ def first_slots(index_RF: Tensor, d: int) -> Tensor:
 
 
 def features_of_block(d: int, most: int) -> int:
-    """A multiple of 64 and at most `most`: blocks should cover little more than d features.
+    """Choose a block's features: a multiple of 64, at most `most`, such that the blocks cover little more than d features.
 
-    A block reads all slopes. With fewer than _LEAST_OF_BLOCK features it waits for these, not for its products.
+    Each block reads all slopes. With fewer than _LEAST_OF_BLOCK features these reads, not the products, take the time.
     """
 
     def cost(size: int) -> tuple[int, int, int]:
@@ -114,9 +114,9 @@ def features_of_block(d: int, most: int) -> int:
 
 
 class _Logits:
-    """logits.cu, slice after slice.
+    """Launches logits.cu for one slice of features after another.
 
-    Args: labels: of a launch, at most.
+    Args: labels: most labels in a launch.
     """
 
     def __init__(self, head: HeadTensors, rows: Tensor, labels: int, loss: int, best: bool) -> None:
@@ -157,11 +157,14 @@ def _common(head: HeadTensors, rows: Tensor, texts: int) -> dict[str, Any]:
 
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """(loss float32 [columns], feature gradient float32 [columns, d]). batch: of whole tiles of TEXTS texts."""
+    """Run the step. Return the loss, float32 [columns], and the feature gradient, float32 [columns, d].
+
+    batch: padded to whole tiles of TEXTS texts.
+    """
     rows, texts = batch.rows, batch.texts
     (labels, fan_in), (columns, d), device = head.weight_LF.shape, rows.shape, rows.device
     text_tiles, at_a_time = columns // TEXTS, max(_FEATURES_BY_TEXT_TILES)
-    several = text_tiles > at_a_time  # the weight gradient is a sum of launches
+    several = text_tiles > at_a_time  # several launches add to the weight gradient
     gradient_dtype = torch.float32 if several else torch.bfloat16
     bias_update = step.update and head.bias_L is not None
     bytes_a_label = (
@@ -171,7 +174,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
         + fan_in * gradient_dtype.itemsize
         + (columns * 4 if d > _MOST_FEATURES else 0)
     )
-    unit = BLOCK * max(1, multiprocessors(device) // text_tiles)  # a tile for each block
+    unit = BLOCK * max(1, multiprocessors(device) // text_tiles)  # the same work for each thread block
     chunk = max(1, int(step_workspace(head)) // bytes_a_label // unit) * unit
     chunk = min(chunk, -(-labels // BLOCK) * BLOCK)
 
@@ -231,7 +234,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
 def find_best(
     head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
 ) -> None:
-    """See `triton.topk.Find`. batch: of whole tiles of TEXTS texts."""
+    """Find each block's largest logit, see `triton.topk.Find`. batch: padded to whole tiles of TEXTS texts."""
     labels, rows, columns = head.weight_LF.shape[0], batch.rows, batch.columns
     skips = skip_label_P.numel() > 0
     sliced = rows.shape[1] > _MOST_FEATURES

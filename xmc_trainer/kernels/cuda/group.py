@@ -1,6 +1,6 @@
-"""Launches group.cu and warpgroup.cu: the step of labels that share index rows, one pass over the weights.
+"""Launches group.cu and warpgroup.cu: the step of labels that share index rows, in one pass over the weights.
 
-Where they cannot be compiled (`source`), `triton.group` does the same.
+`triton.group` does the same where they cannot be compiled.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from xmc_trainer.kernels.triton.bitmap import PairBitmap
 
 
 class Blocks(NamedTuple):
-    """How the work of a tile of labels is shared out. All ways give the same numbers, but for the order of sums."""
+    """How a thread block shares the work on a tile of labels. Results differ only in the order of sums."""
 
-    warps: int  # a block: 4 or 8
-    blocks: int  # meant to fit on a multiprocessor
-    strip: int  # 16 features of the feature gradient that a warp makes at a time: 1, 2 or 4; 0: warpgroup.cu
+    warps: int  # in a block: 4 or 8
+    blocks: int  # that should fit on a multiprocessor
+    strip: int  # 1, 2 or 4: a warp computes 16 * strip features of the feature gradient at a time; 0: warpgroup.cu
 
     @property
     def labels(self) -> int:
-        """Of a tile, at most."""
+        """The most labels that a tile can have."""
         return 64 if self.strip else 16 * self.warps
 
 
 def blocks_for(group_size: int, fan_in: int, capability: tuple[int, int]) -> Blocks:
-    """The fastest of those tried on an H200 (d = 768, F = 128, 128 and 1,024 texts)."""
+    """Return the fastest configuration tried on an H200 (d = 768, F = 128, 128 and 1,024 texts)."""
     if group_size <= 32:
         return Blocks(4, 4, 2)
     if capability != source.HOPPER:
@@ -42,12 +42,12 @@ def blocks_for(group_size: int, fan_in: int, capability: tuple[int, int]) -> Blo
 
 
 def tile_labels(group_size: int, blocks: Blocks) -> int:
-    """Labels a tile: groups are cut into tiles of 16, 32 or 64, or of 64 a warpgroup."""
+    """Return the labels in a tile: 16, 32 or 64 in group.cu, 64 for each warpgroup in warpgroup.cu."""
     return min(64, max(16, 1 << (group_size - 1).bit_length())) if blocks.strip else blocks.labels
 
 
 def state_dtype(head: HeadTensors) -> torch.dtype | None:
-    """Of states like weights; None if there are none."""
+    """Return the dtype of the states that have a value for each weight; None if there are none."""
     return next((state.dtype for state in head.weight_state if state.shape == head.weight_LF.shape), None)
 
 
@@ -55,7 +55,7 @@ def _compiled(head: HeadTensors, device: torch.device, step: Step, blocks: Block
     weight = head.weight_LF.dtype
     state = (
         state_dtype(head) if step.rule["RULE"] else None
-    )  # a step without update has the plainest rule, and reads none
+    )  # a step without update runs as SGD and reads no state
     words = {
         "WEIGHT": TYPES[weight], "INDEX": TYPES[head.index_RF.dtype], "STATE": TYPES[state or weight], "RULE": step.rule["RULE"],
         "LOSS": step.loss, "LABELS": tile_labels(head.group_size, blocks), "FEATURES": 64 if head.weight_LF.shape[1] <= 64 else 128,
@@ -67,14 +67,17 @@ def _compiled(head: HeadTensors, device: torch.device, step: Step, blocks: Block
 
 
 def in_warpgroup_order(x_dB: Tensor) -> Tensor:
-    """The texts of each tile in the order of warpgroup.cu's rows."""
+    """Reorder the texts of each tile to the rows of warpgroup.cu. x_dB: [d, columns]."""
     d = x_dB.shape[0]
     warp_row_half_high = x_dB.view(d, -1, 4, 8, 2, 2)
     return warp_row_half_high.permute(0, 1, 4, 2, 5, 3).reshape(d, -1)
 
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-    """(loss float32 [columns], feature gradient float32 [columns, d]). batch: of whole tiles of TEXTS texts."""
+    """Run the step. Return the loss, float32 [columns], and the feature gradient, float32 [columns, d].
+
+    batch: padded to whole tiles of TEXTS texts.
+    """
     (labels, fan_in), group, rows, device = (
         head.weight_LF.shape,
         head.group_size,

@@ -1,11 +1,11 @@
-// The functions that Python calls, of a source that has defined step_kernel and the struct Shared that it needs.
+// The functions that Python calls. The source that includes this defines step_kernel and its shared memory, the struct Shared.
 
 #pragma once
 
-// For Python, which lays them out too.
+// Python compares it with the size of its own struct.
 extern "C" int arguments_size() { return sizeof(Arguments); }
 
-// Launch on `stream`; Returns 0, or CUDA's error number.
+// Launches on `stream`. Returns 0 or a CUDA error number.
 extern "C" int launch(const Arguments* arguments, int blocks, void* stream) {
     const int bytes = sizeof(Shared);
     if (cudaError_t error = cudaFuncSetAttribute(step_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
@@ -13,7 +13,7 @@ extern "C" int launch(const Arguments* arguments, int blocks, void* stream) {
     return cudaGetLastError();
 }
 
-// How many blocks of it fit on the current device at once; negative: CUDA's error number.
+// Returns how many blocks the current device runs at once, or a CUDA error number, negated.
 extern "C" int launch_blocks() {
     const int bytes = sizeof(Shared);
     int device, units, blocks;

@@ -1,4 +1,4 @@
-// The losses of `xmc_trainer.head.losses` for single logits. Takes -D LOSS: 0 (bce) or 1 (squared hinge).
+// The losses of `xmc_trainer.head.losses` for one logit. Compile with -D LOSS: 0 (bce) or 1 (squared hinge).
 
 #pragma once
 
@@ -10,8 +10,8 @@ __device__ __forceinline__ float log1p_fast(float x) {
     return x < 0.01f ? x * (1.0f - x * (0.5f - x * (0.33333334f - 0.25f * x))) : 0.6931471805599453f * log2_fast(1.0f + x);
 }
 
-// The slope of a negative's logit. The losses of several, `loss_of_negatives` of their p, share one logarithm:
-// 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z. It may overflow.
+// Returns the slope of a negative's logit and adds its loss to p. Several logits share p, and so one logarithm, in `loss_of_negatives`:
+// 1 + p <- (1 + p) (1 + e^z), which loses no digit of a small e^z. p may overflow.
 __device__ __forceinline__ float slope_of_negative(float z, float& p) {
     if (LOSS == BCE) {
         const float e = exp2_fast(fminf(1.4426950408889634f * z, 126.0f));
@@ -26,9 +26,9 @@ __device__ __forceinline__ float slope_of_negative(float z, float& p) {
 __device__ __forceinline__ bool overflowed(float p) { return LOSS == BCE && !(p < 1e30f); }
 __device__ __forceinline__ float loss_of_negatives(float p) { return LOSS == BCE ? log1p_fast(p) : p; }
 
-// The slope of one logit, however large; its loss is added to `loss`. sign: the top bit, set for a positive.
+// Returns the slope of any logit, however large, and adds its loss to `loss`. sign: the top bit, set for a positive.
 __device__ __forceinline__ float slope_of_any(float logit, uint32_t sign, bool is_text, float& loss) {
-    // By symmetry a positive's loss and slope are those of a negative with logit -z, the slope negated.
+    // A positive with logit z has the loss of a negative with logit -z, and its negated slope.
     const float z = __uint_as_float(__float_as_uint(logit) ^ sign);
     float y;
     if (LOSS == BCE) {

@@ -1,7 +1,7 @@
-// Matrices in shared memory as the operands of a warpgroup's products, and sums over the lanes of a warp.
+// The layout of operands in shared memory, and sums over the lanes of a warp.
 //
-// A matrix is kept in parts of 64 columns. A row of a part is 128 bytes, eight chunks of 16 bytes: chunk c of row r lies at c ^ (r & 7), so
-// that eight rows that are read at once lie in different banks. Copying 128 bytes to 128 bytes keeps this order, in memory too.
+// A matrix is kept in parts of 64 columns. A row of a part is 128 bytes, eight chunks of 16 bytes. Chunk c of row r is stored at
+// c ^ (r & 7), so that eight rows read at once are in different banks. Slopes in device memory have the same layout.
 
 #pragma once
 
@@ -9,19 +9,19 @@
 
 namespace {
 
-constexpr int ROW = 8, ROW_SIZE = 64;  // of a part: chunks, elements
-constexpr int NEXT = 32 / 16, NEXT_ROWS = 2048 / 16;  // from a descriptor to that of the next 16 columns, and of the next 16 rows
+constexpr int ROW = 8, ROW_SIZE = 64;  // a row of a part, in chunks and in elements
+constexpr int NEXT = 32 / 16, NEXT_ROWS = 2048 / 16;  // add to a descriptor for the next 16 columns, the next 16 rows
 
 template <int PITCH>
 __device__ __forceinline__ int place(int row, int chunk) {  // in elements
     return (row * PITCH + (chunk ^ (row & 7))) * 8;
 }
 
-// The descriptor of a matrix (PTX: "matrix descriptor", 128-byte swizzle). Its rows may be the operand's or its columns ("transposed");
-// columns from 64 on are in a part that begins NEXT_PART bytes later.
+// Returns a matrix descriptor (see the PTX manual; 128-byte swizzle). The matrix may be the operand or its transpose. Columns from 64 on
+// are in the next part, NEXT_PART bytes later.
 template <int NEXT_PART = 1024>
 __device__ __forceinline__ uint64_t matrix(const void* shared) {
-    // In a cluster the bits above these are the block's.
+    // In a cluster, higher bits of the address name the block.
     return static_cast<uint64_t>((address(shared) & 0x3FFFF) >> 4) | uint64_t(NEXT_PART / 16) << 16 | uint64_t(1024 / 16) << 32 |
            uint64_t(1) << 62;
 }
@@ -31,7 +31,7 @@ __device__ __forceinline__ uint32_t packed(float x, float y) {
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
-// Of each four lanes, lane p's q-th word <-> lane q's p-th. All lanes of the warp must call.
+// Transposes a 4 x 4 matrix over each four lanes: swaps word q of lane p with word p of lane q. All lanes of the warp must call it.
 __device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
 #pragma unroll
     for (int bit = 1; bit < 4; bit *= 2) {
@@ -46,8 +46,8 @@ __device__ __forceinline__ void exchange_words(uint32_t (&v)[4]) {
     }
 }
 
-// Sums over the eight lanes whose numbers are the same modulo 4: each lane has one of them in sums[0], and returns which. The
-// first 4 N lanes have all.
+// Sums each of N numbers over the eight lanes that are equal modulo 4. A lane gets one of the N sums, in sums[0], and returns its number.
+// The first 4 N lanes hold all sums.
 template <int N>
 __device__ __forceinline__ int sum_of_lanes(float (&sums)[N], int lane) {
     int which = 0;

@@ -1,4 +1,4 @@
-// Single instructions of the GPU that CUDA C++ has no name for. tests/kernels/cuda_on_cpu has the same functions for a CPU.
+// PTX instructions that CUDA C++ does not expose. tests/kernels/cuda_on_cpu/ptx.cuh has the same functions for a CPU.
 
 #pragma once
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void load4_transposed(uint32_t (&r)[4], const bfloat1
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)) : "memory");
 }
 
-// The other way: to the rows of four matrices of 8 x 8.
+// The inverse of load4: writes four 8 x 8 matrices, by rows.
 __device__ __forceinline__ void store4(bfloat16* to, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
                  ::"r"(address(to)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
@@ -40,7 +40,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Two numbers as float16, x the lower, in size at most 57344; and back.
+// Packs two numbers as float16, x in the lower half, clamped to +-57344. `from_halves` unpacks them.
 __device__ __forceinline__ uint32_t halves(float x, float y) {
     uint32_t pair;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
@@ -55,34 +55,35 @@ __device__ __forceinline__ float2 from_halves(uint32_t pair) {
     return v;
 }
 
-// To memory, together: the compiler stores each word on its own where it can, a fourth of what a sector takes.
+// Writes 16 bytes to device memory in one store. The compiler would store each word by itself, a fourth as much.
 __device__ __forceinline__ void store_words(void* to, const uint32_t (&r)[4]) {
     asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
 
-// On their way to the L2 cache; a multiple of 16 bytes.
+// Prefetches to the L2 cache. from, bytes: multiples of 16.
 __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
 #endif
 }
 
-// Products of a warpgroup, four warps, on GPUs of capability 9.0 (compiled for sm_90a), are `multiply` of wgmma.cuh. Before them: what
-// threads have written to shared memory, asynchronously too, is there for products after the next barrier.
+// The products of a warpgroup (four warps; capability 9.0, compiled for sm_90a) are `multiply` in wgmma.cuh. They read shared memory
+// through the async proxy: a thread that has written operands calls publish_shared, and the products come after the next barrier.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// The products since the last call are one group.
+// Makes one group of the products since the last call.
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until all groups but the last LEFT are done.
+// Waits until at most the last LEFT groups are pending.
 template <int LEFT>
 __device__ __forceinline__ void await_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
 
 __device__ __forceinline__ void end_products() { commit_products(), await_products<0>(); }
 
-// Between products that use registers and whatever else does: the compiler knows nothing of what the first do later.
+// Keeps the compiler from moving other uses of these registers across it. Products use registers after their instruction, which the
+// compiler does not know.
 template <int N>
 __device__ __forceinline__ void pin(float (&c)[N][4]) {
 #pragma unroll
@@ -95,31 +96,31 @@ __device__ __forceinline__ void pin(uint32_t (&a)[N][4]) {
     for (int n = 0; n < N; ++n) asm volatile("" : "+r"(a[n][0]), "+r"(a[n][1]), "+r"(a[n][2]), "+r"(a[n][3])::"memory");
 }
 
-// What follows from x is worked out anew after this, not kept in registers from before; x itself is kept, not worked out anew.
+// Hides the origin of x from the compiler: values derived from x are computed again, not kept in registers, and x itself is kept.
 template <typename T>
 __device__ __forceinline__ void forget(T& x) { asm volatile("" : "+r"(x)); }
 
 #include "wgmma.cuh"
 
-// Registers a thread of the calling warpgroup has from here on; others must have given up what one takes.
+// Sets the registers of each thread of the calling warpgroup. What one warpgroup takes, others must have given.
 template <int N>
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N)); }
 template <int N>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N)); }
 
-// Some warps of a block, THREADS in all, meet; `number`: not 0, which is __syncthreads'.
+// A barrier for some warps of a block, THREADS threads in all. number: not 0, which is __syncthreads.
 template <int THREADS>
 __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
 
-// A barrier in shared memory. A phase of it ends when `count` arrivals have been, and the bytes that they said to expect. What
-// threads have written before they arrive, and the bytes, are there for those that have awaited the phase.
+// An mbarrier in shared memory. A phase ends after `count` arrivals, when all expected bytes have come. Threads that have awaited the
+// phase see the bytes, and what the arriving threads wrote before they arrived.
 struct Barrier { uint64_t state; };
 
 __device__ __forceinline__ void init(Barrier& barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(count) : "memory");
 }
 
-// Between the inits and the first meeting of the block.
+// Call after the inits, before the block's first barrier.
 __device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
 __device__ __forceinline__ void arrive(Barrier& barrier) {
@@ -130,12 +131,12 @@ __device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
 }
 
-// Without an arrival.
+// Expects bytes without an arrival.
 __device__ __forceinline__ void expect(Barrier& barrier, int bytes) {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
 }
 
-// Phases have parities 0, 1, 0, ...; returns at once if the phase of the other parity is the one under way.
+// Waits for the end of a phase, by its parity: 0, 1, 0, ... Returns at once if the current phase has the other parity.
 __device__ __forceinline__ void await(Barrier& barrier, int parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -143,7 +144,7 @@ __device__ __forceinline__ void await(Barrier& barrier, int parity) {
         "@!done bra AGAIN;\n}" ::"r"(address(&barrier)), "r"(parity) : "memory");
 }
 
-// From memory; a multiple of 16 bytes, of which a phase of `barrier` waits.
+// Starts a bulk copy from device memory. bytes: a multiple of 16. The current phase of `barrier` must expect them.
 __device__ __forceinline__ void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address(&barrier)) : "memory");

@@ -1,9 +1,8 @@
-"""Compiles the CUDA sources, and what they are called with.
+"""Compiles and loads the CUDA sources.
 
-A source is compiled on first use for what a head needs of it, by torch's extension loader, and kept on disk. That takes
-nvcc (torch looks at CUDA_HOME, then at the PATH), ninja, and a GPU of compute capability 8.0 or more; `can_compile` says
-whether it is all there. Where it is and fails (nvcc and the C++ compiler must fit each other), `CompilationFailed` says why,
-and from `give_up` on nothing is compiled.
+torch's extension loader compiles a source on first use, for one configuration of a head, and the library is kept on disk. That needs
+nvcc (torch looks at CUDA_HOME, then at PATH), ninja and a GPU of compute capability 8.0 or more; `can_compile` checks for them. If
+compilation fails all the same (nvcc may not support the C++ compiler), it raises `CompilationFailed`, and the caller calls `give_up`.
 """
 
 from __future__ import annotations
@@ -24,37 +23,37 @@ from xmc_trainer.kernels.cuda import wgmma
 
 FOLDER = Path(__file__).parent
 HEADERS = ("ptx.cuh", "operands.cuh", "losses.cuh", "densify.cuh", "group.cuh", "launch.cuh")
-HOPPER = (9, 0)  # the compute capability whose GPUs have products of warpgroups
+HOPPER = (9, 0)  # the compute capability with warpgroup matrix instructions (wgmma)
 TYPES = {
     torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
 }  # fmt: skip
 
 
 def quotient(divisor: int) -> tuple[int, int]:
-    """(factor, shift), such that n // divisor == n * factor >> shift for 0 <= n < 2^31; factor is below 2^32."""
+    """Return (factor, shift) with n // divisor == n * factor >> shift for 0 <= n < 2^31. factor is below 2^32."""
     shift = 31 + (divisor - 1).bit_length()
     return -(-(1 << shift) // divisor), shift
 
 
 class CompilationFailed(RuntimeError):
-    """The compiler's words."""
+    """A CUDA source does not compile. The message is the compiler's."""
 
 
 _gave_up = False
 
 
 def give_up(error: CompilationFailed) -> None:
-    """Do without the CUDA sources from here on, with a warning."""
+    """Warn, and make `can_compile` false from now on."""
     global _gave_up
     _gave_up = True
     warnings.warn(
-        f"the head's CUDA kernels cannot be compiled, Triton's take their place, which are slower: {error}",
+        f"the head's CUDA kernels do not compile; the slower Triton kernels run instead: {error}",
         stacklevel=2,
     )
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether the sources can be compiled for a device."""
+    """Return whether the sources can be compiled for a device."""
     return not _gave_up and _finds_compiler(device)
 
 
@@ -68,18 +67,21 @@ def _finds_compiler(device: torch.device) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: XDG_CACHE_HOME (default ~/.cache)/xmc_trainer/kernels."""
+    """Return the folder of compiled kernels: xmc_trainer/kernels in XDG_CACHE_HOME (default ~/.cache)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xmc_trainer" / "kernels"
 
 
 def generated(layout: Layout) -> dict[str, str]:
-    """The headers that are no files."""
+    """Return the text of each generated header, by name."""
     return {"arguments.cuh": layout.header, "wgmma.cuh": wgmma.header()}
 
 
 @functools.cache
 def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...], layout: Layout) -> ctypes.CDLL:
-    """Ranks that start together each compile their own; the last one's is kept. Raises CompilationFailed."""
+    """Compile a source for a GPU, or take it from disk, and load it. Raises CompilationFailed.
+
+    Ranks that start together each compile it; the last one's library is kept.
+    """
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS)]
     made_of = (texts, generated(layout), defines, capability, torch.__version__)
     name = f"{Path(source).stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
@@ -88,9 +90,9 @@ def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...],
         from torch.utils import cpp_extension
 
         kept.parent.mkdir(parents=True, exist_ok=True)
-        # Of its own accord torch compiles for sm_90, which lacks the warpgroup's instructions.
+        # torch's default is sm_90, which lacks the warpgroup instructions.
         target = ["-gencode=arch=compute_90a,code=sm_90a"] if capability == HOPPER else []
-        # A folder of its own: torch's lock file would outlive a process that is killed, and stop every later one.
+        # A temporary folder, because the lock file of a killed process would block every later one.
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             for header, text in generated(layout).items():
                 (Path(folder) / header).write_text(text, encoding="utf-8")
@@ -107,17 +109,17 @@ def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...],
 
 def checked_layout(library: ctypes.CDLL, source: str, layout: Layout) -> ctypes.CDLL:
     if library.arguments_size() != ctypes.sizeof(layout.structure):
-        raise RuntimeError(f"{source} was compiled with other Arguments than kernels/arguments.py has")
+        raise RuntimeError(f"{source} was compiled with another Arguments struct than that of kernels/arguments.py")
     return library
 
 
 def stream(device: torch.device) -> ctypes.c_void_p:
-    """The current one."""
+    """Return the device's current stream."""
     return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
 
 
 def checked(result: int) -> int:
-    """What a source's function returned, unless it is CUDA's error number, negative."""
+    """Return the result of a source's function. A negative one is a CUDA error number and raises RuntimeError."""
     if result < 0:
         raise RuntimeError(f"CUDA error {-result}")
     return result

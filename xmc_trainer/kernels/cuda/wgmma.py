@@ -1,4 +1,4 @@
-"""The warpgroup's products as functions of CUDA C++: an instruction names every register, and there is one for every width."""
+"""Generates CUDA C++ functions for the warpgroup matrix instructions, which name every register and exist once for each width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __device__ __forceinline__ void multiply(float (&c)[{sums}][4], {a}, uint64_t b,
 
 
 def _function(columns: int, a_in_registers: bool) -> str:
-    sums = columns // 2  # registers of a thread
+    sums = columns // 2  # registers in each thread
     of_a = 4 if a_in_registers else 1
     b, add = sums + of_a, sums + of_a + 1
     flags = ["B_TRANSPOSED"] if a_in_registers else ["A_TRANSPOSED", "B_TRANSPOSED"]
@@ -32,5 +32,8 @@ def _function(columns: int, a_in_registers: bool) -> str:
 
 
 def header() -> str:
-    """wgmma.cuh: c += A B of 64 rows, 16 deep. A and B: descriptors (`matrix`), or A in registers, each warp's 16 rows as for mma.m16n8k16."""
+    """Return the text of wgmma.cuh: `multiply` adds A B to c, 64 rows, 16 deep.
+
+    A and B are descriptors (`matrix` in operands.cuh). A may be in registers: each warp's 16 rows, laid out as for mma.m16n8k16.
+    """
     return "".join([*(_function(columns, False) for columns in (64, 128, 192, 256)), _function(64, True)])
