@@ -1,11 +1,10 @@
-// What logits.cu, feature_gradient.cu and weight_gradient.cu share: labels' rows are sparse in memory and become dense on the chip.
+// Shared by logits.cu, feature_gradient.cu and weight_gradient.cu. Weights are sparse in device memory and become dense in shared memory.
 //
-// All three take LABELS labels and TEXTS texts a tile. What one kernel leaves for the next in memory are the slopes of each such pair of
-// tiles, 16 KiB in the order in which products read it from shared memory (operands.cuh): a bulk copy brings it there.
+// A tile is LABELS labels by TEXTS texts. The kernels exchange slopes through device memory: 16 KiB for each tile, in the layout of
+// operands.cuh, so that a bulk copy to shared memory makes them an operand.
 //
-// Compiled for one configuration by -D: WEIGHT (float or bfloat16), INDEX (int16_t or int32_t), FEATURES (a multiple of 64: those of a
-// block), CHUNK (1, 2, 4: slots that are read together, a divisor of the fan-in), GROUPED (labels share index rows), and what each
-// file names.
+// Compile with -D: WEIGHT (float or bfloat16), INDEX (int16_t or int32_t), FEATURES (of a block, a multiple of 64), CHUNK (1, 2, 4: slots
+// that are read together, a divisor of the fan-in), GROUPED (labels share index rows), and the names that each file lists.
 
 #pragma once
 
@@ -16,20 +15,20 @@
 namespace {
 
 constexpr int PARTS = FEATURES / 64, CONSUMERS = 256;
-constexpr int SLOPES = TEXTS * LABELS;  // of a pair of tiles
+constexpr int SLOPES = TEXTS * LABELS;  // in a tile
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2;
 static_assert(FEATURES % 64 == 0 && 4 % CHUNK == 0, "see above");
 
-// Barriers of the block that some of its warps meet at, by number: `meet`. 0 is __syncthreads'.
-enum NamedBarrier { OF_CONSUMERS = 1, OF_WARPGROUP };  // OF_WARPGROUP + w: of the w-th
+// The numbers of named barriers, for `meet`. 0 is __syncthreads.
+enum NamedBarrier { OF_CONSUMERS = 1, OF_WARPGROUP };  // OF_WARPGROUP + w: for warpgroup w
 
 
-// Buffers that producers fill and consumers free, one after another. The sources say who these are and how they wait.
+// A ring of buffers that producers fill and consumers free. Each source lists its producers and consumers in its table of barriers.
 template <int BUFFERS>
 struct Pipeline {
     Barrier full[BUFFERS], free[BUFFERS];
 
-    // Which buffer a tile has, and the parity of the phase in which it has it.
+    // A tile's buffer, and the parity of the phase in which the tile uses it.
     struct Turn {
         int buffer = 0, parity = 0;
         __device__ __forceinline__ void next() {
@@ -37,17 +36,17 @@ struct Pipeline {
         }
     };
 
-    // By one thread, before all meet.
+    // Called by one thread, before the block's first barrier.
     __device__ __forceinline__ void start(int producers, int consumers) {
         for (int i = 0; i < BUFFERS; ++i) init(full[i], producers), init(free[i], consumers);
         publish_barriers();
     }
     __device__ __forceinline__ void await_full(const Turn& turn) { await(full[turn.buffer], turn.parity); }
-    // At once in the first round: the phase before the first counts as over.
+    // Returns at once in the first round: the phase before the first counts as over.
     __device__ __forceinline__ void await_free(const Turn& turn) { await(free[turn.buffer], turn.parity ^ 1); }
 };
 
-// The tiles of labels of a block: every `step`-th.
+// The tiles of labels that a block takes: every `step`-th.
 struct Tiles {
     int first_label, last_label, number, step, count;
 
@@ -58,17 +57,17 @@ struct Tiles {
     __device__ __forceinline__ bool any() const { return number < count; }
     __device__ __forceinline__ void next() { number += step; }
     __device__ __forceinline__ int label(int row) const { return first_label + number * LABELS + row; }
-    // Whether there is such a label.
+    // Whether row `row` of the tile is a label.
     __device__ __forceinline__ bool has(int row) const { return any() && label(row) < last_label; }
 };
 
-// A row of a matrix in shared memory of ROWS rows, by feature.
+// One row of a matrix of ROWS rows in shared memory, addressed by feature.
 template <int ROWS = LABELS>
 struct DenseRow {
     uint8_t* elements;
     uint32_t swizzle;
 
-    // first_feature: that of the matrix, a multiple of 64.
+    // first_feature: the matrix's first feature, a multiple of 64.
     __device__ __forceinline__ DenseRow(bfloat16* matrix, int row, int first_feature = 0)
         : elements(reinterpret_cast<uint8_t*>(matrix + row * ROW_SIZE - first_feature * ROWS)), swizzle((row & 7) * 8) {}
 
@@ -78,24 +77,24 @@ struct DenseRow {
     }
 };
 
-// Zeros to EIGHTS times eight rows of a part.
+// A warp clears 8 * EIGHTS rows of a part.
 template <int EIGHTS>
 __device__ __forceinline__ void clear_rows(bfloat16* rows, int lane) {
 #pragma unroll
     for (int i = 0; i < 2 * EIGHTS; ++i) reinterpret_cast<uint4*>(rows)[i * 32 + lane] = uint4{0, 0, 0, 0};
 }
 
-// The index row of a label of this rank: label / group.
+// Returns the index row of a local label: label / group.
 __device__ __forceinline__ uint32_t index_row(const Arguments& a, int label) {
     if (!GROUPED) return label;
     return static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(label)) * a.group_factor >> a.group_shift);
 }
 
-// Elements as they are stored.
+// The types of stored elements.
 using Stored = std::conditional<BF16_WEIGHT, uint16_t, float>::type;
 using Index = std::make_unsigned<INDEX>::type;
 
-// As products take them.
+// Converts a weight to the bits of a bfloat16.
 __device__ __forceinline__ uint16_t narrowed(uint16_t x) { return x; }
 __device__ __forceinline__ uint16_t narrowed(float x) { return static_cast<uint16_t>(packed(x, 0.0f)); }
 
@@ -106,7 +105,7 @@ __device__ __forceinline__ const Stored* weights_of(const Arguments& a, int labe
     return static_cast<const Stored*>(a.weight) + static_cast<uint64_t>(label) * static_cast<uint32_t>(a.fan_in);
 }
 
-// CHUNK neighbouring slots of a row, read and written together. Two elements of 16 bits share a register.
+// CHUNK neighbouring slots of a row, read and written together. Two 16-bit elements share a register.
 template <typename T>
 struct alignas(sizeof(T) * CHUNK) Chunk {
     static constexpr int EACH = sizeof(T) == 2 && CHUNK > 1 ? 2 : 1;
@@ -118,14 +117,14 @@ struct alignas(sizeof(T) * CHUNK) Chunk {
         if constexpr (EACH == 1) return word[i];
         else return static_cast<T>(word[i / 2] >> i % 2 * 16);
     }
-    // In ascending order of i.
+    // Call in ascending order of i.
     __device__ __forceinline__ void set(int i, T value) {
         if constexpr (EACH == 1) word[i] = value;
         else word[i / 2] = i % 2 ? __byte_perm(word[i / 2], value, 0x5410) : value;
     }
 };
 
-// A tile's rows of weights and index on their way to the L2 cache, each by one thread.
+// Prefetches a tile's weights, index rows or both to the L2 cache. One thread calls it for each.
 __device__ __forceinline__ void prefetch_rows(const Arguments& a, const Tiles& tile, bool weights, bool index) {
     const int first = tile.label(0), end = min(first + LABELS, tile.last_label);
     if (!tile.any()) return;
@@ -137,7 +136,7 @@ __device__ __forceinline__ void prefetch_rows(const Arguments& a, const Tiles& t
     if (index) from_to(index_of(a, first), index_of(a, end - 1) + a.fan_in);
 }
 
-// Which slots of a label have the block's features: read from memory long before anything is made of it.
+// The slots of a label that hold the block's features. Loaded long before they are used.
 struct Slots {
     int begin = 0, end = 0;
 
@@ -149,12 +148,12 @@ struct Slots {
     }
 };
 
-// What a lane has of them: CHUNKS chunks, each LANES chunks after the one before, and those STRETCH slots on, and so on. Chunks at
-// the ends of the run have slots of other blocks, too.
+// A lane's share of those slots: CHUNKS chunks, LANES chunks apart; `next` moves on by STRETCH slots. The first and last chunk of the
+// run may hold slots of other blocks, too.
 template <int LANES, int CHUNKS>
 struct Run {
     static constexpr int STEP = LANES * CHUNK, STRETCH = CHUNKS * STEP;
-    int first, before, rest;  // the lane's first slot; from it on: slots that come before the run; to the end of the run
+    int first, before, rest;  // the lane's first slot; relative to it, where the run begins and ends
 
     __device__ __forceinline__ Run(Slots slots, int lane) {
         forget(slots.begin), forget(slots.end);
@@ -162,17 +161,17 @@ struct Run {
         before = slots.begin - first, rest = slots.end - first;
     }
 
-    // Of the i-th slot of the k-th chunk: none but the first chunk begins before the run.
+    // Whether slot i of chunk k is in the run. Only the first chunk can begin before it.
     __device__ __forceinline__ bool has(int k, int i) const { return k * STEP + i < rest && (k > 0 || CHUNK == 1 || i >= before); }
     __device__ __forceinline__ bool any(int k) const { return k * STEP < rest; }
     __device__ __forceinline__ bool whole(int k) const { return k * STEP + CHUNK <= rest && (k > 0 || before <= 0); }
-    // Whether there is more of it, in any lane.
+    // Moves on. Returns whether any lane of the warp has slots left.
     __device__ __forceinline__ bool next() {
         first += STRETCH, before -= STRETCH, rest -= STRETCH;
         return __any_sync(~0u, rest > 0);
     }
 
-    // Chunks of a row of memory.
+    // Loads the lane's chunks of a row.
     template <typename T>
     __device__ __forceinline__ void load(Chunk<T> (&chunks)[CHUNKS], const T* row) const {
         const T* const from = row + first;

@@ -1,30 +1,28 @@
-// The feature gradient dX = s W of labels whose rows are sparse in memory and dense on the chip: logits.cu has left the slopes s. For GPUs
-// of capability 9.0.
+// Computes the feature gradient dX = s W of sparse rows, from the slopes s of logits.cu. For GPUs of capability 9.0.
 //
-// A block has TEXTS texts and FEATURES features of dX in registers for as long as it runs. Tiles of LABELS labels pass through, see
-// `Pipeline`:
+// A block keeps dX of TEXTS texts and FEATURES features in registers. Tiles of LABELS labels pass through a `Pipeline`:
 //
-//     producers (4 warps or 8, two lanes or four a label)       W <- the block's runs of the tile's rows; s comes by bulk copy
-//     consumers (8 warps, a warpgroup 64 texts)                 dX += s W, a tile's products under way while the next one's are asked for
+//     producers (4 warps, 2 lanes a label; or 8 warps, 4 lanes)   W <- the block's features of the tile's rows; a bulk copy brings s
+//     consumers (8 warps; a warpgroup takes 64 texts)             dX += s W; one tile's products run while the next tile's are issued
 //
-//     barrier          who arrives                        bytes   who waits       what is then so
-//     __syncthreads    all                                        all             the barriers have begun
-//     tiles.full[i]    a lane of each producer warp        0      each consumer   w of buffer i is that of the next tile: each lane has published
-//                      s's bulk copy (no arrival)         16 Ki                   what it wrote, then met its warp; and s
-//     tiles.free[i]    a lane of each of 8 consumer warps  0      each producer   buffer i is free: the warp's products of its tile are over,
-//                                                                                 when only those of the next are under way
+//     barrier          who arrives                        bytes   who waits       what then holds
+//     __syncthreads    all                                        all             the mbarriers are initialised
+//     tiles.full[i]    a lane of each producer warp        0      each consumer   buffer i holds w and s of the next tile: each lane has published
+//                      s's bulk copy (no arrival)         16 Ki                   its writes of w, then synchronised with its warp
+//     tiles.free[i]    a lane of each of 8 consumer warps  0      each producer   buffer i is free: the warp's products of its tile are done, and
+//                                                                                 only those of the next tile are pending
 //     __syncwarp       producers                                  the same        w is cleared before it is written
 //
-// Sums have one order: results are the same, bit for bit, from run to run on GPUs of as many multiprocessors.
+// The order of sums is fixed by the number of multiprocessors: results repeat bit for bit on equal GPUs.
 
 #include "densify.cuh"
 
 namespace {
 
-// Producers have little to do beside many products.
+// With four parts the products take longer than the producers, so four producer warps are enough.
 constexpr int BUFFERS = 4, PRODUCER_WARPS = PARTS == 4 ? 4 : 8, THREADS = CONSUMERS + 32 * PRODUCER_WARPS;
 constexpr int CONSUMER_REGISTERS = PARTS == 4 ? 184 : 152, PRODUCER_REGISTERS = PARTS == 4 ? 136 : 104;
-constexpr int ROWS_A_WARP = LABELS / PRODUCER_WARPS, LANES = 32 / ROWS_A_WARP, CHUNKS = 64 / (LANES * CHUNK);  // of a label
+constexpr int ROWS_A_WARP = LABELS / PRODUCER_WARPS, LANES = 32 / ROWS_A_WARP, CHUNKS = 64 / (LANES * CHUNK);  // lanes for a label
 using LabelRun = Run<LANES, CHUNKS>;
 static_assert(PARTS <= 4, "the sums must fit the registers");
 
@@ -35,9 +33,9 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
-// The block's part of dX.
+// The block's part of dX. `lanes` thread blocks share a part and its labels; this is the `lane`-th of them.
 struct Part {
-    int text_tile, block, blocks, lane, lanes;  // texts; features, and how many such parts; of the blocks with this part
+    int text_tile, block, blocks, lane, lanes;  // block: which of the `blocks` runs of FEATURES features
 
     __device__ __forceinline__ explicit Part(const Arguments& a) {
         blocks = (a.columns_of_64 + PARTS - 1) / PARTS;
@@ -47,7 +45,7 @@ struct Part {
     }
 };
 
-// A lane's part of a label's row.
+// A lane's share of a label's row.
 struct Items {
     Chunk<Index> index[CHUNKS];
     Chunk<Stored> weight[CHUNKS];
@@ -71,7 +69,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
     const int thread = threadIdx.x - CONSUMERS, warp = thread / 32, lane = thread % 32, row = thread / LANES;
     const Part part(a);
     const int first_feature = part.block * FEATURES;
-    const bool fetches = blockIdx.x % (a.text_tiles * part.blocks) == 0;  // for all blocks that take the same tiles
+    const bool fetches = blockIdx.x % (a.text_tiles * part.blocks) == 0;  // one block for all that take the same tiles
     Pipeline<BUFFERS>::Turn turn;
     Tiles tile(a, part.lane, part.lanes), after = tile, ahead = tile;
 #pragma unroll 1
@@ -85,7 +83,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
     for (; tile.any(); turn.next(), ahead.next()) {
         prefetch_rows(a, ahead, fetches && thread == 0, fetches && thread == 32);
         const LabelRun run_after(slots_after, lane);
-        next.load(a, after, row, run_after);  // on its way while this tile is spread
+        next.load(a, after, row, run_after);  // in flight while this tile is written to w
         Tiles two_on = after;
         two_on.next();
         slots_after = Slots(a, two_on, row, first_feature);
@@ -117,7 +115,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     const Part part(a);
     float dx[PARTS * 8][4] = {};
     Pipeline<BUFFERS>::Turn turn;
-    int before = -1;  // the buffer whose products are under way
+    int before = -1;  // the buffer whose products are pending
 #pragma unroll 1
     for (Tiles tile(a, part.lane, part.lanes); tile.any(); tile.next(), turn.next()) {
         shared.tiles.await_full(turn);

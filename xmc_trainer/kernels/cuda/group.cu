@@ -1,45 +1,45 @@
-// One pass over the weights for labels that share index rows: loss, feature gradient and update, nothing kept in between.
+// The step of labels that share index rows, in one pass over the weights: loss, feature gradient and update.
 //
-// For the LABELS labels of a tile (of one index row, whose F features are gathered from X^T [d, B]), TEXTS texts at a time:
+// A tile is LABELS labels of one index row, whose F features are gathered from X^T [d, B]. TEXTS texts at a time:
 //
 //     z_GB = w_GF x_FB + bias     loss_B += sum_G loss(z, y)     s_GB = dloss/dz
 //     dX^T[index] += w_GF^T s_GB  (atomic)        dw_GF += s_GB x_FB^T        w_GF, bias <- update
 //
-// The operands of all three products stay in shared memory: X and W as they were read, s as the second product wants it.
-// Triton cannot keep s on chip for both products without more registers than leave room for a second block, nor update a
-// tile in place. A block takes one tile after another; several share a multiprocessor, so that one loads while another
-// multiplies.
+// The operands of all three products stay in shared memory: X and W as read, s as the second product needs it. (Triton would need so
+// many registers for s that a second block would not fit, and cannot update a tile in place.) A block takes one tile after another.
+// Several blocks share a multiprocessor: one loads while another multiplies.
 //
-//     barrier (all meet)          what is then so
-//     __syncthreads, of a tile    the tile before is finished with: offset, bias, w and the sums of slopes may be written
-//     the next, of its texts      offset and w (of float32) are there; products of the texts before are over, x may be written
-//     after await_copies          x and w are there
-//     after slopes                s and the sums of slopes are there
-//     __syncwarp (staged)         eight rows of a warp's sums have been read, and may be written; have been written, and may be read
+//     barrier                           who waits    what then holds
+//     __syncthreads, once a tile        all          the previous tile is done: offset, bias, w and the sums of slopes may be written
+//     __syncthreads, before gathering   all          offset and w (if float32) are written; the previous texts' products are done: x
+//                                                    may be written
+//     __syncthreads, after copies       all          x and w are written
+//     __syncthreads, after slopes       all          s and the sums of slopes are written
+//     __syncwarp, twice for 8 rows      a warp       first: `staged` has been read and may be written; second: it may be read
 //
-// Compiled for one configuration by -D, besides those of group.cuh: LABELS (16, 32, 64), FEATURES (64, 128; F is at most
-// that), BLOCKS (a multiprocessor), DX_M (1, 2, 4), ONE_TILE (TEXTS texts at most).
+// Compile with -D, besides those of group.cuh: LABELS (16, 32, 64), FEATURES (64, 128; F at most), BLOCKS (on a multiprocessor),
+// DX_M (1, 2, 4), ONE_TILE (at most TEXTS texts).
 
 #include "group.cuh"
 
 namespace {
 
-// Warps over [LABELS, TEXTS] and [LABELS, FEATURES]; pieces of 16 x 8 of each warp.
+// ROWS x COLUMNS warps share [LABELS, TEXTS] and [LABELS, FEATURES]; each has M x N_TEXT and M x N_FEATURE pieces of 16 x 8.
 constexpr int ROWS = LABELS >= 64 && WARPS == 8 ? 2 : 1, COLUMNS = WARPS / ROWS;
 constexpr int M = LABELS / ROWS / 16, N_TEXT = TEXTS / COLUMNS / 8, N_FEATURE = FEATURES / COLUMNS / 8;
-// The feature gradient is made of parts of 16 DX_M features and 32 texts.
+// A warp computes 16 DX_M features and 32 texts of the feature gradient in each pass.
 constexpr int DX_PASSES = FEATURES / (16 * DX_M) * (TEXTS / 32) / WARPS;
-constexpr int STAGED_PITCH = 40;  // floats: four rows of eight lie in different banks
+constexpr int STAGED_PITCH = 40;  // floats; puts four rows of eight in different banks
 static_assert(THREADS >= FEATURES && THREADS >= LABELS, "a thread for each slot and label");
 static_assert(N_TEXT % 2 == 0 && N_FEATURE % 2 == 0 && DX_PASSES >= 1 && M >= 1, "the warps must share the tile");
 
-// A row of X has its chunks in another order than `place` gives them: eight rows that a product reads at once are in different
-// banks too if they are those of `slot_of_column`.
+// The place of a chunk of X. Unlike `place`, it also puts the eight rows of `slot_of_column` that a product reads at once in different
+// banks.
 __device__ __forceinline__ int place_of_x(int row, int chunk) {
     return (row * X_PITCH + (chunk ^ (row & 7) ^ (row >> 3 & 3) << 1)) * 8;
 }
 
-// The slots of a warp's columns of dW, in such an order that a lane has 2 N_FEATURE of them one after another.
+// The slot of a column of dW. The order gives each lane 2 N_FEATURE contiguous slots.
 __device__ __forceinline__ int slot_of_column(int column) {
     const int n = column / 8 % N_FEATURE;
     return column / (8 * N_FEATURE) * (8 * N_FEATURE) + column % 8 / 2 * (2 * N_FEATURE) + 2 * n + column % 2;
@@ -63,8 +63,8 @@ __device__ __forceinline__ void add_losses(const float (&loss)[2 * N_TEXT], floa
     }
 }
 
-// dX^T[index] += W^T S of one tile of texts. The L2 cache adds whole lines of 128 bytes nearly twice as fast as the 32 bytes
-// in which fragments lie (H100: 3.2 against 1.9 TB/s), so eight rows of a warp's 32 texts pass through shared memory.
+// dX^T[index] += W^T S for one tile of texts. Atomic adds of whole lines of 128 bytes are nearly twice as fast as of the 32 bytes that
+// fragments have (H100: 3.2 against 1.9 TB/s), so eight rows of a warp's 32 texts are staged in shared memory.
 __device__ __forceinline__ void feature_gradient(Shared& shared, const Arguments& a, int text0) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     float* const staged = shared.staged[warp];
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
     for (int number = blockIdx.x; number < numbers; number += gridDim.x) {
         const Tile tile(a, number);
         const bool any_positive = ahead.any_positive();
-        __syncthreads();  // the tile before is finished with
+        __syncthreads();  // the previous tile is done
         if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset(a, threadIdx.x);
         if (threadIdx.x < LABELS) shared.bias[threadIdx.x] = ahead.bias;
         load_weights(a, tile, at_w);
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         Weights::Read read;
         Weights::read(read, a, tile, m0, f0);
         Weights::update(grad, read, a, tile, m0, f0, at_w);
-        // Signed: a tile past the last label has fewer than none.
+        // Signed, because count is negative in a tile past the last label.
         const int thread = threadIdx.x;
         if (thread < tile.count) {
             const int64_t label = tile.label0 + thread;

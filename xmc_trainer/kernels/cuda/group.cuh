@@ -1,12 +1,12 @@
-// What group.cu and warpgroup.cu are made of: tiles of labels that share an index row, matrix products of a warp in shared memory, update
-// rules and stochastic rounding.
+// Shared by group.cu and warpgroup.cu: tiles of labels that share an index row, a warp's matrix products, update rules, stochastic
+// rounding. tile_math.py has the same arithmetic in Triton.
 //
-// A warp's products are matrix instructions (mma.m16n8k16, bfloat16 with float32 sums). Matrices lie in shared memory as operands.cuh has
-// them, with rows of any number of chunks. Fragments follow PTX's figures for mma.m16n8k16: of a piece of 16 x 8 a thread has rows
-// lane / 4 and lane / 4 + 8, columns lane % 4 * 2 and the next.
+// A warp's products are mma.m16n8k16 instructions (bfloat16 operands, float32 sums). Operands have the layout of operands.cuh, with rows
+// of any number of chunks. Fragments are those of the PTX manual: of a piece of 16 x 8 a thread has rows lane / 4 and lane / 4 + 8,
+// columns lane % 4 * 2 and the next.
 //
-// Compiled for one configuration by -D: WEIGHT (float or bfloat16), STATE (of states like weights: WEIGHT, or, with AdamW, uint8_t
-// if that is bfloat16), INDEX (int16_t or int32_t), RULE, LOSS, WARPS and the files' own. The same arithmetic in Triton: tile_math.py.
+// Compile with -D: WEIGHT (float or bfloat16), STATE (the type of states with a value for each weight: WEIGHT; or, for AdamW with
+// bfloat16 weights, uint8_t), INDEX (int16_t or int32_t), RULE, LOSS, WARPS, and the names that each file lists.
 
 #pragma once
 
@@ -20,16 +20,17 @@ namespace {
 constexpr int THREADS = 32 * WARPS;
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2, BYTE_STATE = sizeof(STATE) == 1;
 static_assert(BYTE_STATE ? BF16_WEIGHT && RULE == ADAMW : sizeof(STATE) == sizeof(WEIGHT), "see above");
-constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks a row
+constexpr int X_PITCH = TEXTS / 8, W_PITCH = FEATURES / 8;  // chunks in a row
 
-// A matrix whose chunks are where `place` has them.
+// A matrix whose chunks `place` places.
 template <int PITCH>
 struct Placed {
     bfloat16* matrix;
     __device__ __forceinline__ bfloat16* operator()(int row, int chunk) const { return matrix + place<PITCH>(row, chunk); }
 };
 
-// c[m][n] += A B over K. A is stored [m, k] (A_T: [k, m]), B is stored [n, k] (B_T: [k, n]); a(row, chunk), b(row, chunk): where.
+// c[m][n] += A B over K. A is stored [m, k] (A_T: [k, m]), B is stored [n, k] (B_T: [k, n]). a(row, chunk) and b(row, chunk) return the
+// address of a chunk.
 template <int K, bool A_T, bool B_T, int MM, int NN, typename A, typename B>
 __device__ __forceinline__ void product(float (&c)[MM][NN][4], A a, int m0, B b, int n0) {
     const int lane = threadIdx.x & 31, low = lane & 15, high = lane >> 4;
@@ -65,7 +66,7 @@ __device__ __forceinline__ void clear(float (&c)[MM][NN][4]) {
             for (int i = 0; i < 4; ++i) c[m][n][i] = 0.0f;
 }
 
-// Calls `take` for each of ROWS rows' PITCH chunks, THREADS at a time: take(row, chunk, i), the thread's i-th. Its chunk is always the same.
+// Shares ROWS x PITCH chunks among the threads: calls take(row, chunk, i) for the thread's i-th. A thread's chunk number is constant.
 template <int ROWS, int PITCH, typename Take>
 __device__ __forceinline__ void share(Take take, unsigned thread = threadIdx.x) {
     constexpr int STEP = THREADS / PITCH;
@@ -76,12 +77,12 @@ __device__ __forceinline__ void share(Take take, unsigned thread = threadIdx.x) 
     }
 }
 
-// Which labels a tile has.
+// The labels of a tile.
 struct Tile {
     int row;
     int64_t label0;  // the first label
-    int local;       // its place from first_row on
-    int count;       // labels; none or fewer for a tile past the last label
+    int local;       // label0, counted from the first label of first_row
+    int count;       // labels; zero or negative in a tile past the last label
 
     __device__ __forceinline__ Tile(const Arguments& a, int number) {
         const int tiles = (a.group + LABELS - 1) / LABELS, first = tiles == 1 ? 0 : number % tiles * LABELS;
@@ -92,10 +93,10 @@ struct Tile {
     }
 };
 
-// What a thread needs first of a tile, read while the tile before is worked on: nothing is made of it before it is asked for.
+// A thread's first loads for a tile, issued during the previous tile. Nothing may use a value before its accessor is called.
 struct Ahead {
     int32_t index = 0;    // of slot `thread`
-    float bias = -1e30f;  // of label `thread`; this one stands for no label: its loss and slope are zero
+    float bias = -1e30f;  // of label `thread`; the default is for padding labels: their loss and slope are zero
     int32_t positive = 0;  // whether the tile has a positive
 
     __device__ __forceinline__ Ahead(const Arguments& a, int number, int numbers) {
@@ -106,13 +107,13 @@ struct Ahead {
         if (tile.count <= 0) return;
         if (thread < a.fan_in) index = static_cast<const INDEX*>(a.index)[static_cast<int64_t>(tile.row) * a.fan_in + thread];
         if (thread < tile.count) bias = a.bias ? a.bias[tile.label0 + thread] : 0.0f;
-        // From an address of the thread's own: a number that all threads share would go to a register that they share, and be waited for.
+        // Makes the address differ by thread: a uniform load would go to a uniform register, and the warp would wait for it.
         int place = number;
         forget(place);
         positive = a.any_positive[place];
     }
 
-    // Of the features of slot `thread` in X^T; negative: there is no such slot.
+    // Returns the offset in X^T of the feature of slot `thread`, or -1 if there is no such slot.
     __device__ __forceinline__ int32_t offset(const Arguments& a, int thread) {
         forget(index);
         return thread < a.fan_in ? index * a.columns : -1;
@@ -124,8 +125,8 @@ struct Ahead {
     }
 };
 
-// Where in X^T the features are that a thread shares in copying. Read before copies are asked for: behind these, as all accesses to
-// shared memory go one way, each would be waited for.
+// The offsets in X^T of the features that a thread helps to copy. They are read before the copies are issued: accesses to shared memory
+// are in order, so behind copies each read would wait.
 struct Offsets {
     static constexpr int STEP = THREADS / X_PITCH, COPIES = (FEATURES + STEP - 1) / STEP;
     int of[COPIES];
@@ -136,7 +137,7 @@ struct Offsets {
     }
 };
 
-// The tile's weights to shared memory as bfloat16: label g's eight from feature 8 c on to to(g, c). Zeros where there are none.
+// Copies the tile's weights to shared memory as bfloat16: weights 8 c to 8 c + 7 of label g to to(g, c). Pads with zeros.
 template <typename To>
 __device__ __forceinline__ void load_weights(const Arguments& a, const Tile& tile, To to, unsigned thread = threadIdx.x) {
     const WEIGHT* weight = static_cast<const WEIGHT*>(a.weight) + tile.label0 * a.fan_in;
@@ -157,8 +158,8 @@ __device__ __forceinline__ void load_weights(const Arguments& a, const Tile& til
     }, thread);
 }
 
-// The tile's rows of a tensor of T on their way to the L2 cache: they lie one after another. Of what is not in whole pieces of 16
-// bytes, as rows of bytes may begin and end, the last one stays.
+// Prefetches the tile's rows of a tensor of T, which are contiguous, to the L2 cache. Rows of bytes may not begin and end at multiples of
+// 16: then the last piece is left out.
 template <typename T>
 __device__ __forceinline__ void fetch_rows(const Arguments& a, const Tile& tile, const void* tensor) {
     constexpr uint32_t PIECE = sizeof(T) == 1 ? 16 : 1;
@@ -167,7 +168,7 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, const Tile& tile,
     if (tile.count > 0 && size > 0) prefetch(reinterpret_cast<const void*>(from), size);
 }
 
-// Its states' rows: not long before they are read. What is on its way for all blocks fills the cache.
+// Prefetches the tile's states. Call it shortly before they are read: the prefetches of all blocks together fill the cache.
 __device__ __forceinline__ void fetch_states(const Arguments& a, const Tile& tile, unsigned thread = threadIdx.x) {
     if (thread == 0) {
         if (RULE >= MOMENTUM) fetch_rows<STATE>(a, tile, a.state0);
@@ -184,7 +185,7 @@ __device__ __forceinline__ void add4(float* to, float4 value) {
 #endif
 }
 
-// The words that say which of a thread's logits are positives': bit 8 n + j of word [2 m + half].
+// Loads the positives among a thread's logits: bit 8 n + j of word[2 m + half].
 template <int M>
 __device__ __forceinline__ void load_positives(
     uint32_t (&word)[2 * M], const Arguments& a, int local, int count, int m0, int text) {
@@ -196,7 +197,7 @@ __device__ __forceinline__ void load_positives(
     }
 }
 
-// s(label, chunk): where eight texts' slopes of a label are kept.
+// Stores slopes as bfloat16. s(label, chunk): the address of a label's slopes for eight texts.
 template <int M, typename S>
 __device__ __forceinline__ void keep_slopes(S s, const float (&slope)[2 * M][2], int m0, int n0, int n) {
     const int lane = threadIdx.x & 31;
@@ -207,8 +208,8 @@ __device__ __forceinline__ void keep_slopes(S s, const float (&slope)[2 * M][2],
     }
 }
 
-// Logits c -> slopes, into s, losses of a thread's texts and bias gradients of its labels, where no text has a positive.
-// False for the whole warp if that overflowed; then nothing may be taken from here.
+// Computes slopes, into s, losses of a thread's texts and bias gradients of its labels from logits c of negatives. Returns false, for the
+// whole warp, if a loss overflowed; then the results are invalid.
 template <int M, int N, typename S>
 __device__ __forceinline__ bool slopes_of_negatives(
     const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], S s, int m0, int n0) {
@@ -232,7 +233,7 @@ __device__ __forceinline__ bool slopes_of_negatives(
     return __all_sync(~0u, fine);
 }
 
-// The same for any logits: of positives too, of columns that are no texts, and however large.
+// The same for all logits: positives, padding columns, and large ones.
 template <int M, int N, typename S>
 __device__ __forceinline__ void slopes_of_any(
     const float (&c)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], S s, const Arguments& a,
@@ -258,8 +259,8 @@ __device__ __forceinline__ void slopes_of_any(
     }
 }
 
-// Both of them: z, with bias -> s (of `keep_slopes`) in shared memory, loss of each of a thread's texts, sums of s over its texts.
-// m0, n0: the warp's first label and text in the tile.
+// Computes slopes, into s, losses of a thread's texts and sums of slopes over texts from logits z with bias, in the faster way that is
+// valid. m0, n0: the warp's first label and text in the tile.
 template <int M, int N, typename S>
 __device__ __forceinline__ void slopes(
     const float (&z)[M][N][4], float (&loss)[2 * N], float (&row_sum)[2 * M], S s, const Arguments& a, bool any_positive,
@@ -279,7 +280,7 @@ __device__ __forceinline__ void slopes(
     }
 }
 
-// The sum over the eight lanes that share a text, in each of them.
+// Sums over the eight lanes that share a text. Each of them gets the sum.
 __device__ __forceinline__ float over_labels(float sum) {
 #pragma unroll
     for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(~0u, sum, other);
@@ -294,46 +295,46 @@ __device__ __forceinline__ uint32_t mix(uint32_t x) {  // lowbias32, see rng.py
 
 constexpr uint32_t COLUMN_HASH = 0x9E3779B1u;
 
-// Of an element, from its row's hash. What is rounded has a factor of its own for it: weight, state0, state1.
+// Hashes an element, from its row's hash. Weight, state0 and state1 each multiply it by a factor of their own.
 __device__ __forceinline__ uint32_t element_hash(uint32_t hashed, uint32_t key, uint32_t column) {
     const uint32_t x = hashed + column * COLUMN_HASH;
-    // With y = x ^ k: y ^ (y >> 16). The key is its part of that, k ^ (k >> 16).
+    // This is y ^ (y >> 16) for y = x ^ k: `key` is k ^ (k >> 16).
     return x ^ (x >> 16) ^ key;
 }
 
 constexpr uint32_t ROUND_WEIGHT = 0x7FEB352D, ROUND_STATE0 = 0x846CA68B, ROUND_STATE1 = 0x85EBCA6B;
 
-// By a draw, in the upper half.
+// Rounds to bfloat16, stochastically: the result is the upper half.
 __device__ __forceinline__ uint32_t rounded(float value, uint32_t hashed, uint32_t factor) {
     return __float_as_uint(value) + (hashed * factor >> 16);
 }
 
 struct Values { float weight, state0, state1; };
 
-// States in bytes, see eight_bits.py, are multiplied by these as long as they are here: it takes no instructions.
+// 8-bit states (eight_bits.py) stay multiplied by these scales in registers, which takes no instructions.
 constexpr float SCALE0 = 1 << 7, SCALE1 = 1.0f / (1 << 17);
-constexpr float FIRST_SQUARE = 0x1p-63f;  // what a second state has on top of that
+constexpr float FIRST_SQUARE = 0x1p-63f;  // the offset of state 2
 
-// Two first states, bytes 1 and 3 of a word, and back; `draws` are products of the elements' hashes.
+// Rounds two values of state 1 to bytes 1 and 3 of a word. draws: hash times factor of each element.
 __device__ __forceinline__ uint32_t rounded_halves(float2 v, const uint32_t (&draws)[2]) {
     return halves(v.x, v.y) + (__byte_perm(draws[0], draws[1], 0x0501) & 0x00FF00FF);
 }
 
-// A second state; the byte is the lowest of a word.
+// Convert state 2 from and to the lowest byte of a word.
 __device__ __forceinline__ float from_square(uint32_t byte) {
     return __uint_as_float(byte * (1u << 21) + (64u << 23)) - FIRST_SQUARE;
 }
 
 __device__ __forceinline__ uint32_t to_square(float value, uint32_t draw) {
-    return min((__float_as_uint(value + FIRST_SQUARE) + (draw >> 11)) >> 21, 0x1FFu);  // 256 is FIRST_SQUARE
+    return min((__float_as_uint(value + FIRST_SQUARE) + (draw >> 11)) >> 21, 0x1FFu);  // FIRST_SQUARE gives 256, whose low byte is 0
 }
 
-// By the gradient `grad` times `scale`. What does not differ between elements is in brackets, worked out once.
-// SCALED: states have the factors above.
+// Updates by the gradient `grad` times `scale`. Factors in parentheses are the same for all elements and computed once.
+// SCALED: states are multiplied by the scales above.
 template <bool SCALED>
 __device__ __forceinline__ Values updated(Values v, float grad, float scale, const Arguments& a, float weight_decay) {
     constexpr float scale0 = SCALED ? SCALE0 : 1.0f, scale1 = SCALED ? SCALE1 : 1.0f;
-    const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // of a bias: a constant
+    const float kept = weight_decay == 0.0f ? 1.0f : 1.0f - a.lr * weight_decay;  // a constant for biases
     if (RULE == ADAMW) {
         v.state0 = a.beta0 * v.state0 + ((1.0f - a.beta0) * scale * scale0) * grad;
         v.state1 = a.beta1 * v.state1 + ((1.0f - a.beta1) * scale * scale * scale1) * (grad * grad);
@@ -348,7 +349,7 @@ __device__ __forceinline__ Values updated(Values v, float grad, float scale, con
     return v;
 }
 
-// Two neighbouring elements as they are stored.
+// Two neighbouring elements, as stored.
 template <typename T> struct PairOf { using type = float2; };
 template <> struct PairOf<bfloat16> { using type = uint32_t; };
 using Pair = PairOf<WEIGHT>::type;
@@ -358,13 +359,13 @@ __device__ __forceinline__ float2 widened(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
 
-// Rounded by draws, if they are stored in bfloat16.
+// Stores two elements; bfloat16 rounds stochastically.
 __device__ __forceinline__ void narrow(float2& to, float2 v, const uint32_t (&)[2], uint32_t) { to = v; }
 __device__ __forceinline__ void narrow(uint32_t& to, float2 v, const uint32_t (&hashed)[2], uint32_t factor) {
     to = __byte_perm(rounded(v.x, hashed[0], factor), rounded(v.y, hashed[1], factor), 0x7632);
 }
 
-// PAIRS pairs of states that are neighbours in a row, as they are stored. SQUARES: of second states.
+// PAIRS neighbouring pairs of states of a row, as stored. SQUARES: state 2.
 template <int PAIRS>
 struct States {
     using Word = std::conditional<BYTE_STATE, uint32_t, Pair>::type;
@@ -383,13 +384,13 @@ struct States {
         }
     }
 
-    // Rounded by draws.
+    // Rounds pair n stochastically.
     template <bool SQUARES>
     __device__ __forceinline__ void set(int n, float2 v, const uint32_t (&hashed)[2]) {
         if constexpr (!BYTE_STATE) {
             narrow(word[n], v, hashed, SQUARES ? ROUND_STATE1 : ROUND_STATE0);
         } else {
-            const uint32_t draws[2] = {hashed[0] * ROUND_STATE0, hashed[1] * ROUND_STATE0};  // of both states: each has bits of its own
+            const uint32_t draws[2] = {hashed[0] * ROUND_STATE0, hashed[1] * ROUND_STATE0};  // shared; each state uses its own bits
             uint32_t& four = word[n / 2];
             if constexpr (!SQUARES) four = __byte_perm(four, rounded_halves(v, draws), n % 2 ? 0x7510 : 0x3275);
             else four = __byte_perm(four, __byte_perm(to_square(v.x, draws[0]), to_square(v.y, draws[1]), 0x0040), n % 2 ? 0x5410 : 0x3254);
@@ -397,13 +398,13 @@ struct States {
     }
 };
 
-// Of a part of a row, PAIRS times 8 columns, a lane has PAIRS pairs of the sums of a product: the first from this column on, the others
-// every 8 columns, or (RUN) one after another, if the product's operand is read in such an order.
+// A part of a row is 8 PAIRS columns, of which a lane has PAIRS pairs of a product's sums. Returns the column of the lane's first pair. The
+// others follow every 8 columns or, with RUN, one after another, if the product's operand was read in that order.
 template <bool RUN, int PAIRS>
 __device__ __forceinline__ int first_column() { return threadIdx.x % 4 * (RUN ? 2 * PAIRS : 2); }
 
-// A run, in as few accesses as possible. BACK: to memory. What AdamW writes leaves the L2 cache first: it moves three tensors there and
-// back, and what is on its way would leave it before it is read.
+// Copies a run in as few accesses as possible. BACK: to device memory. AdamW's writes are marked for early eviction from the L2 cache:
+// otherwise its three tensors would evict prefetched data before it is read.
 template <int BYTES, bool BACK = false>
 __device__ __forceinline__ void copy_run(void* to, const void* from) {
     using Half = typename std::conditional<BYTES % 8 == 0, uint2, uint32_t>::type;
@@ -415,7 +416,7 @@ __device__ __forceinline__ void copy_run(void* to, const void* from) {
     }
 }
 
-// `columns`: how many there are from `from` on, a multiple of 8; `there`: whether any.
+// Reads a lane's pairs of a part. columns: how many follow `from`, a multiple of 8. there: whether the row exists.
 template <bool RUN, int PAIRS, typename T, typename Word, int WORDS>
 __device__ __forceinline__ void read_part(Word (&v)[WORDS], const T* from, bool there, int columns) {
     static_assert(RUN || WORDS == PAIRS, "bytes are read in runs");
@@ -441,15 +442,15 @@ __device__ __forceinline__ void write_part(T* to, const Word (&v)[WORDS], bool t
     if (RUN && there && first < columns) copy_run<sizeof(given), true>(to + first, given);
 }
 
-// The update of a warp's weights, whose gradient is c, in parts as above, runs if SUMS_RUN: EIGHTS of labels from m0 on, features from
-// f0 on. What memory has of TOGETHER parts of rows is asked for before that of the parts before is needed; of the first, by `read`, when
-// the caller likes.
+// Updates a warp's weights by their gradient c: 8 EIGHTS labels from m0 on, features from f0 on, in parts of rows as above. SUMS_RUN: a
+// lane's sums are runs. The loads of TOGETHER parts are issued before the previous parts are updated; those of the first parts by `read`,
+// which the caller calls early.
 //
-// Accesses are of 16 bytes a lane, with which memory moves twice as much as with single pairs: where sums are no runs, a row's four
-// lanes exchange the new weights for runs of them, or the gradients, if there are states.
+// A lane accesses 16 bytes at a time, which doubles the throughput of single pairs. Where sums are not runs, the four lanes of a row
+// exchange words to get runs: of the gradients if there are states, else of the new weights.
 template <int TOGETHER, bool SUMS_RUN, int EIGHTS, int M, int N>
 struct WeightUpdate {
-    static constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // of a row
+    static constexpr int PAIRS = N < 4 ? N : 4, PARTS = N / PAIRS;  // PARTS in a row
     static constexpr bool EXCHANGES = !SUMS_RUN && BF16_WEIGHT && PAIRS == 4, GRADIENTS = EXCHANGES && RULE >= MOMENTUM;
     static constexpr bool RUN = SUMS_RUN || GRADIENTS;
     static_assert(EIGHTS <= 2 * M && EIGHTS * PARTS % TOGETHER == 0 && N % PAIRS == 0 && (!SUMS_RUN || PARTS == 1), "whole parts");
@@ -473,7 +474,7 @@ struct WeightUpdate {
         }
     }
 
-    // old(g, c): where eight bfloat16 weights of label g are, from feature 8 c on.
+    // old(g, c): the address in shared memory of bfloat16 weights 8 c to 8 c + 7 of label g.
     template <typename Old>
     __device__ __forceinline__ static void update(
         const float (&c)[M][N][4], Read& next, const Arguments& a, const Tile& tile, int m0, int f0, Old old) {
@@ -495,7 +496,7 @@ private:
         const int lane = threadIdx.x & 31, m = part / PARTS, n0 = part % PARTS * PAIRS;
         const int g = m0 + 8 * m + lane / 4, f = f0 + 8 * n0, column = f + first_column<RUN, PAIRS>();
         const uint32_t number = static_cast<uint32_t>(a.label_start + tile.label0 + g);
-        int hashed = BF16_WEIGHT ? mix(number ^ a.row_key) + column * COLUMN_HASH : 0;  // the row and the lane's first column
+        int hashed = BF16_WEIGHT ? mix(number ^ a.row_key) + column * COLUMN_HASH : 0;  // of the row and the lane's first column
         forget(hashed);
         uint32_t grad[2][PAIRS];
 #pragma unroll
@@ -529,7 +530,7 @@ private:
     }
 };
 
-// A label's bias and its states.
+// Loads a bias's states. bias: its value.
 __device__ __forceinline__ Values bias_values(const Arguments& a, int64_t label, float bias) {
     Values v{bias, 0.0f, 0.0f};
     if (RULE >= MOMENTUM && a.bias) v.state0 = a.bias_state0[label];
@@ -537,7 +538,7 @@ __device__ __forceinline__ Values bias_values(const Arguments& a, int64_t label,
     return v;
 }
 
-// Their update by a gradient that is the sum of PARTS numbers, `stride` apart.
+// Updates a bias and its states. The gradient is the sum of PARTS numbers, `stride` apart.
 template <int PARTS>
 __device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, Values v, const float* part, int stride) {
     if (a.bias == nullptr) return;

@@ -53,9 +53,7 @@ def state_dtype(head: HeadTensors) -> torch.dtype | None:
 
 def _compiled(head: HeadTensors, device: torch.device, step: Step, blocks: Blocks, one_tile: bool) -> ctypes.CDLL:
     weight = head.weight_LF.dtype
-    state = (
-        state_dtype(head) if step.rule["RULE"] else None
-    )  # a step without update runs as SGD and reads no state
+    state = state_dtype(head) if step.rule["RULE"] else None  # a step without update runs as SGD and reads no state
     words = {
         "WEIGHT": TYPES[weight], "INDEX": TYPES[head.index_RF.dtype], "STATE": TYPES[state or weight], "RULE": step.rule["RULE"],
         "LOSS": step.loss, "LABELS": tile_labels(head.group_size, blocks), "FEATURES": 64 if head.weight_LF.shape[1] <= 64 else 128,

@@ -1,37 +1,37 @@
-// Logits of labels whose rows are sparse in memory and dense on the chip, and what is made of them at once: losses and slopes, or each
-// text's largest logit of every BLOCK labels (see topk.py). For GPUs of capability 9.0.
+// Computes the logits of sparse rows, and from them losses and slopes or, for rankings, each text's largest logit in every BLOCK labels
+// (see topk.py). For GPUs of capability 9.0.
 //
-// A block has TEXTS texts for as long as it runs, in the registers of two warpgroups, 64 texts each (and what registers cannot hold in
-// shared memory): of a product's two operands only W is read from there. Tiles of LABELS labels pass through, see `Pipeline`:
+// A block keeps TEXTS texts of X: two warpgroups hold 64 texts each in registers, and what does not fit in shared memory. So products
+// read mostly W from shared memory. Tiles of LABELS labels pass through a `Pipeline`:
 //
 //     producers (4 warps, 16 labels each)     W <- rows of the tile
-//     consumers (8 warps, 16 texts each)      z = X W^T + bias; buffer free; loss += sum loss(z, y), slopes <- dloss/dz; or best
+//     consumers (8 warps, 16 texts each)      z = X W^T + bias; free the buffer; loss += sum loss(z, y), slopes <- dloss/dz; or best
 //
-//     barrier          who arrives                        bytes   who waits       what is then so
-//     __syncthreads    all                                        all             the barriers have begun
-//     OF_CONSUMERS     consumers                                  consumers       x (what registers do not hold) is there for products
-//     tiles.full[i]    a lane of each of 4 producer warps  0      each consumer   w, bias and bits of buffer i are those of the next tile: each
-//                                                                                 lane has published what it wrote, then met its warp
-//     tiles.free[i]    a lane of each of 8 consumer warps  0      each producer   buffer i is free: its products are over, its bits and biases in
-//                                                                                 registers, in every lane of the warp, which has met
+//     barrier          who arrives                        bytes   who waits       what then holds
+//     __syncthreads    all                                        all             the mbarriers are initialised
+//     OF_CONSUMERS     consumers                                  consumers       products may read x in shared memory
+//     tiles.full[i]    a lane of each of 4 producer warps  0      each consumer   buffer i holds w, bias and bits of the next tile: each lane has
+//                                                                                 published its writes, then synchronised with its warp
+//     tiles.free[i]    a lane of each of 8 consumer warps  0      each producer   buffer i is free: its products are done, and every lane of the
+//                                                                                 warp has its bits and biases in registers
 //     __syncwarp       producers                                  the same        w is cleared before it is written
 //
-// The two warpgroups do not wait for each other: one multiplies while the other has its logits in hand.
+// The two warpgroups do not wait for each other: one multiplies while the other works on its logits.
 //
-// Where there are more than 768 features, launches take some of them each; z of the earlier ones comes from memory (`partial_in`).
+// With more than 768 features, each launch takes a slice of them and reads the logits over earlier slices from `partial_in`.
 //
-// Compiled by -D, besides those of densify.cuh: FAN_IN, LOSS, BEST (the largest logits), SLICED (some of the features).
+// Compile with -D, besides those of densify.cuh: FAN_IN, LOSS, BEST (find the largest logits), SLICED (there are several slices).
 
 #include "densify.cuh"
 #include "losses.cuh"
 
 namespace {
 
-constexpr int TILES = BLOCK / LABELS;  // that have the labels of which the largest logit is kept
+constexpr int TILES = BLOCK / LABELS;  // tiles that share a largest logit
 constexpr int BUFFERS = 2, PRODUCER_WARPS = 4, OWN = LABELS / PRODUCER_WARPS, THREADS = CONSUMERS + 32 * PRODUCER_WARPS;
-constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;  // of the 168 that each of 384 threads begins with
-constexpr int IN_REGISTERS = FEATURES < 640 ? FEATURES : 640, KEPT = (FEATURES - IN_REGISTERS) / 64;  // features, parts of X
-// Chunks of a row; rounds in which a warp reads its labels' chunks; rounds that are on their way at a time.
+constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 56;  // each of the 384 threads begins with 168
+constexpr int IN_REGISTERS = FEATURES < 640 ? FEATURES : 640, KEPT = (FEATURES - IN_REGISTERS) / 64;  // features; parts in shared memory
+// CHUNKS in a row. A warp reads its labels' chunks in ROUNDS rounds, WINDOW of them in flight.
 constexpr int CHUNKS = FAN_IN / CHUNK, WINDOW = (BF16_WEIGHT ? 32 : 16) / CHUNK;
 constexpr int ROUNDS = ((OWN * CHUNKS + 31) / 32 + WINDOW - 1) / WINDOW * WINDOW;
 static_assert(FEATURES <= 768 && FAN_IN % CHUNK == 0, "see above");
@@ -45,7 +45,7 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
-// A block's tiles of labels, those of BLOCK labels one after another.
+// The tiles of labels that a block takes: the TILES tiles of a run of BLOCK labels follow each other.
 struct BlockTiles : Tiles {
     int text_tile, sub = 0;
 
@@ -59,13 +59,13 @@ struct BlockTiles : Tiles {
     }
 };
 
-// What a warp reads next: rows of a tile are chunks one after another, the lane's are every 32nd.
+// A lane's reads. The rows that a warp takes of a tile form one sequence of chunks, of which the lane reads every 32nd.
 struct Stream {
     const Index* index;
     const Stored* weight;
-    int label, place, end;  // of the tile's first row here; the lane's next chunk, and how many there are
+    int label, place, end;  // the label of the warp's first row; the lane's next chunk; the number of chunks
 
-    // end: of chunks of a warp's rows.
+    // Returns how many chunks the rows of the thread's warp have.
     __device__ __forceinline__ static int chunks(const BlockTiles& tile, int thread) {
         return tile.any() ? max(0, min(OWN, tile.last_label - tile.label(thread / 32 * OWN))) * CHUNKS : 0;
     }
@@ -77,7 +77,7 @@ struct Stream {
         index = index_of(a, label) + lane * CHUNK, weight = weights_of(a, label) + lane * CHUNK;
     }
 
-    // WINDOW of them, each when the place for it is free: free(i).
+    // Reads WINDOW chunks. free(i) is called before items[i] is overwritten.
     template <typename Items, typename Free>
     __device__ __forceinline__ void read(const Arguments& a, Items& items, Free free) {
 #pragma unroll
@@ -120,8 +120,8 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
     for (BlockTiles after = tile; tile.any(); tile = after, turn.next()) {
         after.next();
         prefetch_rows(a, after, thread == 0, thread == 32);
-        forget(thread);  // what follows from it would take registers all the time
-        // A label past the last one has no loss, no slope and is nobody's best.
+        forget(thread);  // or values derived from it would occupy registers throughout the loop
+        // Padding labels have no loss and no slope, and are never best.
         float bias = BEST ? -INFINITY : -1e30f;
         if (thread < LABELS && tile.has(thread)) bias = a.bias && !a.partial_in ? a.bias[tile.label(thread)] : 0.0f;
         uint2 bits{};
@@ -137,7 +137,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
         for (int part = 0; part < PARTS; ++part)
             clear_rows<OWN / 8>(shared.w[turn.buffer][part] + thread / 32 * (OWN * ROW_SIZE), thread % 32);
         __syncwarp();
-        // A chunk spread is a chunk on its way: of this tile, in the end of the next.
+        // Each chunk that is written to w makes room for the load of another, in the last rounds for one of the next tile.
         const int end = Stream::chunks(tile, thread);
 #pragma unroll 1
         for (int place = 0; place < ROUNDS * 32; place += WINDOW * 32) {
@@ -154,7 +154,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
     }
 }
 
-// A thread's texts are row and row + 8 of a tile; its logits z[n][2 high + j] are of text row + 8 high and label 8 n + lane % 4 * 2 + j.
+// A thread has the texts `row` and `row + 8` of a tile. Its z[n][2 high + j] is for text row + 8 high and label 8 n + lane % 4 * 2 + j.
 using Logits = float[LABELS / 8][4];
 
 struct Consumer {
@@ -183,13 +183,13 @@ struct Consumer {
         meet<CONSUMERS>(OF_CONSUMERS);
     }
 
-    // Of the tile of labels and the texts, in a tensor of such pairs.
+    // The number of this tile of labels and texts in `slopes` and the partial logits.
     __device__ __forceinline__ int64_t pair() const { return static_cast<int64_t>(tile.number) * (a.columns / TEXTS) + tile.text_tile; }
 
-    // Where partial logits are: a thread's are 128 bytes apart, a warp's together.
+    // The place of partial logits. A warp's lanes are contiguous, so accesses coalesce.
     __device__ __forceinline__ int64_t place_of_partial(int n) const { return pair() * SLOPES + ((warp * ROW + n) * 32 + lane) * 4; }
 
-    // z <- X W^T + bias, and bit 4 n + 2 high + j of the return value: that of z[n][2 high + j].
+    // Computes z = X W^T + bias. Returns the bitmap's bits: bit 4 n + 2 high + j is for z[n][2 high + j].
     __device__ __forceinline__ uint32_t multiply_logits(Logits& z, Pipeline<BUFFERS>::Turn& turn) {
         shared.tiles.await_full(turn);
         const float* const biases = shared.bias[turn.buffer] + lane % 4 * 2;
@@ -245,11 +245,11 @@ struct Consumer {
             *reinterpret_cast<float4*>(a.partial_out + place_of_partial(n)) = make_float4(z[n][0], z[n][1], z[n][2], z[n][3]);
     }
 
-    // Slopes to memory, losses of the thread's two texts added to `loss`; sums of slopes over the warp's texts to memory.
+    // Writes slopes and their sums over the warp's texts to device memory. Adds the losses of the thread's two texts to `loss`.
     __device__ __forceinline__ void slopes(const Logits& z, uint32_t positive, float (&loss)[2]) const {
         const int first_text = tile.text_tile * TEXTS;
         bfloat16* const to = a.slopes + pair() * SLOPES + row * ROW_SIZE;
-        const bool real = first_text + warp * 16 + 15 < a.texts;  // no columns that are no texts
+        const bool real = first_text + warp * 16 + 15 < a.texts;  // the warp has no padding columns
         constexpr int TOGETHER = 4;
 #pragma unroll
         for (int first = 0; first < LABELS / 8; first += TOGETHER) {
@@ -275,7 +275,7 @@ struct Consumer {
                 uint32_t words[4];
 #pragma unroll
                 for (int i = 0; i < TOGETHER; ++i) words[i] = packed(slope[i][2 * high], slope[i][2 * high + 1]);
-                exchange_words(words);  // now eight labels of a text: the chunk first + lane % 4
+                exchange_words(words);  // now a lane has eight labels of one text: chunk first + lane % 4
                 store_words(to + high * (8 * ROW_SIZE) + ((first + lane % 4) ^ (row & 7)) * 8, words);
             }
             if (a.bias_gradient) {

@@ -1,47 +1,47 @@
-// The same pass as group.cu for tiles of 64 and 128 labels, on GPUs whose matrix instructions take a warpgroup (9.0).
+// The pass of group.cu for tiles of 64 and 128 labels, with warpgroup matrix instructions (capability 9.0).
 //
-// These read each operand once for 64 rows, where a warp's own products read it for 16 or 32: with those, shared memory is the
-// busiest part of the chip. A warpgroup has 64 labels, and a tile's texts are its rows:
+// These read each operand once for 64 rows; a warp's instructions read it for 16 or 32, and shared memory is their bottleneck. A
+// warpgroup takes 64 labels, and the texts of a tile are the rows of its products:
 //
-//     z^T_BG = x_FB^T w_GF^T + bias     s^T_BG, of which dX has its rows in the registers that z was in
-//     dX_BF = s^T_BG w_GF (atomic)      dw_GF = s_GB x_FB^T, s from shared memory
+//     z^T_BG = x_FB^T w_GF^T + bias     s^T_BG overwrites z in registers, where dX reads it
+//     dX_BF = s^T_BG w_GF (atomic)      dw_GF = s_GB x_FB^T, with s in shared memory
 //
-// Two warpgroups share x, and add once for all of their labels: each makes half of the features of dX, from s in shared memory.
+// Two warpgroups share x. Each computes half of the features of dX for the labels of both, from s in shared memory.
 //
-// A thread has rows lane / 4 and + 8 of its warp's 16 of either half of the 128. The columns of X are in such an order that
-// these four are four texts in a row, and those of eight threads 32: feature gradients go to memory in whole lines of 128 bytes
-// without passing through shared memory. Row 64 half + 16 warp + 8 high + r is text 32 warp + 4 r + 2 half + high.
+// A thread has rows lane / 4 and lane / 4 + 8 of its warp's 16, in both halves of the 128 rows. The columns of X are ordered such that
+// these four rows are consecutive texts, and the rows of eight threads 32 consecutive texts. So feature gradients go to device memory in
+// whole lines of 128 bytes without staging. Row 64 half + 16 warp + 8 high + r is text 32 warp + 4 r + 2 half + high.
 //
-//     barrier (all meet)          what is then so
-//     __syncthreads, of a tile    the tile before is finished with: offset, bias, w and the sums of slopes may be written
-//     the next, of its texts      offset is there; products of the texts before are over, x and s may be written
-//     after await_copies          x and w are there, each published by who copied them
-//     after slopes, published     s is there for products, and so are the sums of slopes; with slopes in registers the feature gradient
-//                                 waits for none of this, and all meet after it
+//     barrier (all threads wait)        what then holds
+//     __syncthreads, once a tile        the previous tile is done: offset, bias, w and the sums of slopes may be written
+//     __syncthreads, before gathering   offset is written; the previous texts' products are done: x and s may be written
+//     __syncthreads, after copies       x and w are written, and published by the threads that copied them
+//     __syncthreads, after slopes       s is published, the sums of slopes are written. With slopes in registers this barrier comes after
+//                                       the feature gradient, which does not need it
 //
-// Compiled for one configuration by -D, besides those of group.cuh: LABELS (16 WARPS; WARPS 4, 8), FEATURES (64, 128; F is
-// at most that; 128 with 8 warps), BLOCKS (a multiprocessor), ONE_TILE (TEXTS texts at most).
+// Compile with -D, besides those of group.cuh: LABELS (16 WARPS; WARPS 4, 8), FEATURES (64, 128; F at most; 128 with 8 warps), BLOCKS (on
+// a multiprocessor), ONE_TILE (at most TEXTS texts).
 
 #include "group.cuh"
 
 namespace {
 
-constexpr int FEATURE_PARTS = FEATURES / 64;  // in shared memory a row of W has so many
+constexpr int FEATURE_PARTS = FEATURES / 64;  // parts of W in shared memory
 constexpr int WARPGROUPS = WARPS / 4;
 constexpr bool SLOPES_IN_REGISTERS = WARPGROUPS == 1;  // for the feature gradient
 static_assert(LABELS == 64 * WARPGROUPS && FEATURES % 64 == 0, "a warpgroup's labels are a row of s^T");
 static_assert(WARPGROUPS == 1 || FEATURE_PARTS == WARPGROUPS, "each makes a part of the feature gradient");
 
 struct Shared {
-    alignas(1024) bfloat16 x[2][FEATURES * ROW_SIZE];  // half of the texts a row
+    alignas(1024) bfloat16 x[2][FEATURES * ROW_SIZE];  // [half of the texts][features, 64 texts]
     bfloat16 w[FEATURE_PARTS][LABELS * ROW_SIZE];
     bfloat16 s[WARPGROUPS][TEXTS * ROW_SIZE];  // [texts, labels]
     int32_t offset[FEATURES];
     float bias[LABELS], bias_grad[4][LABELS];
 };
 
-using Logits = float[2][8][4];   // [half of the texts][8 labels: lane % 4 * 2 and the next][2 high + label]
-using Slopes = uint32_t[2][4][4];  // [half][16 labels][2 (8 labels) + high], pairs of labels: what a product takes as A
+using Logits = float[2][8][4];   // [half][n][2 high + j]: label 8 n + lane % 4 * 2 + j
+using Slopes = uint32_t[2][4][4];  // [half][n / 2][n % 2 * 2 + high]: pairs of labels, as a product takes A from registers
 
 __device__ __forceinline__ int text_of(int half, int high) {
     return threadIdx.x % 128 / 32 * 32 + threadIdx.x % 32 / 4 * 4 + 2 * half + high;
@@ -50,7 +50,7 @@ __device__ __forceinline__ int text_of(int half, int high) {
 // The first label of a thread's warpgroup.
 __device__ __forceinline__ int first_label() { return threadIdx.x / 128 * 64; }
 
-// Slopes of labels 8 n + lane % 4 * 2 and the next, to registers and shared memory.
+// Stores the slopes of labels 8 n + lane % 4 * 2 and the next in registers and shared memory.
 __device__ __forceinline__ void keep_slopes(Slopes& s, Shared& shared, int half, int n, int high, const float (&slope)[2]) {
     const int lane = threadIdx.x & 31, row = 64 * half + threadIdx.x % 128 / 32 * 16 + 8 * high + lane / 4;
     s[half][n / 2][n % 2 * 2 + high] = packed(slope[0], slope[1]);
@@ -58,8 +58,8 @@ __device__ __forceinline__ void keep_slopes(Slopes& s, Shared& shared, int half,
     *to = s[half][n / 2][n % 2 * 2 + high];
 }
 
-// Logits -> slopes, the losses of a thread's texts (2 half + high) and its sums of slopes of labels 8 n + lane % 4 * 2 + j over
-// texts (2 n + j), where no text has a positive. A text's losses share one logarithm, as in slopes_of_negatives.
+// Computes from the logits of negatives: slopes; loss[2 half + high] of a thread's texts; sum[2 n + j] over these texts of the slopes of
+// label 8 n + lane % 4 * 2 + j. A text's losses share one logarithm, as in slopes_of_negatives. Returns false if a loss overflowed.
 __device__ __forceinline__ bool warpgroup_slopes_of_negatives(
     const Logits& c, Slopes& s, Shared& shared, float (&loss)[4], float (&sum)[16]) {
     float p[4] = {};
@@ -84,14 +84,14 @@ __device__ __forceinline__ bool warpgroup_slopes_of_negatives(
     return __all_sync(~0u, fine);
 }
 
-// The same for any logits: of positives too, of columns that are no texts, and however large.
+// The same for all logits: positives, padding columns, and large ones.
 __device__ __forceinline__ void warpgroup_slopes_of_any(
     const Logits& c, Slopes& s, Shared& shared, float (&loss)[4], float (&sum)[16], const Arguments& a, bool any_positive,
     const Tile& tile, int text0) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int text = 0; text < 4; ++text) loss[text] = 0.0f;
-    uint32_t positive[2] = {};  // of labels 8 n + lane % 4 * 2 + j: bit 4 n + 2 half + high. Read at once, they are waited for once.
+    uint32_t positive[2] = {};  // [j]: bit 4 n + 2 half + high is for label 8 n + lane % 4 * 2 + j. All loads are issued together.
     if (any_positive)
 #pragma unroll
         for (int n = 0; n < 8; ++n)
@@ -117,8 +117,8 @@ __device__ __forceinline__ void warpgroup_slopes_of_any(
     }
 }
 
-// The sums of 2 LEFT numbers each over the lanes that differ in bits 2 LEFT and below, but for the lowest two: half of the
-// numbers go to the upper lane, and so on. Of 16, a lane has those of 2 (lane / 4) and the next.
+// Sums 2 LEFT numbers over the lanes that differ in bits 2 to log2(2 LEFT) of their number. In each step a lane sends half of its numbers
+// to its partner. For LEFT = 8, a lane ends with sums 2 (lane / 4) and the next.
 template <int LEFT>
 __device__ __forceinline__ void add_over_rows(float (&v)[16]) {
     const bool upper = threadIdx.x & (2 * LEFT);
@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_over_rows(float (&v)[16]) {
     if constexpr (LEFT > 2) add_over_rows<LEFT / 2>(v);
 }
 
-// The sums of a row's four lanes: a lane has that of text lane % 4 of the four.
+// Sums the losses of four texts over the four lanes of a row. A lane gets the sum of text lane % 4.
 __device__ __forceinline__ float over_columns(const float (&loss)[4]) {
     const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
     float pair[2];
@@ -173,7 +173,7 @@ __device__ __forceinline__ void multiply_logits(Logits& z, const Shared& shared)
     pin(z[0]), pin(z[1]);
 }
 
-// dX^T[index] += W^T S of one tile of texts.
+// dX^T[index] += W^T S for one tile of texts.
 __device__ __forceinline__ void feature_gradient(Slopes& s, const Shared& shared, const Arguments& a, int text0) {
     float* const to = a.dx + text0 + text_of(0, 0);
 #pragma unroll
@@ -212,13 +212,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
     const bool update = a.update && *a.finite;
     float* const losses = a.loss + static_cast<int64_t>(blockIdx.x) * a.columns;
     const auto weights_at = [&](int g, int c) { return shared.w[c / ROW] + place<ROW>(g, c % ROW); };
-    float loss = 0.0f;  // of one text, see `over_columns`
+    float loss = 0.0f;  // of one text; see `over_columns`
 
     Ahead ahead(a, blockIdx.x, numbers);
     for (int number = blockIdx.x; number < numbers; number += gridDim.x) {
         const Tile tile(a, number);
         const bool any_positive = ahead.any_positive();
-        __syncthreads();  // the tile before is finished with
+        __syncthreads();  // the previous tile is done
         if (threadIdx.x < FEATURES) shared.offset[threadIdx.x] = ahead.offset(a, threadIdx.x);
         if (threadIdx.x < LABELS) shared.bias[threadIdx.x] = ahead.bias;
         load_weights(a, tile, weights_at);
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
         ahead = Ahead(a, number + gridDim.x, numbers);
         float grad[1][FEATURES / 8][4];
         clear(grad);
-        // These parts are lines of 128 bytes: of a row, or, if they are short, of states in a byte, of both rows of a thread.
+        // TOGETHER parts cover lines of 128 bytes: of one row or, for 8-bit states, whose parts are short, of both rows of a thread.
         using Weights = WeightUpdate<BYTE_STATE ? 4 : 2, false, 2, 1, FEATURES / 8>;
         Weights::Read read;
         for (int text0 = 0; text0 < (ONE_TILE ? 1 : a.columns); text0 += TEXTS) {
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a
             const bool last = ONE_TILE || text0 + TEXTS >= a.columns;
             const int g = threadIdx.x;
             const int64_t label = tile.label0 + g;
-            const bool has_bias = update && last && g < tile.count;  // signed: a tile past the last label has fewer than none
+            const bool has_bias = update && last && g < tile.count;  // signed: count is negative in a tile past the last label
             Values bias{};
             if (has_bias) bias = bias_values(a, label, shared.bias[g]);
             if (update && last) fetch_states(a, tile);

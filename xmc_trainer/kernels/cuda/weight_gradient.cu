@@ -1,21 +1,21 @@
-// The weight gradient of labels whose rows are sparse in memory and dense on the chip, at the features that they read: (s^T X)[index].
-// logits.cu has left the slopes s. For GPUs of capability 9.0.
+// Computes the weight gradient of sparse rows at the features that they read, (s^T X)[index], from the slopes s of logits.cu. For GPUs of
+// capability 9.0.
 //
-// A block has FEATURES features of X of all texts of the launch, in shared memory, for as long as it runs. Two warpgroups take turns at
-// the tiles of LABELS labels: one gathers while the other multiplies.
+// A block keeps FEATURES features of X in shared memory, for all texts of the launch. Two warpgroups alternate between tiles of LABELS
+// labels: one gathers while the other multiplies.
 //
-//     producers (a thread for each)   s of a tile of labels and one of texts after another, by bulk copy; see `Pipeline`
-//     consumers (a warpgroup)         dW = sum over tiles of texts of s^T X; to shared memory, rounded to bfloat16; gradient <- dW[index]
+//     producers (a thread for each warpgroup)   bulk copies of s, for each tile of labels one tile of texts after another; see `Pipeline`
+//     consumers (two warpgroups)                dW = sum over tiles of texts of s^T X; dW to shared memory as bfloat16; gradient <- dW[index]
 //
-//     barrier             who arrives                        bytes   who waits     what is then so
-//     __syncthreads       all                                        all           the barriers have begun
-//     OF_CONSUMERS        consumers                                  consumers     x is there for products
-//     tiles[w].full[i]    the producer, with the bulk copy   16 Ki   warpgroup w   s of buffer i is that of the next pair of tiles
-//     tiles[w].free[i]    a lane of each of its 4 warps       0      the producer  buffer i is free: the warp's products of it are over
-//     OF_WARPGROUP + w    warpgroup w                                warpgroup w   first: dw of the tile before is gathered, and may be
-//                                                                                  written; second: dw of this tile is there to be gathered
+//     barrier             who arrives                        bytes   who waits     what then holds
+//     __syncthreads       all                                        all           the mbarriers are initialised
+//     OF_CONSUMERS        consumers                                  consumers     products may read x
+//     tiles[w].full[i]    the producer, with the bulk copy   16 Ki   warpgroup w   buffer i holds s of the next tile of labels and texts
+//     tiles[w].free[i]    a lane of each of its 4 warps       0      the producer  buffer i is free: the warp's products that read it are done
+//     OF_WARPGROUP + w    warpgroup w                                warpgroup w   first: dw of the previous tile is gathered and may be
+//                                                                                  overwritten; second: dw of this tile may be gathered
 //
-// Compiled by -D, besides those of densify.cuh: TEXT_TILES (of a launch, at most), GRADIENT (bfloat16; float, which may be added to).
+// Compile with -D, besides those of densify.cuh: TEXT_TILES (most in a launch), GRADIENT (bfloat16, or float if launches add to it).
 
 #include "densify.cuh"
 
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int BUFFERS = 2, THREADS = CONSUMERS + 128;
 constexpr int CONSUMER_REGISTERS = 224, PRODUCER_REGISTERS = 40;
-constexpr int LANES = 2, CHUNKS = 32 / CHUNK;  // of a label: a warpgroup gathers those of a tile together
+constexpr int LANES = 2, CHUNKS = 32 / CHUNK;  // for a label: a warpgroup's 128 lanes gather the 64 labels of a tile
 using LabelRun = Run<LANES, CHUNKS>;
 constexpr bool BF16_GRADIENT = sizeof(GRADIENT) == 2;
 using StoredGradient = std::conditional<BF16_GRADIENT, uint16_t, float>::type;
@@ -31,13 +31,13 @@ static_assert(PARTS <= 4, "the sums must fit the registers");
 
 struct Shared {
     alignas(1024) bfloat16 x[PARTS][TEXT_TILES * TEXTS * ROW_SIZE];
-    bfloat16 s[2][BUFFERS][SLOPES];  // of each warpgroup
+    bfloat16 s[2][BUFFERS][SLOPES];  // for each warpgroup
     bfloat16 dw[2][PARTS][LABELS * ROW_SIZE];
     Pipeline<BUFFERS> tiles[2];
 };
 static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
-// The block's features, and which of the blocks that have them it is.
+// block: which run of FEATURES features the thread block has. `lanes` thread blocks share it; this is the `lane`-th of them.
 struct Part {
     int block, lane, lanes;
 
@@ -47,7 +47,7 @@ struct Part {
     }
 };
 
-// The block's tiles of a warpgroup: every second one.
+// The tiles of one warpgroup: every second tile of the block.
 __device__ __forceinline__ Tiles tiles_of(const Arguments& a, const Part& part, int warpgroup) {
     return Tiles(a, part.lane + warpgroup * part.lanes, 2 * part.lanes);
 }
@@ -72,7 +72,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int 
     }
 }
 
-// A lane's part of a label's index row.
+// A lane's share of a label's index row.
 struct Items {
     Chunk<Index> index[CHUNKS];
 
@@ -80,10 +80,10 @@ struct Items {
         run.load(index, index_of(a, tile.has(row) ? tile.label(row) : 0));
     }
 
-    // to: the label's gradient.
+    // Writes from[index] to the label's gradient, `to`.
     __device__ __forceinline__ void gather(StoredGradient* to, const DenseRow<>& from, const Arguments& a, const LabelRun& run) const {
         StoredGradient* const there = to + run.first;
-        uint16_t value[CHUNKS][CHUNK];  // all on their way before the first is awaited
+        uint16_t value[CHUNKS][CHUNK];  // all loads are issued before the first value is used
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k)
 #pragma unroll
@@ -158,8 +158,8 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
         if (lane == 0) arrive(pipeline.free[before]);
 
         meet<128>(OF_WARPGROUP + warpgroup);
-        // Of four matrices the first two are one chunk of 16 rows, the others the next; place<ROW>(row, n + 1) is
-        // place<ROW>(row, 1) ^ 8 n for an even n.
+        // store4 writes four 8 x 8 matrices: one chunk of 16 rows, then the next chunk. For an even n, place<ROW>(row, n + 1) is
+        // place<ROW>(row, 1) ^ 8 n.
         const int first = place<ROW>(thread / 32 * 16 + lane / 8 % 2 * 8 + lane % 8, lane / 16);
 #pragma unroll
         for (int n = 0; n < PARTS * 8; n += 2) {
