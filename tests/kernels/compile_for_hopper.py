@@ -1,6 +1,6 @@
-"""Started by test_compiles.py: compiles what a head's step and ranking launch on an H100, without one, and runs nothing.
+"""Compiles the Triton kernels that a head's step and ranking launch on an H100, without a GPU. test_compiles.py starts it.
 
-Prints a line for each launch that fails: the case, the kernel, the compiler's error; then how many kernels there were.
+Prints a line for each launch that fails (case, kernel, compiler's error), then the number of kernels compiled.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from triton.runtime.driver import driver
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 
 SHARED_MEMORY = 227 << 10  # bytes a block may have
-DENSE, SPREAD, GROUPS, LARGE_GROUPS = (None, 1), (12, 1), (12, 16), (128, 200)  # (fan_in, group_size)
+DENSE, SPARSE, GROUPS, LARGE_GROUPS = (None, 1), (12, 1), (12, 16), (128, 200)  # (fan_in, group_size)
 CASES = [
-    # A tile of features or less, and texts of a tile; many tiles; a last one that is short. Where the chip spreads rows they are
-    # trained as dense ones: by the same kernels.
-    *itertools.product([DENSE, SPREAD, GROUPS], [(48, 37)], [torch.float32, torch.bfloat16]),
-    *itertools.product([SPREAD, GROUPS, LARGE_GROUPS], [(768, 128)], [torch.bfloat16]),
-    *itertools.product([DENSE, SPREAD], [(1021, 300)], [torch.bfloat16]),
+    # At most one tile of features and texts; many tiles; a short last tile. Sparse rows of many features use the kernels of dense ones.
+    *itertools.product([DENSE, SPARSE, GROUPS], [(48, 37)], [torch.float32, torch.bfloat16]),
+    *itertools.product([SPARSE, GROUPS, LARGE_GROUPS], [(768, 128)], [torch.bfloat16]),
+    *itertools.product([DENSE, SPARSE], [(1021, 300)], [torch.bfloat16]),
     *itertools.product([DENSE], [(64, 256), (4096, 32)], [torch.bfloat16]),
 ]
 OPTIMIZERS = {37: SGD(), 128: SGD(momentum=0.9), 256: AdamW(), 300: RowwiseRMSprop(), 32: SGD(momentum=0.9)}  # by texts
 
 
 class Hopper:
-    """What Triton asks of a driver before it launches."""
+    """The part of a Triton driver that a launch needs."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -69,9 +68,9 @@ def main() -> None:
         feat = torch.zeros(texts, features)
         labels, counts = torch.zeros(texts, dtype=torch.int64), torch.ones(texts, dtype=torch.int64)
         head(feat, labels, counts)
-        # What was never computed holds any numbers, block numbers too: ranks, but for the kernels, mean nothing.
+        # Nothing is computed, so the ranks mean nothing; only the launches count.
         head.topk(feat, 5, labels, counts)
-        # With nothing to skip it is the same kernel less a part, but for the larger tile of 256 texts.
+        # Without labels to skip, a ranking differs much only at 256 texts, where the tile is larger.
         if texts in (37, 256):
             head.topk(feat, 5)
     print(len(kernels), "kernels")
@@ -79,5 +78,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     triton.knobs.runtime.interpret = False
-    os.environ["TRITON_INTERPRET"] = "1"  # without a GPU the backend is for the interpreter alone
+    os.environ["TRITON_INTERPRET"] = "1"  # without a GPU, dispatch accepts "triton" only for the interpreter
     main()

@@ -1,4 +1,4 @@
-"""Triton's interpreter, twice as fast: a kernel patches `triton.language`, and so would each function that it calls, every time."""
+"""Makes Triton's interpreter twice as fast: functions that a kernel calls do not patch `triton.language` again on every call."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 try:
     from triton.runtime import interpreter
-except ImportError:  # the tests here are skipped
+except ImportError:  # without Triton the tests of this folder are skipped
     pass
 else:
-    patched = set()  # modules, of which triton.language itself is patched by every kernel, and what is below it once
+    patched = set()  # modules whose functions have patched `triton.language` once
 
     def call(self: interpreter.InterpretedFunction, *arguments: Any, **options: Any) -> Any:
         if (module := self.fn.__module__) not in patched:

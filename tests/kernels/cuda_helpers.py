@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels share: the compiled sources, natively or on a CPU, and heads and batches for them."""
+"""Helpers for tests of the CUDA kernels: compilation for a GPU or the CPU emulator, heads and batches."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ OPTIMIZERS = {
 }  # fmt: skip
 LABELS = 331
 COMPILED = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"
-_memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")  # as long as the sources
+_memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")
 
 
 class Change(NamedTuple):
-    """The text from start to stop of a source is left out."""
+    """Replaces the text from start to stop of a source by a statement that does nothing."""
 
     file: str
     start: int
@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 @functools.cache
 def library_for_cpu(source, capability, defines, layout, change=None):
-    """As `cuda_source.compiled`, of the source without what only nvcc understands. Kept under a hash of all that it is made of."""
+    """Stands in for `cuda_source.compiled`: rewrites what only nvcc understands and compiles with g++. Libraries are cached by content."""
     folder = Path(tempfile.mkdtemp(dir=_memory.name))
     replaced = 0
     for name in (source, *cuda_source.HEADERS):
@@ -69,13 +69,13 @@ def library_for_cpu(source, capability, defines, layout, change=None):
     library = COMPILED / f"{hashlib.sha256(repr([source, words, version, content]).encode()).hexdigest()}.so"
     if not library.exists():
         COMPILED.mkdir(parents=True, exist_ok=True)
-        # The kernel's accesses to memory call functions of cpu.cpp, which takes the place of the sanitizer.
+        # The kernel's memory accesses call __tsan_* functions, which cpu.cpp defines in place of the sanitizer's.
         watched = [*words, "-fsanitize=thread", "-c", source.replace(".cu", ".cpp"), "-o", "kernel.o"]
         subprocess.run(watched, check=True, cwd=folder)
         subprocess.run(
             [*words, "-shared", "-Wl,--no-undefined", "-o", "kernel.so", "kernel.o", "cpu.cpp"], check=True, cwd=folder
         )
-        partial = COMPILED / f"{os.getpid()}.partial"  # other processes test, too
+        partial = COMPILED / f"{os.getpid()}.partial"  # other test processes write here, too
         shutil.move(folder / "kernel.so", partial)
         partial.replace(library)
     return cuda_source.checked_layout(ctypes.CDLL(str(library)), source, layout)
@@ -83,7 +83,7 @@ def library_for_cpu(source, capability, defines, layout, change=None):
 
 DEVICES = [
     pytest.param("cpu", marks=[
-        pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, which marks the positives, is off on a GPU"),
+        pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, which builds the bitmaps, is off on a GPU"),
         pytest.mark.skipif(shutil.which("g++") is None, reason="the CUDA source needs a C++ compiler to run on a CPU"),
     ]),
     pytest.param("cuda", marks=pytest.mark.gpu),
@@ -91,7 +91,7 @@ DEVICES = [
 
 
 def use(device, module, name, monkeypatch):
-    """Compile for `device`; the calls of `module.name` are in the list returned."""
+    """Compile for `device`. Return a list that gets an entry for each call of `module.name`."""
     if device == "cpu":
         monkeypatch.setattr(cuda_source, "can_compile", lambda device: True)
         monkeypatch.setattr(cuda_source, "compiled", library_for_cpu)
@@ -131,7 +131,10 @@ def batch(device, features, texts, seed=0, labels=LABELS):
 
 
 def dense_of(head):
-    """float64 [L, d], and which are connected, bool; on the device: `head_helpers.dense_of` asks for each label."""
+    """Return the weights as float64 [L, d] and a bool mask of the connected ones, on the head's device.
+
+    `head_helpers.dense_of` goes label by label and is slow on a GPU.
+    """
     if head.index is None:
         return head.weight.double(), torch.ones_like(head.weight, dtype=torch.bool)
     row = torch.arange(head.weight.shape[0], device=head.weight.device) // head.group_size
@@ -143,8 +146,8 @@ def dense_of(head):
 
 
 def floats_of(head):
-    """float32 copies of a head's weights, biases and states, by name."""
-    bytes_of = {"weight_exp_avg": 1, "weight_exp_avg_sq": 2}  # which of the states, if they are bytes
+    """Return float32 copies of a head's weights, biases and states, by name."""
+    bytes_of = {"weight_exp_avg": 1, "weight_exp_avg_sq": 2}  # the number of an 8-bit state
     return {
         name: eight_bits.decoded(tensor, bytes_of[name]) if tensor.dtype == torch.uint8 else tensor.float().clone()
         for name, tensor in head.named_buffers()

@@ -1,4 +1,4 @@
-"""What a head holds after five steps of each shipped shape, optimizer and loss; run to print the numbers of goldens.json anew."""
+"""Digests of a head after five steps, for each shipped shape, optimizer and loss. Run this file to print a new goldens.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = {
 
 
 def digest(name: str, device: str, **options: object) -> dict[str, float]:
-    """The last loss, and of each tensor the sum of its elements times 1, 2, ..., 7, 1, ... and of their sizes."""
+    """Return the last loss and, for each tensor, two sums: of its elements times 1, 2, ..., 7, 1, ..., and of their absolute values."""
     features, fan_in, group_size, optimizer, loss, weight_dtype, texts = CASES[name]
     head = FixedFanInHead(
         features, LABELS, fan_in=fan_in, group_size=group_size, optimizer=optimizer, loss=loss, weight_dtype=weight_dtype, lr=1e-3,

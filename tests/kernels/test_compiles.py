@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for an H100, in shapes at the edges of its tiles: the interpreter does not compile."""
+"""Every Triton kernel compiles for an H100, at shapes around the sizes of its tiles. The interpreter cannot show that."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="the Triton backend needs triton")
 
 
 def test_every_launch_compiles_for_an_h100(pytestconfig):
-    # Triton finds what it has compiled before by the source, the options and its own version.
+    # Triton's cache is keyed by source, options and version, so it may be kept between runs.
     compiled = pytestconfig.cache.mkdir("triton")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -1,7 +1,6 @@
-"""The CUDA kernels of rows that are dense on the chip alone, for any number of texts and features: against float64, the eager bfloat16
-twin and the reference.
+"""The densify kernels in CUDA, for any number of texts and features, against float64, eager bfloat16 and the reference.
 
-Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
+They run on a GPU under the mark `gpu`, else on the CPU emulator (cuda_on_cpu).
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from tests.kernels.cuda_helpers import DEVICES, LABELS, OPTIMIZERS, batch, dense
 from xmc_trainer.kernels import arguments  # noqa: E402
 from xmc_trainer.kernels.cuda import densify, source  # noqa: E402
 
-# (features, fan_in, group_size): slots are read two, one and four together; blocks of 64 to 256 features, the last of which has none
-# in places; logits in one slice of the features and in two.
+# (features, fan_in, group_size): slots are read one, two and four at a time; blocks have 64 to 256 features, some padded; logits take one
+# or two slices of features.
 HEADS = [(48, 18, 1), (200, 33, 3), (384, 100, 8), (768, 128, 1), (1000, 61, 1), (192, 24, 1)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
-    """Where the kernels run; fails a test in which they were not launched."""
+    """The device that the kernels run on. A test fails if it did not launch them."""
     launched = use(request.param, densify, "run", monkeypatch)
     yield request.param
     assert launched
 
 
-# The last one has positives of a few labels alone: what most tiles of labels are in training, and have a way of their own.
+# The last case has positives in a few labels only. Tiles without positives are the usual ones in training and take a faster path.
 @pytest.mark.parametrize("number, scale, texts, loss, with_positives", [
     *((number, 0.1, 37, "bce", LABELS) for number in (1, 3)), (4, 0.1, 129, "squared_hinge", LABELS),
     (0, 60.0, 128, "squared_hinge", LABELS), (2, 60.0, 300, "bce", LABELS), (3, 1.0, 128, "bce", 16),
@@ -91,14 +90,14 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, texts, dev
         assert torch.equal(getattr(heads[0], name), getattr(heads[1], name)), name
     got = floats_of(heads[0])
     for name, expected in floats_of(heads[1]).items():
-        # Slopes and gradients are rounded to bfloat16 here, which tips a rounding of what they are added to here and there.
+        # The kernels round slopes and gradients to bfloat16, so a few stochastic roundings of weights and states differ.
         allowed = 2e-2 if getattr(heads[1], name).dtype == torch.float32 else 5e-2
         assert error(got[name] - start[name], (expected - start[name]).double()) < allowed, name
 
 
 @pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (5, "adamw_8bit")])
 def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
-    # With weights of zero the slopes are +-1/2, and gradients by features of +-1 are bfloat16 numbers.
+    # With zero weights the slopes are +-1/2, and with features of +-1 the gradients are exact in bfloat16.
     options = {"weight_dtype": torch.bfloat16}
     heads = [make_head(device, *HEADS[number], optimizer, backend=name, **options) for name in ("triton", "reference")]
     for head in heads:
@@ -113,7 +112,7 @@ def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
 @pytest.mark.parametrize("number, optimizer", [(2, "adamw"), (4, "sgd")])
 def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device, monkeypatch):
     features, fan_in, group_size = HEADS[number]
-    labels = LABELS if device == "cpu" else 64 * 500 + 11  # some tiles for each cluster; of a chunk one at most
+    labels = LABELS if device == "cpu" else 64 * 500 + 11  # several tiles a thread block; in small chunks, one
     found = []
     for workspace in (1 << 20, 1 << 20, 1):  # at least a tile for each block
         monkeypatch.setattr(arguments, "STEP_WORKSPACE", workspace)
@@ -127,7 +126,7 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device,
     first, second, chunked = found
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
     for name, tensor in first.items():
-        # The chunks' sums have an order of their own, and beside other labels a bias's last digit can be another.
+        # Chunks change the order of sums. The last digit of a bias depends on the labels in its tile.
         if name in ("loss", "dx"):
             torch.testing.assert_close(chunked[name], tensor, rtol=1e-4, atol=1e-4)
         elif name.startswith("bias"):
@@ -206,7 +205,7 @@ def test_no_texts_no_positives_and_rewired_rows(number, device):
 
 @pytest.mark.parametrize("number", [3])
 def test_rows_that_one_block_has_all_features_of(number, device):
-    """Runs of slots that are longer than what registers hold, and none."""
+    """One thread block has runs of slots that are longer than registers can hold, and the others have none."""
     features, fan_in, group_size = HEADS[number]
     options = {"weight_dtype": torch.bfloat16, "lr": 1.0}
     heads = [

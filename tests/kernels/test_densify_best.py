@@ -1,6 +1,6 @@
-"""The CUDA kernel that finds every block's largest logit where few labels share an index row, and rankings by it: against float64.
+"""logits.cu as the kernel of rankings: each block's largest logit, and the rankings made from them, against float64.
 
-Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
+It runs on a GPU under the mark `gpu`, else on the CPU emulator (cuda_on_cpu).
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from xmc_trainer.kernels.arguments import Batch  # noqa: E402
 from xmc_trainer.kernels.cuda import densify  # noqa: E402
 from xmc_trainer.kernels.triton import topk  # noqa: E402
 
-# (features, fan_in, group_size): slots are read two, one and four together, rows by some lanes or by all and more; what registers
-# hold of X, and what not.
+# (features, fan_in, group_size): slots are read one, two and four at a time; a row has fewer chunks than a warp has lanes, or more; X fits
+# in registers, or does not.
 HEADS = [(48, 18, 1), (200, 33, 3), (640, 64, 1), (768, 128, 1), (700, 100, 5), (1600, 40, 1)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
-    """Where the kernel runs; fails a test in which it was not launched."""
+    """The device that the kernel runs on. A test fails if it did not launch the kernel."""
     launched = use(request.param, densify, "find_best", monkeypatch)
     yield request.param
     assert launched
 
 
 def labels_on(device):
-    return LABELS if device == "cpu" else 128 * 500 + 11  # some tiles for each block
+    return LABELS if device == "cpu" else 128 * 500 + 11  # several tiles for each thread block
 
 
 @pytest.mark.parametrize("number, texts, weight_dtype", [
@@ -58,7 +58,7 @@ def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
     assert_best(tensors, z)
     if number == 4:
         assert_best(dataclasses.replace(tensors, bias_L=None), z - head.bias.double()[:, None])
-    # Without the best of a block for each text, and a repeated pair; the other blocks have none to leave out.
+    # Leave out the best label of one block for each text; some pairs repeat. The other blocks leave nothing out.
     first = topk.BLOCK
     best, text = z[first : 2 * first, :texts].argmax(0) + first, torch.arange(texts, device=device)
     z[best, text] = -torch.inf
@@ -68,18 +68,18 @@ def test_the_largest_logit_of_every_block(number, texts, weight_dtype, device):
 @pytest.mark.parametrize("chunks", [False, True])
 def test_rankings_leave_out_what_texts_have(chunks, device, monkeypatch):
     texts, labels, number = (37, LABELS, 1) if device == "cpu" else (130, 128 * 500 + 11, 3)
-    head = make_head(device, *HEADS[number], "adamw_8bit", labels=labels)  # of which a ranking takes weights alone
+    head = make_head(device, *HEADS[number], "adamw_8bit", labels=labels)  # a ranking must accept any optimizer
     feat, ids, counts = batch(device, HEADS[number][0], texts, labels=labels)
     z = feat.double() @ dense_of(head)[0].bfloat16().double().T + head.bias.double()
-    # What a text has, and what is best for it, in blocks of labels where others have neither.
+    # Each text leaves out its own labels and its three best ones. Other texts leave out none in those blocks.
     row = torch.arange(texts, device=device).repeat_interleave(counts)
     best = z.topk(3).indices
     ids = torch.cat([torch.cat([ids[row == text], best[text]]) for text in range(texts)])
     z[torch.arange(texts, device=device).repeat_interleave(counts + 3), ids] = -torch.inf
-    # As many blocks as labels are asked for: with a wrong one another label is found.
+    # Without spare blocks, a wrong block changes the result.
     monkeypatch.setattr(topk, "SPARE", 0)
     if chunks:
-        monkeypatch.setattr(densify, "WORKSPACE", 1)  # of one block each
+        monkeypatch.setattr(densify, "WORKSPACE", 1)  # one block in each chunk
     score, label = head.topk(feat, 2, ids, counts + 3)
     torch.testing.assert_close(score.double(), z.topk(2).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z.gather(1, label), score.double(), rtol=1e-5, atol=1e-5)

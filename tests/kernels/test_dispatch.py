@@ -1,4 +1,4 @@
-"""Which kernels a head gets: every shipped configuration's, with the GPU's capability faked, and why it gets no other."""
+"""The dispatch table: the kernel of each shipped configuration on a faked Hopper GPU, and the reason for every refusal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xmc_trainer.config import load_config, shipped_configs  # noqa: E402
 from xmc_trainer.kernels.cuda import source  # noqa: E402
 from xmc_trainer.kernels.dispatch import RANKINGS, STEPS, Problem, choose, describe  # noqa: E402
 
-# Without mixed precision products are of float32, which are Triton's: "dense, Triton" of both.
+# These configurations turn mixed precision off. float32 products run in "dense, Triton", for the step and for rankings.
 IN_FLOAT32 = {"lfyso", "sidgnd", "wordnet"}
 
 

@@ -1,4 +1,4 @@
-"""States in a byte: against the formats worked out in Python's numbers, and as averages that must not stand still."""
+"""8-bit states: the formats against exact fractions, unbiased rounding, and moving averages that must follow float32's."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from xmc_trainer.kernels.eight_bits import decoded, encoded
 from xmc_trainer.rng import Stream, element_bits, make_key
 
 KEY = make_key(1, 2, Stream.ROUND)
-BYTES = {1: [byte for byte in range(256) if byte % 128 < 124], 2: list(range(256))}  # those that stand for a number
+BYTES = {1: [byte for byte in range(256) if byte % 128 < 124], 2: list(range(256))}  # without infinities and NaN
 
 
 def number_of(byte: int, state: int) -> float:
-    """Exponent and mantissa by hand: four numbers to each power of two; as float32 has it."""
-    if (
-        state == 1
-    ):  # a sign, five bits of exponent, of which 0 has the steps of 1, two of mantissa; of 128 times the state
+    """Decode a byte by its exponent and mantissa, four numbers to each power of two, and round to float32."""
+    if state == 1:  # 128 times the state: a sign, five exponent bits (0 means subnormal), two mantissa bits
         exponent, mantissa = byte % 128 // 4, byte % 4
         size = Fraction(mantissa + 4 * (exponent > 0), 4) * Fraction(2) ** (max(exponent, 1) - 15) / 128
         return float(-size if byte > 127 else size)
@@ -31,14 +29,14 @@ def test_every_byte_is_its_number_and_goes_back_to_itself(state):
     byte = torch.tensor(BYTES[state], dtype=torch.uint8)
     value = decoded(byte, state)
     assert value.tolist() == [number_of(n, state) for n in BYTES[state]]
-    for column in range(50):  # whatever the draw
+    for column in range(50):  # for any draw
         row = torch.zeros(len(byte), dtype=torch.int64)
         assert torch.equal(encoded(value, KEY, row, torch.tensor(column), state), byte)
     assert decoded(torch.zeros(3, dtype=torch.uint8), state).tolist() == [
         0,
         0,
         0,
-    ]  # what a head starts with and rewiring writes
+    ]  # the state of a new head and of a rewired weight
 
 
 @pytest.mark.parametrize("state, value", [
@@ -51,7 +49,7 @@ def test_rounding_is_unbiased_and_stays_between_neighbours(state, value):
     draws = encoded(torch.full((4000, 100), value), KEY, torch.arange(4000)[:, None], torch.arange(100), state)
     rounded = decoded(draws, state).double()
     assert set(rounded.unique().tolist()) <= {below, above}
-    # The first state is rounded to the nearest float16 before: of numbers below 2^-14 to a step of 2^-24.
+    # State 1 is first rounded to the nearest float16, which has steps of 2^-24 below 2^-14.
     nearest = abs(value) * 2**-11 + 2**-25 / 128 if state == 1 else abs(value) * 1e-6
     assert abs(rounded.mean().item() - value) <= 5 * (above - below) / 2 / 400_000**0.5 + nearest
 
@@ -70,7 +68,7 @@ def test_what_is_too_large_is_the_largest(state):
     "state, decay, start, end", [(1, 0.9, -0.3, 2e-3), (2, 0.999, 1e-4, 1e-6), (2, 0.999, 0.0, 3e-9)]
 )
 def test_an_average_goes_where_float32_s_does(state, decay, start, end):
-    # A step changes an average by less than a byte can say: to the nearest, the second would stay where it is for ever.
+    # A step changes an average by less than a byte can express. With rounding to nearest, state 2 would never move.
     row, column = torch.arange(1000)[:, None], torch.arange(64)
     byte = encoded(torch.full((1000, 64), start), KEY, row, column, state)
     exact = start
@@ -80,7 +78,7 @@ def test_an_average_goes_where_float32_s_does(state, decay, start, end):
         byte = encoded(average, make_key(1, step, Stream.ROUND), row, column, state)
         if step in (5, 40, 599):
             values = decoded(byte, state).double()
-            # A step may round to the nearest float16, by 2^-11 of what is left of the start and of the end at most, or float32.
+            # Each step may round to the nearest float16 (state 1) or float32. `left` bounds the sum of the averages so far.
             left = (step + 1) * abs(start) * decay ** (step + 1) + end / (1 - decay)
             nearest = left * (2**-11 if state == 1 else 2**-23)
             assert values.mean().item() == pytest.approx(exact, abs=5 * values.std().item() / 64_000**0.5 + nearest)

@@ -1,4 +1,4 @@
-"""Five steps give what they gave when goldens.json was written (by the reference): of kernels that round as it does, nearly."""
+"""Five steps reproduce goldens.json, which the reference wrote. GPU kernels may differ by rounding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_five_steps_are_what_they_were(name, device, options, rel):
     found, golden = digest(name, device, **options), GOLDENS[name]
     assert found.keys() == golden.keys()
     for key, value in golden.items():
-        # A sum is off by a share of the sum of sizes. Bytes that are rounded to neighbours are powers of two apart.
+        # The tolerance is relative to the sum of absolute values, because the sum itself may cancel.
         size = abs(golden.get(f"|{key}|", value))
         allowed = 0.0 if key in ("index", "|index|", "skipped", "|skipped|") else rel * size
         assert found[key] == pytest.approx(value, abs=allowed + 1e-12), key

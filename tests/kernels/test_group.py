@@ -1,6 +1,6 @@
-"""The CUDA kernel for groups: against float64, the eager bfloat16 twin, the reference backend and itself.
+"""The CUDA kernels for groups against float64, eager bfloat16, the reference backend and themselves.
 
-Natively under `gpu`. On a CPU the same source is compiled by the C++ compiler, with cuda_on_cpu in the place of CUDA.
+They run on a GPU under the mark `gpu`, else on the CPU emulator (cuda_on_cpu).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from xmc_trainer.kernels.cuda import group, source  # noqa: E402
 from xmc_trainer.kernels.cuda.group import Blocks  # noqa: E402
 
 BY_ELEMENT = ["sgd", "momentum", "adamw"]
-# (features, fan_in, group_size): of one tile and several, short tiles and groups.
+# (features, fan_in, group_size): one tile and several, short tiles and groups.
 GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300), (300, 40, 50)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
 def device(request, monkeypatch):
-    """Where the kernel runs; fails a test in which it was not launched."""
+    """The device that the kernel runs on. A test fails if it did not launch the kernel."""
     launched = use(request.param, group, "run", monkeypatch)
     yield request.param
     assert launched
@@ -34,8 +34,7 @@ def device(request, monkeypatch):
 INPUTS = [(0.1, 37, "bce"), (60.0, 37, "squared_hinge"), (1.0, 150, "squared_hinge"), (60.0, 128, "bce")]
 
 
-# Each head with either loss, and saturated or not; and where no tile of labels but the first has a positive, nor a tile of texts
-# columns that are none.
+# Each head with both losses, saturated and not. The last four have positives in the first tile of labels only, and no padding columns.
 @pytest.mark.parametrize("number, inputs, with_positives", [
     *((number, INPUTS[number % 2 * 2 + i], LABELS) for number in range(len(GROUPS)) for i in range(2)),
     (2, (1.0, 128, "bce"), 16), (3, (60.0, 256, "bce"), 16), (4, (1.0, 256, "squared_hinge"), 16), (4, (60.0, 128, "bce"), 16),
@@ -87,7 +86,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
         assert torch.equal(getattr(heads[0], name), getattr(heads[1], name)), name
     got = floats_of(heads[0])
     for name, expected in floats_of(heads[1]).items():
-        # Slopes are rounded to bfloat16 here, which tips a rounding of what they are added to here and there.
+        # The kernel rounds slopes to bfloat16, so a few stochastic roundings of weights and states differ.
         allowed = 1e-2 if getattr(heads[1], name).dtype == torch.float32 else 5e-2
         assert error(got[name] - start[name], (expected - start[name]).double()) < allowed, name
 
@@ -97,7 +96,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
 )
 def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     features, fan_in, group_size = GROUPS[number]
-    # With weights of zero the hinge's slopes are +-2: nothing but the order of sums differs between the backends.
+    # With zero weights the hinge's slopes are +-2, so the backends differ only in the order of sums.
     options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}
     heads = [
         make_head(device, features, fan_in, group_size, optimizer, backend=name, **options)

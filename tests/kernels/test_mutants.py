@@ -1,4 +1,4 @@
-"""Each barrier, wait, arrival and fence of the CUDA sources is removed in turn: the emulator must notice, or the numbers be wrong."""
+"""Removes each barrier, wait, arrival and fence of the CUDA sources in turn. The emulator must fail the launch, or the results differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, which marks the positives, is off on a GPU"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter, which builds the bitmaps, is off on a GPU"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="the CUDA source needs a C++ compiler to run on a CPU"),
 ]
 
@@ -23,7 +23,7 @@ SYNCHRONISES = re.compile(
     r"(?<![\w.>])(?:[\w.]+\.)?(?:__syncthreads|__syncwarp|meet|await|await_full|await_free|arrive|arrive_expecting|expect|await_copies"
     r"|await_products|end_products|commit_products|begin_products|publish_shared|publish_barriers)(?:<[^<>;]*>)?\((?:[^();{}]|\([^()]*\))*\)(?=[;,])"
 )
-# Heads of which each source is launched: (features, fan_in, group_size, labels, weight_dtype, texts).
+# The heads that launch each source: (features, fan_in, group_size, labels, weight_dtype, texts).
 HEADS = {
     "logits.cu": [(704, 24, 1, 1100, torch.bfloat16, 128)],  # a part of X in shared memory
     "feature_gradient.cu": [(192, 24, 1, 1100, torch.bfloat16, 128)],
@@ -45,7 +45,7 @@ def mutants():
 
 
 def outcome(file: str, number: int, change: Change | None, monkeypatch):
-    """What a step gives: [loss, feature gradient, change of the weights]."""
+    """Run a step. Return [loss, feature gradient, change of the weights]."""
     features, fan_in, group_size, labels, weight_dtype, texts = HEADS[file][number]
     launched = use("cpu", densify if group_size == 1 else group, "run", monkeypatch)
 

@@ -1,4 +1,4 @@
-"""The counter-based generator: against an implementation in Python integers, and as random numbers."""
+"""The counter-based generator against an implementation in Python integers, and statistical tests of its numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the CUDA sources are called with; and a compiler that fails: Triton's kernels train the head all the same, and say so."""
+"""The loader of the CUDA sources: if compilation fails, it warns and Triton's kernels run instead."""
 
 from __future__ import annotations
 

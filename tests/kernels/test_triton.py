@@ -1,4 +1,4 @@
-"""The Triton backend: against float64 oracles, its torch twins and itself. Interpreted on a CPU, native under `gpu`."""
+"""The Triton backend against float64 oracles, plain torch and itself. It runs on a GPU under the mark `gpu`, else in the interpreter."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OPTIMIZERS = {
     "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
 }
 WITH_BYTES = OPTIMIZERS | {"adamw_8bit": AdamW(eps=1e-4, eight_bits=True)}
-FEATURES, LABELS = 48, 131  # tiles of 64 and of 128 labels: two whole ones or one, and a short one
-# (fan_in, group_size): dense, dense by index, gathered or spread, whole and short last groups and tiles.
+FEATURES, LABELS = 48, 131  # two tiles of 64 labels or one of 128, and a short one
+# (fan_in, group_size): dense, an index of all features, sparse with and without groups, whole and short last groups and tiles.
 SHAPES = [(None, 1), (48, 1), (12, 1), (12, 4), (7, 16), (12, 40), (12, 64), (20, 500)]
 
 
@@ -54,7 +54,7 @@ def test_training_follows_a_masked_dense_layer(fan_in, group_size, loss, optimiz
     head = make_head(device, optimizer, fan_in=fan_in, group_size=group_size, loss=loss, text_reduction="mean")
     oracle = OracleHead(make_head("cpu", optimizer, fan_in=fan_in, group_size=group_size, loss=loss,
                                   text_reduction="mean", backend="reference"), optimizer, lr=0.03, weight_decay=0.02)  # fmt: skip
-    for feat, ids, counts in batches(2, device):  # of which the second finds the first one's state
+    for feat, ids, counts in batches(2, device):  # the second step reads the state of the first
         feat.requires_grad_()
         out = head(feat, ids, counts)
         out.backward()
@@ -67,7 +67,7 @@ def test_training_follows_a_masked_dense_layer(fan_in, group_size, loss, optimiz
 
 
 def eager_twin(head, feat, ids, counts):
-    """What plain torch does in bfloat16: (feature gradient, dense weight gradient)."""
+    """Compute the feature gradient and the dense weight gradient with plain torch in bfloat16."""
     dense = dense_of(head)[0].to(torch.bfloat16)
     x = feat.cpu().to(torch.bfloat16)
     z = x @ dense.T + head.bias.cpu().to(torch.bfloat16)
@@ -80,7 +80,7 @@ def eager_twin(head, feat, ids, counts):
 @pytest.mark.parametrize("scale", [0.1, 1.0, 60.0])
 @pytest.mark.parametrize("fan_in, group_size", [(None, 1), (12, 1), (12, 40)])
 def test_bfloat16_products_err_no_more_than_eager_ones(fan_in, group_size, scale, device):
-    # scale 60 saturates most logits, on both sides.
+    # Scale 60 saturates most logits, on both sides.
     head = make_head(
         device, fan_in=fan_in, group_size=group_size, product_dtype=torch.bfloat16, lr=1.0, weight_decay=0.0
     )
@@ -92,7 +92,7 @@ def test_bfloat16_products_err_no_more_than_eager_ones(fan_in, group_size, scale
     x, y = feat.detach().double().cpu(), target_matrix(ids.cpu(), counts.cpu(), LABELS)
     slope = torch.sigmoid(x @ before.T + head.bias.double().cpu()) - y
     head(feat, ids, counts).backward()
-    # 1.02: where both round the same numbers, the dense way's weight gradient, chance decides.
+    # The dense kernel's weight gradient rounds the same numbers as plain torch, so either may be better; 1.02 allows for that.
     assert error(feat.grad, slope @ before) <= 1.02 * error(twin_dx, slope @ before)
     dw = (slope.T @ x) * mask
     assert error((before - dense_of(head)[0]), dw) <= 1.02 * error(twin_dw * mask, dw)
@@ -112,7 +112,7 @@ def test_stochastic_rounding_is_the_reference_s(fan_in, group_size, optimizer, w
             head(feat.to(head.weight.device), ids.to(head.weight.device), counts.to(head.weight.device))
     for name, tensor in heads[1].named_buffers():
         if tensor.dtype in (torch.bfloat16, torch.uint8):
-            # Float32's last digits tip a rounding here and there.
+            # Float32 sums differ in their last digits, so a few stochastic roundings differ.
             same = getattr(heads[0], name).cpu() == tensor
             assert same.float().mean() > 0.99, name
 
@@ -180,7 +180,7 @@ def test_no_texts_and_no_positives(device):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, device):
     whole = make_head(device, labels=labels, fan_in=fan_in, group_size=group_size)
-    whole.weight.copy_((whole.weight * 6).round())  # few distinct scores: ties decide
+    whole.weight.copy_((whole.weight * 6).round())  # few distinct scores, many ties
     generator = torch.Generator().manual_seed(3)
     feat = torch.randint(-1, 2, (37, FEATURES), generator=generator).float()
     skip_ids, skip_counts = ragged_batch(37, labels, generator, most=40)
@@ -218,8 +218,8 @@ def test_topk_sorts_by_score_then_label(shards, labels, fan_in, group_size, devi
         (130, 5, 48, 389, 12, 16),  # blocks of 8 groups, the last one of 25 groups cut short
         (5, 300, 48, 1009, 12, 200),  # a group is two blocks; more labels than a block has
         (3, 10, 320, 131, 100, 1),
-        (2, 150, 4096, 150, 130, 16),  # every label; more features a label than a tile has
-        (131, 4, 33, 129, None, 1),  # padded to 256 texts, which are one tile in bfloat16
+        (2, 150, 4096, 150, 130, 16),  # every label; a fan-in larger than a tile
+        (131, 4, 33, 129, None, 1),  # padded to 256 texts, one tile in bfloat16
     ],
 )
 def test_topk_of_odd_shapes_and_of_blocks_that_are_skipped(
@@ -228,11 +228,11 @@ def test_topk_of_odd_shapes_and_of_blocks_that_are_skipped(
     head = make_head(
         device, features=features, labels=labels, fan_in=fan_in, group_size=group_size, product_dtype=dtype
     )
-    head.weight.copy_((head.weight * 6).round().clamp(-3, 3))  # sums are exact, and many equal: ties decide
+    head.weight.copy_((head.weight * 6).round().clamp(-3, 3))  # exact sums, many ties
     head.bias.copy_(torch.arange(labels) % 3)
     generator = torch.Generator().manual_seed(4)
     feat = torch.randint(-1, 2, (texts, features), generator=generator).float()
-    # Even texts skip the first block or two, the first one every label, odd ones a few.
+    # The first text skips every label, other even texts the first block or two, odd texts a few labels.
     most = [
         range(labels) if n == 0 and texts > 1 else range(0, 0 if n % 2 else min(labels - 1, 256), 1)
         for n in range(texts)
@@ -284,7 +284,7 @@ def test_rewiring_shows_in_the_next_step_and_ranking(device):
     "fan_in, group_size, texts, features, bias",
     [
         *((*shape, *batch) for shape in [(None, 1), (20, 1), (20, 4)] for batch in [(1, 200, True), (130, 33, False)]),
-        # More features than a program takes at a time: of a label's weights 1024, of an index row 256.
+        # More features than a program takes at a time: 1024 weights of a label, 256 slots of an index row.
         (None, 1, 3, 1100, True), (20, 1, 3, 300, True), (20, 4, 3, 300, True),
     ],
 )  # fmt: skip

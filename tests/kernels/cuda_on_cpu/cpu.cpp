@@ -1,4 +1,4 @@
-// See cpu.h and README.md. This file is compiled without -fsanitize=thread, the kernels with it: their accesses to memory call __tsan_*, below.
+// See cpu.h and README.md. Kernels are compiled with -fsanitize=thread, this file without: their memory accesses call __tsan_*, below.
 
 #include "cpu.h"
 
@@ -15,12 +15,12 @@
 namespace cpu {
 namespace {
 
-// Vector clocks (as in FastTrack, Flanagan and Freund, PLDI 2009). Agents are the lanes; of each warp, its products; and of each barrier,
-// the bulk copies that it awaits.
+// Vector clocks (as in FastTrack, Flanagan and Freund, PLDI 2009). Agents are the lanes, the products of each warp, and the bulk copies of
+// each mbarrier.
 using Moment = uint32_t;
 constexpr int BARRIERS = 16;
 
-// Of each agent: until which of its moments all is known to be over, and is there for products and bulk copies besides.
+// For each agent: the last of its moments that is known to be over, and the last that is also visible to products and bulk copies.
 struct Knowledge {
     std::vector<Moment> known, published;
 
@@ -52,11 +52,11 @@ struct Product {
 struct Lane {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    const int* word = nullptr;  // what it waits for: that this is no longer `value`
-    int value = 0, stalled = 0;  // until which round
+    const int* word = nullptr;  // the lane waits until this differs from `value`
+    int value = 0, stalled = 0;  // stalled: until this round
     std::vector<std::pair<void*, const void*>> copies;
-    std::vector<Product> products;  // asked for, and not awaited; those without `make` end a group
-    bool begun = false;             // products
+    std::vector<Product> products;  // pending; one without `make` ends a group
+    bool begun = false;             // begin_products was called
     bool done = false;
     Knowledge knows;
 };
@@ -64,10 +64,10 @@ struct Lane {
 struct Barrier {
     const uint64_t* place;
     int arrivals, left, phase = 0, bytes = 0;
-    int starter;  // the lane
+    int starter;  // the lane that initialised it
     Moment started;
     bool published = false;
-    Moment copies = 0;  // of its agent
+    Moment copies = 0;  // its agent's moment
     Knowledge told[2];  // in even and odd phases
 };
 
@@ -80,7 +80,7 @@ std::function<void()> kernel;
 ucontext_t scheduler;
 std::vector<Lane> lanes;
 std::vector<Meeting> warps;
-std::vector<Moment> warp_moments;  // of products
+std::vector<Moment> warp_moments;  // the moments of products
 std::vector<Brought> brought;
 Meeting all;
 std::map<int, Meeting> some;  // by number
@@ -88,9 +88,9 @@ std::vector<Barrier> barriers;
 std::vector<uint8_t> memory;
 std::vector<Cell> cells;
 uint8_t* start_of_memory;
-std::vector<Event> events;  // to come
+std::vector<Event> events;  // pending
 int lane_now, block_now, round_now, grid;
-bool watching = false;  // a lane runs
+bool watching = false;  // a lane runs, so accesses are checked
 const char* failure = nullptr;
 uint64_t drawn;
 
@@ -107,7 +107,7 @@ size_t agents() { return lanes.size() + warps.size() + BARRIERS; }
 int agent_of_products() { return static_cast<int>(lanes.size()) + lane_now / WARP; }
 int agent_of(const Barrier& barrier) { return static_cast<int>(lanes.size() + warps.size() + (&barrier - barriers.data())); }
 Knowledge nothing() { return {std::vector<Moment>(agents(), 0), std::vector<Moment>(agents(), 0)}; }
-// What this lane does from here on is after what it has told others.
+// Begins a new moment of this lane: others know only what came before.
 void tick() { ++lane().knows.known[lane_now]; }
 
 void to_scheduler() {
@@ -157,7 +157,7 @@ void lane_reads(const void* at, size_t bytes) {
     });
 }
 
-// writers: the other writes that it comes after.
+// writers: the moments of other agents' writes that this write is ordered after.
 void writes(const void* at, size_t bytes, int agent, Moment moment, const std::vector<Moment>& writers) {
     const std::vector<Moment>& known = lane().knows.known;
     each_cell(at, bytes, [&](Cell& cell) {
@@ -174,7 +174,7 @@ void lane_writes(const void* at, size_t bytes) {
     writes(at, bytes, lane_now, known[lane_now], known);
 }
 
-// moment: when these reads of the warp's products are over; 0: they have only been asked for.
+// moment: the moment at which the products' reads are over; 0: they were only issued.
 void products_read(const Product& product, Moment moment) {
     const std::vector<Moment>& published = lane().knows.published;
     for (int i = lane_now % WARP; const void* at = product.reads(i); i += WARP)  // the lanes of a warp share them
@@ -218,7 +218,7 @@ void start_block(int number, int size, int shared_bytes) {
     all = Meeting{size};
     some.clear(), events.clear(), barriers.clear();
     barriers.reserve(BARRIERS);  // lanes wait at addresses in it
-    memory.assign(shared_bytes + 1024, 0xFF);  // not a number, wherever nobody has written
+    memory.assign(shared_bytes + 1024, 0xFF);  // NaN where nothing was written
     start_of_memory = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 1023) & ~uintptr_t(1023));
     cells.assign(shared_bytes / 2, {});
     round_now = 0, drawn = block_now = number;
@@ -282,7 +282,7 @@ uint8_t* shared_memory() { return start_of_memory; }
 void fail(const char* what) {
     note(what);
     to_scheduler();
-    std::abort();  // nobody resumes it
+    std::abort();  // not reached: nothing resumes the lane
 }
 
 void meet_block() { meet(all, true); }
@@ -338,7 +338,7 @@ void await_products(int left) {
             products[i].make();
         }
     products.erase(products.begin(), products.begin() + done);
-    gather();  // .sync: no lane goes on before all have waited
+    gather();  // .sync: no lane continues before all have waited
     lane().knows.known[agent_of_products()] = warp_moments[lane_now / WARP] = moment;
     gather();
 }

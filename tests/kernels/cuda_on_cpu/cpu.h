@@ -1,4 +1,5 @@
-// A GPU's block on a CPU: lanes are coroutines that take turns, and run from one synchronisation to the next. Functions of cpu.cpp; see README.md.
+// A thread block on a CPU. Lanes are coroutines that take turns, each running from one synchronisation to the next. cpu.cpp defines these
+// functions; see README.md.
 
 #pragma once
 
@@ -10,48 +11,49 @@ namespace cpu {
 
 constexpr int WARP = 32;
 
-// kernel() for `blocks` blocks, one after another, of `size` threads. False where something went wrong: it is on stderr.
+// Runs kernel() for `blocks` blocks of `size` threads, one block after another. Returns false after a failure, whose message is on stderr.
 bool run(int blocks, int size, int shared_bytes, const std::function<void()>& kernel);
 
-// Of the lane that runs.
+// About the lane that runs.
 int thread();
 int block();
 int blocks();
 uint8_t* shared_memory();  // at a multiple of 1024
 [[noreturn]] void fail(const char* what);
 
-// Calls of a group of lanes that only return once all have called. All but `gather` order what was before them before what is after.
+// Barriers: they return once all lanes of the group have called. All but `gather` order earlier memory accesses before later ones.
 void meet_block();
 void meet_warp();
 void meet_some(int number, int threads);
-void gather();  // of the warp: without an order of accesses to memory
+void gather();  // the warp; does not order memory accesses
 
-// What a lane brings for the others of its warp.
+// What a lane passes to the other lanes of its warp.
 struct Brought { const void* pointer; uint32_t word[6]; bool flag; };
 Brought* brought_by_warp();  // by lane
 template <typename Bring, typename Take>
-inline void together(Bring bring, Take take) {  // nobody goes on to bring the next before all have taken
+inline void together(Bring bring, Take take) {  // the second gather keeps lanes from bringing again before all have taken
     bring(brought_by_warp()[thread() % WARP]);
     gather();
     take(brought_by_warp(), thread() % WARP);
     gather();
 }
 
-// 16 bytes from memory, zeros if from there is null: they come when they are awaited.
+// Copies 16 bytes, or zeros if `from` is null. They arrive when they are awaited.
 void copy_later(void* to, const void* from);
 void await_copies();
 
-// Products are made when they are awaited. reads(i): where in shared memory the product reads its i-th two bytes; null: it has no more.
+// Products are computed when they are awaited. reads(i): the address in shared memory of the i-th two bytes that the product reads, or null
+// after the last.
 void begin_products();
 void multiply_later(std::function<void()> product, std::function<const void*(int)> reads);
 void commit_products();
 void await_products(int left);
-void publish();  // what this lane knows to be written is there for products and bulk copies, too
+void publish();  // makes the writes that this lane knows of visible to products and bulk copies
 
-// Barriers in shared memory, whose place there is the handle.
+// mbarriers. The handle is the address in shared memory.
 void start_barrier(uint64_t* barrier, int arrivals);
 void publish_barriers();
-void change_barrier(uint64_t* barrier, int arrivals, int bytes);  // arrivals; bytes that are to come
+void change_barrier(uint64_t* barrier, int arrivals, int bytes);  // bytes: expected from now on
 void await_barrier(uint64_t* barrier, int parity);
 void copy_in_bulk(void* to, const void* from, int bytes, uint64_t* barrier);
 

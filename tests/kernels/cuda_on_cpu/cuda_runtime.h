@@ -1,4 +1,4 @@
-// As much of CUDA as xmc_trainer/kernels/cuda uses, on a CPU: see README.md.
+// The part of CUDA that xmc_trainer/kernels/cuda uses, on a CPU; see README.md.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// The functions of xmc_trainer/kernels/cuda/ptx.cuh, by the figures of the PTX manual.
+// The functions of xmc_trainer/kernels/cuda/ptx.cuh, as the PTX manual defines them.
 
 #pragma once
 
@@ -20,7 +20,7 @@ inline uint32_t address(const void* shared) {
 inline void copy_async(void* to, const void* from, bool ok) { cpu::copy_later(to, ok ? from : nullptr); }
 inline void await_copies() { cpu::await_copies(); }
 
-// Four matrices of 8 x 8: lane 8 i + r has brought the address of row r of matrix i.
+// Loads four 8 x 8 matrices. Lane 8 i + r passes the address of row r of matrix i.
 template <bool TRANSPOSED>
 inline void load_matrices(uint32_t (&r)[4], const bfloat16* from) {
     cpu::together([&](cpu::Brought& own) { own.pointer = from; }, [&](cpu::Brought* all, int lane) {
@@ -44,7 +44,7 @@ inline void store4(bfloat16* to, const uint32_t (&r)[4]) {
     });
 }
 
-// m16n8k16: A row (lane / 4, + 8), columns (lane % 4 * 2, + 8); B rows (lane % 4 * 2, + 8), column lane / 4.
+// m16n8k16. A lane has rows lane / 4 and + 8, columns lane % 4 * 2 and + 8 of A, and rows lane % 4 * 2 and + 8, column lane / 4 of B.
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     cpu::together(
         [&](cpu::Brought& own) {
@@ -64,11 +64,11 @@ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
         });
 }
 
-// float16: a sign, five bits of exponent, ten of mantissa.
+// float16: a sign, five exponent bits, ten mantissa bits.
 inline uint32_t half_bits(float x) {
     const float size = std::min(std::fabs(x), 57344.0f);
     const int exponent = std::max(size > 0.0f ? std::ilogb(size) : -14, -14);
-    const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent)));  // ties to even; 2048 goes to the next exponent
+    const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent)));  // ties to even; 2048 carries into the exponent
     return (std::signbit(x) ? 0x8000 : 0) + (exponent + 14) * 1024 + steps;
 }
 inline uint32_t halves(float x, float y) { return half_bits(x) | half_bits(y) << 16; }
@@ -97,12 +97,12 @@ inline void end_products() { commit_products(), await_products<0>(); }
 template <typename T, int N> void pin(T (&)[N][4]) {}
 template <typename T> void forget(T&) {}
 
-// Descriptors, as the PTX manual has them: start address, offset of what follows a row that is not along K ("leading"), offset of the
-// next eight rows ("stride"), each in sixteens, and kind of swizzle.
+// Returns the address of element (mn, k) of an operand. A descriptor (PTX manual) holds, in units of 16 bytes, the start address, the
+// leading offset (from a row along M or N to the part that continues it) and the stride (to the next eight rows), and the kind of swizzle.
 //
-// Element (mn, k) of an operand: rows of 128, 64, 32 or 16 bytes along K or (MN_MAJOR) along M or N. The swizzle: of 128 bytes bits 4-6 of
-// an address are exclusive-ored with bits 7-9, of 64 bits 4 and 5 with 7 and 8, of 32 bit 4 with bit 7. Rows of 16 bytes have none,
-// and their leading offset is that of the next eight along K, the stride that of the next eight along M or N.
+// Rows have 128, 64, 32 or 16 bytes, along K or (MN_MAJOR) along M or N. The swizzle XORs address bits 4-6 with bits 7-9 for rows of 128
+// bytes, bits 4-5 with 7-8 for 64, bit 4 with bit 7 for 32. Rows of 16 bytes are not swizzled; their leading offset leads to the next eight
+// along K, their stride to the next eight along M or N.
 template <bool MN_MAJOR>
 inline const void* element(uint64_t descriptor, int mn, int k) {
     const int kind = descriptor >> 62, row = 16 << (3 - (kind + 3) % 4), whole = row / 2;
@@ -119,7 +119,8 @@ inline const void* element(uint64_t descriptor, int mn, int k) {
 
 inline float number_at(const void* shared) { return widened_bfloat16(*static_cast<const uint16_t*>(shared)); }
 
-// wgmma.m64nNk16: warp w has rows 16 w + lane / 4 and + 8 of the sums, columns 8 n + lane % 4 * 2 and the next. a(row, k): of the warp's 16.
+// wgmma.m64nNk16. A lane of warp w has rows 16 w + lane / 4 and + 8 of the sums, columns 8 n + lane % 4 * 2 and the next. a(row, k): an
+// element of the warp's 16 rows of A.
 template <bool B_N_MAJOR, int N, typename A>
 inline void add_products(float (&c)[N][4], A a, uint64_t b, bool add) {
     const int lane = threadIdx.x % 32;
@@ -147,7 +148,7 @@ inline void multiply(float (&c)[N][4], uint64_t a, uint64_t b, bool add) {
         });
 }
 
-// A from registers, as they are now.
+// A comes from registers, whose values are copied now.
 template <bool B_N_MAJOR, int N>
 inline void multiply(float (&c)[N][4], const uint32_t (&a)[4], uint64_t b, bool add) {
     std::vector<std::array<uint32_t, 4>> words(cpu::WARP);
