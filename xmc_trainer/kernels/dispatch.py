@@ -75,7 +75,7 @@ class Kernel:
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why the kernel cannot take this problem, or None if it can."""
-        most = None if self.most_fan_in is None else self.most_fan_in if problem.bf16 else self.most_fan_in // 2
+        limit = None if self.most_fan_in is None else self.most_fan_in if problem.bf16 else self.most_fan_in // 2
         reasons = [
             (self.capability and problem.capability is None, "needs nvcc, ninja and a GPU of capability 8.0"),
             (self.hopper and problem.capability != source.HOPPER, "needs a GPU of capability 9.0"),
@@ -84,7 +84,7 @@ class Kernel:
                 self.least_group > 1 and (problem.group_size or 0) < self.least_group,
                 f"needs group_size >= {self.least_group}",
             ),
-            (most and problem.fan_in > most, f"needs fan_in <= {most}"),
+            (limit and problem.fan_in > limit, f"needs fan_in <= {limit}"),
             (problem.fan_in % self.fan_in_multiple, f"needs a fan_in that is a multiple of {self.fan_in_multiple}"),
             (self.bf16 and not problem.bf16, "needs bfloat16 or float16 features"),
             (problem.deterministic and not self.deterministic, "is not deterministic"),
@@ -169,7 +169,7 @@ class GPU:
             kernel = choose(STEPS, Problem.of(head, texts, features, feat_Bd.dtype))
             return kernel(head, Batch.of(feat_Bd, kernel.texts), label_P, row_P, step)
 
-        loss, grad = _compiling(run, feat_Bd.device)
+        loss, grad = _without_cuda_if_it_fails(run, feat_Bd.device)
         return loss[grad_start:texts], grad[grad_start:texts], finite
 
     def head_topk(
@@ -185,10 +185,10 @@ class GPU:
                 head, batch, k, skip_label_P, skip_row_P, kernel, group_blocks=kernel.least_group > 1
             )
 
-        return _compiling(run, feat_Bd.device)
+        return _without_cuda_if_it_fails(run, feat_Bd.device)
 
 
-def _compiling(run: Any, device: torch.device) -> Any:
+def _without_cuda_if_it_fails(run: Any, device: torch.device) -> Any:
     """Call run(). If a CUDA source fails to compile, call it again without them: compilation precedes every launch."""
     # Triton launches on the current device, not on that of its tensors.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

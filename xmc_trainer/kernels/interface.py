@@ -1,14 +1,14 @@
 """The types that the head's layer and its kernels share: head tensors, updates, index rows and ranking candidates.
 
-Shape suffixes: a tensor's name ends in its shape, one letter for each dimension (`weight_LF` is [L, F]). In `head/` and `kernels/`
-every tensor parameter has one, unless the function takes any shape.
+Shape suffixes: in `head/` and `kernels/` a tensor parameter's name ends in its shape, one letter for each dimension (`weight_LF` is
+[L, F]). Scalars have none, nor have parameters that take any shape, nor the names of the public interface (`label_ids`).
 
     L  labels of this rank          B  texts of the step
     G  labels of an index row       b  texts of this rank or micro-batch, a slice of B
     R  index rows, ceil(L / G)      P  (text, label) pairs
     F  fan-in                       T  labels of a tile
     d  features                     C  labels of a chunk, several tiles
-                                    K  blocks of labels (rankings)
+    N  parts of a sum               K  blocks of labels (rankings)
 
 GPU kernels pad B to whole tiles of texts and call the result `columns`. They take pointers; a comment beside each gives its shape.
 """

@@ -45,8 +45,8 @@ class DenseTile:
         self.dense_Td = head.weight_LF[start:stop].to(torch.float32)
         if head.index_RF is not None:
             self.index_TF = index_rows(head, start, stop)
-            spread = self.dense_Td.new_zeros(stop - start, feat_Bd.shape[1])
-            self.dense_Td = spread.scatter_(1, self.index_TF, self.dense_Td)
+            zeros_Td = self.dense_Td.new_zeros(stop - start, feat_Bd.shape[1])
+            self.dense_Td = zeros_Td.scatter_(1, self.index_TF, self.dense_Td)
 
     def logits(self) -> Tensor:
         return self.feat_Bd @ self.dense_Td.T

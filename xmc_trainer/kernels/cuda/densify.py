@@ -79,13 +79,13 @@ class Slice(NamedTuple):
     x: Tensor  # bfloat16 [columns, features of the launch]
 
 
-def slices(rows: Tensor) -> list[Slice]:
+def slices(feat_Bd: Tensor) -> list[Slice]:
     """Cut features, bfloat16 [columns, d], into slices of equal size, a multiple of 64. The last is padded with zeros."""
-    d = rows.shape[1]
+    d = feat_Bd.shape[1]
     count = -(-d // _MOST_FEATURES)
     size = -(-d // (64 * count)) * 64
     return [
-        Slice(first, pad(part := rows[:, first : first + size], (0, size - part.shape[1])))
+        Slice(first, pad(part := feat_Bd[:, first : first + size], (0, size - part.shape[1])))
         for first in range(0, d, size)
     ]
 
@@ -119,14 +119,14 @@ class _Logits:
     Args: labels: most labels in a launch.
     """
 
-    def __init__(self, head: HeadTensors, rows: Tensor, labels: int, loss: int, best: bool) -> None:
-        self.slices = slices(rows)
-        self.text_tiles = rows.shape[0] // TEXTS
+    def __init__(self, head: HeadTensors, feat_Bd: Tensor, labels: int, loss: int, best: bool) -> None:
+        self.slices = slices(feat_Bd)
+        self.text_tiles = feat_Bd.shape[0] // TEXTS
         fan_in, features = head.weight_LF.shape[1], self.slices[0].x.shape[1]
         self.kernel = Kernel(
             "logits.cu",
             head,
-            rows.device,
+            feat_Bd.device,
             FEATURES=features,
             FAN_IN=fan_in,
             LOSS=loss,
@@ -135,7 +135,9 @@ class _Logits:
         )
         self.lanes = max(1, min(self.kernel.blocks // self.text_tiles, -(-labels // BLOCK)))
         tiles = -(-labels // _LABELS)
-        self.partial = [torch.empty(tiles * _LABELS * rows.shape[0], device=rows.device) for _ in self.slices[:2][1:]]
+        self.partial = [
+            torch.empty(tiles * _LABELS * feat_Bd.shape[0], device=feat_Bd.device) for _ in self.slices[:2][1:]
+        ]
 
     def __call__(self, labels: int, arguments: dict[str, Any]) -> None:
         lanes = min(self.lanes, -(-labels // BLOCK))
@@ -148,11 +150,11 @@ class _Logits:
             ))  # fmt: skip
 
 
-def _common(head: HeadTensors, rows: Tensor, texts: int) -> dict[str, Any]:
+def _common(head: HeadTensors, feat_Bd: Tensor, texts: int) -> dict[str, Any]:
     factor, shift = source.quotient(head.group_size)
     return dict(
-        weight=head.weight_LF, index=head.index_RF, bias=head.bias_L, texts=texts, columns=rows.shape[0], fan_in=head.weight_LF.shape[1],
-        columns_of_64=-(-rows.shape[1] // 64), group_factor=factor, group_shift=shift,
+        weight=head.weight_LF, index=head.index_RF, bias=head.bias_L, texts=texts, columns=feat_Bd.shape[0], fan_in=head.weight_LF.shape[1],
+        columns_of_64=-(-feat_Bd.shape[1] // 64), group_factor=factor, group_shift=shift,
     )  # fmt: skip
 
 
@@ -232,7 +234,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
 
 
 def find_best(
-    head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+    head: HeadTensors, batch: Batch, blocks: Blocks, best_KB: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
 ) -> None:
     """Find each block's largest logit, see `triton.topk.Find`. batch: padded to whole tiles of TEXTS texts."""
     labels, rows, columns = head.weight_LF.shape[0], batch.rows, batch.columns
@@ -250,4 +252,4 @@ def find_best(
         last = min(first + chunk, labels)
         if pairs:
             pairs.mark(skip_label_P, skip_row_P, first)
-        logits(last - first, arguments | dict(first_label=first, last_label=last, loss=best[first // BLOCK :]))
+        logits(last - first, arguments | dict(first_label=first, last_label=last, loss=best_KB[first // BLOCK :]))

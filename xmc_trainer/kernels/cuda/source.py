@@ -83,8 +83,8 @@ def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...],
     Ranks that start together each compile it; the last one's library is kept.
     """
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS)]
-    made_of = (texts, generated(layout), defines, capability, torch.__version__)
-    name = f"{Path(source).stem}_{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}"
+    content = (texts, generated(layout), defines, capability, torch.__version__)
+    name = f"{Path(source).stem}_{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
     kept = cache_folder() / f"{name}.so"
     if not kept.exists():
         from torch.utils import cpp_extension

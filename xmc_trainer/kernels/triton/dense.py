@@ -235,7 +235,7 @@ class DenseChunks:
     def __init__(self, head: HeadTensors, batch: Batch, bytes_a_label: int, unit: int) -> None:
         self.head, self.d, dtype, device = head, batch.rows.shape[1], batch.rows.dtype, batch.rows.device
         labels, self.workspace = head.weight_LF.shape[0], None
-        in_workspace = not self.as_they_are(head, dtype)
+        in_workspace = not self.needs_no_copy(head, dtype)
         if in_workspace:
             bytes_a_label += self.d * dtype.itemsize
         size = chunk_labels(labels, step_workspace(head), max(1, bytes_a_label), unit)
@@ -245,7 +245,7 @@ class DenseChunks:
             self.workspace = torch.empty(self.size, self.d, dtype=dtype, device=device)
 
     @staticmethod
-    def as_they_are(head: HeadTensors, dtype: torch.dtype) -> bool:
+    def needs_no_copy(head: HeadTensors, dtype: torch.dtype) -> bool:
         """Return whether the weights serve as dense rows without a copy."""
         return head.index_RF is None and head.weight_LF.dtype == dtype
 
@@ -284,9 +284,9 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     has_bias, dtype, programs = head.bias_L is not None, batch.rows.dtype, multiprocessors(device)
     by_label = step.update and step.rule["RULE"] == ROWWISE.value
     one_pass = step.update and head.index_RF is None and not by_label and batch.bf16 and columns == batch.tile
-    as_they_are = DenseChunks.as_they_are(head, dtype)
+    needs_no_copy = DenseChunks.needs_no_copy(head, dtype)
     # Rows in a workspace are overwritten by dW.
-    own_gradient = step.update and not one_pass and as_they_are
+    own_gradient = step.update and not one_pass and needs_no_copy
     bytes_a_label = columns * (4 + dtype.itemsize) + columns // 8 + (d * dtype.itemsize if own_gradient else 0)
     chunks = DenseChunks(head, batch, bytes_a_label, _LABELS)
     pairs = PairBitmap(chunks.size, columns, _LABELS, _LABELS, device)
@@ -326,12 +326,10 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     return loss, dx.sum(0) * step.text_weight
 
 
-def update_from(
-    head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step, index_RF: Tensor | None
-) -> None:
+def update_from(head: HeadTensors, grad_Cd: Tensor, first: int, last: int, step: Step, index_RF: Tensor | None) -> None:
     """Update the weights of labels first..last.
 
-    gradient: without `text_weight`; [last - first, d], read at `index_RF`, or [last - first, F] if that is None.
+    grad_Cd: without `text_weight`; [last - first, d], read at `index_RF`, or [last - first, F] if that is None.
     """
     fan_in, by_label = head.weight_LF.shape[1], step.rule["RULE"] == ROWWISE.value
     # A program takes rows of 2048 elements in all. ROWWISE needs whole rows.
@@ -339,16 +337,16 @@ def update_from(
     f_tile = f_tile if by_label else min(1024, f_tile)
     rows = max(1, 2048 // f_tile)
     gather_kernel[(triton.cdiv(last - first, rows),)](
-        head.weight_LF, *two_states(head.weight_state, head.weight_LF), gradient if index_RF is None else index_RF, gradient,
-        step.finite, first_label=first, last_label=last, label_start=head.label_start, d=gradient.shape[1],
+        head.weight_LF, *two_states(head.weight_state, head.weight_LF), grad_Cd if index_RF is None else index_RF, grad_Cd,
+        step.finite, first_label=first, last_label=last, label_start=head.label_start, d=grad_Cd.shape[1],
         text_weight=step.text_weight, F=fan_in, G=head.group_size, T=rows, F_TILE=f_tile, SPARSE=index_RF is not None,
         **step.rule, **step.decay,
     )  # fmt: skip
 
 
-def update_biases_from(head: HeadTensors, gradient: Tensor, first: int, last: int, step: Step) -> None:
-    """Update the biases of labels first..last by the sum over parts of `gradient`: float32 [parts, last - first or more]."""
+def update_biases_from(head: HeadTensors, grad_NC: Tensor, first: int, last: int, step: Step) -> None:
+    """Update the biases of labels first..last by the sum over parts of `grad_NC`: float32 [parts, last - first or more]."""
     update_bias_kernel[(triton.cdiv(last - first, 256),)](
-        head.bias_L, *two_states(head.bias_state, head.bias_L), gradient, step.finite, first_label=first, last_label=last,
-        pitch=gradient.shape[1], text_weight=step.text_weight, PARTS=gradient.shape[0], T=256, **step.rule,
+        head.bias_L, *two_states(head.bias_state, head.bias_L), grad_NC, step.finite, first_label=first, last_label=last,
+        pitch=grad_NC.shape[1], text_weight=step.text_weight, PARTS=grad_NC.shape[0], T=256, **step.rule,
     )  # fmt: skip

@@ -214,7 +214,7 @@ def rescore_kernel(
     tl.store(score_ptr + place, tl.where(label_ok, score, float("-inf")))
 
 
-# find(head, batch, blocks, best, skip_label_P, skip_row_P) writes each block's largest logit to `best`: [blocks or more, columns].
+# find(head, batch, blocks, best_KB, skip_label_P, skip_row_P) writes each block's largest logit to `best_KB`: [blocks or more, columns].
 Find = Callable[[HeadTensors, Batch, Blocks, Tensor, Tensor, Tensor], None]
 
 
@@ -225,14 +225,14 @@ def best_labels(
     (labels, fan_in), texts, device = head.weight_LF.shape, batch.texts, batch.rows.device
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
     blocks = Blocks.of(labels, head.group_size if group_blocks else 1)
-    best = torch.empty(triton.cdiv(blocks.count, BLOCK) * BLOCK, batch.columns, device=device)
-    best[blocks.count :] = -torch.inf
-    find(head, batch, blocks, best, skip_label_P, skip_row_P)
-    chosen = _best_blocks(best, texts, min(k + SPARE, blocks.count))
+    best_KB = torch.empty(triton.cdiv(blocks.count, BLOCK) * BLOCK, batch.columns, device=device)
+    best_KB[blocks.count :] = -torch.inf
+    find(head, batch, blocks, best_KB, skip_label_P, skip_row_P)
+    chosen = _best_blocks(best_KB, texts, min(k + SPARE, blocks.count))
     score = torch.empty(*chosen.shape, BLOCK, device=device)
     if texts:
         rescore_kernel[chosen.shape](
-            head.weight_LF, head.index_RF if sparse else best, head.bias_L if has_bias else best, batch.rows, chosen,
+            head.weight_LF, head.index_RF if sparse else best_KB, head.bias_L if has_bias else best_KB, batch.rows, chosen,
             score, labels, batch.rows.shape[1], chosen.shape[1], F=fan_in, G=head.group_size,
             F_TILE=min(64, triton.next_power_of_2(fan_in)), BLOCK=BLOCK, SPAN=blocks.span, TILES=blocks.tiles,
             SPARSE=sparse, HAS_BIAS=has_bias, BF16=batch.bf16,
@@ -253,9 +253,9 @@ def best_labels(
 
 
 def dense_best(
-    head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+    head: HeadTensors, batch: Batch, blocks: Blocks, best_KB: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
 ) -> None:
-    """Write each block's largest logit to `best` [blocks or more, columns], from dense rows."""
+    """Write each block's largest logit to `best_KB` [blocks or more, columns], from dense rows."""
     columns, device = batch.columns, batch.rows.device
     has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
     # As many texts in a tile as fit, with the bits to skip: each tile of texts reads the dense rows once.
@@ -271,7 +271,7 @@ def dense_best(
             pairs.mark(skip_label_P, skip_row_P, first)
         tiles = triton.cdiv(last - first, BLOCK) * (columns // texts_tile)
         dense_best_kernel[(min(programs, tiles),)](
-            rows, head.bias_L if has_bias else best, batch.rows, *_bits(pairs, best), best, first, last,
+            rows, head.bias_L if has_bias else best_KB, batch.rows, *_bits(pairs, best_KB), best_KB, first, last,
             first // BLOCK, columns, D=chunks.d, D_TILE=features_tile, BLOCK=BLOCK,
             B_TILE=texts_tile, HAS_BIAS=has_bias, HAS_SKIP=has_skip, BF16=batch.bf16, num_warps=8,
             # One tile of features leaves nothing to prefetch, and Triton 3.6 fails if more stages are asked for.
@@ -280,9 +280,9 @@ def dense_best(
 
 
 def group_best(
-    head: HeadTensors, batch: Batch, blocks: Blocks, best: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
+    head: HeadTensors, batch: Batch, blocks: Blocks, best_KB: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
 ) -> None:
-    """Write each block's largest logit to `best` [blocks or more, columns], for labels that share index rows."""
+    """Write each block's largest logit to `best_KB` [blocks or more, columns], for labels that share index rows."""
     (labels, fan_in), group, columns, device = head.weight_LF.shape, head.group_size, batch.columns, batch.rows.device
     has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
     texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
@@ -295,7 +295,7 @@ def group_best(
         if pairs:
             pairs.mark(skip_label_P, skip_row_P, first_label)
         group_best_kernel[(min(chunk, blocks.count - first) * (columns // texts_tile),)](
-            head.weight_LF, head.index_RF, head.bias_L if has_bias else best, batch.transposed, *_bits(pairs, best), best,
+            head.weight_LF, head.index_RF, head.bias_L if has_bias else best_KB, batch.transposed, *_bits(pairs, best_KB), best_KB,
             first, first_label, labels, columns, F=fan_in, G=group,
             F_TILE=min(128 if batch.bf16 else 32, max(16, triton.next_power_of_2(fan_in))),
             G_TILE=max(16, triton.next_power_of_2(min(group, BLOCK))), BLOCK=BLOCK, ROWS=span // group,
@@ -308,24 +308,24 @@ def _bits(pairs: PairBitmap | None, missing: Tensor) -> tuple[Tensor, Tensor]:
     return (missing.view(torch.int32),) * 2 if pairs is None else (pairs.bits, pairs.any)
 
 
-def _best_blocks(best: Tensor, texts: int, wanted: int) -> Tensor:
+def _best_blocks(best_KB: Tensor, texts: int, wanted: int) -> Tensor:
     """Return the `wanted` blocks with the largest maxima for each text: int64 [texts, wanted]. Ties go to the smaller number.
 
-    best: float32 [blocks, columns], with a multiple of BLOCK blocks. If there are many, BLOCK blocks at a time are compared first.
+    best_KB: float32 [blocks, columns], with a multiple of BLOCK blocks. If there are many, BLOCK blocks at a time are compared first.
     """
-    device = best.device
-    best = best[:, :texts]
-    block = torch.arange(best.shape[0], device=device).expand(texts, -1)
-    if best.shape[0] > wanted * BLOCK:
-        upper = best.unflatten(0, (-1, BLOCK)).amax(1)
+    device = best_KB.device
+    best_KB = best_KB[:, :texts]
+    block = torch.arange(best_KB.shape[0], device=device).expand(texts, -1)
+    if best_KB.shape[0] > wanted * BLOCK:
+        upper = best_KB.unflatten(0, (-1, BLOCK)).amax(1)
         chosen = _best_columns(upper.T, torch.arange(upper.shape[0], device=device), wanted)
         block = (chosen[:, :, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten(1)
-    return _best_columns(best.T.gather(1, block), block, wanted)
+    return _best_columns(best_KB.T.gather(1, block), block, wanted)
 
 
-def _best_columns(score: Tensor, number: Tensor, wanted: int) -> Tensor:
+def _best_columns(score_BK: Tensor, number: Tensor, wanted: int) -> Tensor:
     """Return the numbers of the `wanted` largest scores of each row. Ties go to the smaller number, by the packing of labels."""
-    return candidate_ids(pack_candidates(score, number).topk(wanted, dim=1).values)
+    return candidate_ids(pack_candidates(score_BK, number).topk(wanted, dim=1).values)
 
 
 _NOTHING = torch.tensor(-torch.inf), torch.tensor(0)
