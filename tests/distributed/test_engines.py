@@ -26,8 +26,8 @@ from tests.integration.test_launchers import (
     train_here,
     train_in_turn,
 )
+from xmc_trainer.commands import clusters
 from xmc_trainer.config import load_config
-from xmc_trainer.labels import clusters
 from xmc_trainer.model import XMCModel
 
 pytestmark = pytest.mark.slow
