@@ -46,7 +46,8 @@ from transformers import AttentionInterface
 
 from xmc_trainer.config import Config
 from xmc_trainer.data.generated import PUBLISHED, Shape
-from xmc_trainer.encoder.text_encoder import TextEncoder, backbone_without_weights
+from xmc_trainer.encoder.loading import backbone_without_weights
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop

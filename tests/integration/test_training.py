@@ -578,7 +578,7 @@ def test_schedules_and_early_stopping(toy_settings):
 
 
 def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tmp_path):
-    from xmc_trainer.encoder.text_encoder import load_backbone
+    from xmc_trainer.encoder.loading import load_backbone
 
     state = {f"e.{name}": value * 0 + 0.25 for name, value in load_backbone(str(tiny_encoder)).state_dict().items()}
     torch.save(state, tmp_path / "w.pt")
@@ -589,7 +589,8 @@ def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tm
 
 def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeypatch, capsys):
     from xmc_trainer.builders.encoder import compile_as_configured
-    from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+    from xmc_trainer.encoder.loading import load_backbone
+    from xmc_trainer.encoder.text_encoder import TextEncoder
 
     encoder = TextEncoder(load_backbone(str(tiny_encoder)))
     accelerator = SimpleNamespace(

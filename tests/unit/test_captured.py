@@ -12,7 +12,8 @@ from torch import nn
 from xmc_trainer.encoder.captured import CannotCapture, EagerPass, Recorder
 from xmc_trainer.encoder.compiling import compile_encoder, warm_up
 from xmc_trainer.encoder.flat import FlatEncoder
-from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+from xmc_trainer.encoder.loading import load_backbone
+from xmc_trainer.encoder.text_encoder import TextEncoder
 
 RATES = (0.01, 0.03, 0.1)  # encoder, penultimate layer, weight decay
 

@@ -15,14 +15,14 @@ from tests.data_helpers import tiny_tokenizer
 from tests.encoders import READ, REFUSED, WORDS, save_encoder
 from xmc_trainer.builders.encoder import tokenizer_of
 from xmc_trainer.config import load_config
-from xmc_trainer.encoder.text_encoder import (
-    TextEncoder,
+from xmc_trainer.encoder.loading import (
     check_padding_is_hidden,
     check_tokens_fit,
     load_backbone,
     load_state_dict_file,
     load_tokenizer,
 )
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
 
 # Architectures --------------------------------------------------------------------------------------------------------

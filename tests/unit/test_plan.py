@@ -23,7 +23,8 @@ from xmc_trainer.config import load_config
 from xmc_trainer.data.generated import PUBLISHED, word_lengths
 from xmc_trainer.data.sources import Vocabulary
 from xmc_trainer.encoder.flat import FlatEncoder
-from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+from xmc_trainer.encoder.loading import load_backbone
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.head.layer import label_range

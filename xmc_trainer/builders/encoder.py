@@ -19,14 +19,14 @@ from xmc_trainer.data import Batches, Corpus, padded_width
 from xmc_trainer.encoder.captured import CannotCapture
 from xmc_trainer.encoder.compiling import compile_encoder, layer_lists, undo, warm_up
 from xmc_trainer.encoder.flat import FlatEncoder
-from xmc_trainer.encoder.text_encoder import (
-    TextEncoder,
+from xmc_trainer.encoder.loading import (
     check_padding_is_hidden,
     check_tokens_fit,
     load_backbone,
     load_state_dict_file,
     load_tokenizer,
 )
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import whole_weights, zero_stage
 from xmc_trainer.errors import UserError, reason
 

@@ -155,7 +155,7 @@ def write(folder: Path, shape: Shape, words: list[str], seed: int, workers: int)
 def read(folder: Path, name: str, max_len: int) -> float:
     """Seconds to read and tokenise a data set, into a cache that is removed again. UserError for a tokenizer that is not to be had."""
     from xmc_trainer.data import load_corpus
-    from xmc_trainer.encoder.text_encoder import load_tokenizer
+    from xmc_trainer.encoder.loading import load_tokenizer
 
     tokenizer = load_tokenizer(name, where=f"--tokenizer={name}")
     with tempfile.TemporaryDirectory(prefix="cache.", dir=folder) as cache:
