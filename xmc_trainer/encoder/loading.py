@@ -1,4 +1,4 @@
-"""Backbones and tokenizers: loaded from folders or the hub, and checked."""
+"""Load backbones and tokenizers from folders or the hub, and check them."""
 
 from __future__ import annotations
 
@@ -33,43 +33,43 @@ from transformers.utils.logging import disable_progress_bar
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
 
-# What a state dict may hold beyond the encoder: a pooler, for pooling is ours, and positions, which older versions of
-# transformers saved although they are counted, not trained.
+# Entries that a state dict may hold and the encoder ignores: a pooler, because TextEncoder pools, and constant buffers
+# that older versions of transformers saved.
 _LEFT_OUT = re.compile(r"^pooler\.|(^|\.)(position_ids|token_type_ids|inv_freq)$")
 
 
 def _load(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bool, **options: Any) -> Any:
-    """What `loader.from_pretrained` gives. UserError, which begins with `where`, for whatever a folder or the hub does to it."""
-    disable_progress_bar()  # its bars are of a second's work, here and when saving
+    """Call `loader.from_pretrained`. Raises UserError, beginning with `where`, whatever goes wrong."""
+    disable_progress_bar()  # loading and saving take about a second
     path = Path(name)
     if not path.exists() and (path.is_absolute() or name.startswith(".") or len(path.parts) > 2):
-        # The hub would be asked, and waited for; its ids have two parts at most.
-        raise UserError(f"{where}: no such folder; name one that holds the model, or a hub id")
+        # Not a hub id, which has at most two parts: do not wait for the hub.
+        raise UserError(f"{where}: no such folder; name a folder that holds the model, or a hub id")
     try:
-        # Left out, transformers would ask on standard input whether to run the code.
+        # Without trust_remote_code transformers asks on standard input whether to run the code.
         return loader.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:  # what the libraries raise for a damaged file is of many kinds
+    except Exception as error:  # the libraries raise many types for a damaged file
         if "trust_remote_code" in str(error):
-            remedy = "train an encoder of a kind that transformers knows" if saved else (
-                "to run it in this training set model.encoder.trust_remote_code=true, else choose another encoder"
+            remedy = "train an encoder whose architecture transformers has built in" if saved else (
+                "set model.encoder.trust_remote_code=true to run it, or choose another encoder"
             )  # fmt: skip
-            raise UserError(f"{where}: brings Python code of its own, which is not run; {remedy}") from None
+            raise UserError(f"{where}: comes with Python code, which is not run; {remedy}") from None
         raise UserError(
-            f"{where}: cannot be loaded; name a folder that holds the model, or a hub id that is reachable or in the local "
-            f"Hugging Face cache ({reason(error)})"
+            f"{where}: cannot be loaded ({reason(error)}); name a folder that holds the model, or a hub id that is "
+            "reachable or in the local Hugging Face cache"
         ) from error
 
 
 def load_backbone(
     name: str, *, for_cpu: bool = False, trust_remote_code: bool = False, saved: bool = False
 ) -> PreTrainedModel:
-    """The encoder of a folder or hub id, in float32; of an encoder-decoder its encoder alone.
+    """Load the encoder of a folder or hub id in float32; for an encoder-decoder, only its encoder.
 
     Args:
-        for_cpu: it will be trained on a CPU.
-        trust_remote_code: run Python code that comes with it.
-        saved: `name` is a folder of `TextEncoder.save_pretrained`, which holds safetensors only.
-    Raises UserError if it is not to be had (offline, for example), is not an encoder of texts, or if its files lack weights.
+        for_cpu: whether it is going to be trained on a CPU.
+        trust_remote_code: run Python code that comes with the model.
+        saved: whether `name` is a folder that `TextEncoder.save_pretrained` wrote, with weights in safetensors only.
+    Raises UserError if the model cannot be loaded (offline, for example), is not a text encoder, or lacks weights.
     """
     where = name if saved else f"model.encoder.encoder_model={name}"
     config = _load(AutoConfig, name, where, trust_remote_code, saved)
@@ -80,13 +80,13 @@ def load_backbone(
         backbone = backbone.get_encoder()
     _check_inputs(backbone, where)
     if getattr(backbone, "attention_type", None) == "block_sparse":
-        # BigBird's first short batch would turn it off for all that follow: what a text gets would depend on what came before.
+        # A short batch would switch BigBird to full attention for good: features would depend on earlier batches.
         backbone.set_attention_type("original_full")
     if for_cpu:
-        # The backward pass of torch's fused attention takes as long as the rest of the encoder on a CPU (2.13).
+        # On a CPU the backward pass of torch's fused attention takes as long as the rest of the encoder (torch 2.13).
         backbone.set_attn_implementation("eager")
     if getattr(backbone, "pooler", None) is not None:
-        # Pooling is ours: this layer would wait for a gradient that never comes. It stays, so that what is saved is whole.
+        # TextEncoder pools, so the pooler never gets a gradient. It is kept, so that saved models are complete.
         backbone.pooler.requires_grad_(False)
     return backbone
 
@@ -94,9 +94,9 @@ def load_backbone(
 def backbone_without_weights(
     name: str, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The encoder that `load_backbone` would load, with the shapes of its config.json alone: no file of weights is read.
+    """Build the encoder that `load_backbone` would load from its config.json alone, with random weights.
 
-    Call it where tensors take no memory, such as under FakeTensorMode. Args and errors: as of `load_backbone`.
+    Call it where tensors take no memory, such as under FakeTensorMode. For arguments and errors see `load_backbone`.
     """
     where = f"model.encoder.encoder_model={name}"
     config = _load(AutoConfig, name, where, trust_remote_code, False)
@@ -115,38 +115,38 @@ def backbone_without_weights(
 
 
 def _check_reads_both_ways(config: PreTrainedConfig, where: str) -> None:
-    """UserError for a decoder alone, in which a token does not see those after it."""
+    """Raise UserError for a decoder-only model, whose attention is causal."""
     kind = config.model_type
     listed = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
         kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
         or kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
         or kind in ("xlnet", "bert-generation")
     )
-    # Of a model that transformers does not know, the name of its class is all there is.
+    # For an architecture that transformers does not know, only the class name tells.
     named = kind not in CONFIG_MAPPING_NAMES and any("CausalLM" in name for name in config.architectures or ())
     told = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
     both_ways = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
     if (listed or named or told) and not both_ways:
         raise UserError(
-            f"{where}: a decoder ({kind}), in which a word does not see those that follow; name an encoder, such as a "
-            "BERT, or an encoder-decoder, such as a T5, of which the encoder is taken"
+            f"{where}: a decoder ({kind}), whose words do not see the words after them; name an encoder, such as a BERT, "
+            "or an encoder-decoder, such as a T5, whose encoder is used"
         )
 
 
 def _encoder_class(config: PreTrainedConfig) -> Any:
-    """What loads the encoder of an encoder-decoder without the decoder, where its files allow it."""
+    """Return the class that loads only the encoder of an encoder-decoder; None if there is none."""
     if config.model_type not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return None
     if config.model_type in MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
         return AutoModelForTextEncoding
     if not (config.architectures or [""])[0].endswith("Encoder"):
         return None
-    with torch.device("meta"):  # one that we saved, whose class has no name in transformers' lists
+    with torch.device("meta"):  # saved by save_pretrained: its class is in none of transformers' lists
         return type(AutoModel.from_config(config, trust_remote_code=False).get_encoder())
 
 
 def _load_whole(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bool) -> PreTrainedModel:
-    """The model with every weight from its files, which transformers would make up at random where it is missing."""
+    """Load a model. Raises UserError for missing weights, which transformers would draw at random."""
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if saved:
         options["use_safetensors"] = True
@@ -156,39 +156,40 @@ def _load_whole(loader: Any, name: str, where: str, trust_remote_code: bool, sav
     if len(prefixes) == 1:
         (prefix,) = prefixes
         if os.environ.get("RANK", "0") == "0":
-            print(f"{where}: its weights are named {prefix}...; loaded without that prefix", flush=True)
+            print(f"{where}: weight names start with {prefix}; loaded without this prefix", flush=True)
         options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
         backbone, found = _load(loader, name, where, trust_remote_code, saved, **options)
         missing = _own(backbone, found["missing_keys"])
     if missing:
         others = sorted(found["unexpected_keys"])
-        like = f"; it has others, such as {others[0]}" if others else ""
+        like = f" (they hold others, such as {others[0]})" if others else ""
         raise UserError(
             f"{where}: its files lack {len(missing)} of the encoder's {len(backbone.state_dict())} weights, such as "
-            f"{missing[0]}{like}: name the folder of a whole model, saved with the names that transformers gives"
+            f"{missing[0]}{like}; name the folder of a complete model with the weight names of transformers"
         )
     if found["error_msgs"]:
         raise UserError(
-            f"{where}: its weights are not those of its config.json ({found['error_msgs'][0].splitlines()[0]})"
+            f"{where}: its weights do not fit its config.json ({found['error_msgs'][0].splitlines()[0]}); use the config.json "
+            "that was saved with these weights"
         )
     wrong = [key for key in found["mismatched_keys"] if not _LEFT_OUT.search(key[0])]
     if wrong:
         weight, shape, own = wrong[0]
         raise UserError(
-            f"{where}: {weight} has the shape {list(shape)} in its files, by config.json it is {list(own)}; use the "
-            "config.json that was saved with these weights"
+            f"{where}: {weight} has the shape {list(shape)}, and {list(own)} according to config.json; use the config.json "
+            "that was saved with these weights"
         )
     return backbone
 
 
 def _own(backbone: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Those that a file must hold: not what is left out, nor what is the same tensor as another."""
+    """Select, sorted, the names that a file must hold: no ignored entries and no tied weights."""
     tied = backbone.all_tied_weights_keys
     return sorted(name for name in names if name not in tied and not _LEFT_OUT.search(name))
 
 
 def _prefixes(missing: list[str], unexpected: Collection[str]) -> set[str]:
-    """What may stand in front of all missing names (`module.`, `_orig_mod.`, `encoder.` ...); of two encoders in a file two."""
+    """Find the prefixes (`module.`, `encoder.` ...) with which all missing names exist; two if a file holds two encoders."""
     if not missing:
         return set()
     names = set(unexpected)
@@ -197,14 +198,12 @@ def _prefixes(missing: list[str], unexpected: Collection[str]) -> set[str]:
 
 
 def _check_inputs(backbone: PreTrainedModel, where: str) -> None:
-    """UserError for what does not read token ids with a mask, or does not say how wide its output is."""
+    """Raise UserError unless the model takes token ids with a mask and states its hidden size."""
     read = inspect.signature(backbone.forward).parameters
     lacks = [name for name in ("input_ids", "attention_mask") if name not in read]
     if lacks or not isinstance(getattr(backbone.config, "hidden_size", None), int):
         what = f"takes no {' and no '.join(lacks)}" if lacks else "has no hidden_size in config.json"
-        raise UserError(
-            f"{where}: {type(backbone).__name__} {what}; name an encoder of texts that reads token ids and a mask of them"
-        )
+        raise UserError(f"{where}: {type(backbone).__name__} {what}; name a text encoder of transformers")
 
 
 def check_tokens_fit(
@@ -215,36 +214,40 @@ def check_tokens_fit(
     tokenizer_is: str,
     max_len_is: str,
 ) -> None:
-    """UserError where the tokenizer has ids that the encoder has no embedding for, or a text can be longer than it reads.
+    """Raise UserError if a token id has no embedding, or if the encoder has fewer positions than `max_len`.
 
-    Args: tokenizer_is, max_len_is: how the message begins; for example "data.max_len=128".
+    Args:
+        tokenizer_is, max_len_is: start of the error message, for example "data.max_len=128".
     """
-    longest = getattr(backbone.config, "max_position_embeddings", None) or -1  # -1: XLNet's word for any length
+    longest = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet: -1, any length
     padding = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
     if longest > 0 and padding is not None:
-        longest -= padding + 1  # RoBERTa's count their positions from there
+        longest -= padding + 1  # RoBERTa's positions start there
     if 0 < longest < max_len:
-        raise UserError(f"{max_len_is}: this encoder reads at most {longest} tokens")
+        raise UserError(f"{max_len_is}: the encoder reads at most {longest} tokens; lower it")
     table = backbone.get_input_embeddings()
     if not isinstance(table, nn.Embedding):
         return
     token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if highest >= table.num_embeddings:
         raise UserError(
-            f"{tokenizer_is}: its token {token!r} is number {highest}, and the encoder has embeddings of {table.num_embeddings} "
-            "tokens, counted from 0; take the tokenizer that was saved with the encoder"
+            f"{tokenizer_is}: its token {token!r} has the id {highest}, but the encoder has only {table.num_embeddings} "
+            "embeddings; use the tokenizer that was saved with the encoder"
         )
 
 
-# Of texts of different lengths in one batch, float32 on any device: rounding stays far below, and a pad that is seen far above.
+# Relative difference of a text's features with and without padding, in float32. Rounding stays far below, visible padding far above.
 _PADDING_TOLERANCE = 1e-3
 
 
 @torch.no_grad()
 def check_padding_is_hidden(encoder: TextEncoder, longest: int, where: str) -> None:
-    """UserError for an encoder whose features of a text depend on what it is padded to, such as one with convolutions.
+    """Raise UserError if padding changes a text's features, as in an encoder with convolutions.
 
-    Its weights must be whole. Args: longest: 3 or more, tokens that it can read.
+    Under ZeRO 3 gather the weights first.
+
+    Args:
+        longest: most tokens that the encoder reads, at least 3.
     """
     training, device = encoder.training, next(encoder.parameters()).device
     encoder.eval()
@@ -255,20 +258,23 @@ def check_padding_is_hidden(encoder: TextEncoder, longest: int, where: str) -> N
     alone, padded = encoder.pool(tokens[:1, : size // 3], mask[:1, : size // 3]), encoder.pool(tokens, mask)[:1]
     encoder.train(training)
     if alone.shape[1] != encoder.pooled_features:
-        raise UserError(f"{where}: gives {alone.shape[1]} features, by config.json it is {encoder.pooled_features}")
-    if not (alone - padded).norm() <= _PADDING_TOLERANCE * alone.norm():  # nan is refused too
         raise UserError(
-            f"{where}: {type(encoder.backbone).__name__} gives a text other features where it is padded, so that scores would "
-            "depend on the batch; name another encoder"
+            f"{where}: its features have the width {alone.shape[1]}, and {encoder.pooled_features} according to config.json"
+        )
+    if not (alone - padded).norm() <= _PADDING_TOLERANCE * alone.norm():  # refuses nan too
+        raise UserError(
+            f"{where}: {type(encoder.backbone).__name__}: padding changes a text's features, so scores would depend on the "
+            "batch; name another encoder"
         )
 
 
 def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) -> None:
-    """Replace a backbone's weights by those of a state dict (of NGAME, for example), in place.
+    """Replace a backbone's weights in place by those of a state dict file (from NGAME, for example).
 
-    Args: path: .safetensors, or a file of torch.save that holds nothing but tensors: no code in it is ever run.
-        key_prefix: entries without it are left out; it is stripped from the others.
-    Raises UserError unless every weight of the backbone that is trained is there, in the right shape, and no other.
+    Args:
+        path: a .safetensors file, or a torch.save file of tensors only; code in it is never run.
+        key_prefix: stripped from the names of the entries; entries without it are ignored.
+    Raises UserError unless the file holds exactly the backbone's trained weights, in their shapes.
     """
     field = f"model.encoder.ngame_checkpoint={path}"
     try:
@@ -281,34 +287,37 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
             else torch.load(path, map_location="cpu", weights_only=True)
         )
     except OSError as error:
-        raise UserError(f"{field}: {error.strerror or error}") from None
-    except Exception as error:  # what the libraries raise for a damaged file is of many kinds
-        raise UserError(f"{field}: not a file of tensors alone ({reason(error)})") from None
+        raise UserError(f"{field}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # the libraries raise many types for a damaged file
+        raise UserError(
+            f"{field}: is damaged or holds more than tensors ({reason(error)}); save it again as .safetensors"
+        ) from None
     if empty:
         raise UserError(f"{field}: the file is empty; copy it again")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{field}: must hold a state dict: names and tensors")
+        raise UserError(f"{field}: holds no state dict; save a dict of names and tensors")
     if not state:
-        raise UserError(f"{field}: holds no weights")
+        raise UserError(f"{field}: holds no weights; save it again")
     given = {name.removeprefix(key_prefix): value for name, value in state.items() if name.startswith(key_prefix)}
     own = backbone.state_dict()
     missing = [name for name in own if name not in given and not name.startswith("pooler.")]
     if missing:
         first = next(iter(state))
         raise UserError(
-            f"{field}: lacks {len(missing)} of the encoder's {len(own)} weights, such as {missing[0]}; its entries are named "
-            f"like {first}: set model.encoder.ngame_key_prefix to what stands in front"
+            f"{field}: lacks {len(missing)} of the encoder's {len(own)} weights, such as {missing[0]} (its first entry is {first}); "
+            "set model.encoder.ngame_key_prefix to the prefix of its names"
         )
     unknown = [name for name in given if name not in own and not _LEFT_OUT.search(name)]
     if unknown:
         raise UserError(
-            f"{field}: holds {len(unknown)} weights that the encoder does not have, such as {key_prefix}{unknown[0]}: it "
-            "is of another model; set model.encoder.encoder_model to that, or model.encoder.ngame_key_prefix to leave them out"
+            f"{field}: holds {len(unknown)} weights that the encoder does not have, such as {key_prefix}{unknown[0]}; "
+            "set model.encoder.encoder_model to the model that it was saved from, or model.encoder.ngame_key_prefix to skip them"
         )
     for name, value in own.items():
         if name in given and given[name].shape != value.shape:
             raise UserError(
-                f"{field}: {name} has the shape {list(given[name].shape)}, the encoder's has {list(value.shape)}"
+                f"{field}: {name} has the shape {list(given[name].shape)}, the encoder's {list(value.shape)}; set "
+                "model.encoder.encoder_model to the model that it was saved from"
             )
     backbone.load_state_dict({name: given[name] for name in own if name in given}, strict=False)
 
@@ -316,8 +325,9 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
 def load_tokenizer(
     name: str, *, where: str = "", trust_remote_code: bool = False, saved: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; other arguments and errors as of `load_backbone`.
+    """Load the tokenizer of a folder or hub id. For the other arguments and errors see `load_backbone`.
 
-    Args: where: how the message of an error begins; default: `name`.
+    Args:
+        where: start of error messages; default: `name`.
     """
     return _load(AutoTokenizer, name, where or name, trust_remote_code, saved)

@@ -1,4 +1,4 @@
-"""The text encoder: any Hugging Face AutoModel, pooled to one feature vector a text."""
+"""The text encoder: any Hugging Face AutoModel, pooled to one feature vector per text."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class TextEncoder(nn.Module):
     """Backbone, pooling, dropout, and optionally a penultimate layer.
 
     Args:
-        backbone: of `load_backbone`.
-        pool_mode: "last_hidden_avg", the mean of the last layer over the text's tokens, or "last_nhidden_conlast", the
-            first token of the last `feature_layers` layers, the last layer first.
-        penultimate_size: width of a linear layer with `penultimate_activation` after the dropout; None: no such layer.
+        backbone: as `load_backbone` returns it.
+        pool_mode: "last_hidden_avg": the mean of the last layer over the text's tokens. "last_nhidden_conlast": the first
+            token's states in the last `feature_layers` layers, concatenated, last layer first.
+        penultimate_size: width of a linear layer with `penultimate_activation` after the dropout; None for no such layer.
     """
 
     def __init__(
@@ -48,31 +48,31 @@ class TextEncoder(nn.Module):
         self.out_features: int = penultimate_size or self.pooled_features
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """int64 [b, T] token ids and 0/1 mask -> features [b, out_features] in the backbone's dtype."""
+        """Encode int64 [b, T] token ids with a 0/1 mask of the same shape. Returns [b, out_features], the backbone's dtype."""
         pooled = self.dropout(self.pool(input_ids, attention_mask))
         return pooled if self.penultimate is None else self.penultimate(pooled)
 
     def pool(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The same before dropout and penultimate layer: [b, pooled_features]."""
+        """Return the features before dropout and penultimate layer, [b, pooled_features]."""
         if self.pool_mode == "last_hidden_avg":
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             mask = attention_mask[:, :, None].to(hidden.dtype)
             return (hidden * mask).sum(1) / mask.sum(1)
         if self.feature_layers == 1:
-            # Asking for all layers' makes transformers set up hooks, which a compiler cannot see through.
+            # output_hidden_states makes transformers install hooks, which torch.compile cannot trace.
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
 
     def parameter_groups(self, encoder_lr: float, penultimate_lr: float, weight_decay: float) -> list[dict]:
-        """Optimizer groups: weight decay on matrices, none on biases and norms; the penultimate layer's own rate."""
+        """Build optimizer groups: weight decay for matrices only, and a learning rate of its own for the penultimate layer."""
         parts = [(self.backbone, encoder_lr)]
         if self.penultimate is not None:
             parts.append((self.penultimate, penultimate_lr))
         groups = []
         for module, lr in parts:
             params = [p for p in module.parameters() if p.requires_grad]
-            # ZeRO-3 leaves empty vectors in place of the parameters, which remember their shapes.
+            # ZeRO 3 empties the parameters and keeps their shapes in ds_shape.
             matrix = [len(getattr(p, "ds_shape", p.shape)) > 1 for p in params]
             for chosen, decay in (
                 ([p for p, decays in zip(params, matrix) if decays], weight_decay),
@@ -83,9 +83,10 @@ class TextEncoder(nn.Module):
         return groups
 
     def save_pretrained(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write backbone (Hugging Face layout) and penultimate layer as safetensors.
+        """Write the backbone (Hugging Face layout) and the penultimate layer as safetensors.
 
-        Args: state: this module's full state dict; under ZeRO the module itself holds only a share of it.
+        Args:
+            state: this module's full state dict. Under ZeRO 3 the module itself holds only a part of it.
         """
         prefix = "backbone."
         backbone = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -95,7 +96,7 @@ class TextEncoder(nn.Module):
             save_file(rest, folder / "penultimate.safetensors")
 
     def load_penultimate(self, folder: Path) -> None:
-        """Read what `save_pretrained` wrote beside the backbone. UserError if it is another layer's, or none."""
+        """Load the penultimate layer that `save_pretrained` wrote. Raises UserError if the file is missing or does not fit."""
         if self.penultimate is None:
             return
         path = folder / "penultimate.safetensors"
