@@ -278,7 +278,7 @@ def test_iterations_are_printed_on_request(toy_settings, capsys):
 @pytest.mark.parametrize(
     "setting, named",
     [
-        ("model.encoder.encoder_ftr_dim=64", "encoder_ftr_dim=64: the encoder's is 32"),
+        ("model.encoder.encoder_ftr_dim=64", "encoder_ftr_dim=64: the encoder has a hidden size of 32"),
         ("data.max_len=25", "data.max_len=25"),
         ("data.num_labels=40", "data.num_labels=40: the data have 41"),
         ("model.ffi.fan_in=33", "model.ffi.fan_in=33"),
@@ -312,7 +312,7 @@ def test_roberta_reads_fewer_tokens_than_it_has_positions(toy_settings, tiny_enc
         tmp_path / "roberta"
     )
     roberta = [f"model.encoder.encoder_model={tmp_path / 'roberta'}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
-    with pytest.raises(UserError, match="data.max_len=13: this encoder reads at most 12 tokens"):
+    with pytest.raises(UserError, match="data.max_len=13: the encoder reads at most 12 tokens"):
         build_trainer(load_config([*toy_settings, *roberta, "data.max_len=13"]))
     train(toy_settings, *roberta, "data.max_len=12", "training.optimization.max_steps=1")
 
@@ -540,7 +540,7 @@ def test_a_dense_start_becomes_sparse(toy_settings):
 def test_a_dense_start_is_neither_waited_for_nor_kept(toy_settings):
     dense = [*toy_settings, "training.optimization.dense_epochs=2", "model.ffi.rewire_interval=0"]
     # 20 steps an epoch; the end of the dense epochs would be that of the training.
-    with pytest.raises(UserError, match="max_steps=40: ends no later than the 2 dense epochs of 20 steps"):
+    with pytest.raises(UserError, match="max_steps=40: ends within the 2 dense epochs of 20 steps"):
         build_trainer(load_config([*dense, "training.optimization.max_steps=40"]))
     stop = ["training.evaluation.early_stop_patience=1", "training.evaluation.early_stop_delta=2.0"]
     trainer, _ = train(dense, *stop)
@@ -616,7 +616,7 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
     )
     assert all(module._compiled_call_impl is None and "forward" not in vars(module) for module in encoder.modules())
     with pytest.raises(
-        UserError, match="use_torch_compile=true: this encoder cannot be compiled .*; set it to auto or false"
+        UserError, match="use_torch_compile=true: the encoder cannot be compiled .*; set it to auto or false"
     ):
         compiled("model.encoder.use_torch_compile=true")
     assert compiled("model.encoder.use_torch_compile=False") is False
@@ -713,7 +713,7 @@ def test_passes_are_recorded_for_the_shapes_of_the_first_epoch(toy_settings, mon
     capsys.readouterr()
     capture_passes(trainer.accelerator, flat, trainer.batches)
     assert capsys.readouterr().out == (
-        "the encoder's steps are not recorded as CUDA graphs and take longer (operation not permitted)\n"
+        "the encoder's passes are not recorded as CUDA graphs and take longer (operation not permitted)\n"
     )
     assert flat.captured_bytes == 0
 

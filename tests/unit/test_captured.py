@@ -51,7 +51,7 @@ def test_an_eager_pass_gives_flat_gradients_where_it_is_told():
 
 def test_layers_left_out_at_random_are_not_recorded():
     encoder = SimpleNamespace(backbone=SimpleNamespace(config=SimpleNamespace(encoder_layerdrop=0.1)))
-    with pytest.raises(CannotCapture, match="leaves out layers at random"):
+    with pytest.raises(CannotCapture, match="skips layers at random"):
         Recorder(encoder, [])
 
 
