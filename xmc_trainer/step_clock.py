@@ -1,4 +1,4 @@
-"""Where the time of training steps goes, measured without a wait for the device."""
+"""Measure where the time of training steps goes, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class StepClock:
-    """Adds up the time of a step's parts, on a GPU by events on its own time line.
+    """Adds up the time of a step's parts; on a GPU with CUDA events.
 
-    `mark(part)` ends a part: it took from the mark before to this one. What lies before `mark(None)` belongs to none.
+    `mark(part)` assigns the time since the previous mark to `part`. Time before `mark(None)` is not counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class StepClock:
         self._marks.append((part, moment))
 
     def read(self) -> dict[str, float]:
-        """Milliseconds of each part since the last call. On a GPU the caller has waited for the last mark."""
+        """Return the ms of each part since the last call. On a GPU, wait for the last mark first."""
         marks, self._marks = self._marks, []
         parts: dict[str, float] = defaultdict(float)
         for (_, before), (part, moment) in zip(marks, marks[1:]):

@@ -84,7 +84,7 @@ def two_under_deepspeed(short, tmp_path_factory):
         "settings": [*short, "model.encoder.use_torch_compile=true"],
         "deepspeed_config": "ds_configs/zero3.json",
     }
-    trainings.append(compiled | {"refused": "model.encoder.use_torch_compile=true: not under ZeRO stage 3"})
+    trainings.append(compiled | {"refused": "model.encoder.use_torch_compile=true: does not work under ZeRO stage 3"})
     trainings.append(failing(short, "deepspeed", "raise") | {"deepspeed_config": "ds_configs/zero1.json"})
     train_in_turn("deepspeed", 2, trainings, tmp_path_factory.mktemp("deepspeed"))
 

@@ -224,7 +224,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     Raises UserError if the folder is not a saved model, has an unknown format, or a file differs from the manifest.
     """
     # This imports transformers, which takes seconds. Sweeps, which only look for checkpoints, need not wait for it.
-    from xmc_trainer.encoder.text_encoder import TextEncoder, check_tokens_fit, load_backbone, load_tokenizer
+    from xmc_trainer.encoder.loading import check_tokens_fit, load_backbone, load_tokenizer
+    from xmc_trainer.encoder.text_encoder import TextEncoder
 
     folder = Path(folder)
     manifest = read_folder(folder, MODEL)
