@@ -7,6 +7,9 @@ belongs to inputs of one shape: the shapes that come often are recorded before t
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,15 @@ class CannotCapture(RuntimeError):
     """Why an encoder's passes are no graphs."""
 
 
+class Pass(Protocol):
+    """A forward pass that waits for its backward pass."""
+
+    features: Tensor
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """One flat tensor a group of parameters."""
+
+
 class EagerPass:
     """A forward pass, and on demand its backward pass: `gradients` gives one flat tensor a group of parameters."""
 
@@ -29,7 +41,7 @@ class EagerPass:
             self._of_graph = encoder(*inputs)
         self.features, self._members = self._of_graph.detach(), members
 
-    def gradients(self, grad: Tensor, into: list[Tensor | None] | None = None) -> tuple[Tensor, ...]:
+    def gradients(self, grad: Tensor, into: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
         """`into`: the tensors to write them to, or new ones."""
         parameters = [parameter for group in self._members for parameter in group]
         # A parameter that the features do not depend on counts as one with a gradient of zero.
@@ -46,14 +58,16 @@ class _Recording:
     """The two graphs of inputs of one shape. What they read and write stays in its place."""
 
     def __init__(self, recorder: Recorder, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = [tensor.clone() for tensor in inputs]
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Threads of the loaders and of NCCL call CUDA meanwhile.
-        capture = {"pool": recorder.pool, "stream": recorder.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward, **capture):
+        capture = partial(
+            torch.cuda.graph, pool=recorder.pool, stream=recorder.stream, capture_error_mode="thread_local"
+        )
+        with capture(self.forward):
             run = EagerPass(recorder.encoder, recorder.members, self.inputs)
         self.features, self.grad = run.features, torch.empty_like(run.features)
-        with torch.cuda.graph(self.backward, **capture):
+        with capture(self.backward):
             run.gradients(self.grad, into=recorder.gradients)
 
 
@@ -98,7 +112,7 @@ class Recorder:
         self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
         self._open: weakref.ref[_Replay] | None = None
 
-    def run(self, inputs: tuple[Tensor, ...]) -> EagerPass | _Replay:
+    def run(self, inputs: tuple[Tensor, ...]) -> Pass:
         """The forward pass of `inputs`."""
         recording = self._recordings.get(tuple(tensor.shape for tensor in inputs))
         waiting = (

@@ -24,7 +24,8 @@ _KEPT = 0.6
 
 def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
     """(owner, list) of every list of layers of one class that is in no other one."""
-    found, inside = [], set()
+    found: list[tuple[nn.Module, nn.ModuleList]] = []
+    inside: set[nn.Module] = set()
     for owner in backbone.modules():
         for child in owner.children():
             if (

@@ -90,7 +90,7 @@ class TextEncoder(nn.Module):
 
     def parameter_groups(self, encoder_lr: float, penultimate_lr: float, weight_decay: float) -> list[dict]:
         """Optimizer groups: weight decay on matrices, none on biases and norms; the penultimate layer's own rate."""
-        parts = [(self.backbone, encoder_lr)]
+        parts: list[tuple[nn.Module, float]] = [(self.backbone, encoder_lr)]
         if self.penultimate is not None:
             parts.append((self.penultimate, penultimate_lr))
         groups = []
@@ -175,7 +175,8 @@ def load_backbone(
     _check_inputs(backbone, where)
     if getattr(backbone, "attention_type", None) == "block_sparse":
         # BigBird's first short batch would turn it off for all that follow: what a text gets would depend on what came before.
-        backbone.set_attention_type("original_full")
+        big_bird: Any = backbone
+        big_bird.set_attention_type("original_full")
     if for_cpu:
         # The backward pass of torch's fused attention takes as long as the rest of the encoder on a CPU (2.13).
         backbone.set_attn_implementation("eager")

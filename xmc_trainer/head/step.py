@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from xmc_trainer.parallel import Ranks
 
@@ -102,7 +103,7 @@ def multi_head_step(
 
 def feature_gradient(loss: Tensor) -> Tensor:
     """The gradient of the features, float32 [b, d], that the backward pass of `multi_head_step`'s loss is going to return."""
-    return loss.grad_fn.saved_tensors[0]
+    return cast(BackwardCFunction, loss.grad_fn).saved_tensors[0]
 
 
 class _HeadStep(torch.autograd.Function):
