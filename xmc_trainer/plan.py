@@ -49,7 +49,8 @@ from xmc_trainer.encoder.loading import backbone_without_weights
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
 from xmc_trainer.errors import UserError
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.head import AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.head.optimizers import optimizer_named
 from xmc_trainer.kernels.dispatch import STEPS, Problem, choose
 from xmc_trainer.parallel import Ranks
 
@@ -251,16 +252,13 @@ def heads_of(
         clusters: outputs of the meta branch; default: as many as `xmc-trainer clusters` makes.
     """
     ffi, optimization = config.model.ffi, config.training.optimization
-    optimizers = {
-        "sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "adamw_8bit": AdamW(eight_bits=True),
-        "rowwise_rmsprop": RowwiseRMSprop(),
-    }  # fmt: skip
+    optimizer = optimizer_named(optimization.xmc_optimizer, optimization.xmc_momentum)
     one = Ranks()
     one.rank, one.size = ranks - 1, ranks  # the last rank's share is the largest
 
     def head(labels: int, fan_in: int | None, **more: Any) -> FixedFanInHead:
         common: dict[str, Any] = {
-            "optimizer": optimizers[optimization.xmc_optimizer], "weight_dtype": getattr(torch, ffi.weight_dtype),
+            "optimizer": optimizer, "weight_dtype": getattr(torch, ffi.weight_dtype),
             "logit_shift": torch.empty(labels, device="meta") if ffi.logit_adjustment else None,
         }  # fmt: skip
         return _HeadShape(

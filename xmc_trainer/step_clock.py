@@ -8,6 +8,14 @@ from collections import defaultdict
 import torch
 
 
+def _milliseconds(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
+    if isinstance(before, float):
+        assert isinstance(after, float)  # the marks of a clock are of one kind
+        return 1000 * (after - before)
+    assert not isinstance(after, float)
+    return before.elapsed_time(after)
+
+
 class StepClock:
     """Adds up the time of a step's parts; on a GPU with CUDA events.
 
@@ -19,6 +27,7 @@ class StepClock:
         self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []
 
     def mark(self, part: str | None) -> None:
+        moment: torch.cuda.Event | float
         if self._gpu:
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
@@ -32,5 +41,5 @@ class StepClock:
         parts: dict[str, float] = defaultdict(float)
         for (_, before), (part, moment) in zip(marks, marks[1:]):
             if part is not None:
-                parts[part] += before.elapsed_time(moment) if self._gpu else 1000 * (moment - before)
+                parts[part] += _milliseconds(before, moment)
         return dict(parts)

@@ -30,7 +30,7 @@ from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import whole_weights, zero_stage
 from xmc_trainer.errors import UserError, reason
 
-_ENCODER_OPTIMIZERS = {
+_ENCODER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": partial(torch.optim.SGD, momentum=0.9),  # with momentum, like the head's sgd
@@ -72,6 +72,7 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
     chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi
     where = f"model.encoder.encoder_model={chosen.encoder_model}"
     if chosen.use_ngame_encoder_weights:
+        assert chosen.ngame_checkpoint is not None  # the settings are refused without
         load_state_dict_file(backbone, chosen.ngame_checkpoint, chosen.ngame_key_prefix)
     if chosen.encoder_ftr_dim not in (None, backbone.config.hidden_size):
         raise UserError(

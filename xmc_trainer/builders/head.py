@@ -18,9 +18,10 @@ from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import whole_weights
 from xmc_trainer.errors import UserError
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, Head, RowwiseRMSprop, SplitHead
+from xmc_trainer.head import FixedFanInHead, Head, SplitHead
 from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.head.losses import starting_bias
+from xmc_trainer.head.optimizers import optimizer_named
 from xmc_trainer.kernels.dispatch import select_backend
 from xmc_trainer.labels.features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.parallel import Ranks
@@ -53,10 +54,7 @@ def head_of(config: Config, features: int, corpus: Corpus, ranks: Ranks, device:
         )
     counts = corpus.label_counts()
     shift = torch.from_numpy(ffi.logit_adjustment * corpus.log_frequency()) if ffi.logit_adjustment else None
-    optimizers = {
-        "sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "adamw_8bit": AdamW(eight_bits=True),
-        "rowwise_rmsprop": RowwiseRMSprop(),
-    }  # fmt: skip
+    optimizer = optimizer_named(optimization.xmc_optimizer, optimization.xmc_momentum)
     common = _common_arguments(config, ranks, device)
 
     def layer(fan_in: int | None, group_size: int, labels: slice, **more: Any) -> FixedFanInHead:
@@ -68,7 +66,7 @@ def head_of(config: Config, features: int, corpus: Corpus, ranks: Ranks, device:
             first_bias=first_bias(config, counts[labels], corpus.texts),
             zero_weights=ffi.weight_init == "zero",
             logit_shift=None if shift is None else shift[labels],
-            optimizer=optimizers[optimization.xmc_optimizer],
+            optimizer=optimizer,
             lr=optimization.lr,
             weight_dtype=getattr(torch, ffi.weight_dtype),
             growth_batches=ffi.growth_batches if ffi.growth_mode == "gradient" else 0,

@@ -111,6 +111,7 @@ def build_trainer(
         capture_passes(accelerator, accelerator.unwrap_model(module), batches)
     meta_branch = None
     if config.model.auxiliary.use_meta_branch:
+        assert cluster_of is not None  # `Config.needs_clusters`
         features, steps_per_epoch = encoder.out_features, state.steps_per_epoch
         meta_branch = meta_branch_of(config, features, corpus, cluster_of, steps_per_epoch, ranks, device)
     encoder_step = EncoderStep(

@@ -11,7 +11,7 @@ labels.parquet             id and text of each label
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -299,7 +299,7 @@ def check_shards(
     labels: int,
     group_size: int,
     prefix: str,
-    rows: dict[str, tuple[str, list[int]] | None],
+    rows: Mapping[str, tuple[str, list[int]] | None],
     headers: dict[str, dict[str, Any]],
 ) -> None:
     """Check the shards of a head. Raises ValueError.

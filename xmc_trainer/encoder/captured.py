@@ -7,6 +7,9 @@ Each graph serves inputs of one shape. Frequent shapes are recorded before train
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,15 @@ class CannotCapture(RuntimeError):
     """The encoder's passes cannot be recorded; the message says why."""
 
 
+class Pass(Protocol):
+    """A forward pass that waits for its backward pass."""
+
+    features: Tensor
+
+    def gradients(self, grad: Tensor) -> tuple[Tensor, ...]:
+        """One flat tensor a group of parameters."""
+
+
 class EagerPass:
     """A forward pass as ordinary launches. `gradients` runs its backward pass, once."""
 
@@ -29,7 +41,7 @@ class EagerPass:
             self._of_graph = encoder(*inputs)
         self.features, self._members = self._of_graph.detach(), members
 
-    def gradients(self, grad: Tensor, into: list[Tensor | None] | None = None) -> tuple[Tensor, ...]:
+    def gradients(self, grad: Tensor, into: Sequence[Tensor | None] | None = None) -> tuple[Tensor, ...]:
         """Return one flat gradient per group of parameters. `into`: tensors to write them to; default: new ones."""
         parameters = [parameter for group in self._members for parameter in group]
         # The gradient of a parameter that the features do not depend on is zero.
@@ -46,14 +58,16 @@ class _Recording:
     """The graphs of both passes for inputs of one shape. Their input and output tensors keep their addresses."""
 
     def __init__(self, recorder: Recorder, inputs: tuple[Tensor, ...]) -> None:
-        self.inputs = [tensor.clone() for tensor in inputs]
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # thread_local: loader and NCCL threads may call CUDA during the recording.
-        capture = {"pool": recorder.pool, "stream": recorder.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward, **capture):
+        capture = partial(
+            torch.cuda.graph, pool=recorder.pool, stream=recorder.stream, capture_error_mode="thread_local"
+        )
+        with capture(self.forward):
             run = EagerPass(recorder.encoder, recorder.members, self.inputs)
         self.features, self.grad = run.features, torch.empty_like(run.features)
-        with torch.cuda.graph(self.backward, **capture):
+        with capture(self.backward):
             run.gradients(self.grad, into=recorder.gradients)
 
 
@@ -99,7 +113,7 @@ class Recorder:
         self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
         self._open: weakref.ref[_Replay] | None = None
 
-    def run(self, inputs: tuple[Tensor, ...]) -> EagerPass | _Replay:
+    def run(self, inputs: tuple[Tensor, ...]) -> Pass:
         """Run the forward pass."""
         recording = self._recordings.get(tuple(tensor.shape for tensor in inputs))
         # A replay that still waits for its backward pass would lose its memory to another replay.

@@ -24,7 +24,8 @@ _KEPT = 0.6
 
 def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
     """Find the outermost lists of two or more layers of one class. Returns (owner, list) of each."""
-    found, inside = [], set()
+    found: list[tuple[nn.Module, nn.ModuleList]] = []
+    inside: set[nn.Module] = set()
     for owner in backbone.modules():
         for child in owner.children():
             if (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xmc_trainer.encoder.captured import EagerPass, Recorder
+from xmc_trainer.encoder.captured import EagerPass, Pass, Recorder
 from xmc_trainer.encoder.text_encoder import TextEncoder
 
 
@@ -78,7 +78,7 @@ class FlatEncoder(nn.Module):
             return self.encoder(input_ids, attention_mask)
         return _Encode.apply(self, (input_ids, attention_mask), *self.flat)
 
-    def run(self, inputs: tuple[Tensor, ...]) -> EagerPass:
+    def run(self, inputs: tuple[Tensor, ...]) -> Pass:
         """Run the forward pass. The result runs the backward pass."""
         if self._recorder is not None and self.training:
             return self._recorder.run(inputs)
@@ -103,7 +103,7 @@ class FlatEncoder(nn.Module):
         self.encoder.train(mode)
         return super().train(mode)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the encoder's state dict, with copies of its tensors."""
         return {name: value.clone() for name, value in self.encoder.state_dict(*args, **kwargs).items()}
 

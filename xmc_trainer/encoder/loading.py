@@ -81,7 +81,8 @@ def load_backbone(
     _check_inputs(backbone, where)
     if getattr(backbone, "attention_type", None) == "block_sparse":
         # A short batch would switch BigBird to full attention for good: features would depend on earlier batches.
-        backbone.set_attention_type("original_full")
+        big_bird: Any = backbone
+        big_bird.set_attention_type("original_full")
     if for_cpu:
         # On a CPU the backward pass of torch's fused attention takes as long as the rest of the encoder (torch 2.13).
         backbone.set_attn_implementation("eager")
@@ -108,7 +109,8 @@ def backbone_without_weights(
         backbone = backbone.get_encoder()
     _check_inputs(backbone, where)
     if getattr(backbone, "attention_type", None) == "block_sparse":
-        backbone.set_attention_type("original_full")
+        big_bird: Any = backbone
+        big_bird.set_attention_type("original_full")
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler.requires_grad_(False)
     return backbone

@@ -66,7 +66,7 @@ class TextEncoder(nn.Module):
 
     def parameter_groups(self, encoder_lr: float, penultimate_lr: float, weight_decay: float) -> list[dict]:
         """Build optimizer groups: weight decay for matrices only, and a learning rate of its own for the penultimate layer."""
-        parts = [(self.backbone, encoder_lr)]
+        parts: list[tuple[nn.Module, float]] = [(self.backbone, encoder_lr)]
         if self.penultimate is not None:
             parts.append((self.penultimate, penultimate_lr))
         groups = []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xmc_trainer.head.losses import LOSSES
-from xmc_trainer.head.optimizers import SGD, AdamW, RowwiseRMSprop
+from xmc_trainer.head.optimizers import SGD, Optimizer
 from xmc_trainer.head.protocol import Head
 from xmc_trainer.head.rewire import (
     RewireReport,
@@ -87,8 +87,10 @@ class FixedFanInHead(Head):
     """
 
     weight: Tensor
+    index: Tensor | None
     bias: Tensor | None
     logit_shift: Tensor | None
+    skipped: Tensor
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class FixedFanInHead(Head):
         logit_shift: Tensor | None = None,
         loss: str = "bce",
         text_reduction: str = "sum",
-        optimizer: SGD | AdamW | RowwiseRMSprop | None = None,
+        optimizer: Optimizer | None = None,
         lr: float = 0.05,
         weight_decay: float = 0.0,
         weight_dtype: torch.dtype = torch.float32,
@@ -172,7 +174,7 @@ class FixedFanInHead(Head):
             dtype = optimizer.state_dtype or weight_dtype
             state = torch.zeros(shape[0], 1, device=device) if a_label else torch.zeros_like(self.weight, dtype=dtype)
             self.register_buffer(f"weight_{name}", state)
-            self.register_buffer(f"bias_{name}", torch.zeros_like(self.bias) if bias else None)
+            self.register_buffer(f"bias_{name}", None if self.bias is None else torch.zeros_like(self.bias))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         select_backend(backend, self.weight.device)  # raises ValueError for a backend that cannot run here
         self.reset_parameters()
@@ -196,7 +198,7 @@ class FixedFanInHead(Head):
     @property
     def ranking_bias(self) -> Tensor | None:
         """The bias used for ranking, float32 [L]; saved models hold it."""
-        return self.bias if self.logit_shift is None else self.bias - self.logit_shift
+        return self.bias if self.bias is None or self.logit_shift is None else self.bias - self.logit_shift
 
     def labels_of(self, rank: int) -> range:
         """Return the global label ids that `rank` owns."""
@@ -249,6 +251,7 @@ class FixedFanInHead(Head):
 
     def _made_of_index(self, make: Callable[[Tensor, Any], Tensor], argument: Any) -> Tensor:
         """Return make(index, argument), cached until the index changes."""
+        assert self.index is not None  # kernels of a dense head ask for nothing
         state = (self.index.data_ptr(), self.index._version)
         if self._of_index[0] != state:
             self._of_index = (state, {})
@@ -352,6 +355,7 @@ class FixedFanInHead(Head):
             feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
             label_P = row_P = torch.empty(0, dtype=torch.int64, device=feat_bd.device)
         else:
+            assert skip_counts is not None  # both or none
             pairs = self.ranks.sizes(skip_ids.shape[0], skip_ids.device)
             feat_Bd, label_P, row_P, _ = gather_batch(
                 self.ranks, feat_bd.to(self.product_dtype), skip_ids, skip_counts, (sizes, pairs)

@@ -105,3 +105,17 @@ class RowwiseRMSprop:
         square = self.beta2 * state[0] + (1 - self.beta2) * square
         deviation = (square / (1 - self.beta2**step)).sqrt() + self.eps
         return weight * (1 - lr * weight_decay) - lr * grad / deviation, [square]
+
+
+Optimizer = SGD | AdamW | RowwiseRMSprop
+
+
+def optimizer_named(name: str, momentum: float = 0.0) -> Optimizer:
+    """The optimizer that the setting `xmc_optimizer` calls `name`. momentum: of "sgd" alone."""
+    by_name: dict[str, Optimizer] = {
+        "sgd": SGD(momentum),
+        "adamw": AdamW(),
+        "adamw_8bit": AdamW(eight_bits=True),
+        "rowwise_rmsprop": RowwiseRMSprop(),
+    }
+    return by_name[name]

@@ -34,8 +34,14 @@ class Head(nn.Module, ABC):
     loss_name: str
     lr: float
     ranks: Ranks
-    index: Tensor | None
-    skipped: Tensor
+
+    if TYPE_CHECKING:  # a layer's are buffers
+
+        @property
+        def index(self) -> Tensor | None: ...
+
+        @property
+        def skipped(self) -> Tensor: ...
 
     def forward(
         self,

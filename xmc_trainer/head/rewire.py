@@ -167,6 +167,7 @@ def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tenso
     Args:
         weight_RGF: first weights of the grown slots, float32 [R, G, F]; None for zero.
     """
+    assert head.index_RF is not None  # a dense head has no slots to move
     rows, fan_in = moved_RF.shape
     feature_RF, order_RF = feature_RF.sort(dim=1)
     head.index_RF[first_row : first_row + rows] = feature_RF.to(head.index_RF.dtype)
@@ -201,6 +202,7 @@ def rewire(
     Args:
         dense_grad: (first, last) local label -> dloss / dweight, float32 [last - first, d]; used for growth by gradient.
     """
+    assert head.index_RF is not None  # as above
     group, fan_in = head.group_size, head.weight_LF.shape[1]
     rows = head.index_RF.shape[0]
     device = head.weight_LF.device

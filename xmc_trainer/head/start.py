@@ -49,6 +49,7 @@ def start_from_texts(
             known = group_mean((counts > 0).float()[:, None], group) > 0
             head.index_RF[rows] = torch.where(known, chosen, head.index_RF[rows])
         if centroid_scale:
+            assert mean_d is not None and deviation_d is not None  # a scale comes with the moments
             z = sums / counts.clamp_min(1)[:, None]
             inverse = torch.where(deviation_d > 0, 1 / deviation_d, 0.0).expand_as(z)
             mean = mean_d.expand_as(z)

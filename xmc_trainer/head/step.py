@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from xmc_trainer.parallel import Ranks
 
@@ -104,7 +105,7 @@ def multi_head_step(
 
 def feature_gradient(loss: Tensor) -> Tensor:
     """Return the feature gradient, float32 [b, d], stored in a loss from `multi_head_step` before its backward pass."""
-    return loss.grad_fn.saved_tensors[0]
+    return cast(BackwardCFunction, loss.grad_fn).saved_tensors[0]
 
 
 class _HeadStep(torch.autograd.Function):

@@ -20,6 +20,9 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class UpdateRule(Protocol):
     """An optimizer: see `xmc_trainer.head.optimizers`."""
 
+    @property
+    def name(self) -> str: ...
+
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
     ) -> tuple[Tensor, list[Tensor]]: ...
@@ -54,6 +57,7 @@ class Update:
 
 def index_rows(head: HeadTensors, start: int, stop: int) -> Tensor:
     """The features that labels start..stop read: int64 [T, F]."""
+    assert head.index_RF is not None  # a dense head's labels read all
     group = torch.arange(start, stop, device=head.weight_LF.device) // head.group_size
     return head.index_RF[group].to(torch.int64)
 

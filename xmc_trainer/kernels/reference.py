@@ -11,6 +11,7 @@ products take the full d, which the fused GPU kernels avoid.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -23,8 +24,6 @@ from xmc_trainer.rng import Stream, make_key, round_to_bfloat16
 
 class Tile(Protocol):
     """The products of labels start..stop with the features of a batch. `logits` comes first."""
-
-    def __init__(self, head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> None: ...
 
     def logits(self) -> Tensor:
         """float32 [B, T], without bias."""
@@ -80,7 +79,7 @@ def head_step(
     grad_start: int,
     update: Update | None,
     tile_labels: int,
-    tile_type: type[Tile] = DenseTile,
+    tile_type: Callable[[HeadTensors, int, int, Tensor], Tile] = DenseTile,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, feature gradient and (with `update`) the weight update over this rank's labels.
 
@@ -169,7 +168,7 @@ def head_topk(
     skip_row_P: Tensor,
     *,
     tile_labels: int,
-    tile_type: type[Tile] = DenseTile,
+    tile_type: Callable[[HeadTensors, int, int, Tensor], Tile] = DenseTile,
 ) -> Tensor:
     """The best k labels of this rank for each text, as packed candidates (see `unpack_candidates`).
 

@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from xmc_trainer.files import replacing
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.head import FixedFanInHead
+from xmc_trainer.head.optimizers import optimizer_named
 
-_OPTIMIZERS = {
-    "sgd": SGD(), "momentum": SGD(momentum=0.9), "rowwise_rmsprop": RowwiseRMSprop(), "adamw": AdamW(),
-    "adamw_8bit": AdamW(eight_bits=True),
-}  # fmt: skip
+_OPTIMIZERS = {"sgd": optimizer_named("sgd"), "momentum": optimizer_named("sgd", 0.9)} | {
+    name: optimizer_named(name) for name in ("rowwise_rmsprop", "adamw", "adamw_8bit")
+}
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:

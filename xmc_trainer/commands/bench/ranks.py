@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def main() -> None:
 
 def measure_shape(
     options: argparse.Namespace, ranks: CountingRanks, device: torch.device, labels: int, batch: int, features: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Measure one row of the table."""
     gpu = device.type == "cuda"
     head = FixedFanInHead(

@@ -28,17 +28,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from xmc_trainer.builders.encoder import encoder_of, longest_batch
-from xmc_trainer.builders.training import Inputs, build_trainer
+from xmc_trainer.builders.training import Inputs, build_trainer, load_inputs
 from xmc_trainer.commands.cli import run
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus, Ragged
@@ -92,8 +92,8 @@ def main() -> None:
             f"{config.data_folder}: no such folder; set dataset_path or data.folder, or set data.num_labels to generate data"
         )
     start = time.perf_counter()
-    made_up = {"load": lambda *_: generate(config, options)} if generated else {}
-    trainer = build_trainer(config, deepspeed_config=options.deepspeed_config, **made_up)
+    load = (lambda *_: generate(config, options)) if generated else load_inputs
+    trainer = build_trainer(config, deepspeed_config=options.deepspeed_config, load=load)
     bench = Bench(trainer, options.positives, "generated" if generated else "real")
     row = bench.describe() | {"start_s": round(time.perf_counter() - start, 1)}
     say = print if trainer.accelerator.is_main_process else lambda line: None
@@ -326,10 +326,16 @@ class Bench:
 def generate(config: Config, options: argparse.Namespace) -> Inputs:
     """Build a backbone with random weights, and random texts and labels."""
     hidden = config.model.encoder.encoder_ftr_dim or 768
-    layout = {"hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
-    backbone = BertModel(BertConfig(num_hidden_layers=options.layers, **layout), add_pooling_layer=False)
+    layout = BertConfig(
+        hidden_size=hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, hidden // 64),
+        intermediate_size=4 * hidden,
+    )
+    backbone = BertModel(layout, add_pooling_layer=False)
     encoder = encoder_of(config, backbone)
     labels = config.data.num_labels
+    assert labels is not None  # refused above
     texts = max(options.texts, -(-labels // options.positives))
     mean = options.tokens * math.exp(Shape.deviation**2 / 2)  # of a lognormal distribution with this median
     bounds = (8, config.data.max_len)
@@ -344,7 +350,8 @@ def generate(config: Config, options: argparse.Namespace) -> Inputs:
     train = Dataset(pyarrow.table(columns))
     names = Dataset(pyarrow.table({"id": np.arange(labels).astype(str), "text": np.full(labels, "")}))
     corpus = Corpus(train, train.select(range(min(texts, 1000))), names, None, "generated", texts)
-    return Inputs(SimpleNamespace(pad_token_id=0), encoder, corpus)
+    tokenizer = cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0))  # a benchmark reads no more of it
+    return Inputs(tokenizer, encoder, corpus)
 
 
 def _lists(parts: list[Ragged], add: int = 0) -> pyarrow.ListArray:

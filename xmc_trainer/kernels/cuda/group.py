@@ -52,6 +52,7 @@ def state_dtype(head: HeadTensors) -> torch.dtype | None:
 
 
 def _compiled(head: HeadTensors, device: torch.device, step: Step, blocks: Blocks, one_tile: bool) -> ctypes.CDLL:
+    assert head.index_RF is not None  # the dispatch gives it no dense head
     weight = head.weight_LF.dtype
     state = (
         state_dtype(head) if step.rule["RULE"] else None
@@ -75,6 +76,7 @@ def in_warpgroup_order(x_dB: Tensor) -> Tensor:
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """(loss float32 [columns], feature gradient float32 [columns, d]). batch: of whole tiles of TEXTS texts."""
+    assert head.index_RF is not None  # as above
     (labels, fan_in), group, rows, device = (
         head.weight_LF.shape,
         head.group_size,
