@@ -11,7 +11,8 @@ from datasets import Dataset
 
 from tests.data_helpers import tiny_tokenizer
 from xmc_trainer.checkpoint.saved_model import save_model
-from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+from xmc_trainer.encoder.loading import load_backbone
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.head import SGD, FixedFanInHead
 
 WORDS = 60

@@ -14,21 +14,21 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.head import feature_gradient
 from xmc_trainer.parallel import Ranks
 
-# Halved so many times, any loss scale of float16 is zero.
+# After this many halvings any loss scale is zero in float16.
 _MOST_REPEATS = 50
 
 
 class EncoderStep:
     """Runs the backward passes of a step and the update of the encoder under the engine.
 
-    When the gradient overflows float16, the head has made its update already. So the encoder's part is repeated with the
-    loss scale that the engine has lowered, with the same dropout and the kept gradient of the features. If a feature was
-    not finite, neither head nor encoder makes the step.
+    When the gradient overflows float16, the head has already made its update. So the encoder's part is repeated with the
+    lowered loss scale, the same dropout and the kept feature gradient. If a feature is not finite, head and encoder both
+    skip the step.
 
     Args:
-        encoder, optimizer: as the engine runs them.
-        seed: of the dropout.
-        max_grad_norm: norm to clip the gradient to; 0 for no clipping.
+        encoder, optimizer: as the engine returned them.
+        seed: seed of dropout.
+        max_grad_norm: maximal norm of the gradient; 0 for no clipping.
         fp16: whether the engine scales the loss.
     """
 
@@ -45,15 +45,15 @@ class EncoderStep:
     ) -> None:
         self._accelerator, self._encoder, self._optimizer, self._ranks = accelerator, encoder, optimizer, ranks
         self._seed, self._max_grad_norm, self._fp16 = seed, max_grad_norm, fp16
-        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # micro-batches, and gradients of their features
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # micro-batches with their feature gradients
 
     @property
     def captured_bytes(self) -> int:
-        """GPU memory of the encoder's CUDA graphs, which the allocator does not count as in use."""
+        """GPU memory of the encoder's CUDA graphs, in bytes; the allocator does not count it as in use."""
         return getattr(self._accelerator.unwrap_model(self._encoder), "captured_bytes", 0)
 
     def begin(self, step: int) -> None:
-        """Start a step. `step`: steps made before it."""
+        """Start a step. `step`: number of steps before it."""
         self._step, self._kept = step, []
         self._seed_draws()
 
@@ -63,12 +63,12 @@ class EncoderStep:
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
 
     def keep(self, input_ids: Tensor, attention_mask: Tensor, loss: Tensor) -> None:
-        """Keep what a repetition needs of a micro-batch. `loss` is the head's, before its backward pass."""
+        """Keep a micro-batch for a repetition. `loss`: the head's loss, before its backward pass."""
         if self._fp16:
             self._kept.append((input_ids, attention_mask, feature_gradient(loss)))
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass of a micro-batch; at the end of the step also the update. Call it in `accelerator.accumulate`."""
+        """Run a micro-batch's backward pass and, at the end of the step, the update. Call it in `accelerator.accumulate`."""
         self._accelerator.backward(loss)
         if self._max_grad_norm and self._accelerator.sync_gradients:
             self._accelerator.clip_grad_norm_(self._encoder.parameters(), self._max_grad_norm)
@@ -95,7 +95,7 @@ class EncoderStep:
             if self._applied():
                 return True
         raise UserError(
-            f"the encoder's gradient overflows float16 at step {self._step + 1}, whatever the loss scale: set training.amp.dtype=bfloat16, or "
+            f"the encoder's gradient overflows float16 at step {self._step + 1} at every loss scale; set training.amp.dtype=bfloat16, or "
             "fp16.loss_scale=0 in the DeepSpeed JSON"
         )
 

@@ -1,30 +1,29 @@
-"""What a training needs, before anything is loaded: GPU memory, host memory, disk and time, from one formula a term.
+"""Plan a training before anything is loaded: GPU memory, host memory, disk and time, each term from one formula.
 
-Letters: P trained parameters of the encoder, U the others (a pooler), w bytes of its weights (2 under DeepSpeed with fp16 or bf16, else 4),
-s states of its optimizer (Adam 2, SGD 1), N GPUs, B texts of a step, b texts of a GPU's micro-batch, d features, N_t training texts.
+Symbols: P trained parameters of the encoder, U frozen ones (a pooler), w bytes per weight (2 under DeepSpeed with fp16 or bf16, else
+4), s optimizer states per parameter (Adam 2, SGD 1), N GPUs, B texts per step, b texts of a GPU's micro-batch, d features.
 
-GPU memory of a process, in bytes that the allocator hands out (`torch.cuda.max_memory_allocated`):
+GPU memory of a process, in bytes that the allocator counts (`torch.cuda.max_memory_allocated`):
 
-    weights             w (P + U); ZeRO 3: w (P + U) / N, and w (P + U) again while layers are gathered
-    optimizer           ZeRO 1, 2, 3: (4 + 4 s) P / N, of float32 weights and states; ZeRO 0 with 16-bit weights: (4 + 4 s) P; without
-                        DeepSpeed: 4 s P (the weights are float32 themselves)
-    gradients           kept from one micro-batch to the next: w P; ZeRO 2: w P / N; ZeRO 3: w P / N and a bucket of
-                        5e8 numbers (DeepSpeed's reduce_bucket_size). One micro-batch a step keeps none while it runs forward
-    activations         what autograd saves of b texts of `data.max_len` tokens. The forward pass runs on tensors without memory, and
-                        the saved bytes are added up: about 34 h bytes a token and layer of a BERT with h features in 16 bits, 42 h
-                        under autocast (an attention kernel saves queries, keys, values and its output). A model that does not run without values counts
-                        as a BERT of its sizes. Compiled code saves
-                        no more. Under autocast the 16-bit copies of weights come on top.
-    head                the buffers of `FixedFanInHead`, made without memory, and what kernels keep of the index
-    head, working       of the kernel that `kernels.dispatch` chooses: see `working_bytes`
-    exchange            features and labels of all GPUs, and float32 gradients of the features: see `exchange_bytes`
+    weights             w (P + U). ZeRO 3: w (P + U) / N, and w (P + U) more while layers are gathered
+    optimizer           ZeRO 1, 2, 3: (4 + 4 s) P / N for float32 weights and states. ZeRO 0 with 16-bit weights: (4 + 4 s) P.
+                        Without DeepSpeed: 4 s P (the weights themselves are float32)
+    gradients           kept between micro-batches: w P. ZeRO 2: w P / N. ZeRO 3: w P / N and a bucket of 5e8 numbers
+                        (DeepSpeed's reduce_bucket_size). With one micro-batch per step none are kept during the forward pass
+    activations         what autograd saves for b texts of `data.max_len` tokens, measured by a forward pass on fake tensors. A BERT
+                        with h features saves about 34 h bytes per token and layer in 16 bits, 42 h under autocast (an attention
+                        kernel saves queries, keys, values and output). A model that fails on fake tensors counts as a BERT of
+                        its size. Compiled code saves no more. Autocast adds 16-bit copies of the weights
+    head                the buffers of `FixedFanInHead`, counted on the meta device, and what kernels cache of the index
+    head, working       workspace of the kernel that `kernels.dispatch` chooses; see `working_bytes`
+    exchange            features, labels and float32 feature gradients of all GPUs; see `exchange_bytes`
 
-The peak is the larger of two moments: the head's step, which finds all activations in memory, and the end of the backward pass, which
-finds none, but two copies of the encoder's gradient (of each parameter, and joined).
+The peak is the larger of two moments: the head's step, when all activations are in memory, and the end of the backward pass, when
+none are, but two copies of the encoder's gradient (per parameter, and flat).
 
-Outside the allocator a process takes CONTEXT bytes (CUDA, NCCL), and SLACK of the rest is lost to fragments. Both are assumed.
+Outside the allocator a process takes CONTEXT bytes (CUDA, NCCL), and fragmentation wastes a share of SLACK. Both are assumptions.
 
-Times come from measured rates: see `Rates`. A phase without a measured rate has no time.
+Times are scaled from measured rates; see `Rates`. A phase without a measured rate has no time.
 """
 
 from __future__ import annotations
@@ -46,22 +45,24 @@ from transformers import AttentionInterface
 
 from xmc_trainer.config import Config
 from xmc_trainer.data.generated import PUBLISHED, Shape
-from xmc_trainer.encoder.text_encoder import TextEncoder, backbone_without_weights
+from xmc_trainer.encoder.loading import backbone_without_weights
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
 from xmc_trainer.errors import UserError
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.head import AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.head.optimizers import optimizer_named
 from xmc_trainer.kernels.dispatch import STEPS, Problem, choose
 from xmc_trainer.parallel import Ranks
 
 GIB = 1 << 30
 STAGES = (None, 0, 1, 2, 3)  # None: without DeepSpeed
-CONTEXT = 1 << 30  # of a process, outside torch's allocator: CUDA, NCCL (assumed)
-SLACK = 0.05  # of allocated memory, that the allocator cannot use (assumed)
+CONTEXT = 1 << 30  # bytes of a process outside torch's allocator: CUDA, NCCL (assumed)
+SLACK = 0.05  # share of memory lost to fragmentation (assumed)
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
-_HOPPER = (9, 0)  # the GPU that is planned for
-_MULTIPROCESSORS = 132  # and what it has
+_HOPPER = (9, 0)  # compute capability of the planned GPU
+_MULTIPROCESSORS = 132  # of an H100 or H200
 _STATES = {"adamw": 2, "adam": 2, "sgd": 1}
-_LABELS_A_CLUSTER = 64  # of xmc-trainer clusters
+_LABELS_A_CLUSTER = 64  # as `xmc-trainer clusters` makes them
 
 
 # The encoder ----------------------------------------------------------------------------------------------------------
@@ -72,12 +73,14 @@ class EncoderPlan:
     """The encoder's sizes, from its config.json.
 
     Attributes:
-        groups: trained numbers of each optimizer group, which are the lengths of the engine's flat tensors.
-        fixed: parameters that are not trained.
+        groups: trained parameters of each optimizer group, which are the lengths of the engine's flat tensors.
+        tensors: entries of the state dict.
+        fixed: frozen parameters.
         features: d.
-        matrices: trained numbers that a token is multiplied with: of matrices, without embeddings.
-        layers, hidden: of the backbone.
-        text_bytes: saved by autograd for a text of `tokens` tokens. cast_bytes: saved once, whatever the texts.
+        matrices: trained parameters of matrices other than embeddings, which every token is multiplied with.
+        layers, hidden: layers and hidden size of the backbone.
+        text_bytes: bytes that autograd saves per text of `tokens` tokens.
+        cast_bytes: bytes that it saves once, independent of the texts.
     """
 
     groups: tuple[int, ...]
@@ -88,7 +91,7 @@ class EncoderPlan:
     layers: int
     hidden: int
     tokens: int
-    text_bytes: dict[bool, int]  # by whether the weights have 16 bits (DeepSpeed) or autocast is used
+    text_bytes: dict[bool, int]  # key: whether the weights have 16 bits (DeepSpeed); otherwise float32 or autocast
     cast_bytes: dict[bool, int]
 
     @property
@@ -96,13 +99,13 @@ class EncoderPlan:
         return sum(self.groups)
 
     def flops(self, texts: float, tokens: float, *, backward: bool = True) -> float:
-        """Floating point operations of a pass over `texts` texts of `tokens` tokens: 2 a weight and token, 4 T h a layer for attention."""
+        """Count the operations of a pass over `texts` texts of `tokens` tokens: 2 per weight and token, 4 T h per layer for attention."""
         forward = texts * tokens * (2 * self.matrices + 4 * self.layers * self.hidden * tokens)
         return (3 if backward else 1) * forward
 
     @classmethod
     def of(cls, config: Config) -> EncoderPlan:
-        """Of a configuration. UserError where its encoder is not to be had."""
+        """Measure the encoder of a configuration. Raises UserError if its config.json cannot be loaded."""
         amp, tokens = config.training.amp.enabled, config.data.max_len
         text_bytes, cast_bytes = {}, {}
         for sixteen in (True, False) if amp else (False,):
@@ -128,7 +131,7 @@ class EncoderPlan:
 
 
 def encoder_without_weights(config: Config, dtype: torch.dtype) -> TextEncoder:
-    """The encoder of a configuration, of tensors without memory. UserError as of `load_backbone`."""
+    """Build the encoder of a configuration from fake tensors. Raises UserError like `load_backbone`."""
     chosen, penultimate = config.model.encoder, config.model.penultimate
     with FakeTensorMode():
         encoder = TextEncoder(
@@ -147,7 +150,7 @@ def encoder_without_weights(config: Config, dtype: torch.dtype) -> TextEncoder:
 
 
 class _Attention(torch.autograd.Function):
-    """Saves what a fused attention kernel saves: queries, keys, values, output, and a float32 for each query and head."""
+    """Saves what a fused attention kernel saves: queries, keys, values, output, and a float32 per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -164,14 +167,16 @@ def _attention(
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """As a GPU has it: a mask of one byte a number is saved."""
+    """Dropout as on a GPU, which saves a mask of one byte per element."""
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
 
 def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) -> tuple[int, int]:
-    """(bytes a text, bytes besides) that autograd saves in the forward pass for texts of `tokens` tokens.
+    """Measure what autograd saves in a forward pass on texts of `tokens` tokens. Returns (bytes per text, fixed bytes).
 
-    Args: encoder: of `encoder_without_weights`. autocast: to bfloat16.
+    Args:
+        encoder: as `encoder_without_weights` returns it.
+        autocast: run under autocast to bfloat16.
     """
     backbone = encoder.backbone
     if getattr(backbone, "_supports_sdpa", False):
@@ -180,10 +185,10 @@ def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) ->
     encoder.train()
     own = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    log.disabled = True  # it would print a traceback for each operation that it cannot run
+    log.disabled = True  # it logs a traceback for each operation that fails
     try:
         found = [_saved(encoder, texts, tokens, own, autocast) for texts in (2, 4)]
-    except Exception:  # a model may look at the values of tensors, which have none here, or not run in 16 bits as it is
+    except Exception:  # fake tensors have no values to branch on, and some models do not run in 16 bits
         return _closed_form(encoder, tokens, autocast), 0
     finally:
         log.disabled = False
@@ -192,7 +197,7 @@ def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) ->
 
 
 def _closed_form(encoder: TextEncoder, tokens: int, autocast: bool) -> int:
-    """The bytes a text of a BERT of these sizes, with attention weights in memory: of a model that cannot run without values."""
+    """Estimate the bytes per text as those of a BERT of this size that stores its attention weights."""
     shape, wide = encoder.backbone.config, next(encoder.parameters()).dtype == torch.float32
     a_feature, a_score = (42, 5) if autocast else (66, 9) if wide else (34, 5)
     return (
@@ -203,7 +208,7 @@ def _closed_form(encoder: TextEncoder, tokens: int, autocast: bool) -> int:
 
 
 def _saved(encoder: TextEncoder, texts: int, tokens: int, own: set[int], autocast: bool) -> int:
-    saved: dict[int, Tensor] = {}  # by storage; the tensors stay, so that no address is used twice
+    saved: dict[int, Tensor] = {}  # by storage; holding the tensors keeps addresses unique
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()._cdata
@@ -232,7 +237,7 @@ def _saved(encoder: TextEncoder, texts: int, tokens: int, own: set[int], autocas
 
 
 class _HeadShape(FixedFanInHead):
-    """The buffers of a head, and nothing in them."""
+    """A head on the meta device, whose buffers are never filled."""
 
     def reset_parameters(self) -> None:
         pass
@@ -241,21 +246,19 @@ class _HeadShape(FixedFanInHead):
 def heads_of(
     config: Config, features: int, labels: int, ranks: int, clusters: int | None = None
 ) -> list[FixedFanInHead]:
-    """The heads that one of `ranks` processes has in a training, without memory: of the labels (one or two), of the meta branch.
+    """Build the heads of one of `ranks` processes on the meta device: one or two for the labels, then the meta branch's.
 
-    Args: clusters: of the meta branch; default: as `xmc-trainer clusters` makes them.
+    Args:
+        clusters: outputs of the meta branch; default: as many as `xmc-trainer clusters` makes.
     """
     ffi, optimization = config.model.ffi, config.training.optimization
-    optimizers = {
-        "sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "adamw_8bit": AdamW(eight_bits=True),
-        "rowwise_rmsprop": RowwiseRMSprop(),
-    }  # fmt: skip
+    optimizer = optimizer_named(optimization.xmc_optimizer, optimization.xmc_momentum)
     one = Ranks()
-    one.rank, one.size = ranks - 1, ranks  # the last rank's share is never the smaller one
+    one.rank, one.size = ranks - 1, ranks  # the last rank's share is the largest
 
     def head(labels: int, fan_in: int | None, **more: Any) -> FixedFanInHead:
         common: dict[str, Any] = {
-            "optimizer": optimizers[optimization.xmc_optimizer], "weight_dtype": getattr(torch, ffi.weight_dtype),
+            "optimizer": optimizer, "weight_dtype": getattr(torch, ffi.weight_dtype),
             "logit_shift": torch.empty(labels, device="meta") if ffi.logit_adjustment else None,
         }  # fmt: skip
         return _HeadShape(
@@ -282,12 +285,12 @@ def heads_of(
 
 
 def head_bytes(heads: Iterable[FixedFanInHead]) -> int:
-    """Of all buffers: weights, index, biases, optimizer state."""
+    """Add up the bytes of all buffers: weights, index, biases, optimizer state."""
     return sum(buffer.nbytes for head in heads for buffer in head.buffers())
 
 
 def index_bytes(head: FixedFanInHead, texts: int) -> int:
-    """What kernels keep of an index besides: int16 a row and 64 features (densify), a bit a row and feature (Triton's dense)."""
+    """Count the bytes that kernels cache of an index: an int16 per row and 64 features (densify), a bit per row and feature (Triton's dense)."""
     index = head.tensors().index_RF
     if index is None:
         return 0
@@ -301,14 +304,14 @@ def _kernel(head: FixedFanInHead, texts: int) -> Any:
 
 
 def working_bytes(head: FixedFanInHead, texts: int) -> int:
-    """Memory of a step over `texts` texts beside the head, of the kernel that an H100 or H200 takes.
+    """Count the workspace of a step over `texts` texts, for the kernel chosen on an H100 or H200.
 
-    All keep the features twice (rows and columns) and their float32 gradient twice. The kernels take the labels in chunks:
+    Every kernel keeps the features twice (row- and column-major) and their float32 gradient twice. It processes labels in chunks:
 
-        group       a chunk of 48 MiB: the bits of its positives (CUDA), or slopes and bits (Triton)
-        densify     a chunk of 256 MiB, or 0.2 of weights and index if that is more: slopes, bits, bias gradients, the weight
-                    gradient; and the feature gradient once a lane of blocks
-        dense       a chunk of 48 MiB, or of 0.05 of the weights (0.2 where rows are copied); a lane's feature gradients; losses
+        group       48 MiB per chunk: positives' bits (CUDA), or slopes and bits (Triton)
+        densify     256 MiB per chunk, or 0.2 of weights and index if that is more: slopes, bits, bias gradients, weight gradient;
+                    and a feature gradient per lane of blocks
+        dense       48 MiB per chunk, or 0.05 of the weights (0.2 if rows are copied); feature gradients per lane; losses
     """
     labels, d, e = len(head.labels), head.in_features, head.product_dtype.itemsize
     kernel = _kernel(head, texts)
@@ -350,14 +353,18 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
 
 
 def exchange_bytes(texts: int, ranks: int, features: int, positives: float, product_dtype: torch.dtype) -> int:
-    """Memory of the collectives of a micro-batch of `texts` texts over all ranks: features and labels sent and received, gradients."""
+    """Count the bytes of a micro-batch's collectives: features and labels sent and received, and feature gradients.
+
+    Args:
+        texts: texts of the micro-batch over all ranks.
+        positives: mean labels per text.
+    """
     if ranks == 1:
         return 0
     a_text = features * product_dtype.itemsize + 4 * positives + 4
-    gathered = texts * a_text * (1 / ranks + 2)  # sent; received, and joined
-    return int(
-        gathered + texts * 4 * features * (1 + 1 / ranks)
-    )  # gradients in whole rows, and the share that comes back
+    gathered = texts * a_text * (1 / ranks + 2)  # sent; received and concatenated
+    # Gradients of all texts, and this rank's share after the reduce-scatter.
+    return int(gathered + texts * 4 * features * (1 + 1 / ranks))
 
 
 # Memory of a process --------------------------------------------------------------------------------------------------
@@ -365,27 +372,30 @@ def exchange_bytes(texts: int, ranks: int, features: int, positives: float, prod
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of the data before they are read."""
+    """Sizes of the data, known before they are read."""
 
     texts: int
     test_texts: int
     labels: int
-    tokens: float  # mean, after the cut to data.max_len
-    positives: float  # mean labels a text
-    name_bytes: float = 7.0  # of a label's id, and again of its text
+    tokens: float  # mean per text, after truncation to data.max_len
+    positives: float  # mean labels per text
+    name_bytes: float = 7.0  # bytes of a label's id, and as many of its text
 
     @classmethod
     def of(cls, config: Config, shape: Shape | None = None, labels: int | None = None) -> Facts:
-        """Of a published shape, and of the configuration's number of labels. A word counts as a token. UserError where neither is known."""
+        """Take the sizes from a published shape and the configured number of labels. A word counts as a token.
+
+        Raises UserError if the data set's size is unknown.
+        """
         data = config.data
         shape = shape or PUBLISHED.get(data.dataset)
         labels = labels or data.num_labels or (None if shape is None else shape.labels)
         if shape is None or labels is None:
             raise UserError(
                 f"data.dataset={data.dataset}: its size is not known; give --texts, --test-texts, --tokens and --positives, and "
-                "data.num_labels"
+                "set data.num_labels"
             )
-        # The mean of a lognormal length that is cut at m is mean Phi(a - deviation) + m (1 - Phi(a)), a = (log m - mu) / deviation.
+        # The mean of a lognormal length truncated at m is mean Phi(a - deviation) + m (1 - Phi(a)), a = (log m - mu) / deviation.
         most, deviation = data.max_len - 2, shape.deviation
         a = (math.log(most / shape.words_a_text) + deviation**2 / 2) / deviation
         phi = [0.5 * (1 + math.erf(x / math.sqrt(2))) for x in (a - deviation, a)]
@@ -396,17 +406,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Memory:
-    """GPU memory of a process: bytes by term, and their peak."""
+    """GPU memory of a process, in bytes: each term, and the peak."""
 
     gpus: int
     stage: int | None
-    parts: int  # micro-batches a step
+    parts: int  # micro-batches per step
     terms: dict[str, int]
     peak: int
 
     @property
     def device(self) -> int:
-        """What of a GPU's memory is taken: the peak, what the allocator loses, and the context."""
+        """GPU memory in use: the peak, fragmentation, and the CUDA context."""
         return int(self.peak * (1 + SLACK)) + CONTEXT
 
 
@@ -415,13 +425,13 @@ def stage_name(stage: int | None) -> str:
 
 
 def refusal(config: Config, gpus: int, stage: int | None) -> str | None:
-    """Why a training does not start; None if it does."""
+    """Return why a training with these settings would not start; None if it would."""
     if stage is None and gpus > 1:
         return "one process only"
     if stage == 0 and config.training.amp.mixed_precision == "fp16":
         return "fp16 trains wrongly"
     if config.texts_a_step % gpus:
-        return f"{config.texts_a_step} texts a step"
+        return f"{config.texts_a_step} texts per step do not divide evenly"
     return None
 
 
@@ -434,11 +444,11 @@ def memory_of(
     gpu_bytes: int,
     parts: int | None = None,
 ) -> Memory:
-    """GPU memory of each of `gpus` processes.
+    """Compute the GPU memory of each of `gpus` processes.
 
     Args:
-        gpu_bytes: of a GPU; data.micro_batches=auto cuts a step until it fits.
-        parts: micro-batches a step; default: by the configuration.
+        gpu_bytes: memory of a GPU, which data.micro_batches=auto fits a step into.
+        parts: micro-batches per step; default: as configured.
     """
     P, U, s = encoder.trained, encoder.fixed, _STATES[config.training.optimization.encoder_optimizer]
     amp = config.training.amp.enabled
@@ -454,7 +464,7 @@ def memory_of(
             parts = int(config.data.micro_batches)
         else:
             free = int((1 - SPARED) * gpu_bytes) - CONTEXT - head - (4 + BYTES_A_PARAMETER) * (P + U)
-            # The training measures it before the engine has the encoder, in float32 or under autocast.
+            # A training measures before the engine prepares the encoder: in float32 or under autocast.
             parts = fewest_parts(texts, gpus, encoder.text_bytes[False], free)
     largest = max(encoder.groups)
     kept = 0 if parts == 1 else w * P // (share if stage in (2, 3) else 1)
@@ -467,28 +477,28 @@ def memory_of(
         "head, working": working,
         "exchange": exchange_bytes(-(-texts // parts), gpus, encoder.features, facts.positives, product),
     }
-    # Features of the micro-batches of a step, and of the latest steps for growth by gradient.
+    # Features of a step's micro-batches, and of the recent steps kept for growth by gradient.
     ffi = config.model.ffi
     steps = 1 + (ffi.growth_batches if ffi.growth_mode == "gradient" else 0)
     terms["head, working"] += int(steps * texts * (encoder.features * product.itemsize + 16 * facts.positives))
     static = terms["weights"] + terms["optimizer"] + terms["gradients"] + head
     in_head = static + terms["activations"] + terms["head, working"] + terms["exchange"]
-    # A gradient for each parameter, the joined one of the largest group, and under ZeRO 1 to 3 its float32 part.
+    # A gradient per parameter, the flat one of the largest group, and under DeepSpeed its float32 copy.
     in_backward = static + (0 if stage == 3 else w * (P + largest)) + (4 * P // share if stage is not None else 0)
     return Memory(gpus, stage, parts, terms, max(in_head, in_backward))
 
 
 # Disk and host memory -------------------------------------------------------------------------------------------------
 
-_HEADER = 130  # bytes of a safetensors header for a tensor
-_ROWS = 2000  # of a record batch in the token cache
-_BATCH = 900  # bytes of a record batch beside its columns
-# Of a label's name while raw files are read: a string, its places in a set, a list and a dict, and in the list of labels.
+_HEADER = 130  # bytes per tensor of a safetensors header
+_ROWS = 2000  # rows of a record batch in the token cache
+_BATCH = 900  # bytes of a record batch besides its columns
+# Bytes per label name while raw files are read: a string, and its entries in a set, a dict and two lists.
 _NAME = 330
 
 
 def token_cache_bytes(facts: Facts) -> int:
-    """Of the Arrow files: an int32 a token and label, 12 bytes a text, two strings with offsets a label. Memory-mapped: disk, and page cache."""
+    """Count the bytes of the memory-mapped Arrow files: an int32 per token and positive, 12 bytes per text, two strings per label."""
     texts = facts.texts + facts.test_texts
     rows = texts * (12 + 4 * (facts.tokens + facts.positives)) + facts.labels * 2 * (facts.name_bytes + 4)
     batches = sum(-(-each // _ROWS) for each in (facts.texts, facts.test_texts, facts.labels))
@@ -496,7 +506,7 @@ def token_cache_bytes(facts: Facts) -> int:
 
 
 def checkpoint_bytes(config: Config, encoder: EncoderPlan, facts: Facts) -> int:
-    """Of one checkpoint: the encoder's float32 weights and states, the head's buffers, the latest steps."""
+    """Count the bytes of a checkpoint: the encoder's float32 weights and states, the head's buffers, the recent steps."""
     s = _STATES[config.training.optimization.encoder_optimizer]
     heads = heads_of(config, encoder.features, facts.labels, 1)
     state = sum(value.nbytes for head in heads for value in head.state_dict().values())
@@ -507,7 +517,7 @@ def checkpoint_bytes(config: Config, encoder: EncoderPlan, facts: Facts) -> int:
 
 
 def model_bytes(config: Config, encoder: EncoderPlan, facts: Facts, stage: int | None) -> int:
-    """Of the saved model, but for the tokenizer: the encoder in the precision that it has, weights, index and bias of the head, label names."""
+    """Count the bytes of a saved model without its tokenizer: encoder in its precision, weights, index and bias of the head, label names."""
     w = 2 if config.training.amp.enabled and stage is not None else 4
     heads = heads_of(config, encoder.features, facts.labels, 1)[: 2 if config.model.ffi.head_ratio else 1]
     tensors = [head.tensors() for head in heads]
@@ -517,10 +527,10 @@ def model_bytes(config: Config, encoder: EncoderPlan, facts: Facts, stage: int |
 
 
 def host_terms(config: Config, encoder: EncoderPlan, facts: Facts, gpus: int) -> dict[str, int]:
-    """Host memory of rank 0 beside Python and its libraries, in bytes by term: what grows with data and model.
+    """Count the host memory of rank 0 that grows with data and model, in bytes by term.
 
-    label names while raw files are read; numbers of an epoch's texts (lengths, order, plan); counts and propensities of labels; a
-    checkpoint's tensors on their way to the disk.
+    The terms: label names while raw files are read; lengths, order and plan of an epoch's texts; counts and propensities of
+    labels; a checkpoint's tensors while they are written. Python and its libraries are not included.
     """
     s = _STATES[config.training.optimization.encoder_optimizer]
     heads = heads_of(config, encoder.features, facts.labels, gpus)
@@ -541,9 +551,9 @@ class Rates:
     """Measured rates, from the CSV files of `xmc-trainer bench`.
 
     bench head     ms of the head's step and of ranking, by texts, fan-in, group size and optimizer
-    bench train    ms of the encoder's step, by engine, precision and ranks; its operations a second carry over to other encoders
-                   and lengths. (Rows without `encoder_parameters` are of a BERT of 12 layers, the default there.)
-    bench data     texts tokenised a second
+    bench train    ms of the encoder's step, by engine, precision and ranks. Its operations per second are used for other encoders
+                   and lengths too. (Rows without `encoder_parameters` are of the default there, a BERT of 12 layers.)
+    bench data     texts tokenised per second
     """
 
     head: list[tuple[str, dict[str, str]]] = field(default_factory=list)
@@ -552,7 +562,7 @@ class Rates:
 
     @classmethod
     def read(cls, paths: Iterable[Path]) -> Rates:
-        """UserError for a file that cannot be read. Files of other tables are passed over."""
+        """Read CSV files. Other tables are ignored. Raises UserError for a file that cannot be read."""
         rates = cls()
         for path in paths:
             try:
@@ -570,9 +580,10 @@ class Rates:
         return rates
 
     def head_ms(self, head: FixedFanInHead, texts: int, *, rank: bool = False) -> tuple[float, str] | None:
-        """(ms of the head's step, or of ranking, source) over `texts` texts; None if nothing like it was measured.
+        """Estimate the ms of the head's step, or of ranking, over `texts` texts. Returns (ms, source), or None without data.
 
-        The row of the nearest number of texts with the same fan-in and group size; ms grow with labels, and with texts where there are more.
+        It scales the row with the same features, fan-in and group size and the nearest number of texts: in proportion to the
+        labels, and to the texts if there are more than in the row.
         """
         name = {"momentum": "sgd"}.get(head.optimizer.name, head.optimizer.name)
         sparse = head.index is not None
@@ -584,7 +595,7 @@ class Rates:
         ]  # fmt: skip
         if not rows:
             return None
-        # The same optimizer first; of the others what it moves besides is added below.
+        # Prefer the same optimizer. For another one, the bytes that it moves in addition are charged below.
         source, row = min(
             rows,
             key=lambda item: (item[1]["optimizer"] != name and not rank, abs(math.log(int(item[1]["batch"]) / texts))),
@@ -602,13 +613,14 @@ class Rates:
     def encoder_flops(
         self, gpus: int, stage: int | None, precision: str
     ) -> tuple[tuple[float, str], tuple[float, str]] | tuple[None, None]:
-        """Operations a second of a GPU, with their source: in the encoder's step alone, and in whole steps less the head; of the nearest row.
+        """Estimate a GPU's operations per second from the nearest row. Returns two (rate, source), or (None, None) without data.
 
-        Whole steps wait for data, other ranks and the host besides: what a row lost so, a plan loses in proportion.
+        The first rate is that of the encoder's step alone, the second that of whole steps without the head. The second includes
+        waiting for data, other ranks and the host.
         """
         engine = "without DeepSpeed" if stage is None else f"DeepSpeed ZeRO {stage}"
         rows = [item for item in self.train if item[1]["precision"] == precision and item[1]["encoder_ms"]]
-        # ZeRO 3 is another program than the others; these are alike.
+        # Rates of ZeRO 3 do not apply to other engines, nor theirs to ZeRO 3.
         rows = [item for item in rows if (item[1]["engine"] == "DeepSpeed ZeRO 3") == (stage == 3)]
         if not rows:
             return None, None
@@ -622,7 +634,7 @@ class Rates:
         return (alone, source), (whole, source)
 
     def tokenised(self) -> tuple[float, str] | None:
-        """(texts a second and core, source)."""
+        """Return (texts per second and core, source); None without data."""
         rows = [item for item in self.data if item[1]["tokenised_texts_s"]]
         if not rows:
             return None
@@ -632,7 +644,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a training: its time, and where that comes from. seconds is None where nothing was measured."""
+    """A phase of a training: its seconds, None if nothing was measured, and the source of the rate."""
 
     name: str
     seconds: float | None
@@ -642,15 +654,13 @@ class Phase:
 def phases_of(
     config: Config, encoder: EncoderPlan, facts: Facts, gpus: int, stage: int | None, rates: Rates, cores: int
 ) -> list[Phase]:
-    """The phases of a training that take time, in order."""
+    """Estimate the phases of a training, in order."""
     ffi, batch, steps = config.model.ffi, config.data.test_batch_size, -(-facts.texts // config.texts_a_step)
     heads = heads_of(config, encoder.features, facts.labels, gpus)
     alone, whole = rates.encoder_flops(gpus, stage, config.training.amp.mixed_precision)
     of_step = [rates.head_ms(head, config.texts_a_step) for head in heads]
     of_ranking = [rates.head_ms(head, batch, rank=True) for head in heads[: 2 if ffi.head_ratio else 1]]
-    a_text = (
-        encoder.flops(1, facts.tokens, backward=False) / gpus
-    )  # of a pass forward, which runs at the rate of training
+    a_text = encoder.flops(1, facts.tokens, backward=False) / gpus  # a forward pass runs at the rate of training
     a_step = encoder.flops(config.texts_a_step / gpus, facts.tokens)
 
     def read(rate: float) -> float:
@@ -680,7 +690,7 @@ def phases_of(
 
 
 def _phase(name: str, seconds: Callable[..., float], *rates: tuple[float, str] | None) -> Phase:
-    """seconds(the rates' values); without a time where one of the rates was not measured."""
+    """Apply `seconds` to the values of the rates. If one of them is None, the phase has no time."""
     measured = [rate for rate in rates if rate is not None]
     if len(measured) < len(rates):
         return Phase(name, None, "no measured rate")
@@ -691,28 +701,29 @@ def _phase(name: str, seconds: Callable[..., float], *rates: tuple[float, str] |
 
 
 def what_fits(config: Config, gpus: int, stage: int | None, gpu_bytes: int, parts: int | None = None) -> str:
-    """One line for a training that ran out of GPU memory: what it needs, and the first change of settings that fits.
+    """Describe in one line what a training needs that ran out of GPU memory, and the first change of settings that fits.
 
-    Args: parts: micro-batches a step of that training; None: by the configuration.
+    Args:
+        parts: micro-batches per step of that training; None: as configured.
     """
     shape, labels = PUBLISHED.get(config.data.dataset), config.data.num_labels
     if labels is None and shape is None:
-        return "set data.micro_batches to more than before; with data.num_labels set, xmc-trainer plan says what a step needs"
+        return "raise data.micro_batches; with data.num_labels set, xmc-trainer plan shows what a step needs"
     encoder = EncoderPlan.of(config)
-    # Of texts nothing but their longest tokens counts here.
+    # Memory depends on the longest texts only; the other sizes do not matter.
     facts = Facts.of(config, shape or Shape(1, 1, 1, 36, config.data.max_len))
     now = memory_of(config, encoder, facts, gpus, stage, gpu_bytes, parts)
     said = f"{gpus} GPU{'s' * (gpus > 1)}, {stage_name(stage)}, {now.parts} micro-batches: {now.device / GIB:.1f} GiB planned"
     for change, other in _changes(config, now.parts, gpus):
         needed = memory_of(other, encoder, facts, gpus, stage, gpu_bytes)
-        # Whatever the plan of the training that failed says, it was too much.
+        # The failed training needed too much, whatever the plan says: require less than its planned peak.
         if needed.device < 0.95 * gpu_bytes and needed.peak < 0.9 * now.peak:
             return f"{said}; {change} needs {needed.device / GIB:.1f} GiB"
-    return f"{said}; no change of micro-batches and head fits: take more GPUs, or GPUs with more memory"
+    return f"{said}; no change of micro-batches and head fits; use more GPUs, or GPUs with more memory"
 
 
 def _changes(config: Config, parts: int, gpus: int) -> Iterator[tuple[str, Config]]:
-    """(settings as words, configuration): smaller and smaller ones, those that train the same first."""
+    """Yield (settings as words, configuration) in order of falling memory; those with the same training result come first."""
 
     def with_parts(config: Config, number: int) -> Config:
         return replace(config, data=replace(config.data, micro_batches=str(number)))
@@ -735,7 +746,7 @@ def _changes(config: Config, parts: int, gpus: int) -> Iterator[tuple[str, Confi
 
 @contextmanager
 def explained(config: Config) -> Iterator[None]:
-    """An error for want of GPU memory in the block, which trains, becomes a UserError that says what would fit."""
+    """Turn an out-of-memory error of the block into a UserError that says what would fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:

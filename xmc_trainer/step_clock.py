@@ -1,4 +1,4 @@
-"""Where the time of training steps goes, measured without a wait for the device."""
+"""Measure where the time of training steps goes, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -8,10 +8,18 @@ from collections import defaultdict
 import torch
 
 
-class StepClock:
-    """Adds up the time of a step's parts, on a GPU by events on its own time line.
+def _milliseconds(before: torch.cuda.Event | float, after: torch.cuda.Event | float) -> float:
+    if isinstance(before, float):
+        assert isinstance(after, float)  # the marks of a clock are of one kind
+        return 1000 * (after - before)
+    assert not isinstance(after, float)
+    return before.elapsed_time(after)
 
-    `mark(part)` ends a part: it took from the mark before to this one. What lies before `mark(None)` belongs to none.
+
+class StepClock:
+    """Adds up the time of a step's parts; on a GPU with CUDA events.
+
+    `mark(part)` assigns the time since the previous mark to `part`. Time before `mark(None)` is not counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -19,6 +27,7 @@ class StepClock:
         self._marks: list[tuple[str | None, torch.cuda.Event | float]] = []
 
     def mark(self, part: str | None) -> None:
+        moment: torch.cuda.Event | float
         if self._gpu:
             moment = torch.cuda.Event(enable_timing=True)
             moment.record()
@@ -27,10 +36,10 @@ class StepClock:
         self._marks.append((part, moment))
 
     def read(self) -> dict[str, float]:
-        """Milliseconds of each part since the last call. On a GPU the caller has waited for the last mark."""
+        """Return the ms of each part since the last call. On a GPU, wait for the last mark first."""
         marks, self._marks = self._marks, []
         parts: dict[str, float] = defaultdict(float)
         for (_, before), (part, moment) in zip(marks, marks[1:]):
             if part is not None:
-                parts[part] += before.elapsed_time(moment) if self._gpu else 1000 * (moment - before)
+                parts[part] += _milliseconds(before, moment)
         return dict(parts)

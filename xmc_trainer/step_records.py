@@ -1,4 +1,4 @@
-"""One record per training step, and what is computed from the steps since the last reading: speed, finite losses."""
+"""Collect one record per training step, measure speed, and check that losses are finite."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from xmc_trainer.errors import UserError
 from xmc_trainer.step_clock import StepClock
 
-# With float16 the features of so many steps in a row may overflow.
+# With float16, features may overflow in this many consecutive steps.
 _MOST_OVERFLOWS = 50
 
 
 class StepRecords:
-    """Collects the records of steps while their losses stay on the device: reading a loss waits for the device.
+    """Collects records of steps and leaves their losses on the device, because reading one waits for the device.
 
     Args:
-        texts_a_step: texts of an optimizer step, all ranks together.
-        fp16: whether features may overflow now and then; encoder and head skip such a step.
+        texts_a_step: texts of an optimizer step, over all ranks.
+        fp16: whether features may overflow occasionally; encoder and head skip such steps.
 
     Attributes:
         clock: measures the parts of a step: "data", "forward", "head", "engine".
-        not_finite: latest steps in a row whose loss was not finite.
-        seconds: least time between two readings.
+        not_finite: number of consecutive latest steps with a non-finite loss.
+        seconds: minimal time between two readings.
     """
 
     def __init__(self, device: torch.device, texts_a_step: int, fp16: bool) -> None:
@@ -46,10 +46,10 @@ class StepRecords:
         return time.monotonic() - self._read_at >= self.seconds
 
     def read(self, skipped: Tensor, captured_bytes: int = 0) -> list[dict[str, Any]]:
-        """The records since the last reading with their "loss". The last one also has the speed of them all.
+        """Return the records since the last reading, each with its "loss". The last one also has their mean speed.
 
         Args:
-            skipped: steps that the head has skipped so far, int64 scalar on the device.
+            skipped: number of steps that the head has skipped, int64 scalar on the device.
             captured_bytes: GPU memory in use that the allocator does not count.
         """
         if not self._unread:
@@ -62,17 +62,17 @@ class StepRecords:
         return records
 
     def require_finite(self, records: list[dict[str, Any]]) -> None:
-        """Count the losses that are not finite. Raises UserError when a training does not recover from them."""
+        """Count consecutive non-finite losses. Raises UserError if there are too many."""
         for record in records:
             self.not_finite = 0 if math.isfinite(record["loss"]) else self.not_finite + 1
             if self.not_finite > self._most_not_finite:
                 raise UserError(
-                    f"the loss is not finite at step {record['step']}: lower training.optimization.encoder_lr or lr, or "
+                    f"the loss is not finite at step {record['step']}; lower training.optimization.encoder_lr or lr, or "
                     "set training.optimization.max_grad_norm=1.0"
                 )
 
     def _speed(self, steps: int, captured_bytes: int) -> dict[str, float]:
-        """Texts a second, milliseconds of encoder and head per step, share of waiting for data, peak GiB of a GPU."""
+        """Compute texts/s, ms of encoder and head per step, the share of waiting for data, and a GPU's peak GiB."""
         parts = self.clock.read()
         ms = sum(parts.values())
         speed = {

@@ -138,7 +138,7 @@ class Trainer:
             features = self.encoder(batch["input_ids"], batch["attention_mask"])
             clock.mark("forward")
             terms = self.head.terms(1.0 - meta_weight)
-            if meta_weight > 0:
+            if self.meta_branch is not None and meta_weight > 0:
                 terms += self.meta_branch.terms(meta_weight)
             loss = multi_head_step(
                 terms,

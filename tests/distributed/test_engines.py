@@ -26,8 +26,8 @@ from tests.integration.test_launchers import (
     train_here,
     train_in_turn,
 )
+from xmc_trainer.commands import clusters
 from xmc_trainer.config import load_config
-from xmc_trainer.labels import clusters
 from xmc_trainer.model import XMCModel
 
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def two_under_deepspeed(short, tmp_path_factory):
         "settings": [*short, "model.encoder.use_torch_compile=true"],
         "deepspeed_config": "ds_configs/zero3.json",
     }
-    trainings.append(compiled | {"refused": "model.encoder.use_torch_compile=true: not under ZeRO stage 3"})
+    trainings.append(compiled | {"refused": "model.encoder.use_torch_compile=true: does not work under ZeRO stage 3"})
     trainings.append(failing(short, "deepspeed", "raise") | {"deepspeed_config": "ds_configs/zero1.json"})
     train_in_turn("deepspeed", 2, trainings, tmp_path_factory.mktemp("deepspeed"))
 

@@ -383,7 +383,7 @@ def test_evaluate_refuses_labels_of_other_names(model, toy_data, tmp_path):
         path.write_text(path.read_text().replace("tag40", "aaa"))
     done = evaluate(model[0], f"dataset_path={tmp_path}")
     assert done.returncode == 2
-    assert_one_line(done.stderr, "labels are others than the model's")
+    assert_one_line(done.stderr, "labels differ from the model's")
 
 
 def test_predict_writes_all_or_nothing(model, tmp_path):

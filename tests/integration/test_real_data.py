@@ -19,9 +19,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from tests.data_helpers import real_data, write_lf, write_raw
 from xmc_trainer.builders.training import build_trainer
+from xmc_trainer.commands import clusters
 from xmc_trainer.config import load_config
 from xmc_trainer.evaluation import most_popular
-from xmc_trainer.labels import clusters
 from xmc_trainer.model import XMCModel
 
 pytestmark = pytest.mark.slow

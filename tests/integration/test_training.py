@@ -278,7 +278,7 @@ def test_iterations_are_printed_on_request(toy_settings, capsys):
 @pytest.mark.parametrize(
     "setting, named",
     [
-        ("model.encoder.encoder_ftr_dim=64", "encoder_ftr_dim=64: the encoder's is 32"),
+        ("model.encoder.encoder_ftr_dim=64", "encoder_ftr_dim=64: the encoder has a hidden size of 32"),
         ("data.max_len=25", "data.max_len=25"),
         ("data.num_labels=40", "data.num_labels=40: the data have 41"),
         ("model.ffi.fan_in=33", "model.ffi.fan_in=33"),
@@ -312,7 +312,7 @@ def test_roberta_reads_fewer_tokens_than_it_has_positions(toy_settings, tiny_enc
         tmp_path / "roberta"
     )
     roberta = [f"model.encoder.encoder_model={tmp_path / 'roberta'}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
-    with pytest.raises(UserError, match="data.max_len=13: this encoder reads at most 12 tokens"):
+    with pytest.raises(UserError, match="data.max_len=13: the encoder reads at most 12 tokens"):
         build_trainer(load_config([*toy_settings, *roberta, "data.max_len=13"]))
     train(toy_settings, *roberta, "data.max_len=12", "training.optimization.max_steps=1")
 
@@ -327,7 +327,7 @@ def test_a_run_leaves_no_model_of_an_earlier_one(toy_settings):
 
 
 def test_a_diverging_run_stops_and_says_what_to_change(toy_settings):
-    with pytest.raises(UserError, match=r"loss is not finite at step \d+: lower training.optimization.encoder_lr"):
+    with pytest.raises(UserError, match=r"loss is not finite at step \d+; lower training.optimization.encoder_lr"):
         train(toy_settings, "training.optimization.encoder_lr=1e30")
 
 
@@ -540,7 +540,7 @@ def test_a_dense_start_becomes_sparse(toy_settings):
 def test_a_dense_start_is_neither_waited_for_nor_kept(toy_settings):
     dense = [*toy_settings, "training.optimization.dense_epochs=2", "model.ffi.rewire_interval=0"]
     # 20 steps an epoch; the end of the dense epochs would be that of the training.
-    with pytest.raises(UserError, match="max_steps=40: ends no later than the 2 dense epochs of 20 steps"):
+    with pytest.raises(UserError, match="max_steps=40: ends within the 2 dense epochs of 20 steps"):
         build_trainer(load_config([*dense, "training.optimization.max_steps=40"]))
     stop = ["training.evaluation.early_stop_patience=1", "training.evaluation.early_stop_delta=2.0"]
     trainer, _ = train(dense, *stop)
@@ -578,7 +578,7 @@ def test_schedules_and_early_stopping(toy_settings):
 
 
 def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tmp_path):
-    from xmc_trainer.encoder.text_encoder import load_backbone
+    from xmc_trainer.encoder.loading import load_backbone
 
     state = {f"e.{name}": value * 0 + 0.25 for name, value in load_backbone(str(tiny_encoder)).state_dict().items()}
     torch.save(state, tmp_path / "w.pt")
@@ -589,7 +589,8 @@ def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tm
 
 def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeypatch, capsys):
     from xmc_trainer.builders.encoder import compile_as_configured
-    from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+    from xmc_trainer.encoder.loading import load_backbone
+    from xmc_trainer.encoder.text_encoder import TextEncoder
 
     encoder = TextEncoder(load_backbone(str(tiny_encoder)))
     accelerator = SimpleNamespace(
@@ -615,7 +616,7 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
     )
     assert all(module._compiled_call_impl is None and "forward" not in vars(module) for module in encoder.modules())
     with pytest.raises(
-        UserError, match="use_torch_compile=true: this encoder cannot be compiled .*; set it to auto or false"
+        UserError, match="use_torch_compile=true: the encoder cannot be compiled .*; set it to auto or false"
     ):
         compiled("model.encoder.use_torch_compile=true")
     assert compiled("model.encoder.use_torch_compile=False") is False
@@ -675,7 +676,7 @@ def test_a_step_whose_features_are_not_finite_is_none_for_encoder_and_head(toy_s
     ids = torch.ones(1, 4, dtype=torch.int64)
     step._kept = [(ids, ids, torch.ones(1, trainer.encoder_module.out_features))]
     with pytest.raises(
-        UserError, match="overflows float16 at step 1, whatever the loss scale: set training.amp.dtype=bfloat16"
+        UserError, match="overflows float16 at step 1 at every loss scale; set training.amp.dtype=bfloat16"
     ):
         step.finish()
 
@@ -712,7 +713,7 @@ def test_passes_are_recorded_for_the_shapes_of_the_first_epoch(toy_settings, mon
     capsys.readouterr()
     capture_passes(trainer.accelerator, flat, trainer.batches)
     assert capsys.readouterr().out == (
-        "the encoder's steps are not recorded as CUDA graphs and take longer (operation not permitted)\n"
+        "the encoder's passes are not recorded as CUDA graphs and take longer (operation not permitted)\n"
     )
     assert flat.captured_bytes == 0
 

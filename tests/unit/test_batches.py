@@ -110,7 +110,7 @@ def test_a_sample_of_the_rows():
 
 
 def test_batch_size_must_divide_by_the_ranks():
-    with pytest.raises(UserError, match="`batch_size`=12: does not divide by the 5 processes; change"):
+    with pytest.raises(UserError, match="`batch_size`=12: is not divisible by the 5 processes; change"):
         plan_epoch(LENGTHS, **(PLAN | {"world_size": 5}))
 
 

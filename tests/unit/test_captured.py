@@ -12,7 +12,8 @@ from torch import nn
 from xmc_trainer.encoder.captured import CannotCapture, EagerPass, Recorder
 from xmc_trainer.encoder.compiling import compile_encoder, warm_up
 from xmc_trainer.encoder.flat import FlatEncoder
-from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+from xmc_trainer.encoder.loading import load_backbone
+from xmc_trainer.encoder.text_encoder import TextEncoder
 
 RATES = (0.01, 0.03, 0.1)  # encoder, penultimate layer, weight decay
 
@@ -50,7 +51,7 @@ def test_an_eager_pass_gives_flat_gradients_where_it_is_told():
 
 def test_layers_left_out_at_random_are_not_recorded():
     encoder = SimpleNamespace(backbone=SimpleNamespace(config=SimpleNamespace(encoder_layerdrop=0.1)))
-    with pytest.raises(CannotCapture, match="leaves out layers at random"):
+    with pytest.raises(CannotCapture, match="skips layers at random"):
         Recorder(encoder, [])
 
 

@@ -15,14 +15,14 @@ from tests.data_helpers import tiny_tokenizer
 from tests.encoders import READ, REFUSED, WORDS, save_encoder
 from xmc_trainer.builders.encoder import tokenizer_of
 from xmc_trainer.config import load_config
-from xmc_trainer.encoder.text_encoder import (
-    TextEncoder,
+from xmc_trainer.encoder.loading import (
     check_padding_is_hidden,
     check_tokens_fit,
     load_backbone,
     load_state_dict_file,
     load_tokenizer,
 )
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
 
 # Architectures --------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ def test_what_is_no_encoder_of_masked_texts_is_refused(name, tmp_path):
     said = {
         "fnet": "takes no attention_mask",
         "vit": "takes no input_ids",
-        "convbert": "other features where it is padded",
+        "convbert": "padding changes a text.s features",
     }
     with pytest.raises(UserError, match=said.get(name, "a decoder .*name an encoder")):
         encoder = TextEncoder(load_backbone(str(save_encoder(name, tmp_path))))
@@ -86,7 +86,7 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path):
     folder = str(tmp_path)
     for rename, message in [
         (lambda name: None if "layer.1.output.dense" in name else name, "lack 2 of the encoder's .* weights, such as encoder.layer.1.output.dense.bias"),
-        (lambda name: f"x.{name}" if "layer.0" in name else f"y.{name}", "lack .*it has others, such as x.encoder"),
+        (lambda name: f"x.{name}" if "layer.0" in name else f"y.{name}", "lack .*they hold others, such as x.encoder"),
         (lambda name: name.replace("embeddings", "embedded"), "lack 5 of"),
     ]:  # fmt: skip
         save_encoder("bert", tmp_path)
@@ -105,7 +105,7 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path):
     load_backbone(folder)  # pooling is ours
     save_file(state | {"embeddings.LayerNorm.weight": torch.ones(3)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        UserError, match=r"embeddings.LayerNorm.weight has the shape \[3\] in its files, by config.json it is \[16\]"
+        UserError, match=r"embeddings.LayerNorm.weight has the shape \[3\], and \[16\] according to config.json"
     ):
         load_backbone(folder)
 
@@ -127,11 +127,11 @@ def test_tokenizer_and_longest_position_fit(tmp_path):
         backbone = load_backbone(str(save_encoder(name, tmp_path / name)))
         check_tokens_fit(backbone, tiny_tokenizer(WORDS), longest, **words)
         if longest < 10**6:
-            with pytest.raises(UserError, match=f"M: this encoder reads at most {longest} tokens"):
+            with pytest.raises(UserError, match=f"M: the encoder reads at most {longest} tokens"):
                 check_tokens_fit(backbone, tiny_tokenizer(WORDS), longest + 1, **words)
         grown = tiny_tokenizer(WORDS)
         grown.add_tokens(["<new>"])
-        with pytest.raises(UserError, match="T: its token '<new>' is number 64, and the encoder has embeddings of 64"):
+        with pytest.raises(UserError, match="T: its token '<new>' has the id 64, but the encoder has only 64"):
             check_tokens_fit(backbone, grown, 8, **words)
 
 
@@ -189,7 +189,7 @@ def test_code_that_comes_with_a_model_is_not_run(hostile, tmp_path, kind, saved)
             load(str(hostile), saved=saved)
         except UserError as error:
             assert (
-                "Python code of its own, which is not run; " in str(error)
+                "comes with Python code, which is not run; " in str(error)
                 and ("trust_remote_code=true" in str(error)) != saved
             )
             assert kind == "evil" or load is load_tokenizer
@@ -267,8 +267,8 @@ def test_state_dicts_are_loaded_safely_or_refused(tiny_encoder, tmp_path):
     for file, prefix, message in [
         ("ngame.pt", "", "ngame_key_prefix"),
         ("shape.pt", "encoder.", r"has the shape \[2\]"),
-        ("evil.pt", "", "not a file of tensors"),
-        ("broken.pt", "", "not a file of tensors"),
+        ("evil.pt", "", "is damaged or holds more than tensors"),
+        ("broken.pt", "", "is damaged or holds more than tensors"),
         ("missing.pt", "", "No such file"),
         ("deeper.pt", "encoder.", "1 weights that the encoder does not have, such as encoder.encoder.layer.2.output"),
         ("nothing.pt", "", "holds no weights"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from xmc_trainer.encoder.flat import FlatEncoder, named_parts
-from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+from xmc_trainer.encoder.loading import load_backbone
+from xmc_trainer.encoder.text_encoder import TextEncoder
 
 RATES = (0.01, 0.03, 0.1)  # encoder, penultimate layer, weight decay
 

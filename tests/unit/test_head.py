@@ -326,10 +326,10 @@ def test_a_gpu_computes_what_a_cpu_does(fan_in, group_size, dtype):
     "features, ids, counts, message",
     [
         ((2, 5), [0, 1], [1, 1], r"features of shape \[2, 5\]: the head reads \[texts, 6\]"),
-        ((2, 6), [0, 9], [1, 1], "label_ids from 0 to 9: there are labels 0 to 8"),
+        ((2, 6), [0, 9], [1, 1], "label_ids from 0 to 9: the head has labels 0 to 8"),
         ((2, 6), [-1, 3], [1, 1], "label_ids from -1 to 3"),
-        ((2, 6), [0, 1, 2], [1, 1], "label_counts add up to 2, and there are 3 label_ids"),
-        ((2, 6), [0], [1], r"label_counts of shape \[1\]: one number for each of the 2 texts"),
+        ((2, 6), [0, 1, 2], [1, 1], "label_counts add up to 2, but there are 3 label_ids"),
+        ((2, 6), [0], [1], r"label_counts of shape \[1\]: needs one number for each of the 2 texts"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(features, ids, counts, message):

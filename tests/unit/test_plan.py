@@ -23,7 +23,8 @@ from xmc_trainer.config import load_config
 from xmc_trainer.data.generated import PUBLISHED, word_lengths
 from xmc_trainer.data.sources import Vocabulary
 from xmc_trainer.encoder.flat import FlatEncoder
-from xmc_trainer.encoder.text_encoder import TextEncoder, load_backbone
+from xmc_trainer.encoder.loading import load_backbone
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.head.layer import label_range
@@ -281,11 +282,11 @@ def test_out_of_memory_says_what_would_fit(bert, monkeypatch):
         with plan.explained(config):
             raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(total_memory=1 << 20))
-    with pytest.raises(UserError, match="take more GPUs"):
+    with pytest.raises(UserError, match="use more GPUs"):
         with plan.explained(config):
             raise torch.OutOfMemoryError("CUDA out of memory")
     unknown = config_of(bert, "data.num_labels=null", "data.dataset=mine")
-    assert plan.what_fits(unknown, 1, None, 1 << 30).startswith("set data.micro_batches to more than before")
+    assert plan.what_fits(unknown, 1, None, 1 << 30).startswith("raise data.micro_batches; ")
     with pytest.raises(ZeroDivisionError), plan.explained(config):
         raise ZeroDivisionError
 

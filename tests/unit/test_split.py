@@ -103,7 +103,7 @@ def test_a_dense_tail_becomes_sparse_and_frequent_labels_stay():
     head.become_sparse(5, 4)
     assert frequent.index is None and (tail.fan_in, tail.group_size) == (5, 4)
     assert torch.equal(head.index.long(), strength.topk(5, dim=1).indices.sort(dim=1).values)
-    with pytest.raises(ValueError, match="sparse already"):
+    with pytest.raises(ValueError, match="already sparse"):
         head.become_sparse(5, 4)
     with pytest.raises(ValueError, match="by groups of 4"):
         SplitHead(frequent, FixedFanInHead(FEATURES, 34, fan_in=None, group_size=4)).become_sparse(5, 2)

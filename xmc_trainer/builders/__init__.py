@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a training. No other module reads the configuration to build something.
+"""Build the parts of a training from a configuration. No other module builds anything from a configuration.
 
-A function `x_of(config, ...)` builds one part; `training.build_trainer` puts all of them together.
+A function `x_of(config, ...)` builds one part. `training.build_trainer` combines all parts.
 """

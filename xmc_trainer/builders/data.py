@@ -1,4 +1,4 @@
-"""The data that a configuration names, the order of its labels, and the metrics of an evaluation."""
+"""Load the data that a configuration names, order its labels, and build the metrics of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xmc_trainer.errors import UserError, naming
 from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity
 
-# How the settings are called that `load_corpus` takes as these parameters.
+# Parameter of `load_corpus` -> name of its setting, for error messages.
 SETTINGS = {
     "folder": "dataset_path or data.folder",
     "layout": "data.is_lf_data",
@@ -41,7 +41,7 @@ def require_data(config: Config) -> None:
 
 
 def corpus_of(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> Corpus:
-    """The tokenised data set that a configuration names. Raises UserError for data that cannot be read."""
+    """Load the tokenised data set that a configuration names. Raises UserError for data that cannot be read."""
     data = config.data
     with naming(SETTINGS):
         return load_corpus(
@@ -65,13 +65,13 @@ def corpus_of(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool
 
 
 def sampled_rows_of(config: Config, corpus: Corpus) -> np.ndarray | None:
-    """The rows of the corpus that `data.train_sample` chooses, int64; None for all. Raises UserError if there are fewer."""
+    """Draw the training rows, int64, that `data.train_sample` asks for; None for all. Raises UserError if there are fewer."""
     with naming({"size": "data.train_sample"}):
         return sample_rows(len(corpus.train), config.data.train_sample, config.training.seed)
 
 
 def train_rows_of(config: Config, corpus: Corpus) -> np.ndarray | None:
-    """`sampled_rows_of` a training. Raises UserError if they are fewer than a step needs."""
+    """Return `sampled_rows_of`. Raises UserError if a step needs more rows."""
     rows = sampled_rows_of(config, corpus)
     texts = len(corpus.train) if rows is None else len(rows)
     accumulation, most = config.training.optimization.grad_accum_step, math.ceil(texts / config.data.batch_size)
@@ -84,12 +84,15 @@ def train_rows_of(config: Config, corpus: Corpus) -> np.ndarray | None:
 
 
 def frequent_labels(config: Config, labels: int) -> int:
-    """How many of `labels` labels model.ffi.head_ratio makes frequent ones."""
+    """Return how many of `labels` labels count as frequent by model.ffi.head_ratio."""
     return round(config.model.ffi.head_ratio * labels)
 
 
 def order_labels(config: Config, corpus: Corpus) -> tuple[Corpus, np.ndarray | None]:
-    """The corpus with its labels in the head's order, and the cluster of each, int32 [L], if the run uses clusters."""
+    """Put the labels of the corpus into the head's order.
+
+    Returns the corpus and the cluster of each label, int32 [L]; None if the run uses no clusters.
+    """
     ffi = config.model.ffi
     order, cluster_of = np.arange(corpus.num_labels), None
     if config.needs_clusters:
@@ -108,7 +111,7 @@ def order_labels(config: Config, corpus: Corpus) -> tuple[Corpus, np.ndarray | N
 
 
 def metrics_of(config: Config, corpus: Corpus) -> RankingMetrics:
-    """Empty metrics. If asked for, they weigh labels by their propensities in the whole training set."""
+    """Build empty metrics. With `eval_psp` they weigh labels by inverse propensity in the whole training set."""
     evaluation = config.training.evaluation
     if not evaluation.eval_psp:
         return RankingMetrics()

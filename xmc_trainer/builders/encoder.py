@@ -1,4 +1,4 @@
-"""The encoder that a configuration names: its tokenizer, backbone, optimizer and compiled code."""
+"""Build the encoder that a configuration names, with tokenizer and optimizer; compile it and record its passes."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from xmc_trainer.data import Batches, Corpus, padded_width
 from xmc_trainer.encoder.captured import CannotCapture
 from xmc_trainer.encoder.compiling import compile_encoder, layer_lists, undo, warm_up
 from xmc_trainer.encoder.flat import FlatEncoder
-from xmc_trainer.encoder.text_encoder import (
-    TextEncoder,
+from xmc_trainer.encoder.loading import (
     check_padding_is_hidden,
     check_tokens_fit,
     load_backbone,
     load_state_dict_file,
     load_tokenizer,
 )
+from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import whole_weights, zero_stage
 from xmc_trainer.errors import UserError, reason
 
-_ENCODER_OPTIMIZERS = {
+_ENCODER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "adam": torch.optim.Adam,
     "sgd": partial(torch.optim.SGD, momentum=0.9),  # with momentum, like the head's sgd
 }
-# Each graph takes a quarter of a second and some MiB.
+# Recording a graph takes a quarter of a second and some MiB.
 _MOST_GRAPHS = 32
 
 
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer that a configuration names. Raises UserError if it cannot be loaded."""
+    """Load the tokenizer that a configuration names. Raises UserError if it cannot be loaded."""
     chosen = config.model.encoder
-    # By default it is the encoder's own: then the user wrote the encoder's setting.
+    # If both are equal, the tokenizer comes from the encoder's setting.
     field = "encoder_model" if chosen.encoder_tokenizer == chosen.encoder_model else "encoder_tokenizer"
     return load_tokenizer(
         chosen.encoder_tokenizer,
@@ -52,7 +52,7 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
 
 
 def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
-    """The backbone that a configuration names. Raises UserError if it cannot be loaded or does not fit the tokenizer."""
+    """Load the backbone that a configuration names. Raises UserError if it cannot be loaded or does not fit the tokenizer."""
     chosen = config.model.encoder
     backbone = load_backbone(
         chosen.encoder_model, for_cpu=device.type == "cpu", trust_remote_code=chosen.trust_remote_code
@@ -68,18 +68,21 @@ def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torc
 
 
 def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
-    """The encoder around `backbone`, with its initial weights, on the CPU. Raises UserError if settings contradict it."""
+    """Build the encoder around `backbone`, on the CPU, with its initial weights. Raises UserError if settings contradict it."""
     chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi
     where = f"model.encoder.encoder_model={chosen.encoder_model}"
     if chosen.use_ngame_encoder_weights:
+        assert chosen.ngame_checkpoint is not None  # the settings are refused without
         load_state_dict_file(backbone, chosen.ngame_checkpoint, chosen.ngame_key_prefix)
     if chosen.encoder_ftr_dim not in (None, backbone.config.hidden_size):
         raise UserError(
-            f"model.encoder.encoder_ftr_dim={chosen.encoder_ftr_dim}: the encoder's is {backbone.config.hidden_size}"
+            f"model.encoder.encoder_ftr_dim={chosen.encoder_ftr_dim}: the encoder has a hidden size of "
+            f"{backbone.config.hidden_size}; set that, or null"
         )
     if chosen.feature_layers > backbone.config.num_hidden_layers:
         raise UserError(
-            f"model.encoder.feature_layers={chosen.feature_layers}: the encoder has {backbone.config.num_hidden_layers}"
+            f"model.encoder.feature_layers={chosen.feature_layers}: the encoder has only "
+            f"{backbone.config.num_hidden_layers} layers; lower it"
         )
     encoder = TextEncoder(
         backbone,
@@ -92,19 +95,21 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
     with whole_weights(encoder):
         check_padding_is_hidden(encoder, config.data.max_len, where)
     if ffi.input_features not in (None, encoder.out_features):
-        raise UserError(f"model.ffi.input_features={ffi.input_features}: there are {encoder.out_features}")
+        raise UserError(
+            f"model.ffi.input_features={ffi.input_features}: the encoder gives {encoder.out_features} features; set that, or null"
+        )
     config.check_fan_in(encoder.out_features)
     return encoder
 
 
 def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncoder) -> tuple[Any, Any]:
-    """(module, optimizer) of `accelerator.prepare`. Only the encoder meets the engine; the head trains itself."""
+    """Give the encoder and its optimizer to the engine. Returns (module, optimizer) of `accelerator.prepare`."""
     optimization = config.training.optimization
     stage = zero_stage(accelerator)
     groups = encoder.parameter_groups(optimization.encoder_lr, optimization.penultimate_lr, optimization.wd_encoder)
     flat = None
     if stage == 3:
-        # ZeRO 3 gathers parameters module by module. As a leaf module a layer is gathered at once.
+        # ZeRO 3 gathers parameters module by module; a leaf module is gathered as a whole.
         from deepspeed.utils import set_z3_leaf_module
 
         for _, layers in layer_lists(encoder.backbone):
@@ -115,7 +120,7 @@ def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncod
     optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
         flat.groups if flat is not None else groups,
         lr=optimization.encoder_lr,
-        # torch's gradient scaler leaves overflows to a fused optimizer, which does not tell that it skipped a step.
+        # With torch's gradient scaler a fused optimizer skips overflowed steps itself and does not report them.
         fused=stage is not None or config.training.amp.mixed_precision != "fp16",
     )
     module, optimizer = accelerator.prepare(flat if flat is not None else encoder, optimizer)
@@ -127,7 +132,7 @@ def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncod
 def in_precision_of(
     config: Config, forward: Callable[[Tensor, Tensor], Tensor], device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """(input_ids, attention_mask) -> float32 features on `device`: `forward` in the precision of `training.amp`."""
+    """Wrap `forward` to run in the precision of `training.amp`: (input_ids, attention_mask) -> float32 features on `device`."""
     amp = config.training.amp
     autocast = torch.autocast(device.type, dtype=getattr(torch, amp.dtype), enabled=amp.enabled)
 
@@ -139,9 +144,9 @@ def in_precision_of(
 
 
 def capture_passes(accelerator: Accelerator, module: FlatEncoder, batches: Batches) -> None:
-    """Record the passes of training as CUDA graphs, one for each width of a batch that is frequent in the first epoch.
+    """Record the passes of training as CUDA graphs, one pair for each batch width that is frequent in the first epoch.
 
-    Says so, and leaves the encoder as it is, where that is not possible.
+    If they cannot be recorded, prints why and leaves the encoder as it is.
     """
     lengths = batches.corpus.lengths("train")
     longest, rows = int(lengths.max()), -(-batches.texts_a_step // batches.micro_batches // batches.world_size)
@@ -159,14 +164,17 @@ def capture_passes(accelerator: Accelerator, module: FlatEncoder, batches: Batch
         with accelerator.autocast():
             module.capture([(each, each.clone()) for each in ids], used_up=batches.micro_batches == 1)
     except CannotCapture as error:
-        print(f"the encoder's steps are not recorded as CUDA graphs and take longer ({error})", flush=True)
+        print(f"the encoder's passes are not recorded as CUDA graphs and take longer ({error})", flush=True)
         return
     if accelerator.is_main_process:
-        print(f"its steps were recorded for {len(frequent)} lengths in {time.monotonic() - begin:.0f} s", flush=True)
+        print(
+            f"its passes were recorded as CUDA graphs for {len(frequent)} batch widths in {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
 
 
 def longest_batch(corpus: Corpus) -> int:
-    """Tokens of the longest batch, and at least 16, which a compiler needs for a varying size."""
+    """Return the tokens of the longest training text, but at least 16: torch.compile needs that for a dynamic size."""
     return max(16, int(corpus.lengths("train").max()))
 
 
@@ -174,8 +182,8 @@ def refuse_compilation(config: Config, accelerator: Accelerator) -> None:
     """Raise UserError if the configuration asks for a compiled encoder where it cannot be compiled."""
     if config.model.encoder.use_torch_compile == "true" and zero_stage(accelerator) == 3:
         raise UserError(
-            "model.encoder.use_torch_compile=true: not under ZeRO stage 3, where parameters come and go while compiled code "
-            "expects them in their place; take stage 2, or set it to false"
+            "model.encoder.use_torch_compile=true: does not work under ZeRO stage 3, which moves parameters during a "
+            "pass; use stage 2, or set it to false"
         )
 
 
@@ -184,7 +192,7 @@ def compile_as_configured(
 ) -> bool:
     """Compile the encoder for batches of `rows` texts of up to `tokens` tokens. Returns whether it is compiled.
 
-    Call it when the engine has the encoder. Raises UserError if a compiled encoder is asked for and compilation fails.
+    Call it after `prepare_encoder`. Raises UserError if `use_torch_compile=true` and compilation fails.
     """
     wish, device = config.model.encoder.use_torch_compile, accelerator.device
     if wish == "false" or (wish == "auto" and (device.type != "cuda" or zero_stage(accelerator) == 3)):
@@ -192,7 +200,7 @@ def compile_as_configured(
     compile_encoder(encoder, Path(config.data.cache_dir).expanduser() / "compiled")
     begin = time.monotonic()
     try:
-        # The module itself: the engine must not see a backward pass that belongs to no step.
+        # Bypass the engine: it must not see a backward pass outside a step.
         with accelerator.autocast():
             warm_up(encoder, encoder, rows, tokens, device)
     except torch.OutOfMemoryError:
@@ -202,7 +210,7 @@ def compile_as_configured(
         why = f"{type(error).__name__}: {reason(error)}"
         if wish == "true":
             raise UserError(
-                f"model.encoder.use_torch_compile=true: this encoder cannot be compiled ({why}); set it to auto or false"
+                f"model.encoder.use_torch_compile=true: the encoder cannot be compiled ({why}); set it to auto or false"
             ) from error
         print(f"the encoder cannot be compiled and trains uncompiled, more slowly ({why})", flush=True)
         return False

@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for, and the micro-batches that it cuts a step into."""
+"""Build the engine that a configuration asks for, and choose its micro-batches per step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_by
 from xmc_trainer.errors import naming
 from xmc_trainer.parallel import Ranks
 
-# How the settings are called that `build_accelerator` takes as these parameters.
+# Parameter of `build_accelerator` -> name of its setting, for error messages.
 SETTINGS = {
     "device": "environment.device",
     "cuda_device_id": "environment.cuda_device_id",
@@ -32,7 +32,7 @@ SETTINGS = {
 
 
 def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accelerator:
-    """The Accelerator of this process. Raises UserError; see `build_accelerator`.
+    """Build the Accelerator of this process. Raises UserError; see `build_accelerator`.
 
     Args:
         deepspeed_config: DeepSpeed JSON file, if the `deepspeed` launcher started this process.
@@ -55,9 +55,9 @@ def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accel
 def micro_batches_of(
     config: Config, accelerator: Accelerator, encoder: TextEncoder, corpus: Corpus, ranks: Ranks, device: torch.device
 ) -> int:
-    """Micro-batches per step, the same on all ranks. On a GPU "auto" takes as few as its memory allows.
+    """Choose the micro-batches per step, equal on all ranks. On a GPU "auto" takes the fewest that fit its memory.
 
-    Call it when the head is on the device and the engine does not have the encoder yet.
+    Call it after `head_of` and before `prepare_encoder`, because it measures free memory.
     """
     if config.data.micro_batches != "auto" or device.type != "cuda":
         return accelerator.gradient_accumulation_steps

@@ -1,4 +1,4 @@
-"""The heads that a configuration asks for: over the labels and, for the meta branch, over label clusters."""
+"""Build the heads that a configuration asks for: over labels and, for the meta branch, over label clusters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import whole_weights
 from xmc_trainer.errors import UserError
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, Head, RowwiseRMSprop, SplitHead
+from xmc_trainer.head import FixedFanInHead, Head, SplitHead
 from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.head.losses import starting_bias
+from xmc_trainer.head.optimizers import optimizer_named
 from xmc_trainer.kernels.dispatch import select_backend
 from xmc_trainer.labels.features import LabelSums, encode_training_texts, whitener
 from xmc_trainer.parallel import Ranks
@@ -35,22 +36,25 @@ def require_backend(config: Config, device: torch.device) -> None:
 
 
 def head_of(config: Config, features: int, corpus: Corpus, ranks: Ranks, device: torch.device) -> Head:
-    """The head over the labels of `corpus`, whose order `order_labels` made. Raises UserError if settings contradict it."""
+    """Build the head over the labels of `corpus`, in their order. Raises UserError if settings contradict the data."""
     ffi, optimization = config.model.ffi, config.training.optimization
     labels = corpus.num_labels
     if ffi.output_features not in (None, labels):
-        raise UserError(f"model.ffi.output_features={ffi.output_features}: there are {labels}")
+        raise UserError(
+            f"model.ffi.output_features={ffi.output_features}: the data have {labels} labels; set that, or null"
+        )
     frequent = frequent_labels(config, labels)
     if -(-(labels - frequent) // ffi.group_size) < ranks.size:
-        raise UserError(f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes")
+        raise UserError(
+            f"model.ffi.group_size={ffi.group_size}: leaves fewer groups of labels than processes; lower it, or start fewer processes"
+        )
     if ffi.head_ratio and frequent < ranks.size:
-        raise UserError(f"model.ffi.head_ratio={ffi.head_ratio}: means {frequent} labels, fewer than processes")
+        raise UserError(
+            f"model.ffi.head_ratio={ffi.head_ratio}: means {frequent} labels, fewer than processes; raise it, set it to 0, or start fewer processes"
+        )
     counts = corpus.label_counts()
     shift = torch.from_numpy(ffi.logit_adjustment * corpus.log_frequency()) if ffi.logit_adjustment else None
-    optimizers = {
-        "sgd": SGD(optimization.xmc_momentum), "adamw": AdamW(), "adamw_8bit": AdamW(eight_bits=True),
-        "rowwise_rmsprop": RowwiseRMSprop(),
-    }  # fmt: skip
+    optimizer = optimizer_named(optimization.xmc_optimizer, optimization.xmc_momentum)
     common = _common_arguments(config, ranks, device)
 
     def layer(fan_in: int | None, group_size: int, labels: slice, **more: Any) -> FixedFanInHead:
@@ -62,7 +66,7 @@ def head_of(config: Config, features: int, corpus: Corpus, ranks: Ranks, device:
             first_bias=first_bias(config, counts[labels], corpus.texts),
             zero_weights=ffi.weight_init == "zero",
             logit_shift=None if shift is None else shift[labels],
-            optimizer=optimizers[optimization.xmc_optimizer],
+            optimizer=optimizer,
             lr=optimization.lr,
             weight_dtype=getattr(torch, ffi.weight_dtype),
             growth_batches=ffi.growth_batches if ffi.growth_mode == "gradient" else 0,
@@ -89,10 +93,10 @@ def start_head_from_texts(
     device: torch.device,
     progress: bool,
 ) -> None:
-    """Set the head's first index and weights from the training texts, as far as the configuration says so.
+    """Set the head's first index and weights from the training texts, if the configuration asks for that.
 
     Args:
-        encoder: the engine does not have it yet.
+        encoder: not yet prepared by the engine.
         rows: int64, the training texts to use; None for all.
     """
     ffi = config.model.ffi
@@ -147,7 +151,7 @@ def meta_branch_of(
     ranks: Ranks,
     device: torch.device,
 ) -> MetaBranch:
-    """The meta branch over label clusters. Raises UserError if there are fewer clusters than processes.
+    """Build the meta branch over label clusters. Raises UserError if there are fewer clusters than processes.
 
     Args:
         cluster_of: int32 [L], the cluster of each label.
@@ -155,7 +159,9 @@ def meta_branch_of(
     auxiliary = config.model.auxiliary
     clusters = int(cluster_of.max()) + 1
     if clusters < ranks.size:
-        raise UserError(f"{config.cluster_file}: has fewer clusters ({clusters}) than there are processes")
+        raise UserError(
+            f"{config.cluster_file}: has fewer clusters ({clusters}) than there are processes; start fewer processes"
+        )
     labels = corpus.train_labels()
     pairs = np.repeat(np.arange(len(labels.offsets) - 1) * clusters, np.diff(labels.offsets)) + cluster_of[labels.ids]
     counts = np.bincount(np.unique(pairs) % clusters, minlength=clusters)
@@ -171,14 +177,14 @@ def meta_branch_of(
 
 
 def first_bias(config: Config, counts: np.ndarray, texts: int) -> Tensor:
-    """The first bias of each output, float32, from `counts`: how many of the `texts` texts have it as a positive."""
+    """Return the initial bias of each output, float32. `counts`: how many of the `texts` texts have it as a positive."""
     return starting_bias(
         config.training.optimization.loss_fn, config.model.ffi.bias_init, torch.from_numpy(counts), texts
     )
 
 
 def _common_arguments(config: Config, ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Arguments that the labels' head and the meta branch's share."""
+    """Return the arguments that the heads of labels and meta branch share."""
     ffi, optimization = config.model.ffi, config.training.optimization
     return {
         "loss": optimization.loss_fn,

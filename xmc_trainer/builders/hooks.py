@@ -1,4 +1,4 @@
-"""The hooks that a configuration asks for, in their order."""
+"""Build the hooks that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from xmc_trainer.hooks.schedule import ScheduleHook
 
 
 def default_hooks(config: Config) -> list[Hook]:
-    """The hooks of a configuration, in the order in which they run.
+    """Build the hooks in the order in which they run.
 
-    A checkpoint comes first: it holds what the step before left. Then the learning rates are set. Rewiring and
-    sparsifying edit the head before anything reads it. Evaluation comes before the hooks that save, show and act on its result.
+    The checkpoint comes first: it saves the state after the previous step. Then the schedule sets the learning rates. Sparsifying
+    and rewiring edit the head before anything reads it. Evaluation precedes the hooks that use its result.
     """
     training, ffi, optimization = config.training, config.model.ffi, config.training.optimization
     dense_epochs = optimization.dense_epochs if ffi.use_sparse_layer else 0

@@ -1,4 +1,4 @@
-"""The evaluation of a saved model on the data set that a configuration names."""
+"""Evaluate a saved model on the data set that a configuration names."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from xmc_trainer.evaluation import evaluate
 
 
 def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
-    """The data set with its labels in the model's order. Raises UserError if its labels are not the model's."""
+    """Load the data set with its labels in the model's order. Raises UserError if its labels are not the model's."""
     ranks = saved.head.ranks
     with ranks.one_a_machine_first():
         corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0)
-    remedy = "name the data set that it was trained on (dataset_path, data.folder)"
+    remedy = "set dataset_path or data.folder to the data set that it was trained on"
     if corpus.num_labels != saved.head.num_labels:
         raise UserError(
             f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; {remedy}"
@@ -29,12 +29,12 @@ def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
         return corpus
     place = {name: number for number, name in enumerate(ids)}
     if len(place) != len(ids) or place.keys() != set(model_ids):
-        raise UserError(f"{config.data_folder}: its labels are others than the model's; {remedy}")
+        raise UserError(f"{config.data_folder}: its labels differ from the model's; {remedy}")
     return corpus.reordered(np.array([place[name] for name in model_ids]))
 
 
 def loader_of_test_set(saved: SavedModel, corpus: Corpus, config: Config, device: torch.device) -> DataLoader:
-    """This rank's batches of the test set."""
+    """Build the loader of this rank's batches of the test set."""
     ranks = saved.head.ranks
     plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=ranks.size)
     return batch_loader(
@@ -49,7 +49,7 @@ def loader_of_test_set(saved: SavedModel, corpus: Corpus, config: Config, device
 
 
 def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
-    """The metrics of a saved model on the test set, the same on every rank of its head, and the data set.
+    """Compute the metrics of a saved model on the test set, equal on every rank. Returns them and the data set.
 
     Raises UserError if the labels of the data set are not the model's.
     """

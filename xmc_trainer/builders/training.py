@@ -1,4 +1,4 @@
-"""From a configuration to a training that is ready to start, or to go on from its checkpoint."""
+"""Build a training from a configuration, ready to start or to resume from its checkpoint."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from xmc_trainer.trainer import Trainer, TrainerState
 
 
 class Inputs(NamedTuple):
-    """What a training reads from files."""
+    """The parts of a training that are read from files."""
 
     tokenizer: PreTrainedTokenizerBase
     encoder: TextEncoder
@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
 
 
 def load_inputs(config: Config, accelerator: Accelerator, ranks: Ranks) -> Inputs:
-    """Tokenizer, encoder and data of a configuration. Raises UserError if they cannot be read."""
+    """Load tokenizer, encoder and data of a configuration. Raises UserError if they cannot be read."""
     require_data(config)
     tokenizer = tokenizer_of(config)
     encoder = encoder_of(config, backbone_of(config, tokenizer, accelerator.device))
@@ -60,22 +60,22 @@ def build_trainer(
     hooks: list[Hook] | None = None,
     load: Callable[[Config, Accelerator, Ranks], Inputs] = load_inputs,
 ) -> Trainer:
-    """A training of this configuration, on this process's share of the work.
+    """Build this process's part of a training.
 
-    It starts at the beginning, or where the checkpoint was made if the run's folder holds one and `training.resume` is set.
+    With `training.resume` set it resumes from the checkpoint in the run's folder, if there is one.
 
     Args:
         config: as `load_config` returns it.
         deepspeed_config: DeepSpeed JSON file, if the `deepspeed` launcher started this process.
-        hooks: called after the hooks that the configuration asks for.
-        load: reads tokenizer, encoder and data; a benchmark generates them.
-    Raises UserError if settings, files and the machine do not fit each other.
+        hooks: run after the hooks that the configuration asks for.
+        load: loads tokenizer, encoder and data; a benchmark passes a function that generates them.
+    Raises UserError if settings, files and machine do not fit each other.
     """
     accelerator = accelerator_of(config, deepspeed_config)
     ranks, device = Ranks(config.environment.timeout), accelerator.device
     folder = RunFolder(config, ranks)
     config = folder.config
-    # Whatever can be refused is refused before anything is loaded.
+    # Refuse invalid settings before anything is loaded.
     require_backend(config, device)
     refuse_compilation(config, accelerator)
     set_seed(config.training.seed)
@@ -111,6 +111,7 @@ def build_trainer(
         capture_passes(accelerator, accelerator.unwrap_model(module), batches)
     meta_branch = None
     if config.model.auxiliary.use_meta_branch:
+        assert cluster_of is not None  # `Config.needs_clusters`
         features, steps_per_epoch = encoder.out_features, state.steps_per_epoch
         meta_branch = meta_branch_of(config, features, corpus, cluster_of, steps_per_epoch, ranks, device)
     encoder_step = EncoderStep(
@@ -147,14 +148,14 @@ def build_trainer(
 
 
 def state_of(config: Config, texts: int) -> TrainerState:
-    """The start of a training on `texts` texts. Raises UserError if it would end before the head is sparse."""
+    """Build the initial state of a training on `texts` texts. Raises UserError if it would end before the head is sparse."""
     optimization = config.training.optimization
     steps_per_epoch = math.ceil(texts / config.texts_a_step)
     total_steps = int(min(optimization.epochs * steps_per_epoch, optimization.max_steps or math.inf))
     if config.model.ffi.use_sparse_layer and optimization.dense_epochs * steps_per_epoch >= total_steps:
         raise UserError(
-            f"training.optimization.max_steps={optimization.max_steps}: ends no later than the "
-            f"{optimization.dense_epochs} dense epochs of {steps_per_epoch} steps, and the head would never be trained "
-            "sparse; raise it or lower dense_epochs"
+            f"training.optimization.max_steps={optimization.max_steps}: ends within the "
+            f"{optimization.dense_epochs} dense epochs of {steps_per_epoch} steps, so the head would never be sparse; raise it, or "
+            "lower training.optimization.dense_epochs"
         )
     return TrainerState(total_steps, steps_per_epoch)

@@ -11,7 +11,7 @@ labels.parquet             id and text of each label
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,7 +224,8 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
     Raises UserError if the folder is not a saved model, has an unknown format, or a file differs from the manifest.
     """
     # This imports transformers, which takes seconds. Sweeps, which only look for checkpoints, need not wait for it.
-    from xmc_trainer.encoder.text_encoder import TextEncoder, check_tokens_fit, load_backbone, load_tokenizer
+    from xmc_trainer.encoder.loading import check_tokens_fit, load_backbone, load_tokenizer
+    from xmc_trainer.encoder.text_encoder import TextEncoder
 
     folder = Path(folder)
     manifest = read_folder(folder, MODEL)
@@ -298,7 +299,7 @@ def check_shards(
     labels: int,
     group_size: int,
     prefix: str,
-    rows: dict[str, tuple[str, list[int]] | None],
+    rows: Mapping[str, tuple[str, list[int]] | None],
     headers: dict[str, dict[str, Any]],
 ) -> None:
     """Check the shards of a head. Raises ValueError.

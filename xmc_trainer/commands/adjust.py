@@ -73,6 +73,7 @@ def _add_to_biases(saved: SavedModel, added: Tensor) -> None:
     """Add `added`, float32 [L], to the biases of all heads."""
     first = 0
     for _, head in saved.head.parts():
+        assert head.bias is not None  # the heads of a training have one
         head.bias += added[first : first + head.num_labels]
         first += head.num_labels
 

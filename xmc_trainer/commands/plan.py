@@ -1,13 +1,13 @@
-"""Memory, disk and time of a training, before anything is loaded.
+"""Plan memory, disk and time of a training before anything is loaded.
 
 xmc-trainer plan dataset=amazon3m                              # 1, 2, 4 and 8 GPUs, every ZeRO stage
 xmc-trainer plan dataset=amazon3m --gpus 2 --gpu-gib 80 model.ffi.weight_dtype=bfloat16
 xmc-trainer plan dataset=mine.yaml --texts 500000 --test-texts 50000 --tokens 80 --positives 4
 
-Takes the settings of a training. Of the encoder it reads config.json alone, of the data nothing: sizes of published data sets are
-known, for others give them. Times are scaled from measured rates, the CSV files of xmc-trainer bench; measure your own machine
-with `xmc-trainer bench train --csv train.csv` and `bench head --csv head.csv`, and give --rates train.csv head.csv.
-`xmc_trainer.plan` has the formula of every term.
+It takes the settings of a training. It reads only the encoder's config.json and no data. Sizes of published data sets are built in;
+give those of others. Times are scaled from the CSV files of xmc-trainer bench. To use rates of your own machine, run
+`xmc-trainer bench train --csv train.csv` and `bench head --csv head.csv`, and give --rates train.csv head.csv.
+`xmc_trainer.plan` documents the formula of every term.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ _RATES = Path(__file__).parents[2] / "docs" / "results"
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="+", metavar="key=value", help="of a training; dataset=... is needed")
-    parser.add_argument("--gpus", type=int, help="only so many GPUs (default: 1, 2, 4 and 8)")
-    parser.add_argument("--gpu-gib", type=float, help="memory of a GPU (default: this machine's, or 80)")
-    parser.add_argument("--cores", type=int, help="that tokenise (default: this machine's, at most 16)")
+    parser.add_argument(
+        "settings", nargs="+", metavar="key=value", help="settings of a training; dataset=... is required"
+    )
+    parser.add_argument("--gpus", type=int, help="plan only for this number of GPUs (default: 1, 2, 4 and 8)")
+    parser.add_argument("--gpu-gib", type=float, help="memory of a GPU in GiB (default: this machine's, or 80)")
+    parser.add_argument("--cores", type=int, help="CPU cores for tokenising (default: this machine's, at most 16)")
     parser.add_argument("--texts", type=int, help="training texts (default: the published number)")
     parser.add_argument("--test-texts", type=int)
-    parser.add_argument("--tokens", type=float, help="mean tokens a text, after the cut to data.max_len")
-    parser.add_argument("--positives", type=float, help="mean labels a text")
+    parser.add_argument("--tokens", type=float, help="mean tokens per text, after truncation to data.max_len")
+    parser.add_argument("--positives", type=float, help="mean labels per text")
     parser.add_argument("--rates", nargs="+", type=Path, metavar="CSV", help="measured rates (default: docs/results)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args()
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 def report(config: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is printed, as JSON holds it: bytes and seconds."""
+    """Collect everything that is printed, as JSON values in bytes and seconds."""
     import torch
 
     from xmc_trainer import plan
@@ -86,7 +88,7 @@ def report(config: Any, options: argparse.Namespace) -> dict[str, Any]:
         "gpu_bytes": gpu_bytes, "cores": cores,
         "disk": {
             "token cache": plan.token_cache_bytes(facts),
-            "features of texts, a process, for the first index": 2 * facts.texts * encoder.features if index else 0,
+            "features of texts, per process, for the first index": 2 * facts.texts * encoder.features if index else 0,
             "checkpoint": plan.checkpoint_bytes(config, encoder, facts),
             "saved model": plan.model_bytes(config, encoder, facts, 1),
         },
@@ -107,13 +109,13 @@ def _facts(config: Any, options: argparse.Namespace) -> Any:
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """The report as text: a table of GPU memory, then disk, host memory and time of the plan that takes least memory a GPU count."""
+    """Format the report: a table of GPU memory, then disk, and for each number of GPUs host memory and times of one plan."""
     gib = 1 << 30
     lines = [
         f"{found['dataset']}: {found['texts']:,} training and {found['test_texts']:,} test texts of {found['tokens_a_text']:.0f} tokens, "
-        f"{found['labels']:,} labels, {found['labels_a_text']:.1f} a text",
+        f"{found['labels']:,} labels, {found['labels_a_text']:.1f} per text",
         f"encoder of {found['encoder_parameters'] / 1e6:.1f} million parameters, {found['features']} features; "
-        f"{found['texts_a_step']} texts a step; precision: {found['precision']}; GPUs of {found['gpu_bytes'] / gib:.0f} GiB",
+        f"{found['texts_a_step']} texts per step; precision: {found['precision']}; GPUs of {found['gpu_bytes'] / gib:.0f} GiB",
         "",
     ]
     terms = next((list(row["terms"]) for row in found["plans"] if row["refused"] is None), [])
@@ -138,9 +140,9 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         rows = [row for row in found["plans"] if row["gpus"] == gpus and row["refused"] is None]
         if not rows:
             continue
-        # The simplest way to train that fits: without DeepSpeed, or the lowest stage.
+        # The simplest plan that fits: without DeepSpeed, or the lowest stage.
         row = next((row for row in rows if row["fits"]), rows[-1])
-        lines += ["", f"{gpus} GPU{'s' * (gpus > 1)}, {row['stage']}: host memory of rank 0 beside its libraries, GiB"]
+        lines += ["", f"{gpus} GPU{'s' * (gpus > 1)}, {row['stage']}: host memory of rank 0 without its libraries, GiB"]
         lines += [f"  {name.ljust(52)}{value / gib:8.2f}" for name, value in row["host"].items()]
         lines.append("time")
         lines += [

@@ -1,7 +1,7 @@
-"""Which texts go into which batch, and the batches themselves.
+"""Plan which texts go into which batch, and make the batches.
 
-The plan of an epoch is a pure function of the lengths, the seed and the epoch: every rank makes the same one and reads
-only its own rows of it. What an optimizer step sees does not depend on the number of ranks.
+The plan of an epoch is a pure function of lengths, seed and epoch. Every rank computes the same plan and reads only its own
+rows. The texts of an optimizer step do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from xmc_trainer.data.texts import encode_texts
 from xmc_trainer.errors import UserError
 
 _LENGTH_STEP = 8
-# Texts are sorted by length within blocks of this many steps: long enough for little padding, short enough that what
-# meets in a step changes from epoch to epoch.
+# Texts are sorted by length within blocks of this many steps: enough for little padding, few enough that each epoch
+# combines other texts in a step.
 _STEPS_A_BLOCK = 50
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The rows of one forward pass, one int64 array a rank (which may be empty)."""
+    """The rows of one forward pass: one int64 array per rank, which may be empty."""
 
     rows: tuple[np.ndarray, ...]
-    rows_in_step: int  # texts of the optimizer step that this micro-batch is part of, over all ranks
+    rows_in_step: int  # texts of the whole optimizer step, over all ranks
 
 
 def sample_rows(total: int, size: int | None, seed: int) -> np.ndarray | None:
-    """`size` distinct rows of `total`, ascending, drawn by `seed`; None (all of them) for size None."""
+    """Draw `size` distinct rows out of `total`, int64, ascending. Returns None, which means all, for size None."""
     if size is None:
         return None
     if size > total:
@@ -54,24 +54,27 @@ def plan_epoch(
     length_grouped: bool,
     rows: np.ndarray | None = None,
 ) -> list[list[MicroBatch]]:
-    """The optimizer steps of an epoch: each a list of `accumulation` micro-batches.
+    """Plan an epoch. Returns its optimizer steps, each a list of `accumulation` micro-batches.
+
+    Every row occurs once. One step may have fewer rows, spread evenly over its micro-batches and ranks.
 
     Args:
-        lengths: tokens of every text of the data set.
-        batch_size: texts a micro-batch over all ranks.
-        length_grouped: texts of similar length share a step; the order of the steps stays random.
-        rows: the part of the data set to train on; None: all.
-    Every row comes once. One step may be short: its rows are spread evenly over micro-batches and ranks. Raises
-    UserError if the ranks cannot share a micro-batch equally.
+        lengths: tokens of every text of the data set, int [texts].
+        batch_size: texts per micro-batch over all ranks.
+        length_grouped: put texts of similar length into one step. The order of the steps stays random.
+        rows: rows of the data set to train on; None for all.
+    Raises UserError if batch_size is not divisible by world_size.
     """
     if batch_size % world_size:
-        raise UserError(f"`batch_size`={batch_size}: does not divide by the {world_size} processes; change either one")
+        raise UserError(
+            f"`batch_size`={batch_size}: is not divisible by the {world_size} processes; change one of them"
+        )
     rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     order = rng.permutation(np.arange(len(lengths)) if rows is None else rows)
     step_size = batch_size * accumulation
     if length_grouped:
         block = step_size * _STEPS_A_BLOCK
-        # Stable, so that equal lengths keep their random order.
+        # A stable sort keeps texts of equal length in random order.
         parts = [order[at : at + block] for at in range(0, len(order), block)]
         order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
     steps = [order[at : at + step_size] for at in range(0, len(order), step_size)]
@@ -89,9 +92,10 @@ def plan_epoch(
 def plan_eval(
     lengths: np.ndarray, *, batch_size: int, world_size: int, rows: np.ndarray | None = None
 ) -> list[MicroBatch]:
-    """Every row (of `rows`) once, longest first: too large a batch fails at once, and little is padded.
+    """Plan an evaluation: every row, or those of `rows`, once.
 
-    The ranks share a batch as evenly as it divides; some may have no row of a short one.
+    Longest texts come first, so a batch that is too large fails at once, and there is little padding. The ranks share each batch
+    as evenly as possible; a rank may get no row of a small one.
     """
     chosen = np.arange(len(lengths)) if rows is None else rows
     order = chosen[np.argsort(-lengths[chosen], kind="stable")]
@@ -100,20 +104,20 @@ def plan_eval(
 
 
 def padded_width(longest_text: int, longest: int) -> int:
-    """Tokens that a batch is padded to. Args: longest: that any is."""
-    # Every new length costs a GPU's libraries some milliseconds of planning for each layer: let there be few.
+    """Return the width to pad a batch to: `longest_text` rounded up to a multiple of 8, at most `longest`."""
+    # Few different widths: for each new one a GPU's libraries spend milliseconds per layer on planning.
     return min(-(-longest_text // _LENGTH_STEP) * _LENGTH_STEP, longest)
 
 
 def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows: int = 1) -> dict[str, Tensor]:
-    """What the encoder reads of some texts: {"input_ids", "attention_mask"}, int64 [b, T]. Every batch is made here.
+    """Pad texts to the encoder's input: {"input_ids", "attention_mask"}, int64 [b, T]. Makes every batch of the package.
 
-    Padding stands on the right, whatever side a tokenizer prefers: T is the length of the longest text, rounded up to a
-    multiple of 8, but never beyond `longest`.
+    Padding goes on the right, whatever the tokenizer's padding side. For T see `padded_width`.
 
     Args:
-        pad_token_id: None: 0, for the mask hides it.
-        least_rows: where there are fewer texts, texts of one padding token follow.
+        longest: maximal T.
+        pad_token_id: None for 0; the mask hides padding.
+        least_rows: append texts of one padding token until there are this many rows.
     """
     texts = len(tokens.offsets) - 1
     lengths = np.ones(max(texts, least_rows), dtype=np.int64)
@@ -126,7 +130,7 @@ def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows
 
 
 def batch_of_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> dict[str, Tensor]:
-    """The same of texts that are not part of a corpus: one or more, cut to `max_len` tokens."""
+    """Tokenise, truncate to `max_len` tokens and pad one or more texts outside a corpus; see `padded`."""
     ids = encode_texts(tokenizer, texts, max_len)
     tokens = Ragged(np.concatenate(ids), np.cumsum([0, *map(len, ids)]))
     return padded(tokens, longest=max_len, pad_token_id=tokenizer.pad_token_id)
@@ -140,14 +144,15 @@ class TextBatches(torch.utils.data.Dataset):
     """One rank's batches of a plan; for `DataLoader(TextBatches(...), batch_size=None)`.
 
     An item is a dict:
-        input_ids, attention_mask: int64 [max(b, least_rows), T], of `padded`, never beyond the longest text of the data set.
+        input_ids, attention_mask: int64 [max(b, least_rows), T] from `padded`; T is at most the data set's longest text.
         label_counts: int32 [b]; label_ids: int32 [sum of label_counts].
-        filter_counts, filter_ids: the same of the filter pairs, if there are any.
+        filter_counts, filter_ids: likewise for the filter pairs, if there are any.
         rows: int64 [b], rows of the data set.
         rows_in_step: int, texts of the whole optimizer step.
         rank_sizes: (texts, labels) of every rank's part of the micro-batch, two lists of int.
-    Where there are fewer than `least_rows`, by default one, texts of one padding token follow; take features[:b]. So the encoder
-    can run where a rank has no rows (b = 0), and a compiled one sees batches of one size.
+
+    Batches of fewer than `least_rows` texts (default 1) are filled up with texts of one padding token; use features[:b]. So
+    the encoder can run on a rank without rows (b = 0), and a compiled encoder sees a constant number of rows.
     """
 
     def __init__(
@@ -183,9 +188,9 @@ class TextBatches(torch.utils.data.Dataset):
         if self._places is not None:
             labels = Ragged(self._places[labels.ids], labels.offsets)
         batch = padded(tokens, longest=self._longest, pad_token_id=self._pad_token_id, least_rows=self._least_rows) | {
-            "rows": torch.from_numpy(rows.copy()),  # the plan's own array stays out of the caller's reach
+            "rows": torch.from_numpy(rows.copy()),  # a copy: callers must not change the plan
             "rows_in_step": micro.rows_in_step,
-            # Every rank knows the plan: nobody has to ask the others how much they bring.
+            # Every rank knows the plan, so ranks need not exchange these sizes.
             "rank_sizes": (
                 [len(part) for part in micro.rows],
                 [int(self._label_lengths[part].sum()) for part in micro.rows],

@@ -1,20 +1,20 @@
-"""Generated data sets of any shape: how long texts are, how often labels occur, and words that depend on labels.
+"""Generate data sets of a given shape: text lengths, label frequencies, and words that depend on labels.
 
-`block` draws some thousand texts from the shape, the seed and the block's number alone, so that any number of processes makes
-the same data set, and memory does not grow with it. `xmc-trainer bench data` writes the blocks as files; `bench train` trains
-on them where a data set is not there.
+`block` draws 4,096 texts from shape, seed and block number alone. So any number of processes makes the same data set, and memory
+does not grow with its size. `xmc-trainer bench data` writes the blocks to files. `bench train` trains on them if the data set
+is missing.
 
-The model, for N texts, L labels and n labels a text:
+The model, for N texts, L labels and n labels per text:
 
-    label frequency     a text's topic is a label rank r of density r^-skew; its labels are neighbours of r in rank. In
-                        training, label l also belongs to text l mod N, so that every label occurs. This one occurrence counts
-                        as one of the L * n / N: the mean number of texts a label is the published one.
-    labels a text       Poisson, with mean n
-    label ids           ranks under a fixed permutation: neighbours in rank are no neighbours in id, and every id range has its
-                        share of frequent labels
-    words a text        lognormal, with the published mean
-    words               4 of 10 are keywords of one of the text's labels: half of these are the label's own, half are shared by
-                        7 neighbours in rank. The others are noise; word w has a density of w^(-2/3).
+    label frequency     a text's topic is a label rank r with density r^-skew, and its labels are near r in rank. In training,
+                        label l also belongs to text l mod N, so every label occurs. This occurrence counts towards n: the mean
+                        number of texts per label is the published one.
+    labels per text     Poisson with mean n
+    label ids           a fixed permutation of the ranks: neighbours in rank are not neighbours in id, and every range of ids has
+                        its share of frequent labels
+    words per text      lognormal with the published mean
+    words               40 % are keywords of one of the text's labels: half of these belong to the label alone, half are shared
+                        by 7 labels of neighbouring rank. The rest is noise; word w has the density w^(-2/3).
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from xmc_trainer.data.sources import Ragged
 
 TEXTS_A_BLOCK = 4096
 _SIGNAL = 0.4  # share of words that depend on labels
-_KEYWORDS = 8  # of a label; the first half it shares with its neighbours
+_KEYWORDS = 8  # per label; the first half is shared with its neighbours
 _NEIGHBOURS = 7  # labels that share keywords
-_MOST_STEP = 3  # ranks between a text's neighbouring labels
+_MOST_STEP = 3  # most ranks between a text's neighbouring labels
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a generated data set looks like.
+    """Size and distributions of a generated data set.
 
     Attributes:
-        train_texts, test_texts, labels: how many.
-        labels_a_text, words_a_text: means. A shape with more labels than labels_a_text * train_texts has more labels a text,
-            because every label occurs in training.
-        skew: label frequency falls as rank^-skew; 0 (all alike) to below 1.
-        deviation: standard deviation of the logarithm of a text's words.
-        bounds: fewest and most words of a text.
-        vocabulary: different words.
+        train_texts, test_texts, labels: numbers of texts and labels.
+        labels_a_text, words_a_text: means per text. With more labels than labels_a_text * train_texts, texts have more labels
+            on average, because every label occurs in training.
+        skew: label frequency falls as rank^-skew; from 0 (uniform) to below 1.
+        deviation: standard deviation of the logarithm of the number of words.
+        bounds: minimal and maximal words per text.
+        vocabulary: number of distinct words.
     """
 
     train_texts: int
@@ -59,12 +59,12 @@ class Shape:
     vocabulary: int = 29_995
 
     def scaled(self, scale: float) -> Shape:
-        """The same with `scale` times as many texts and labels: as many labels a text, and texts a label."""
+        """Scale the numbers of texts and labels; labels per text and texts per label stay the same."""
         names = ("train_texts", "test_texts", "labels")
         return replace(self, **{name: max(1, round(scale * getattr(self, name))) for name in names})
 
     def texts(self, split: str) -> int:
-        """Of "train" or "test"."""
+        """Return the number of texts of "train" or "test"."""
         return self.train_texts if split == "train" else self.test_texts
 
     def blocks(self, split: str) -> int:
@@ -76,7 +76,8 @@ class Shape:
 # train_texts, labels, labels_a_text: the table of data sets in PECOS (amzn/pecos, examples/spmm/README.md: N, L and nnz(Y) / N).
 # test_texts, words_a_text: You et al., AttentionXML (NeurIPS 2019), Table 1 (N_test and mean words of a training text);
 #     quoted from memory, to be checked against the paper.
-# skew: the default gives SID-GND-EN's share of labels with at most five texts (83 %, docs/results.md); no figure was found for these sets.
+# skew: the default reproduces SID-GND-EN's share of labels with at most five texts (83 %, docs/results.md); no figure was found for
+#     these data sets.
 # deviation: assumed.
 PUBLISHED = {
     "eurlex4k": Shape(15_449, 3_865, 3_956, 82_265 / 15_449, 1248.58),
@@ -88,14 +89,14 @@ PUBLISHED = {
 
 
 class Block(NamedTuple):
-    """Consecutive texts: word numbers, int64, from 0; label ids, ascending and without repeats."""
+    """Consecutive texts: word numbers from 0, int64; distinct label ids, int32, ascending within a text."""
 
     words: Ragged
     labels: Ragged
 
 
 def block(shape: Shape, split: str, number: int, seed: int) -> Block:
-    """Texts number * TEXTS_A_BLOCK and following of "train" or "test". Args: seed: 0 to 2^32 - 1."""
+    """Draw texts number * TEXTS_A_BLOCK and following of "train" or "test". `seed`: 0 to 2^32 - 1."""
     rng = np.random.Generator(np.random.Philox(key=[seed, 2 * number + (split == "test")]))
     first = number * TEXTS_A_BLOCK
     last = min(first + TEXTS_A_BLOCK, shape.texts(split))
@@ -104,14 +105,14 @@ def block(shape: Shape, split: str, number: int, seed: int) -> Block:
 
 
 def word_lengths(shape: Shape, texts: int, rng: np.random.Generator) -> np.ndarray:
-    """Words of so many texts, int64 [texts]."""
+    """Draw the number of words of each text, int64 [texts]."""
     # The mean of a lognormal distribution is exp(mu + deviation^2 / 2).
     mu = math.log(shape.words_a_text) - shape.deviation**2 / 2
     return np.clip(np.rint(rng.lognormal(mu, shape.deviation, texts)), *shape.bounds).astype(np.int64)
 
 
 def _labels(shape: Shape, split: str, first: int, last: int, rng: np.random.Generator) -> tuple[Ragged, np.ndarray]:
-    """Labels of the texts first..last, and the rank of each."""
+    """Draw the labels of texts first..last-1. Returns label ids, and the rank of each, int64."""
     labels, texts = shape.labels, np.arange(first, last)
     own_text, own_rank = np.zeros(0, np.int64), np.zeros(0, np.int64)
     if split == "train":
@@ -130,7 +131,7 @@ def _labels(shape: Shape, split: str, first: int, last: int, rng: np.random.Gene
     text = np.concatenate([np.repeat(np.arange(len(texts)), drawn), own_text])
     rank = np.concatenate([(np.repeat(topic - before, drawn) + steps) % labels, own_rank])
     factor = _coprime(labels)
-    # A text's labels, ascending in id, each once.
+    # Sort each text's labels by id and drop repeats.
     keys = np.unique(text * labels + rank * factor % labels)
     text, ids = keys // labels, keys % labels
     offsets = np.concatenate([[0], np.cumsum(np.bincount(text, minlength=len(texts)))])
@@ -138,7 +139,7 @@ def _labels(shape: Shape, split: str, first: int, last: int, rng: np.random.Gene
 
 
 def _coprime(labels: int) -> int:
-    """A number near labels / golden ratio that has no common divisor with `labels`."""
+    """Find a number near labels / golden ratio that is coprime to `labels`."""
     factor = max(1, round(0.618 * labels))
     while math.gcd(factor, labels) != 1:
         factor += 1
@@ -161,7 +162,7 @@ def _words(shape: Shape, label_offsets: np.ndarray, ranks: np.ndarray, rng: np.r
 
 
 def made_up_words(count: int) -> list[str]:
-    """So many different words of two or more syllables; the first ones, which are the most frequent, are the shortest."""
+    """Make `count` distinct words of two or more syllables. The first, most frequent words are the shortest."""
     syllables = [consonant + vowel for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiou"]
     base = len(syllables)
     words = []

@@ -1,7 +1,7 @@
-"""Compiling the encoder with torch.compile, in seconds rather than minutes, for batches of every length.
+"""Compile the encoder with torch.compile for batches of every length, in seconds instead of minutes.
 
-The layers of a backbone are alike. Each is compiled by itself, so that the first one's code serves all of them, and what stands
-around them (embeddings, attention mask) is compiled once more. The compiled code is kept on disk for the next run.
+The layers of a backbone have the same code. Each is compiled by itself, so all reuse the first one's compiled code. The rest
+(embeddings, attention mask) is compiled separately. The compiled code is cached on disk for the next run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from xmc_trainer.encoder.text_encoder import TextEncoder
 
 _DYNAMIC = {"dynamic": True}  # one compilation for all lengths
-# Of what a backward pass reads of a layer, the share that is kept; the rest is computed again, what costs least first. On a GPU this
-# takes about a tenth of the encoder's time, and saves a third of the memory that grows with the texts.
+# Share of a layer's activations that is kept for the backward pass. The rest is recomputed, cheapest first. On a GPU this costs
+# about 10 % of the encoder's time and saves a third of the memory that grows with the texts.
 _KEPT = 0.6
 
 
 def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
-    """(owner, list) of every list of layers of one class that is in no other one."""
-    found, inside = [], set()
+    """Find the outermost lists of two or more layers of one class. Returns (owner, list) of each."""
+    found: list[tuple[nn.Module, nn.ModuleList]] = []
+    inside: set[nn.Module] = set()
     for owner in backbone.modules():
         for child in owner.children():
             if (
@@ -39,15 +40,16 @@ def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
 
 
 def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
-    """Compile the backbone in place; the work happens in its first forward and backward passes.
+    """Compile the backbone in place. The first forward and backward pass do the work; see `warm_up`.
 
-    Args: cache_dir: where the code is kept, unless TORCHINDUCTOR_CACHE_DIR says otherwise.
+    Args:
+        cache_dir: folder for compiled code, unless TORCHINDUCTOR_CACHE_DIR names another.
     """
-    # torch, when imported, may have set it to a folder for temporary files, which is gone after a restart.
+    # Importing torch may set the variable to a temporary folder, which does not survive a restart.
     chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchinductor_"))
     if chosen.parent == Path(tempfile.gettempdir()) and chosen.name.startswith("torchinductor_"):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
-    # As many texts as tokens in the first batch are not always so.
+    # Do not take texts and tokens for one size because they are equal in the first batch.
     torch.fx.experimental._config.use_duck_shape = False
     if torch.cuda.is_available():
         torch._functorch.config.activation_memory_budget = _KEPT
@@ -57,13 +59,13 @@ def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
         for layer in layers:
             layer.compile(**_DYNAMIC)
         if owner is not backbone:
-            owner.forward = torch.compiler.disable(owner.forward, recursive=False)  # the loop over the layers itself
+            owner.forward = torch.compiler.disable(owner.forward, recursive=False)  # it loops over the layers
     if all(owner is not backbone for owner, _ in lists):
         backbone.compile(**_DYNAMIC)
 
 
 def undo(encoder: TextEncoder) -> None:
-    """The encoder as it was before `compile_encoder`."""
+    """Undo `compile_encoder`."""
     for module in encoder.backbone.modules():
         module._compiled_call_impl = None
         module.__dict__.pop("forward", None)
@@ -72,11 +74,11 @@ def undo(encoder: TextEncoder) -> None:
 def warm_up(
     encoder: TextEncoder, forward: Callable[[Tensor, Tensor], Tensor], rows: int, tokens: int, device: torch.device
 ) -> None:
-    """Let the encoder be compiled now, for training and for evaluation.
+    """Trigger compilation now, for training and for evaluation.
 
     Args:
-        forward: calls the encoder in the precision of the training.
-        rows, tokens: of the largest batch.
+        forward: calls the encoder in the precision of training.
+        rows, tokens: texts and tokens of the largest batch.
     """
     training = encoder.training
     ids, mask = (torch.ones(rows, tokens, dtype=torch.int64, device=device) for _ in range(2))

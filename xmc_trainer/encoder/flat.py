@@ -1,9 +1,8 @@
-"""The encoder as an engine is to see it: one long parameter an optimizer group instead of hundreds of short ones.
+"""The encoder as the engine sees it: one long parameter per optimizer group instead of hundreds of short ones.
 
-DeepSpeed (ZeRO 0 to 2) and DDP run Python code, copies and collectives for every parameter. For a BERT that takes the host
-longer than the GPU needs for the whole step. `FlatEncoder` hands them two to four long tensors. The encoder's own parameters
-are views of these, under their own names and in their own shapes, so that forward and backward pass are those of the plain
-module, compiled or not.
+DeepSpeed (ZeRO 0 to 2) and DDP run Python code, copies and collectives for every parameter. For a BERT the host needs more
+time for them than the GPU for the whole step. `FlatEncoder` gives the engine two to four long tensors. The encoder's own
+parameters are views of these with their own names and shapes, so the passes are those of the plain module, compiled or not.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xmc_trainer.encoder.captured import EagerPass, Recorder
+from xmc_trainer.encoder.captured import EagerPass, Pass, Recorder
 from xmc_trainer.encoder.text_encoder import TextEncoder
 
 
 class _Encode(torch.autograd.Function):
-    """The encoder's forward and backward pass as one operation on the flat parameters."""
+    """Both passes of the encoder as one autograd operation on the flat parameters."""
 
     @staticmethod
     def forward(ctx: Any, flat_encoder: FlatEncoder, inputs: tuple[Tensor, ...], *flat: Tensor) -> Tensor:
@@ -34,15 +33,16 @@ class _Encode(torch.autograd.Function):
 
 
 class FlatEncoder(nn.Module):
-    """An encoder whose trained parameters are one flat tensor an optimizer group.
+    """An encoder whose trained parameters are one flat tensor per optimizer group.
 
-    Give it and `groups` to the optimizer and the engine, then call `attach`.
+    Build the optimizer from `groups`, give both to the engine, then call `attach`.
 
-    Args: groups: of `TextEncoder.parameter_groups`.
+    Args:
+        groups: as `TextEncoder.parameter_groups` returns them.
     Attributes:
-        encoder: the module itself. It is no submodule, or the engine would find its parameters.
-        groups: the same optimizer groups, with the flat parameter of each.
-        members: for each group, the encoder's own parameters in the order of the flat one.
+        encoder: the wrapped module. It is not a submodule, so the engine does not find its parameters.
+        groups: the optimizer groups, each with its flat parameter.
+        members: for each group, the encoder's parameters in their order within the flat one.
     """
 
     encoder: TextEncoder
@@ -58,14 +58,14 @@ class FlatEncoder(nn.Module):
 
     @torch.no_grad()
     def attach(self) -> None:
-        """Lay the encoder's parameters over the flat ones, wherever the engine has put these and in whatever dtype."""
-        self._recorder = None  # its graphs know where the parameters were
+        """Make the encoder's parameters views of the flat ones, on the engine's device and in its dtype."""
+        self._recorder = None  # its graphs hold the old addresses of the parameters
         for flat, members in zip(self.flat, self.members):
             parts = flat.detach().split([p.numel() for p in members])
             for parameter, part in zip(members, parts):
                 parameter.grad = None
                 parameter.data = part.view(parameter.shape)
-        # What is not trained follows.
+        # Move buffers and frozen parameters too.
         own = {id(p) for members in self.members for p in members}
         dtype, device = self.flat[0].dtype, self.flat[0].device
         for tensor in (*self.encoder.parameters(), *self.encoder.buffers()):
@@ -73,21 +73,22 @@ class FlatEncoder(nn.Module):
                 tensor.data = tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """As the encoder's."""
+        """See `TextEncoder.forward`."""
         if not torch.is_grad_enabled():
             return self.encoder(input_ids, attention_mask)
         return _Encode.apply(self, (input_ids, attention_mask), *self.flat)
 
-    def run(self, inputs: tuple[Tensor, ...]) -> EagerPass:
-        """The forward pass of `inputs`, which waits for its backward pass."""
+    def run(self, inputs: tuple[Tensor, ...]) -> Pass:
+        """Run the forward pass. The result runs the backward pass."""
         if self._recorder is not None and self.training:
             return self._recorder.run(inputs)
         return EagerPass(self.encoder, self.members, inputs)
 
     def capture(self, shapes: list[tuple[Tensor, ...]], *, used_up: bool = False) -> None:
-        """Let the passes of training be CUDA graphs for inputs of these shapes, the largest first. Raises CannotCapture.
+        """Record the passes of training as CUDA graphs for inputs of these shapes, largest first. Raises CannotCapture.
 
-        Args: used_up: gradients are not kept beyond the step's end, and a step has one backward pass.
+        Args:
+            used_up: whether a step has one backward pass and its gradients are not kept after the step.
         """
         recorder = Recorder(self.encoder, self.members, used_up=used_up)
         recorder.record(shapes)
@@ -95,22 +96,26 @@ class FlatEncoder(nn.Module):
 
     @property
     def captured_bytes(self) -> int:
-        """Memory of the GPU that the recorded passes share, and that its allocator does not count as in use."""
+        """GPU memory of the recorded graphs, which the allocator does not count as in use."""
         return 0 if self._recorder is None else self._recorder.bytes
 
     def train(self, mode: bool = True) -> FlatEncoder:
         self.encoder.train(mode)
         return super().train(mode)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The encoder's: its names and shapes, each tensor in memory of its own."""
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the encoder's state dict, with copies of its tensors."""
         return {name: value.clone() for name, value in self.encoder.state_dict(*args, **kwargs).items()}
 
 
 def named_parts(module: nn.Module) -> Iterator[tuple[Tensor, list[tuple[str, torch.Size]]]]:
-    """Each parameter that the engine trains of `module` (without the engine around it), and what it is made of: names and shapes.
+    """Yield each parameter that the engine trains, with the (name, shape) of the encoder's parameters in it.
 
-    A parameter of any other module than a FlatEncoder is made of itself. Under ZeRO 3 it is empty and remembers its shape.
+    In a module other than a FlatEncoder every parameter stands for itself. Under ZeRO 3 it is empty, and the shape is that of
+    the full parameter.
+
+    Args:
+        module: unwrapped from the engine.
     """
     if not isinstance(module, FlatEncoder):
         for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""The meta branch: a dense head over label clusters, whose loss trains the encoder early, while the labels' head is poor."""
+"""The meta branch: a dense head over label clusters that trains the encoder early, while the labels' head is still poor."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class MetaBranch:
 
     @classmethod
     def build(cls, features: int, cluster_of: np.ndarray, *, scaling: float, last_step: int, **head: Any) -> MetaBranch:
-        """Build the head too; `head` are further arguments of FixedFanInHead."""
+        """Build the branch with its head. `head`: further arguments of FixedFanInHead."""
         clusters = int(cluster_of.max()) + 1
         return cls(
             FixedFanInHead(features, clusters, fan_in=None, optimizer=AdamW(), **head), cluster_of, scaling, last_step
         )
 
     def weight(self, step: int) -> float:
-        """Weight of the branch's loss after `step` optimizer steps: scaling at 0, 0 from last_step on."""
+        """Return the weight of the branch's loss after `step` optimizer steps: scaling at 0, 0 from last_step on."""
         return self.scaling * 0.5 * (1 + math.cos(math.pi * min(step / self.last_step, 1.0)))
 
     def clusters(self, label_ids: Tensor) -> Tensor:
-        """int [n] label ids -> int32 [n] cluster ids. Labels of one cluster repeat its id; a head counts it once."""
+        """Map label ids, int [n], to cluster ids, int32 [n]. Repeated ids count once in a head."""
         return self._cluster_of[label_ids.to(torch.int64)]
 
     def terms(self, loss_weight: float) -> list[HeadTerm]:
-        """The branch's part of a step, for `multi_head_step`."""
+        """Return the branch's terms for `multi_head_step`."""
         return [HeadTerm(self.head, self.clusters, loss_weight)]

@@ -1,7 +1,7 @@
 """FixedFanInHead: the classifier over this rank's share of the labels.
 
-The head never meets an engine, an optimizer or autograd's gradient buffers: its forward pass also updates its weights.
-In a training script that still reads
+The head needs no engine, no torch optimizer and no gradient buffers: its forward pass also updates its weights. A training
+script still reads
 
     loss = head(encoder(texts), label_ids, label_counts)
     loss.backward()
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xmc_trainer.head.losses import LOSSES
-from xmc_trainer.head.optimizers import SGD, AdamW, RowwiseRMSprop
+from xmc_trainer.head.optimizers import SGD, Optimizer
 from xmc_trainer.head.protocol import Head
 from xmc_trainer.head.rewire import (
     RewireReport,
@@ -41,9 +41,9 @@ from xmc_trainer.rng import Stream
 
 
 def label_range(num_labels: int, group_size: int, rank: int, world_size: int) -> range:
-    """The global label ids that `rank` owns: contiguous, cut between groups, as even as that allows.
+    """Return the global label ids that `rank` owns: a contiguous range, as even as whole groups allow.
 
-    A group is never split, because its labels share one index row. Raises ValueError if there are fewer groups than ranks.
+    Groups are not split, because their labels share one index row. Raises ValueError if there are fewer groups than ranks.
     """
     groups = -(-num_labels // group_size)
     if groups < world_size:
@@ -69,16 +69,16 @@ class FixedFanInHead(Head):
         text_reduction: "sum" or "mean" over the texts of an optimizer step, all ranks and micro-batches together.
         optimizer: SGD(...), AdamW(...) or RowwiseRMSprop(...) of this package; default SGD(momentum=0.9).
         lr: initial value of the attribute `lr`.
-        weight_dtype: float32, or bfloat16 with stochastic rounding. It holds for the weights and for optimizer states
-            without a dtype of their own.
-        product_dtype: float32 or bfloat16: what features are rounded to before the products. From there the reference
-            backend computes in float32; triton uses bfloat16 matrix instructions. Both sum in float32.
-        seed: of index, weights, rounding and rewiring; the same on every rank.
-        growth_batches: latest steps whose features and labels are kept for growth by gradient, [B, d] each.
+        weight_dtype: float32, or bfloat16 with stochastic rounding; for the weights and for optimizer states without a
+            dtype of their own.
+        product_dtype: float32 or bfloat16, which features are rounded to before the products. The reference backend then
+            multiplies in float32, triton with bfloat16 matrix instructions. Both sum in float32.
+        seed: seed of index, weights, rounding and rewiring; the same on every rank.
+        growth_batches: number of recent steps whose features [B, d] and labels are kept for growth by gradient.
         backend: auto, triton, reference or torch_sparse; see `xmc_trainer.kernels.dispatch`.
-        tile_labels: labels a tile, for backends without Triton. It bounds the working memory: a few float32 matrices of
-            [B, tile] and [tile, d]. Default: 4096 on a CPU, where a tile should fit the cache; 65,536 on a GPU, where each
-            tile takes some 40 launches.
+        tile_labels: labels per tile, for backends without Triton. It bounds the workspace: a few float32 matrices of
+            [B, tile] and [tile, d]. Default: 4096 on a CPU, where a tile should fit into the cache; 65,536 on a GPU, where
+            each tile takes some 40 launches.
         ranks: the process group. Default: the initialised one, or this process alone.
 
     Attributes:
@@ -87,8 +87,10 @@ class FixedFanInHead(Head):
     """
 
     weight: Tensor
+    index: Tensor | None
     bias: Tensor | None
     logit_shift: Tensor | None
+    skipped: Tensor
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class FixedFanInHead(Head):
         logit_shift: Tensor | None = None,
         loss: str = "bce",
         text_reduction: str = "sum",
-        optimizer: SGD | AdamW | RowwiseRMSprop | None = None,
+        optimizer: Optimizer | None = None,
         lr: float = 0.05,
         weight_decay: float = 0.0,
         weight_dtype: torch.dtype = torch.float32,
@@ -119,16 +121,16 @@ class FixedFanInHead(Head):
         if fan_in is not None and not 1 <= fan_in <= in_features:
             raise ValueError(f"fan_in={fan_in}: must be between 1 and in_features={in_features}")
         if in_features > 1 << 16:
-            raise ValueError(f"in_features={in_features}: at most 65536")
+            raise ValueError(f"in_features={in_features}: must be at most 65536")
         if weight_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"weight_dtype={weight_dtype}: float32 or bfloat16")
+            raise ValueError(f"weight_dtype={weight_dtype}: must be float32 or bfloat16")
         if product_dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"product_dtype={product_dtype}: float32 or bfloat16")
+            raise ValueError(f"product_dtype={product_dtype}: must be float32 or bfloat16")
         if text_reduction not in ("sum", "mean"):
-            raise ValueError(f"text_reduction={text_reduction!r}: sum or mean")
+            raise ValueError(f"text_reduction={text_reduction!r}: must be sum or mean")
         self.in_features, self.num_labels = in_features, num_labels
         self.fan_in, self.group_size = fan_in, 1 if fan_in is None else group_size
-        self._align = group_size  # a dense head shares its labels by groups too: it may become sparse
+        self._align = group_size  # ranks own whole groups even while the head is dense: it may become sparse
         self.loss_name, self.text_reduction = loss, text_reduction
         optimizer = optimizer or SGD(momentum=0.9)
         self.optimizer, self.lr, self.weight_decay = optimizer, lr, weight_decay
@@ -141,11 +143,11 @@ class FixedFanInHead(Head):
         self.steps = 0
         self._loss_fn = LOSSES[loss]
         self._backend_name = backend
-        self._of_index: tuple[Any, dict[Any, Tensor]] = (None, {})  # state of the index, and what was derived from it
-        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []  # this step's earlier micro-batches: features, pairs
-        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(
-            maxlen=growth_batches
-        )  # the same of the latest steps
+        self._of_index: tuple[Any, dict[Any, Tensor]] = (None, {})  # version of the index, and tensors derived from it
+        self._kept: list[
+            tuple[Tensor, Tensor, Tensor]
+        ] = []  # this step's earlier micro-batches: features, labels, rows
+        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=growth_batches)  # likewise of whole steps
 
         shape = (len(self.labels), fan_in or in_features)
         self.register_buffer("weight", torch.empty(shape, dtype=weight_dtype, device=device))
@@ -172,7 +174,7 @@ class FixedFanInHead(Head):
             dtype = optimizer.state_dtype or weight_dtype
             state = torch.zeros(shape[0], 1, device=device) if a_label else torch.zeros_like(self.weight, dtype=dtype)
             self.register_buffer(f"weight_{name}", state)
-            self.register_buffer(f"bias_{name}", torch.zeros_like(self.bias) if bias else None)
+            self.register_buffer(f"bias_{name}", None if self.bias is None else torch.zeros_like(self.bias))
         self.register_buffer("skipped", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         select_backend(backend, self.weight.device)  # raises ValueError for a backend that cannot run here
         self.reset_parameters()
@@ -182,7 +184,7 @@ class FixedFanInHead(Head):
         return select_backend(self._backend_name, self.weight.device)
 
     def describe_kernels(self, texts: int) -> str:
-        """The kernels chosen for a step of `texts` texts (all ranks) and for ranking, and why: one line for a log."""
+        """Describe the kernels for a step of `texts` texts (all ranks) and for ranking, with the reasons, in one line for a log."""
         backend = self._backend
         if not isinstance(backend, GPU):
             return f"head: {backend.__name__.rpartition('.')[2]}, tiles of {self.tile_labels} labels"
@@ -195,11 +197,11 @@ class FixedFanInHead(Head):
 
     @property
     def ranking_bias(self) -> Tensor | None:
-        """The bias that labels are ranked by, float32 [L]; a saved model holds this one."""
-        return self.bias if self.logit_shift is None else self.bias - self.logit_shift
+        """The bias used for ranking, float32 [L]; saved models hold it."""
+        return self.bias if self.bias is None or self.logit_shift is None else self.bias - self.logit_shift
 
     def labels_of(self, rank: int) -> range:
-        """Global label ids that `rank` owns."""
+        """Return the global label ids that `rank` owns."""
         return label_range(self.num_labels, self._align, rank, self.ranks.size)
 
     def load_labels(self, labels: range, tensors: dict[str, Tensor]) -> None:
@@ -219,7 +221,7 @@ class FixedFanInHead(Head):
             getattr(self, name)[to_first : to_first + count] = value[from_first : from_first + count]
 
     def recent_steps(self) -> list[dict[str, Tensor]]:
-        """The steps kept for growth by gradient, the oldest first: features [B, d], global labels and rows, int64 [P]."""
+        """Return the steps kept for growth by gradient, oldest first: features [B, d], global labels and rows, int64 [P]."""
         return [
             {"features": feat_Bd, "labels": label_P + self.labels.start, "rows": row_P}
             for feat_Bd, label_P, row_P in self._recent
@@ -248,7 +250,8 @@ class FixedFanInHead(Head):
                 part.copy_(random_index(row, fan_in, self.in_features, self.seed, part.dtype))
 
     def _made_of_index(self, make: Callable[[Tensor, Any], Tensor], argument: Any) -> Tensor:
-        """make(index, argument), cached until the index changes."""
+        """Return make(index, argument), cached until the index changes."""
+        assert self.index is not None  # kernels of a dense head ask for nothing
         state = (self.index.data_ptr(), self.index._version)
         if self._of_index[0] != state:
             self._of_index = (state, {})
@@ -258,7 +261,7 @@ class FixedFanInHead(Head):
         return made[make, argument]
 
     def tensors(self) -> HeadTensors:
-        """This rank's buffers as the kernels take them; shares their memory."""
+        """Return this rank's buffers as the kernels take them. They share memory."""
         names = self.optimizer.state_names
         return HeadTensors(
             weight_LF=self.weight,
@@ -285,7 +288,7 @@ class FixedFanInHead(Head):
         return [("", self)]
 
     def drop_micro_batches(self) -> None:
-        """Forget the micro-batches kept for an update that will not come, because the step is given up."""
+        """Discard the kept micro-batches of a step that is abandoned."""
         self._kept = []
 
     def rank_step(
@@ -299,7 +302,7 @@ class FixedFanInHead(Head):
         texts_in_step: int | None,
         loss_weight: float,
     ) -> tuple[Tensor, Tensor]:
-        """Loss and update of this rank's labels, on the texts of all ranks; see `Head.forward`.
+        """Compute loss and update of this rank's labels, on the texts of all ranks; see `Head.forward`.
 
         Args:
             label_P, row_P: int [P], global label id and row of each (label, text) pair; other ranks' labels are ignored.
@@ -339,7 +342,7 @@ class FixedFanInHead(Head):
         )
         if update is not None:
             self.skipped += ~finite
-        # A saturated logit has a finite slope, and no label may read the feature: a loss scaler must still see the overflow.
+        # Make the loss scaler see the overflow: the gradient may be finite if logits saturate or no label reads the feature.
         grad_Bd = grad_Bd.masked_fill(~finite, torch.nan)
         return loss_B.sum() * text_weight, grad_Bd
 
@@ -352,6 +355,7 @@ class FixedFanInHead(Head):
             feat_Bd = self.ranks.gather_rows(feat_bd.to(self.product_dtype), sizes)
             label_P = row_P = torch.empty(0, dtype=torch.int64, device=feat_bd.device)
         else:
+            assert skip_counts is not None  # both or none
             pairs = self.ranks.sizes(skip_ids.shape[0], skip_ids.device)
             feat_Bd, label_P, row_P, _ = gather_batch(
                 self.ranks, feat_bd.to(self.product_dtype), skip_ids, skip_counts, (sizes, pairs)
@@ -368,9 +372,11 @@ class FixedFanInHead(Head):
     @torch.no_grad()
     def become_sparse(self, fan_in: int, group_size: int) -> None:
         if self.index is not None:
-            raise ValueError("this head is sparse already")
+            raise ValueError("the head is already sparse")
         if group_size != self._align:
-            raise ValueError(f"group_size={group_size}: the ranks share the labels by groups of {self._align}")
+            raise ValueError(
+                f"group_size={group_size}: the ranks own whole groups of {self._align} labels; use this group size"
+            )
         self.index = strongest_index(self.weight, fan_in, group_size, self.tile_labels)
         every_weight = [name for name in self.optimizer.state_names if name not in self.optimizer.per_label_states]
         for name in ["weight", *(f"weight_{name}" for name in every_weight)]:
@@ -388,7 +394,7 @@ class FixedFanInHead(Head):
         def dense_grad(first: int, last: int) -> Tensor:
             total = torch.zeros(last - first, self.in_features, device=self.weight.device)
             for feat_Bd, label_P, row_P in self._recent:
-                # A step with a feature that is not finite was skipped.
+                # Steps with a non-finite feature were skipped.
                 grad = dense_weight_grad(tensors, first, last, feat_Bd, label_P, row_P, self._loss_fn)
                 total += torch.where(torch.isfinite(feat_Bd).all(), grad, 0.0)
             return total

@@ -1,4 +1,4 @@
-"""The losses: element-wise over (text, label), summed over labels by the head step."""
+"""Loss functions, element-wise over (text, label). The head step sums over labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 def bce(logit: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
     """Binary cross-entropy with logits: log(1 + e^z) - y z, and its derivative sigmoid(z) - y.
 
-    Args: logit float32, positive bool, of one shape. Returns: (loss, dloss/dlogit), float32.
+    `logit` is float32 and `positive` bool, of one shape. Returns (loss, dloss/dlogit), float32.
     """
     y = positive.to(logit.dtype)
     return functional.softplus(logit) - y * logit, torch.sigmoid(logit) - y
@@ -27,10 +27,10 @@ LOSSES = {"bce": bce, "squared_hinge": squared_hinge}
 
 
 def best_constant(loss: str, positive_share: Tensor) -> Tensor:
-    """The logit that minimises a label's mean loss if all its logits are one constant, for shares of positives in (0, 1).
+    """Return the constant logit with the smallest mean loss of a label, for shares of positives in (0, 1).
 
-    A bias that starts there lets the first gradients speak of the positives. From a bias of zero they are the sum of
-    L negatives' pushes through random weights, and Adam, blind to scale, wrecks a pretrained encoder with them.
+    With this initial bias the first gradients come from the positives. With a bias of zero they come from L negatives through
+    random weights, and Adam, which ignores their scale, damages a pretrained encoder with them.
     """
     if loss == "bce":
         return torch.logit(positive_share)
@@ -38,21 +38,21 @@ def best_constant(loss: str, positive_share: Tensor) -> Tensor:
 
 
 def starting_bias(loss: str, init: str, counts: Tensor, texts: int) -> Tensor:
-    """Where the biases of a head begin.
+    """Return the initial biases of a head, float32 [L].
+
+    They are finite for any counts: shares are shrunk away from 0 and 1, where binary cross-entropy's best constant is infinite.
 
     Args:
-        init: "prior": the best constant for the mean share of positives, the same for all; "frequency": of each output's own
-            share; "zero".
-        counts: int [L], texts of which each output is a positive.
-        texts: how many there are.
-    Returns: float32 [L], finite whatever the counts: every share is shrunk away from 0 and 1, where the best constant of
-        the binary cross-entropy is infinite.
+        init: "prior": the best constant for the mean share of positives, the same for all outputs. "frequency": the best
+            constant for each output's own share. "zero".
+        counts: int [L], number of texts with each output as a positive.
+        texts: number of texts.
     """
     if init == "zero":
         return torch.zeros(len(counts))
     counts = counts.double()
-    # One more pair of a text and an output, half of a positive one.
+    # Add one (text, output) pair that is half positive.
     mean = (counts.sum() + 0.5) / (texts * len(counts) + 1)
-    # One more text, with an average set of positives.
+    # Add one text with an average set of positives.
     share = (counts + mean) / (texts + 1) if init == "frequency" else mean.expand(len(counts))
     return best_constant(loss, share).float()

@@ -1,10 +1,10 @@
-"""The head's optimizers: rules that the head step applies tile by tile, whole rows of weights at a time.
+"""The head's optimizers: update rules that the head step applies tile by tile, to whole rows of weights.
 
-torch.optim cannot be used here: it wants a gradient for the whole weight, and the step never has one. SGD and AdamW follow
-torch.optim's to the letter (tests compare them), weight decay included: added to the gradient for SGD, decoupled for AdamW.
+torch.optim needs a gradient of the whole weight, which never exists here. SGD and AdamW compute the same as torch.optim's (tests
+compare them), including weight decay: added to the gradient for SGD, decoupled for AdamW.
 
-A rule computes in float32. Its states are stored as the weights are, unless it has a `state_dtype` of its own; those in
-`per_label_states` are one float32 a label.
+A rule computes in float32. Its states have the dtype of the weights unless it sets `state_dtype`. Those in `per_label_states` are
+one float32 per label.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class SGD:
 class AdamW:
     """Adam with decoupled weight decay.
 
-    eight_bits: the states of weights take a byte each; see `xmc_trainer.kernels.eight_bits`. Those of biases stay float32.
+    Attributes:
+        eight_bits: store the states of weights in one byte each; see `xmc_trainer.kernels.eight_bits`. Those of biases
+            stay float32.
     """
 
     beta1: float = 0.9
@@ -79,11 +81,11 @@ class AdamW:
 
 @dataclass(frozen=True)
 class RowwiseRMSprop:
-    """AdamW without the first moment, and with one second moment a label: of the mean square of its weights' gradients.
+    """AdamW without the first moment and with one second moment per label, the mean square of its weights' gradients.
 
-    A rare label's few gradients keep their direction, which is that of its texts' features; AdamW's divisor makes steps of
-    equal size along all of them. The state is one float a label. (FBGEMM's "partial rowwise Adam" trains embedding tables
-    so; Adam-mini, Zhang et al., ICLR 2025, all other weights, by blocks.)
+    A rare label's few gradients keep their direction, that of its texts' features. AdamW would make steps of equal size along
+    all features. The state is one float per label. (FBGEMM's "partial rowwise Adam" does so for embedding tables; Adam-mini,
+    Zhang et al., ICLR 2025, for blocks of other weights.)
     """
 
     beta2: float = 0.999
@@ -96,10 +98,24 @@ class RowwiseRMSprop:
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """As above, of weights [T, F] with a state [T, 1], and of biases [T], each of which is by itself."""
+        """New (weight, state) of float32 weights [T, F] with a state [T, 1], or of biases [T] with a state [T]."""
         square = grad.square()
         if square.dim() > 1:
             square = square.mean(1, keepdim=True)
         square = self.beta2 * state[0] + (1 - self.beta2) * square
         deviation = (square / (1 - self.beta2**step)).sqrt() + self.eps
         return weight * (1 - lr * weight_decay) - lr * grad / deviation, [square]
+
+
+Optimizer = SGD | AdamW | RowwiseRMSprop
+
+
+def optimizer_named(name: str, momentum: float = 0.0) -> Optimizer:
+    """The optimizer that the setting `xmc_optimizer` calls `name`. momentum: of "sgd" alone."""
+    by_name: dict[str, Optimizer] = {
+        "sgd": SGD(momentum),
+        "adamw": AdamW(),
+        "adamw_8bit": AdamW(eight_bits=True),
+        "rowwise_rmsprop": RowwiseRMSprop(),
+    }
+    return by_name[name]

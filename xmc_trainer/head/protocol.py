@@ -1,4 +1,4 @@
-"""Head: what the trainer, checkpoints, hooks and evaluation use of a classifier."""
+"""Head: the interface of a classifier for trainer, checkpoints, hooks and evaluation."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Head(nn.Module, ABC):
         loss_name: "bce" or "squared_hinge".
         lr: learning rate of the next update; a schedule sets it.
         ranks: the processes that share the labels.
-        index: features that the sparse labels read; None as long as the head is dense.
-        skipped: int64 scalar on the device, updates skipped because a feature was not finite.
+        index: the features that each group of sparse labels reads, int [R, F]; None while the head is dense.
+        skipped: updates skipped because a feature was not finite; int64 scalar on the device.
     """
 
     in_features: int
@@ -34,8 +34,14 @@ class Head(nn.Module, ABC):
     loss_name: str
     lr: float
     ranks: Ranks
-    index: Tensor | None
-    skipped: Tensor
+
+    if TYPE_CHECKING:  # a layer's are buffers
+
+        @property
+        def index(self) -> Tensor | None: ...
+
+        @property
+        def skipped(self) -> Tensor: ...
 
     def forward(
         self,
@@ -49,7 +55,7 @@ class Head(nn.Module, ABC):
         engine_divisor: float = 1.0,
         rank_sizes: tuple[list[int], list[int]] | None = None,
     ) -> Tensor:
-        """The loss of this micro-batch over all ranks. In training mode the last micro-batch of a step updates the weights.
+        """Compute the loss of a micro-batch over all ranks. In training mode the last one of a step updates the weights.
 
         Args:
             feat_bd: this rank's features, float [b, d]; b may be 0 and may differ between ranks.
@@ -57,14 +63,14 @@ class Head(nn.Module, ABC):
             label_counts: int [b].
             end_of_step: false for every micro-batch of an optimizer step but the last. The head keeps the features and
                 labels of these micro-batches and makes one update from all of them at the end.
-            texts_in_step: texts of the whole optimizer step. Needed only for text_reduction="mean" with several
-                micro-batches; by default the texts of this micro-batch, over all ranks.
-            loss_weight: weight of this loss beside others, the same for all micro-batches of a step. The update happens
-                here, so a factor on the returned loss would come too late.
-            engine_divisor: what the training engine divides gradients by, to be undone here: ranks times the
-                micro-batches that it averages over.
+            texts_in_step: texts of the whole optimizer step, over all ranks. Needed only for text_reduction="mean" with
+                several micro-batches; default: the texts of this micro-batch.
+            loss_weight: weight of this loss among others, constant within a step. Scaling the returned loss instead would
+                not affect the update, which happens here.
+            engine_divisor: factor for the feature gradient that cancels the engine's averaging: ranks times the
+                micro-batches that the engine averages over.
             rank_sizes: (texts, positives) of every rank in this micro-batch, if the caller knows them. Otherwise the
-                ranks tell each other, which makes the host wait for the device.
+                ranks exchange them, and the host waits for the device.
         Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
             of a step's micro-batches add up to the step's loss.
         Raises ValueError if the arguments do not fit each other or the head.
@@ -83,24 +89,24 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def terms(self, loss_weight: float) -> list[HeadTerm]:
-        """The head's part of a step, for `multi_head_step`."""
+        """Return the head's terms for `multi_head_step`."""
 
     @abstractmethod
     def parts(self) -> list[tuple[str, FixedFanInHead]]:
-        """The layers that the head consists of, in label order, each with a prefix for the names of its tensors.
+        """Return the head's layers in label order, each with a prefix for the names of its tensors.
 
-        Every part holds one contiguous range of labels and numbers them from 0. Files are written and read by part.
+        Every part holds a contiguous range of labels and numbers them from 0. Files are written and read by part.
         """
 
     @abstractmethod
     def topk(
         self, feat_bd: Tensor, k: int, skip_ids: Tensor | None = None, skip_counts: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k best labels over all ranks for this rank's texts. Equal scores go to the smaller label id.
+        """Rank labels: find the k best of all ranks for this rank's texts. Equal scores are ordered by label id.
 
         Args:
             feat_bd: [b, d]; every rank must call, b may differ and be 0.
-            skip_ids, skip_counts: ragged global label ids to leave out for each text; None on every rank or on none.
+            skip_ids, skip_counts: ragged global label ids to exclude for each text; None on every rank or on none.
         Returns: scores float32 [b, k] (logits) and label ids int64 [b, k], best first; id -1 and score -inf where
             fewer than k labels are left.
         """
@@ -116,7 +122,7 @@ class Head(nn.Module, ABC):
         mean_d: Tensor | None = None,
         deviation_d: Tensor | None = None,
     ) -> None:
-        """Set the first index and weights from each label's training texts. Labels without texts keep their random start.
+        """Set the first index and weights from each label's training texts. Labels without texts keep their initial values.
 
         Args:
             texts_of: range of global label ids -> (float32 [T, d], sums of standardised features over each label's
@@ -137,13 +143,13 @@ class Head(nn.Module, ABC):
         Keeps the weights and optimizer state of these features and drops all others.
 
         Args:
-            group_size: must be that of the constructor, by which the ranks share the labels.
-        Raises ValueError if the head is sparse already.
+            group_size: must equal the constructor's, because ranks own whole groups.
+        Raises ValueError if the head is already sparse or group_size differs.
         """
 
     @abstractmethod
     def rewire(self, rule: RewireRule) -> RewireReport:
-        """Prune and regrow this rank's connections; see `xmc_trainer.head.rewire`. Deterministic in (seed, steps).
+        """Prune and regrow this rank's connections; see `xmc_trainer.head.rewire`. The result depends on seed and steps only.
 
         Raises ValueError if the head is dense, or if growth by gradient finds no recent steps.
         """

@@ -1,8 +1,8 @@
-"""Rewiring: which features a label reads is learned by pruning small weights and growing new connections.
+"""Rewiring: learn which features a label reads by pruning small weights and growing new connections.
 
-Two steps. `plan` is pure: from the weights, the index and a key it decides which slots go and which features come.
-`apply` edits index, weights and optimizer state of those slots, here and nowhere else. Everything is a function of the
-seed, the step and the global row, so any sharding rewires alike, without communication.
+`plan` is pure: it decides which slots are pruned and which features replace them. `apply` edits index, weights and optimizer
+state of these slots. Random numbers depend on seed, step and global row only, so any sharding rewires alike, without
+communication.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _RANKING_BYTES = 32 << 20
 
 @dataclass(frozen=True)
 class RewireRule:
-    """What a rewiring does.
+    """How to rewire.
 
-    prune_mode "threshold" drops slots whose magnitude is below `amount`, "fraction" the smallest floor(amount * F) of
-    each row. The magnitude of a slot is the mean |weight| over the labels that share it. growth_mode "random" is uniform
-    over the features that the row does not read; "gradient" takes those of the largest |dloss / dweight| in recent batches,
-    a mean over the labels that share the row (RigL: Evci et al., ICML 2020). growth_init_mode is "zero" or "random"
-    (uniform, as at the start).
+    Attributes:
+        prune_mode: "threshold" prunes slots whose magnitude is below `amount`, "fraction" the smallest floor(amount * F)
+            of each row. A slot's magnitude is its mean |weight| over the labels of the group.
+        growth_mode: "random" draws uniformly from the features that the row does not read. "gradient" takes those with the
+            largest mean |dloss / dweight| over the group's labels in recent steps (RigL: Evci et al., ICML 2020).
+        growth_init_mode: first weights of grown slots: "zero", or "random" (uniform, as at the start).
     """
 
     prune_mode: str = "threshold"
@@ -39,10 +40,10 @@ class RewireRule:
 
 @dataclass(frozen=True)
 class RewireReport:
-    """What a rewiring did, over this rank's rows."""
+    """The result of a rewiring, over this rank's rows."""
 
-    moved: int  # slots that read another feature now
-    slots: int  # slots in all
+    moved: int  # slots that read a new feature
+    slots: int  # all slots
 
     @property
     def share(self) -> float:
@@ -54,31 +55,31 @@ class RewireReport:
 
 
 def scheduled_amount(start: float, end: float, step: int, last_step: int) -> float:
-    """Cosine decay from `start` at step 0 to `end` at `last_step`."""
+    """Decay by a cosine from `start` at step 0 to `end` at `last_step`."""
     progress = min(step / max(last_step, 1), 1.0)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def random_index(rows: Tensor, fan_in: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
-    """The first index: `fan_in` distinct features of 0..d-1 for each global row id (int64 [R]), ascending. [R, F]."""
+    """Draw the first index, [R, F]: `fan_in` distinct features of 0..d-1, ascending, for each global row id (int64 [R])."""
     order = random_order(make_key(seed, 0, Stream.INIT_INDEX), rows, d)
     return (order.topk(fan_in, dim=1, largest=False).values & 0xFFFF).sort(dim=1).values.to(dtype)
 
 
 def random_weight(label: Tensor, fan_in: int, seed: int, step: int, stream: Stream) -> Tensor:
-    """Uniform in +-1/sqrt(fan_in), torch.nn.Linear's default; float32 [T, F] for int64 global label ids [T]."""
+    """Draw weights uniform in +-1/sqrt(fan_in), torch.nn.Linear's default; float32 [T, F] for int64 global label ids [T]."""
     slot = torch.arange(fan_in, device=label.device)
-    # Not divided by sqrt(fan_in): a GPU would divide by a scalar with another last digit than a CPU.
+    # Multiply by the reciprocal: dividing by a scalar rounds differently on GPU and CPU.
     return (2 * uniform(make_key(seed, step, stream), label[:, None], slot) - 1) * (1 / math.sqrt(fan_in))
 
 
 def index_dtype(d: int) -> torch.dtype:
-    """The smallest of the index for d features."""
+    """Return the smallest index dtype for d features."""
     return torch.int16 if d <= 1 << 15 else torch.int32
 
 
 def group_mean(magnitude_LF: Tensor, group: int) -> Tensor:
-    """float32 [L, F] -> [ceil(L / group), F], means over consecutive labels; the last group may be short."""
+    """Average float32 [L, F] over groups of consecutive labels, [ceil(L / group), F]. The last group may be short."""
     labels, width = magnitude_LF.shape
     if group == 1:
         return magnitude_LF
@@ -90,7 +91,7 @@ def group_mean(magnitude_LF: Tensor, group: int) -> Tensor:
 
 
 def strongest_index(weight_Ld: Tensor, fan_in: int, group: int, tile_labels: int) -> Tensor:
-    """The `fan_in` features of the largest mean |weight| of every group of dense rows, ascending; [ceil(L / group), F]."""
+    """Find the `fan_in` features of largest mean |weight| in each group of dense rows, ascending; [ceil(L / group), F]."""
     step = max(1, tile_labels // group) * group
     parts = []
     for start in range(0, weight_Ld.shape[0], step):
@@ -100,13 +101,13 @@ def strongest_index(weight_Ld: Tensor, fan_in: int, group: int, tile_labels: int
 
 
 def largest(score_Rd: Tensor, count: int) -> Tensor:
-    """int64 [R, count]: the features of the largest score of each row, the largest first."""
-    # A stable order: equal scores go to the smaller feature, on every device.
+    """Find the features with the largest scores of each row, largest first; int64 [R, count]."""
+    # A stable sort: of equal scores the smaller feature comes first, on every device.
     return score_Rd.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
 def kept_slots(dense_Ld: Tensor, index_RF: Tensor, group: int, tile_labels: int) -> Tensor:
-    """The entries of dense rows that the index names: [L, F]."""
+    """Gather the entries of dense rows that the index names, [L, F]."""
     parts = []
     for start in range(0, dense_Ld.shape[0], tile_labels):
         part = dense_Ld[start : start + tile_labels]
@@ -125,16 +126,16 @@ def plan(
     step: int,
     wanted_Rd: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Which slots are re-pointed, and to which features.
+    """Decide which slots get a new feature, and which.
 
     Args:
         magnitude_RF: float32, mean |weight| of each slot over its group.
         index_RF: int64.
         row_R: int64 global row ids.
         d: number of features.
-        wanted_Rd: float32, the features of the largest value come first; None: any, at random.
+        wanted_Rd: float32, growth takes the features of the largest values first; None for random features.
     Returns: moved bool [R, F]; feature int64 [R, F], the new index (equal to the old where not moved). A row never
-        reads a feature twice; where fewer features are absent than slots were pruned, the smallest slots move.
+        reads a feature twice. If fewer features are absent than slots are pruned, only the smallest slots move.
     """
     rows, fan_in = magnitude_RF.shape
     absent = d - fan_in
@@ -144,7 +145,7 @@ def plan(
         wanted = (magnitude_RF < rule.amount).sum(1, keepdim=True)
     else:
         wanted = torch.full((rows, 1), int(rule.amount * fan_in), device=magnitude_RF.device)
-    # A stable sort: equal magnitudes go in slot order, on every device.
+    # A stable sort: equal magnitudes are pruned in slot order, on every device.
     rank = magnitude_RF.argsort(dim=1, stable=True).argsort(dim=1)
     moved = rank < wanted.clamp_max(absent)
     most = min(fan_in, absent)
@@ -161,10 +162,12 @@ def plan(
 def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tensor, weight_RGF: Tensor | None) -> None:
     """Edit index, weights and optimizer state of the moved slots of rows first_row, first_row + 1, ...
 
-    The slots are then put in order again: every row of the index is ascending, always.
+    Then sorts the slots, because every row of the index must be ascending.
 
-    Args: weight_RGF: float32 first weights of the grown slots [R, G, F]; None: zero.
+    Args:
+        weight_RGF: first weights of the grown slots, float32 [R, G, F]; None for zero.
     """
+    assert head.index_RF is not None  # a dense head has no slots to move
     rows, fan_in = moved_RF.shape
     feature_RF, order_RF = feature_RF.sort(dim=1)
     head.index_RF[first_row : first_row + rows] = feature_RF.to(head.index_RF.dtype)
@@ -180,7 +183,7 @@ def apply(head: HeadTensors, first_row: int, moved_RF: Tensor, feature_RF: Tenso
     weight.copy_(weight.gather(1, order))
     for state in head.weight_state:
         if state.shape != head.weight_LF.shape:
-            continue  # one a label: it has no slots
+            continue  # one value per label, no slots
         part = state[start : start + labels].masked_fill_(moved, 0)
         part.copy_(part.gather(1, order))
 
@@ -194,15 +197,17 @@ def rewire(
     tile_labels: int,
     dense_grad: Callable[[int, int], Tensor],
 ) -> RewireReport:
-    """Plan and apply over all rows of this rank, tile by tile. Synchronises with the host once, for the report.
+    """Plan and apply over all rows of this rank, tile by tile. The host waits for the device once, for the report.
 
-    Args: dense_grad: (first, last) local label -> dloss / dweight float32 [last - first, d]; called for growth by gradient.
+    Args:
+        dense_grad: (first, last) local label -> dloss / dweight, float32 [last - first, d]; used for growth by gradient.
     """
+    assert head.index_RF is not None  # as above
     group, fan_in = head.group_size, head.weight_LF.shape[1]
     rows = head.index_RF.shape[0]
     device = head.weight_LF.device
     moved_total = torch.zeros((), dtype=torch.int64, device=device)
-    # The ranking of features takes d int64 a row, and copies of it.
+    # Ranking the features takes d int64 per row, several times.
     tile = max(1, min(tile_labels // group, _RANKING_BYTES // (8 * d)))
     for first in range(0, rows, tile):
         last = min(first + tile, rows)

@@ -1,4 +1,4 @@
-"""SplitHead: the most frequent labels read more features than the others; two layers that work as one head."""
+"""SplitHead: two layers that work as one head, so that the most frequent labels read more features."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FREQUENT = "frequent."  # prefix of the frequent labels' tensors
 
 
 class SplitHead(Head):
-    """Labels 0..H-1 in a layer of their own, labels H.. in another.
+    """Labels 0..H-1 in one layer and labels H.. in another.
 
     Args:
         frequent: dense or sparse, over the first H labels.
         tail: dense or sparse, over the other labels, numbered from 0. `index` and `become_sparse` are the tail's.
 
-    Both layers must have one loss, read the same features, and be on one set of ranks, each of which owns labels of both.
+    Both layers must have the same loss, in_features and ranks. Every rank owns labels of both.
     """
 
     def __init__(self, frequent: FixedFanInHead, tail: FixedFanInHead) -> None:
         super().__init__()
         if frequent.loss_name != tail.loss_name or frequent.in_features != tail.in_features:
-            raise ValueError("the two heads must have one loss and read the same features")
+            raise ValueError("the two heads must have the same loss and in_features")
         self.frequent, self.tail = frequent, tail
         self.ranks, self.loss_name, self.in_features = tail.ranks, tail.loss_name, tail.in_features
         self.num_labels = frequent.num_labels + tail.num_labels
@@ -41,7 +41,7 @@ class SplitHead(Head):
 
     @property
     def skipped(self) -> Tensor:
-        return self.tail.skipped  # both layers read the same features
+        return self.tail.skipped  # equal in both layers, which get the same features
 
     @property
     def lr(self) -> float:
@@ -87,5 +87,5 @@ class SplitHead(Head):
 
 
 def head_of_parts(parts: list[FixedFanInHead]) -> Head:
-    """The head whose `parts()` these layers are."""
+    """Return the head with these layers as its `parts()`."""
     return SplitHead(*parts) if len(parts) > 1 else parts[0]

@@ -1,4 +1,4 @@
-"""Where a head starts if its labels' training texts decide: the first index and the first weights."""
+"""Initialise a head from its labels' training texts: the first index and weights."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def start_from_texts(
     mean_d: Tensor | None,
     deviation_d: Tensor | None,
 ) -> None:
-    """Edit index, weights and biases in place; see `Head.start_from_texts`.
+    """Set index, weights and biases in place; see `Head.start_from_texts`.
 
     Args:
         labels: global ids of the labels in `head`.
-        d: features.
-        tile_labels: labels worked on at a time, at most.
+        d: number of features.
+        tile_labels: maximal number of labels processed at a time.
     """
     group = head.group_size
     step = max(1, min(tile_labels, _SUMS_BYTES // (4 * d)) // group) * group
@@ -40,15 +40,16 @@ def start_from_texts(
         sums, counts = texts_of(labels[start:stop])
         if index and head.index_RF is not None:
             rows = slice(start // group, -(-stop // group))
-            # The mean of the signed sums: what the labels have in common counts.
+            # The mean of signed sums: what the labels of a group have in common.
             strength = group_mean(sums, group)
             if whitener_dd is not None:
-                # The shape of a tile orders float32 sums; in float64 their rounding does not decide between features.
+                # float64: the rounding of float32 sums depends on the tile's shape and could change which features are chosen.
                 strength = strength.double() @ whitener_dd
             chosen = largest(strength.abs(), head.index_RF.shape[1]).sort(dim=1).values.to(head.index_RF.dtype)
             known = group_mean((counts > 0).float()[:, None], group) > 0
             head.index_RF[rows] = torch.where(known, chosen, head.index_RF[rows])
         if centroid_scale:
+            assert mean_d is not None and deviation_d is not None  # a scale comes with the moments
             z = sums / counts.clamp_min(1)[:, None]
             inverse = torch.where(deviation_d > 0, 1 / deviation_d, 0.0).expand_as(z)
             mean = mean_d.expand_as(z)

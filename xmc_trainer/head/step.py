@@ -1,17 +1,18 @@
-"""One step of all heads that read the same features, and the one bridge to autograd.
+"""The training step of all heads that read the same features, as an autograd function.
 
-The forward pass computes the loss and the gradient of the features. At the end of an optimizer step it has already
-updated the weights. The backward pass hands the stored gradient to the encoder.
+The forward pass computes loss and feature gradient; at the end of an optimizer step it also updates the weights. The
+backward pass returns the stored gradient to the encoder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from xmc_trainer.parallel import Ranks
 
@@ -20,36 +21,38 @@ if TYPE_CHECKING:
 
 
 class HeadTerm(NamedTuple):
-    """A head and the weight of its loss: one of the heads that read the same features."""
+    """One of the heads that read the same features, and the weight of its loss."""
 
     head: FixedFanInHead
-    ids_of: Callable[[Tensor], Tensor] | None  # int64 [n] label ids -> the head's own; ids outside the head are ignored
+    ids_of: (
+        Callable[[Tensor], Tensor] | None
+    )  # int64 [n] label ids -> the head's ids; others are ignored. None: unchanged
     loss_weight: float
 
 
 def check_batch(feat_bd: Tensor, label_ids: Tensor, label_counts: Tensor, features: int, labels: int) -> None:
     """Raise ValueError unless the arguments of a step fit each other and the head.
 
-    Values on a GPU are not checked: reading them would wait for the device.
+    Values on a GPU are not checked, because reading them would wait for the device.
 
     Args:
-        features, labels: numbers of features and of labels of the head.
+        features, labels: numbers of features and labels of the head.
     """
     if feat_bd.ndim != 2 or feat_bd.shape[1] != features:
         raise ValueError(f"features of shape {list(feat_bd.shape)}: the head reads [texts, {features}]")
     if label_counts.shape != feat_bd.shape[:1]:
         raise ValueError(
-            f"label_counts of shape {list(label_counts.shape)}: one number for each of the {feat_bd.shape[0]} texts"
+            f"label_counts of shape {list(label_counts.shape)}: needs one number for each of the {feat_bd.shape[0]} texts"
         )
     if label_ids.is_cuda or label_counts.is_cuda:
         return
     if int(label_counts.sum()) != label_ids.shape[0]:
         raise ValueError(
-            f"label_counts add up to {int(label_counts.sum())}, and there are {label_ids.shape[0]} label_ids"
+            f"label_counts add up to {int(label_counts.sum())}, but there are {label_ids.shape[0]} label_ids"
         )
     if label_ids.numel() and not 0 <= int(label_ids.min()) <= int(label_ids.max()) < labels:
         raise ValueError(
-            f"label_ids from {int(label_ids.min())} to {int(label_ids.max())}: there are labels 0 to {labels - 1}"
+            f"label_ids from {int(label_ids.min())} to {int(label_ids.max())}: the head has labels 0 to {labels - 1}"
         )
 
 
@@ -60,11 +63,11 @@ def gather_batch(
     label_counts: Tensor,
     rank_sizes: tuple[list[int], list[int]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """The texts of all ranks, in one transfer.
+    """Gather the texts of all ranks in one transfer.
 
     Args:
         label_ids, label_counts: ragged global label ids, int [sum of label_counts] and int [b].
-        rank_sizes: (texts, label ids) of every rank. None: the ranks tell each other, which waits for the device.
+        rank_sizes: (texts, label ids) of every rank. None: the ranks exchange them, which waits for the device.
     Returns: features [B, d]; int64 [P] label and int64 [P] row of each (label, text) pair; texts of each rank.
     """
     rows, pairs = rank_sizes or (
@@ -73,7 +76,7 @@ def gather_batch(
     )
     feat_Bd, label_P, counts = ranks.gather_rows_of([feat_bd, label_ids, label_counts], [rows, pairs, rows])
     row_B = torch.arange(counts.shape[0], device=counts.device)
-    # With output_size the host does not ask the device for the sum.
+    # With output_size the host need not wait for the sum.
     row_P = torch.repeat_interleave(row_B, counts.to(torch.int64), output_size=label_P.shape[0])
     return feat_Bd, label_P.to(torch.int64), row_P, rows
 
@@ -89,10 +92,10 @@ def multi_head_step(
     engine_divisor: float = 1.0,
     rank_sizes: tuple[list[int], list[int]] | None = None,
 ) -> Tensor:
-    """The weighted sum of the heads' losses, with one exchange between ranks for all heads. See `Head.forward`.
+    """Compute the weighted sum of the heads' losses, with one exchange between ranks for all heads. See `Head.forward`.
 
     Args:
-        terms: heads with one product_dtype, on one set of ranks.
+        terms: heads with the same product_dtype and ranks.
     """
     batch = (torch.is_grad_enabled(), label_ids, label_counts, end_of_step, texts_in_step, engine_divisor, rank_sizes)
     if feat_bd.requires_grad and torch.is_grad_enabled():
@@ -101,8 +104,8 @@ def multi_head_step(
 
 
 def feature_gradient(loss: Tensor) -> Tensor:
-    """The gradient of the features, float32 [b, d], that the backward pass of `multi_head_step`'s loss is going to return."""
-    return loss.grad_fn.saved_tensors[0]
+    """Return the feature gradient, float32 [b, d], stored in a loss from `multi_head_step` before its backward pass."""
+    return cast(BackwardCFunction, loss.grad_fn).saved_tensors[0]
 
 
 class _HeadStep(torch.autograd.Function):
@@ -133,7 +136,7 @@ def _step(
     engine_divisor: float,
     rank_sizes: tuple[list[int], list[int]] | None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, feature gradient [b, d] float32) of this micro-batch."""
+    """Run a micro-batch. Returns the loss and the feature gradient, float32 [b, d]."""
     first = terms[0].head
     feat_Bd, label_P, row_P, sizes = gather_batch(
         first.ranks, feat_bd.to(first.product_dtype), label_ids, label_counts, rank_sizes

@@ -179,7 +179,8 @@ class GPU:
         from xmc_trainer.kernels.triton import topk
 
         def run() -> Tensor:
-            kernel = choose(RANKINGS, Problem.of(head, *feat_Bd.shape, feat_Bd.dtype))
+            texts, features = feat_Bd.shape
+            kernel = choose(RANKINGS, Problem.of(head, texts, features, feat_Bd.dtype))
             batch = Batch.of(feat_Bd, kernel.texts)
             return topk.best_labels(
                 head, batch, k, skip_label_P, skip_row_P, kernel, group_blocks=kernel.least_group > 1

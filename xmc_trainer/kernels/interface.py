@@ -28,6 +28,9 @@ LossFn = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class UpdateRule(Protocol):
     """An optimizer of `xmc_trainer.head.optimizers`."""
 
+    @property
+    def name(self) -> str: ...
+
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
     ) -> tuple[Tensor, list[Tensor]]: ...
@@ -62,6 +65,7 @@ class Update:
 
 def index_rows(head: HeadTensors, start: int, stop: int) -> Tensor:
     """Return the features that labels start..stop read: int64 [T, F]."""
+    assert head.index_RF is not None  # not for dense heads
     group = torch.arange(start, stop, device=head.weight_LF.device) // head.group_size
     return head.index_RF[group].to(torch.int64)
 

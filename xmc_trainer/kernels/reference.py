@@ -12,6 +12,7 @@ faster than gathered features, and simpler. Their cost is that each product cove
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -24,8 +25,6 @@ from xmc_trainer.rng import Stream, make_key, round_to_bfloat16
 
 class Tile(Protocol):
     """The products of labels start..stop with a batch's features. Call `logits` first."""
-
-    def __init__(self, head: HeadTensors, start: int, stop: int, feat_Bd: Tensor) -> None: ...
 
     def logits(self) -> Tensor:
         """Return the logits without bias, float32 [B, T]."""
@@ -84,7 +83,7 @@ def head_step(
     grad_start: int,
     update: Update | None,
     tile_labels: int,
-    tile_type: type[Tile] = DenseTile,
+    tile_type: Callable[[HeadTensors, int, int, Tensor], Tile] = DenseTile,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the loss and feature gradient over this rank's labels; with `update`, update the weights.
 
@@ -172,7 +171,7 @@ def head_topk(
     skip_row_P: Tensor,
     *,
     tile_labels: int,
-    tile_type: type[Tile] = DenseTile,
+    tile_type: Callable[[HeadTensors, int, int, Tensor], Tile] = DenseTile,
 ) -> Tensor:
     """Return the best k labels of this rank for each text, as packed candidates (see `unpack_candidates`).
 

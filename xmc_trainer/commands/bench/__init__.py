@@ -1,1 +1,1 @@
-"""Measurements for the user's own machine: xmc-trainer bench head, ranks, train."""
+"""Benchmarks to run on your own machine: xmc-trainer bench head, ranks, train, data."""

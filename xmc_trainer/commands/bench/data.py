@@ -1,17 +1,17 @@
-"""Write a generated data set in the raw layout, of any shape, and time it: a stand-in for a data set that is not at hand.
+"""Generate a data set of any shape in the raw layout, and time it: a stand-in for a data set that you do not have.
 
 xmc-trainer bench data data/Amazon-3M --like amazon3m               # then: train.py dataset=amazon3m dataset_path=data
-xmc-trainer bench data data/small --like amazon3m --scale 0.01      # a hundredth of its texts and labels
+xmc-trainer bench data data/small --like amazon3m --scale 0.01      # 1 % of its texts and labels
 xmc-trainer bench data data/mine --texts 100000 --test-texts 10000 --labels 50000 --labels-a-text 5 --words-a-text 60
 
---like takes the published numbers of texts, labels, labels a text and words a text; the others change them. Words depend on
-labels, so a model can learn. The files depend on the shape, the seed and the vocabulary, not on --workers. Memory is bounded
-by the number of workers, whatever the size. `xmc_trainer.data.generated` describes the model and names the sources.
+--like takes the published numbers of texts, labels, labels per text and words per text; other options override them. Words
+depend on labels, so a model can learn. The files depend on shape, seed and vocabulary, not on --workers. Memory grows with the
+number of workers, not with the data. `xmc_trainer.data.generated` describes the model and its sources.
 
---tokenizer also reads what was written, as a training does before its first step, and times that.
+--tokenizer also reads and tokenises the files, as a training does before its first step, and times that.
 
-Made-up words are several tokens to most tokenizers. --vocabulary takes words from a file, one a line, such as the vocab.txt of a
-BERT: each is one token there.
+Most tokenizers split a made-up word into several tokens. --vocabulary reads words from a file, one per line. With the vocab.txt of
+a BERT every word is one token for that BERT.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.files import replacing, writing
 
 _FILES = tuple(f"{split}_{kind}.txt" for split in ("train", "test") for kind in ("raw_texts", "labels"))
-# Option -> field of the shape.
+# Option -> field of Shape.
 _NUMBERS = {
     "texts": "train_texts", "test_texts": "test_texts", "labels": "labels", "labels_a_text": "labels_a_text",
     "words_a_text": "words_a_text", "skew": "skew",
@@ -54,26 +54,34 @@ _DOMAINS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="made here; refused if it holds a data set")
+    parser.add_argument("folder", type=Path, help="folder to write to; must not hold a data set")
     parser.add_argument("--like", choices=sorted(PUBLISHED), help="shape of a published data set")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on texts and labels (default: 1)")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor for the numbers of texts and labels (default: 1)"
+    )
     parser.add_argument("--texts", type=int, help="training texts")
     parser.add_argument("--test-texts", type=int)
     parser.add_argument("--labels", type=int)
-    parser.add_argument("--labels-a-text", type=float, help="mean")
-    parser.add_argument("--words-a-text", type=float, help="mean")
+    parser.add_argument("--labels-a-text", type=float, help="mean labels per text")
+    parser.add_argument("--words-a-text", type=float, help="mean words per text")
     parser.add_argument("--skew", type=float, help="label frequency falls as rank^-skew (default: 0.75)")
-    parser.add_argument("--vocabulary", type=Path, help="file of words, one a line (default: 29,995 made-up words)")
+    parser.add_argument("--vocabulary", type=Path, help="file of words, one per line (default: 29,995 made-up words)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
-    parser.add_argument("--tokenizer", metavar="NAME", help="then read and tokenise the files with it, on all cores")
-    parser.add_argument("--max-len", type=int, default=128, help="tokens that --tokenizer cuts texts to (default: 128)")
-    parser.add_argument("--csv", type=Path, help="file to add a row with time and memory to")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME", help="then read and tokenise the files with this tokenizer, on all cores"
+    )
+    parser.add_argument(
+        "--max-len", type=int, default=128, help="maximal tokens per text for --tokenizer (default: 128)"
+    )
+    parser.add_argument("--csv", type=Path, help="file to append a row with time and memory to")
     return parser.parse_args()
 
 
 def shape_of(options: argparse.Namespace, vocabulary: int) -> Shape:
-    """The shape that the options describe. UserError where one is missing or outside its domain."""
+    """Build the shape that the options describe. Raises UserError for a missing option or one outside its domain."""
     for name, (low, high) in _DOMAINS.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
@@ -82,7 +90,9 @@ def shape_of(options: argparse.Namespace, vocabulary: int) -> Shape:
     if options.like is None:
         needed = [name for name, field in _NUMBERS.items() if name != "skew" and field not in told]
         if needed:
-            raise UserError(f"--{needed[0].replace('_', '-')}: is missing; give it, or --like with a data set's name")
+            raise UserError(
+                f"--{needed[0].replace('_', '-')}: is missing; give it, or --like with the name of a data set"
+            )
         shape = Shape(**told)
     else:
         shape = dataclasses.replace(PUBLISHED[options.like], **told)
@@ -90,7 +100,7 @@ def shape_of(options: argparse.Namespace, vocabulary: int) -> Shape:
 
 
 def words_of(path: Path | None) -> list[str]:
-    """The words to write: those of a file that are ASCII letters, three or more; or made-up ones."""
+    """Read words from a file, ignoring lines that are not three or more ASCII letters. For None make up words."""
     if path is None:
         return made_up_words(Shape.vocabulary)
     try:
@@ -99,11 +109,11 @@ def words_of(path: Path | None) -> list[str]:
         raise UserError(f"--vocabulary={path}: cannot be read ({error}); name a UTF-8 file of words") from None
     words = [line for line in lines if line.isascii() and line.isalpha() and len(line) > 2]
     if not words:
-        raise UserError(f"--vocabulary={path}: has no line that is a word of three or more ASCII letters; name another")
+        raise UserError(f"--vocabulary={path}: has no word of three or more ASCII letters; name another file")
     return words
 
 
-# In a worker: what it was started with.
+# In a worker process: the arguments of _begin.
 _own: tuple[Shape, int, np.ndarray]
 
 
@@ -113,7 +123,7 @@ def _begin(shape: Shape, seed: int, words: list[str]) -> None:
 
 
 def _lines(split: str, number: int) -> tuple[str, str]:
-    """The lines of a block: texts, and labels."""
+    """Make the lines of a block: (texts, labels)."""
     shape, seed, words = _own
     made = block(shape, split, number, seed)
     spelled = words[made.words.ids].tolist()
@@ -126,7 +136,7 @@ def _joined(items: list[str], rows: Ragged) -> str:
 
 
 def _blocks(shape: Shape, split: str, pool: ProcessPoolExecutor, ahead: int) -> Iterator[tuple[str, str]]:
-    """The lines of all blocks, in order; at most `ahead` are in memory."""
+    """Yield the lines of all blocks in order. At most `ahead` blocks are in memory."""
     waiting: deque[Future[tuple[str, str]]] = deque()
     for number in range(shape.blocks(split)):
         waiting.append(pool.submit(_lines, split, number))
@@ -137,7 +147,7 @@ def _blocks(shape: Shape, split: str, pool: ProcessPoolExecutor, ahead: int) -> 
 
 
 def write(folder: Path, shape: Shape, words: list[str], seed: int, workers: int) -> None:
-    """Write the data set's four files. UserError if the folder holds one of them, CannotWrite if the disk fails."""
+    """Write the data set's four files. Raises UserError if the folder holds one of them, CannotWrite if writing fails."""
     for name in _FILES:
         if (folder / name).exists():
             raise UserError(f"{folder / name}: exists; name another folder, or remove it")
@@ -153,9 +163,9 @@ def write(folder: Path, shape: Shape, words: list[str], seed: int, workers: int)
 
 
 def read(folder: Path, name: str, max_len: int) -> float:
-    """Seconds to read and tokenise a data set, into a cache that is removed again. UserError for a tokenizer that is not to be had."""
+    """Time reading and tokenising a data set into a temporary cache, in seconds. Raises UserError if the tokenizer cannot be loaded."""
     from xmc_trainer.data import load_corpus
-    from xmc_trainer.encoder.text_encoder import load_tokenizer
+    from xmc_trainer.encoder.loading import load_tokenizer
 
     tokenizer = load_tokenizer(name, where=f"--tokenizer={name}")
     with tempfile.TemporaryDirectory(prefix="cache.", dir=folder) as cache:
@@ -165,13 +175,13 @@ def read(folder: Path, name: str, max_len: int) -> float:
 
 
 def _peak_mib() -> tuple[int, int]:
-    """Most memory of this process so far, and of its largest worker, in MiB."""
+    """Return the peak memory of this process and of its largest worker, in MiB."""
     own, worker = (resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return own, worker
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers, which have ended."""
+    """Return the CPU time of this process and its finished workers."""
     return sum(
         usage.ru_utime + usage.ru_stime
         for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -189,8 +199,8 @@ def main() -> None:
     texts, (own, worker) = shape.train_texts + shape.test_texts, _peak_mib()
     print(
         f"{options.folder}: {shape.train_texts:,} training and {shape.test_texts:,} test texts, {shape.labels:,} labels, "
-        f"{size / 2**20:,.0f} MiB in {seconds:.1f} s; {texts / seconds:,.0f} texts/s by {options.workers} workers; "
-        f"peak memory {own} MiB, and {worker} MiB a worker",
+        f"{size / 2**20:,.0f} MiB in {seconds:.1f} s; {texts / seconds:,.0f} texts/s with {options.workers} workers; "
+        f"peak memory {own} MiB, and {worker} MiB per worker",
         flush=True,
     )
     cores = len(os.sched_getaffinity(0))
@@ -213,7 +223,7 @@ def main() -> None:
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, which is made if it is not there."""
+    """Append a row to a CSV file; create the file if it does not exist."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as lines:

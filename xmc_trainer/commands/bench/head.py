@@ -1,13 +1,13 @@
-"""Time and memory of the head on this machine, beside a dense classifier in plain torch.
+"""Measure time and memory of the head on this machine, next to a dense classifier in plain torch.
 
-xmc-trainer bench head                      # Amazon-3M's shape; without a GPU a smaller one, said so
+xmc-trainer bench head                      # Amazon-3M's shape; a smaller one without a GPU
 xmc-trainer bench head --labels 670091 --group-sizes 1,32 --csv head.csv
-xmc-trainer bench head --batch 128 256 512 1024                   # on 1, 2, 4 and 8 GPUs: N times the texts, a share of the labels
-xmc-trainer bench head --compare docs/results/head_h200.csv       # fails if a row takes 3 % longer than there
+xmc-trainer bench head --batch 128 256 512 1024                   # as on 1, 2, 4 and 8 GPUs: N times the texts, 1/N of the labels
+xmc-trainer bench head --compare docs/results/head_h200.csv       # fails if a row takes over 3 % longer than there
 
-A step is loss, feature gradient and weight update; `peak` is all that the head and its step allocate, and `copy` the share
-of the device's copy bandwidth that reading and writing weights and state once would need in that time. The baseline
-keeps bfloat16 weights (float32 without a GPU), logits and gradient in full and makes a plain SGD step.
+A step computes loss, feature gradient and weight update. "GiB" is the peak memory of head and step. "% of copy" is the share
+of the device's copy bandwidth that reading and writing weights and state once would take in that time. The baseline
+stores weights in bfloat16 (float32 without a GPU) and full logits and gradients, and makes a plain SGD step.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from xmc_trainer.files import replacing
-from xmc_trainer.head import SGD, AdamW, FixedFanInHead, RowwiseRMSprop
+from xmc_trainer.head import FixedFanInHead
+from xmc_trainer.head.optimizers import optimizer_named
 
-_OPTIMIZERS = {
-    "sgd": SGD(), "momentum": SGD(momentum=0.9), "rowwise_rmsprop": RowwiseRMSprop(), "adamw": AdamW(),
-    "adamw_8bit": AdamW(eight_bits=True),
-}  # fmt: skip
+_OPTIMIZERS = {"sgd": optimizer_named("sgd"), "momentum": optimizer_named("sgd", 0.9)} | {
+    name: optimizer_named(name) for name in ("rowwise_rmsprop", "adamw", "adamw_8bit")
+}
 
 
 def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> float:
-    """Median over `repeat` calls after two that warm up. A GPU's calls are queued: the host is ahead, as in training."""
+    """Return the median time of `repeat` calls after two warm-up calls. On a GPU the calls are queued ahead, as in training."""
     step()
     step()
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 1)]
         torch.cuda.synchronize()
-        keep_busy(device, 5 * repeat)  # a busy host may queue a step more slowly than the GPU takes it
+        keep_busy(device, 5 * repeat)  # a busy host may launch a step more slowly than the GPU runs it
         events[0].record()
         for event in events[1:]:
             step()
@@ -60,23 +60,24 @@ def milliseconds(step: Callable[[], Any], device: torch.device, repeat: int) -> 
 
 
 def keep_busy(device: torch.device, milliseconds: float) -> None:
-    """So long at least, for a GPU. As in training the host is ahead: what follows does not wait for its own launches.
+    """Keep a GPU busy for at least this time, so the host gets ahead with launches, as in training.
 
-    It does nothing: products instead would heat the GPU, whose clock falls then (an H100's steps took a fifth longer).
+    The GPU sleeps. Real work would heat it and lower its clock (an H100's steps took a fifth longer).
     """
     with torch.cuda.device(device):
         torch.cuda._sleep(round(2e6 * milliseconds))  # cycles
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written a second by a large copy."""
+    """Measure the bytes per second that a large copy reads and writes."""
     source = torch.ones(1 << 30 if device.type == "cuda" else 1 << 27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e3 * source.nbytes / milliseconds(lambda: target.copy_(source), device, 5)
 
 
 def dense_baseline(labels: int, feat: Tensor, ids: Tensor, counts: Tensor) -> Callable[[], Tensor]:
-    labels = -(-labels // 64) * 64  # of other lengths the library's products are half as fast
+    """Return a step of a dense classifier in plain torch."""
+    labels = -(-labels // 64) * 64  # the library's products are half as fast otherwise
     weight = torch.empty(labels, feat.shape[1], dtype=feat.dtype, device=feat.device).uniform_(-0.05, 0.05)
     row = torch.repeat_interleave(torch.arange(len(counts), device=feat.device), counts)
 
@@ -94,7 +95,7 @@ def dense_baseline(labels: int, feat: Tensor, ids: Tensor, counts: Tensor) -> Ca
 
 
 def slower_rows(earlier: Path, rows: list[dict[str, Any]]) -> list[str]:
-    """Of rows that an earlier CSV has too, on the same kind of device: those that take more than 3 % longer, in words."""
+    """Describe the rows that take more than 3 % longer than the same row of an earlier CSV on the same kind of device."""
     keys = ("device", "what", "batch", "labels", "features", "weight_dtype", "loss")
     with earlier.open(newline="", encoding="utf-8") as file:
         before = {tuple(row.get(key) for key in keys): float(row["ms"]) for row in csv.DictReader(file)}
@@ -109,7 +110,7 @@ def measure_batch(
     options: argparse.Namespace, groups: list[int], optimizers: list[str], device: torch.device, product_dtype: torch.dtype,
     batch: int, labels: int, bandwidth: float, common: dict[str, Any],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Every row of one number of texts and labels, printed as it comes."""
+    """Measure and print all rows for one number of texts and labels."""
     print(f"{batch} texts, {labels:,} labels")
     gpu, rows, baseline = device.type == "cuda", [], float("nan")
     torch.manual_seed(0)
@@ -117,13 +118,13 @@ def measure_batch(
     counts = torch.full((batch,), options.positives, device=device)
     ids = torch.randint(labels, (batch * options.positives,), device=device)
     common = common | {"batch": batch, "labels": labels}
-    described: dict[str, str] = {}  # of the head that is measured
+    described: dict[str, str] = {}  # kernels of the current row's head
 
     def measure(what: str, build: Callable[[], tuple[Callable[[], Any], int]], **settings: Any) -> float:
-        """One row. `build` returns what to time and the bytes that it must move at least."""
+        """Measure one row. `build` returns the function to time and the least bytes that it moves."""
         described.clear()
         if gpu:
-            gc.collect()  # a head that waits for it would count, and then be freed
+            gc.collect()  # or an earlier head would count as memory in use
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -134,7 +135,7 @@ def measure_batch(
                 torch.cuda.reset_peak_memory_stats()
             time_ms = milliseconds(step, device, options.repeat)
         except torch.OutOfMemoryError:
-            print(f"{what:34s} does not fit into this device's memory")
+            print(f"{what:34s} does not fit into the device's memory")
             return float("nan")
         peak = round((torch.cuda.max_memory_allocated() - before) / 2**30, 3) if gpu else None
         ratio = time_ms / baseline if baseline == baseline else 1.0
@@ -167,7 +168,7 @@ def measure_batch(
 
             def step() -> Tensor:
                 loss = head(x, ids, counts, end_of_step=end_of_step)
-                head.drop_micro_batches()  # no update follows that would use them
+                head.drop_micro_batches()  # no update follows
                 return loss
 
             return step, moved
@@ -216,17 +217,19 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[128 if gpu else 64],
-        help="texts; of several, one that is N times the first is measured with labels / N, as on N GPUs",
+        help="texts; a value that is N times the first is measured with labels / N, as on N GPUs",
     )
-    parser.add_argument("--positives", type=int, default=36, help="labels a text")
+    parser.add_argument("--positives", type=int, default=36, help="labels per text")
     parser.add_argument("--group-sizes", default="1,4,8,16,32,64,128", help="comma-separated")
-    parser.add_argument("--optimizers", default=",".join(_OPTIMIZERS), help=f"of {', '.join(_OPTIMIZERS)}")
+    parser.add_argument(
+        "--optimizers", default=",".join(_OPTIMIZERS), help=f"comma-separated, from {', '.join(_OPTIMIZERS)}"
+    )
     parser.add_argument("--backend", default="auto", help="auto, triton or reference")
     parser.add_argument("--weight-dtype", default="bfloat16" if gpu else "float32", help="bfloat16 or float32")
     parser.add_argument("--repeat", type=int, default=10)
     parser.add_argument("--loss", default="bce", help="bce or squared_hinge")
     parser.add_argument("--csv", default="bench_head.csv", help="file to write")
-    parser.add_argument("--compare", help="an earlier CSV: which rows are slower by more than 3 %%")
+    parser.add_argument("--compare", help="an earlier CSV; fail if a row is over 3 %% slower than there")
     options = parser.parse_args()
     groups = [int(group) for group in options.group_sizes.split(",")]
     optimizers = options.optimizers.split(",")
@@ -235,13 +238,13 @@ def main() -> None:
 
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
-        print("no GPU here: the reference backend on the CPU is measured")
+        print("no GPU: measuring the reference backend on the CPU")
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     triton = version("triton") if importlib.util.find_spec("triton") else "none"
     bandwidth = copy_bandwidth(device)
     print(f"{name}; torch {torch.__version__}, triton {triton}; a copy moves {bandwidth / 1e9:.0f} GB/s")
     print(
-        f"features {options.features}, fan-in {options.fan_in}, {options.positives} labels a text, {options.weight_dtype} weights; "
+        f"features {options.features}, fan-in {options.fan_in}, {options.positives} labels per text, {options.weight_dtype} weights; "
         f"median of {options.repeat}"
     )
     product_dtype = torch.bfloat16 if gpu else torch.float32
@@ -261,4 +264,4 @@ def main() -> None:
         writer.writerows(rows)
     print(f"written to {options.csv}")
     if options.compare and (slower := slower_rows(Path(options.compare), rows)):
-        sys.exit("\n".join(["slower than there by more than 3 %:", *slower]))
+        sys.exit("\n".join(["more than 3 % slower:", *slower]))

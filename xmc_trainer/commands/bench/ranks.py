@@ -1,11 +1,11 @@
-"""What several ranks send each other for a head step, and what each holds, against labels, batch and features.
+"""Measure what ranks send for a head step, and how much memory the head takes on each.
 
 torchrun --nproc_per_node 2 -m xmc_trainer bench ranks
-torchrun --nproc_per_node 1 -m xmc_trainer bench ranks      # the same on one rank, to compare times
+torchrun --nproc_per_node 1 -m xmc_trainer bench ranks      # one rank, for comparison
 
-`exchange` is the time of the step's collectives alone, all ranks at once: what overlapping them with the head's work could
-save at most. Bytes are those that one rank sends in a step, as the ring algorithms of gloo and NCCL send them: (N - 1) times its part of
-what is gathered or scattered, 2 (N - 1) / N times what is summed.
+`exchange` is the time of the step's collectives alone. Overlapping them with the head's work could save at most that. `sent`
+counts the bytes that one rank sends per step with the ring algorithms of gloo and NCCL: (N - 1) times its part of gathered and
+scattered tensors, 2 (N - 1) / N times summed ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from xmc_trainer.parallel import Ranks, joined_ranks
 
 
 class CountingRanks(Ranks):
-    """Adds up the bytes that this rank sends."""
+    """Counts the bytes that this rank sends."""
 
     sent = 0.0
 
@@ -66,10 +67,10 @@ def milliseconds(step: Callable[[], None], ranks: Ranks, gpu: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", default="20000,80000", help="comma-separated")
-    parser.add_argument("--batch", default="64,128", help="texts of all ranks together")
+    parser.add_argument("--batch", default="64,128", help="texts over all ranks, comma-separated")
     parser.add_argument("--features", default="384,768")
     parser.add_argument("--fan-in", type=int, default=32)
-    parser.add_argument("--positives", type=int, default=5, help="labels a text")
+    parser.add_argument("--positives", type=int, default=5, help="labels per text")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--csv", default="bench_ranks.csv", help="file to write")
     options = parser.parse_args()
@@ -79,8 +80,8 @@ def main() -> None:
 
 def measure_shape(
     options: argparse.Namespace, ranks: CountingRanks, device: torch.device, labels: int, batch: int, features: int
-) -> dict[str, float]:
-    """A row of the table."""
+) -> dict[str, Any]:
+    """Measure one row of the table."""
     gpu = device.type == "cuda"
     head = FixedFanInHead(
         features, labels, fan_in=options.fan_in, optimizer=SGD(), lr=1e-3, first_bias=-9.0, ranks=ranks, device=device

@@ -1,22 +1,22 @@
-"""Whole training steps on this machine: texts a second, where the time goes, and how far that is from the parts alone.
+"""Measure whole training steps on this machine: texts/s, the parts of a step, and the parts on their own.
 
 xmc-trainer bench train                                                   # Amazon-3M's shape, one process without DeepSpeed
 deepspeed --module xmc_trainer.commands.bench.train --deepspeed_config ds_configs/zero2.json dataset=amazon3m
 accelerate launch --config_file launchers/accelerate_zero2.yaml -m xmc_trainer bench train dataset=wordnet dataset_path=./data
 
-The steps are those of a training with these settings, from the batches that loader processes make to the update. Where the
-data set is not there, texts of its shape are generated: so many labels, lengths drawn around --tokens and cut to data.max_len, and a
-BERT with random weights reads them. What is printed and written to --csv, of rank 0:
+The steps are those of a training with these settings, from the loader's batches to the update. If the data set is missing, texts
+are generated: its number of labels, lengths around --tokens truncated to data.max_len, and a BERT with random weights to read them.
+Rank 0 prints these figures and appends them to --csv:
 
-texts/s, ms                 of the steps as they come
-data, forward, head, backward, engine    ms of a step on the GPU's time line: waiting for a batch, the encoder's forward pass, the
-                            head with its collectives, the encoder's backward pass, and what the engine makes of its gradient
+texts/s, ms                 of whole steps
+data, forward, head, backward, engine    ms per step on the GPU's timeline: waiting for a batch, the encoder's forward pass, the
+                            head with its collectives, the encoder's backward pass, the engine's gradient exchange and update
 exchange                    ms of the head's collectives alone
-host waits                  times a step that the host waits for the GPU (a GPU only)
+host waits                  how often per step the host waits for the GPU (GPU only)
 encoder, floor, ratio       ms of the encoder's step under the engine on batches of one length; the same in plain torch, compiled for
                             that length and replayed as a CUDA graph; their ratio
 head alone                  ms of the head on the same batch
-efficiency                  texts/s against as many times those of one process, if --csv has a row of it
+efficiency                  texts/s per process relative to one process, if --csv has a row of one
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from xmc_trainer.builders.encoder import encoder_of, longest_batch
-from xmc_trainer.builders.training import Inputs, build_trainer
+from xmc_trainer.builders.training import Inputs, build_trainer, load_inputs
 from xmc_trainer.commands.cli import run
 from xmc_trainer.config import Config, load_config
 from xmc_trainer.data import Corpus, Ragged
@@ -60,18 +60,18 @@ _PARTS = ("data", "forward", "head", "backward", "engine")
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of a training; default: dataset=amazon3m")
     parser.add_argument(
-        "--steps", type=int, default=50, help="that are timed, after as many to warm up, but at most 10"
+        "settings", nargs="*", metavar="key=value", help="settings of a training; default: dataset=amazon3m"
     )
-    parser.add_argument("--texts", type=int, default=100_000, help="generated; more where the labels need them")
+    parser.add_argument("--steps", type=int, default=50, help="timed steps, after as many warm-up steps but at most 10")
+    parser.add_argument("--texts", type=int, default=100_000, help="texts to generate; more if the labels need them")
     parser.add_argument("--tokens", type=int, default=96, help="median length of generated texts")
-    parser.add_argument("--positives", type=int, default=36, help="labels a generated text")
-    parser.add_argument("--layers", type=int, default=12, help="of the BERT with random weights")
+    parser.add_argument("--positives", type=int, default=36, help="labels per generated text")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the BERT with random weights")
     parser.add_argument(
-        "--no-floor", action="store_true", help="leave out the floor, whose compilation takes most of a minute"
+        "--no-floor", action="store_true", help="skip the floor, whose compilation takes most of a minute"
     )
-    parser.add_argument("--csv", default="bench_train.csv", help="file to add a row to")
+    parser.add_argument("--csv", default="bench_train.csv", help="file to append a row to")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="for the deepspeed launcher: a file of ds_configs/")
     parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
     return parser.parse_intermixed_args()
@@ -89,34 +89,34 @@ def main() -> None:
     generated = config.data.hf_source is None and not config.data_folder.is_dir()
     if generated and config.data.num_labels is None:
         raise UserError(
-            f"{config.data_folder}: no such folder; set dataset_path or data.folder, or for generated data data.num_labels"
+            f"{config.data_folder}: no such folder; set dataset_path or data.folder, or set data.num_labels to generate data"
         )
     start = time.perf_counter()
-    made_up = {"load": lambda *_: generate(config, options)} if generated else {}
-    trainer = build_trainer(config, deepspeed_config=options.deepspeed_config, **made_up)
+    load = (lambda *_: generate(config, options)) if generated else load_inputs
+    trainer = build_trainer(config, deepspeed_config=options.deepspeed_config, load=load)
     bench = Bench(trainer, options.positives, "generated" if generated else "real")
     row = bench.describe() | {"start_s": round(time.perf_counter() - start, 1)}
     say = print if trainer.accelerator.is_main_process else lambda line: None
     say(
         f"{row['device']}, {row['ranks']} processes, {row['engine']}, {row['precision']}; torch {row['torch']}; {row['data']} data of "
-        f"{row['labels']:,} labels; ready after {row['start_s']:.0f} s\n{row['texts_a_step']} texts a step in {row['micro_batches']} parts of "
+        f"{row['labels']:,} labels; ready after {row['start_s']:.0f} s\n{row['texts_a_step']} texts per step in {row['micro_batches']} micro-batches of "
         f"up to {row['tokens']} tokens, encoder {'compiled' if row['compiled'] else 'not compiled'}"
     )
     row |= bench.steps(warm, options.steps)
     parts = ", ".join(f"{part} {row[f'{part}_ms']:.2f}" for part in _PARTS)
     waits = (
-        f"; the host waits {row['host_waits']:g} times a step; peak {row['peak_gib']:.2f} GiB"
+        f"; the host waits {row['host_waits']:g} times per step; peak {row['peak_gib']:.2f} GiB"
         if "peak_gib" in row
         else ""
     )
     say(
-        f"{row['texts_s']:10,.0f} texts/s{row['ms']:10.2f} ms a step: {parts}\n"
+        f"{row['texts_s']:10,.0f} texts/s{row['ms']:10.2f} ms per step: {parts}\n"
         f"waiting for data {100 * row['data_ms'] / row['ms']:.1f} %{waits}"
     )
     row |= bench.alone()
     say(
         f"head alone {row['head_alone_ms']:.2f} ms, its exchange {row['exchange_ms']:.2f} ms\n"
-        f"encoder's step, {row['rows']} x {row['width']} tokens a process: {row['encoder_ms']:.2f} ms"
+        f"encoder's step, {row['rows']} x {row['width']} tokens per process: {row['encoder_ms']:.2f} ms"
     )
     if not options.no_floor:
         row |= bench.floor(row["rows"], row["width"])
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def write(row: dict[str, Any], path: Path) -> None:
-    """Add a row to a CSV file, with the efficiency beside the file's last row of one process, if there is one."""
+    """Append a row to a CSV file, with the efficiency relative to the file's last row of one process, if there is one."""
     rows: list[dict[str, Any]] = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as lines:
@@ -151,7 +151,7 @@ def write(row: dict[str, Any], path: Path) -> None:
 
 
 class _Timed(Hook):
-    """Times `count` steps after the first `warm` ones, then counts how often the host waits in the others."""
+    """Times `count` steps after `warm` warm-up steps, then counts the host's waits in the remaining ones."""
 
     def __init__(self, warm: int, count: int) -> None:
         self.warm, self.count = warm, count
@@ -180,26 +180,26 @@ class _Timed(Hook):
                 self._profile.__enter__()
 
     def stop(self) -> None:
-        """After the last step."""
+        """Finish the profile. Call it after the last step."""
         if self._profile is not None:
             self._profile.__exit__(None, None, None)
             waits = sum(event.count for event in self._profile.key_averages() if event.key in _WAITS)
-            # The profiler's own end waits once.
+            # Ending the profiler waits once.
             self.row["host_waits"] = max(0, waits - 1) / _COUNTED
 
 
 def synchronize(trainer: Trainer) -> None:
-    """Wait until all ranks, and the GPU, are through with what was begun."""
+    """Wait for all ranks and for this rank's GPU."""
     trainer.ranks.barrier()
     if trainer.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 class Bench:
-    """Times steps of a training, of which nothing is written.
+    """Times steps of a training that writes no files.
 
     Args:
-        positives: labels a text, for the head alone.
+        positives: labels per text when the head is timed alone.
         data: "generated" or "real".
     """
 
@@ -211,6 +211,7 @@ class Bench:
         self.rows = -(-batches.texts_a_step // batches.micro_batches // trainer.ranks.size)  # of a rank's micro-batch
 
     def describe(self) -> dict[str, Any]:
+        """Return the columns that describe machine, engine and data."""
         import deepspeed
         import transformers
 
@@ -225,13 +226,11 @@ class Bench:
         }  # fmt: skip
 
     def steps(self, warm: int, count: int) -> dict[str, Any]:
-        """Times of `count` steps after `warm`."""
+        """Time `count` steps after `warm` warm-up steps."""
         trainer, timed = self.trainer, _Timed(warm, count)
-        trainer.records.seconds = (
-            math.inf
-        )  # no loss is read: a training does that once a second, and the clock's times too
+        trainer.records.seconds = math.inf  # never read losses, because that reads the clock as well
         trainer.hooks = [ScheduleHook(trainer.config.training.optimization), timed]
-        # Where the encoder's backward pass ends and the engine begins; ZeRO 3, which works in between, has no such moment.
+        # The engine starts where the backward pass ends. Under ZeRO 3, where both interleave, nothing is marked.
         module = trainer.accelerator.unwrap_model(trainer.encoder)
         flat = list(module.flat) if isinstance(module, FlatEncoder) else []
         marks = [parameter.register_hook(lambda grad: trainer.records.clock.mark("backward")) for parameter in flat]
@@ -243,7 +242,7 @@ class Bench:
         return timed.row
 
     def alone(self) -> dict[str, Any]:
-        """Times of the parts by themselves, on a batch of the median length."""
+        """Time the parts on their own, on a batch of the median length."""
         trainer, rows, micro_batches = self.trainer, self.rows, self.trainer.batches.micro_batches
         width = min(-(-int(np.median(trainer.corpus.lengths("train"))) // 8) * 8, self.longest)
         ids, mask = self._texts(rows, width)
@@ -285,7 +284,7 @@ class Bench:
         }
 
     def floor(self, rows: int, width: int) -> dict[str, Any]:
-        """Milliseconds of a step of the same encoder without an engine, on micro-batches of that size."""
+        """Time a step of the same encoder without an engine, in ms, on micro-batches of this size."""
         trainer, micro_batches = self.trainer, self.trainer.batches.micro_batches
         amp, backbone = trainer.config.training.amp, trainer.encoder_module.backbone
         encoder = TextEncoder(type(backbone)(backbone.config), pool_mode=trainer.config.model.encoder.pool_mode)
@@ -312,7 +311,7 @@ class Bench:
         return ids, torch.ones_like(ids)
 
     def _milliseconds(self, work: Callable[[], Any], repeat: int = 20) -> float:
-        """Of one call, many being queued one after the other."""
+        """Return the mean time of a call when calls are queued one after the other."""
         for _ in range(4):
             work()
         synchronize(self.trainer)
@@ -325,12 +324,18 @@ class Bench:
 
 
 def generate(config: Config, options: argparse.Namespace) -> Inputs:
-    """A backbone with random weights, and texts and labels drawn at random."""
+    """Build a backbone with random weights, and random texts and labels."""
     hidden = config.model.encoder.encoder_ftr_dim or 768
-    layout = {"hidden_size": hidden, "num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
-    backbone = BertModel(BertConfig(num_hidden_layers=options.layers, **layout), add_pooling_layer=False)
+    layout = BertConfig(
+        hidden_size=hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=max(1, hidden // 64),
+        intermediate_size=4 * hidden,
+    )
+    backbone = BertModel(layout, add_pooling_layer=False)
     encoder = encoder_of(config, backbone)
     labels = config.data.num_labels
+    assert labels is not None  # refused above
     texts = max(options.texts, -(-labels // options.positives))
     mean = options.tokens * math.exp(Shape.deviation**2 / 2)  # of a lognormal distribution with this median
     bounds = (8, config.data.max_len)
@@ -338,18 +343,19 @@ def generate(config: Config, options: argparse.Namespace) -> Inputs:
     blocks = [block(shape, "train", number, config.training.seed) for number in range(shape.blocks("train"))]
     lengths = np.concatenate([np.diff(made.words.offsets) for made in blocks]).astype(np.int32)
     columns = {
-        "input_ids": _lists([made.words for made in blocks], 5),  # after the tokens with a meaning of their own
+        "input_ids": _lists([made.words for made in blocks], 5),  # ids above the special tokens
         "labels": _lists([made.labels for made in blocks]),
         "length": lengths,
     }
     train = Dataset(pyarrow.table(columns))
     names = Dataset(pyarrow.table({"id": np.arange(labels).astype(str), "text": np.full(labels, "")}))
     corpus = Corpus(train, train.select(range(min(texts, 1000))), names, None, "generated", texts)
-    return Inputs(SimpleNamespace(pad_token_id=0), encoder, corpus)
+    tokenizer = cast(PreTrainedTokenizerBase, SimpleNamespace(pad_token_id=0))  # a benchmark reads no more of it
+    return Inputs(tokenizer, encoder, corpus)
 
 
 def _lists(parts: list[Ragged], add: int = 0) -> pyarrow.ListArray:
-    """The rows of all parts, int32, with `add` added to each number."""
+    """Join the rows of all parts into an int32 Arrow list array, with `add` added to each number."""
     values = np.concatenate([part.ids for part in parts]) + add
     lengths = np.concatenate([np.diff(part.offsets) for part in parts])
     offsets = np.concatenate([[0], np.cumsum(lengths)])

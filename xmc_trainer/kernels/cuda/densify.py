@@ -53,6 +53,7 @@ class Kernel:
     """A source compiled for a head. `blocks`: how many thread blocks the device runs at once."""
 
     def __init__(self, file: str, head: HeadTensors, device: torch.device, **defines: int | str) -> None:
+        assert head.index_RF is not None  # dispatch sends no dense head here
         types = {"WEIGHT": head.weight_LF.dtype, "INDEX": head.index_RF.dtype}
         words = {name: TYPES[dtype] for name, dtype in types.items()} | {
             "CHUNK": math.gcd(head.weight_LF.shape[1], 4), "GROUPED": int(head.group_size > 1)
@@ -184,7 +185,8 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     pairs = PairBitmap(chunk, columns, BLOCK, BLOCK, device)
     slopes = torch.empty(chunk * columns, dtype=torch.bfloat16, device=device)
     losses = torch.zeros(logits.lanes, columns, device=device)
-    common = _common(head, rows, texts) | dict(
+    assert head.of_index is not None  # the layer sets it
+    common: dict[str, Any] = _common(head, rows, texts) | dict(
         first_slots=head.of_index(first_slots, d), slopes=slopes, bits=pairs.bits, loss=losses, labels_pitch=chunk
     )  # fmt: skip
     if bias_update:

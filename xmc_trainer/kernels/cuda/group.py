@@ -52,6 +52,7 @@ def state_dtype(head: HeadTensors) -> torch.dtype | None:
 
 
 def _compiled(head: HeadTensors, device: torch.device, step: Step, blocks: Blocks, one_tile: bool) -> ctypes.CDLL:
+    assert head.index_RF is not None  # dispatch sends no dense head here
     weight = head.weight_LF.dtype
     state = state_dtype(head) if step.rule["RULE"] else None  # a step without update runs as SGD and reads no state
     words = {
@@ -76,6 +77,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
 
     batch: padded to whole tiles of TEXTS texts.
     """
+    assert head.index_RF is not None
     (labels, fan_in), group, rows, device = (
         head.weight_LF.shape,
         head.group_size,

@@ -262,6 +262,7 @@ class DenseChunks:
             if head.index_RF is None:
                 rows.copy_(head.weight_LF[first:last])
             else:
+                assert head.of_index is not None  # a layer's head has it
                 densify_kernel[(triton.cdiv(last - first, 16),)](
                     head.weight_LF, head.of_index(feature_bitmap, self.d), rows, first, last, self.d, triton.cdiv(self.d, 32), F=fan_in,
                     G=head.group_size, T=16, WORDS=8, num_warps=1,
@@ -346,6 +347,7 @@ def update_from(head: HeadTensors, grad_Cd: Tensor, first: int, last: int, step:
 
 def update_biases_from(head: HeadTensors, grad_NC: Tensor, first: int, last: int, step: Step) -> None:
     """Update the biases of labels first..last by the sum over parts of `grad_NC`: float32 [parts, last - first or more]."""
+    assert head.bias_L is not None
     update_bias_kernel[(triton.cdiv(last - first, 256),)](
         head.bias_L, *two_states(head.bias_state, head.bias_L), grad_NC, step.finite, first_label=first, last_label=last,
         pitch=grad_NC.shape[1], text_weight=step.text_weight, PARTS=grad_NC.shape[0], T=256, **step.rule,

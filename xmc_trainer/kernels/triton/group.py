@@ -138,6 +138,7 @@ def update_kernel(
 
 def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: Step) -> tuple[Tensor, Tensor]:
     """Run the step. Return the loss, float32 [columns], and the feature gradient, float32 [columns, d]."""
+    assert head.index_RF is not None  # dispatch sends no dense head here
     (labels, fan_in), group, rows = head.weight_LF.shape, head.group_size, head.index_RF.shape[0]
     columns, device, d = batch.columns, batch.rows.device, batch.rows.shape[1]
     # Tiles of labels and texts: the fastest tried on an H200 at d = 768, F = 128, B = 128.

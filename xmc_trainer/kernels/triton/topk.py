@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
     span: int
     tiles: int
-    count: int
+    total: int
 
     @classmethod
     def of(cls, labels: int, group: int) -> Blocks:
@@ -225,10 +225,10 @@ def best_labels(
     (labels, fan_in), texts, device = head.weight_LF.shape, batch.texts, batch.rows.device
     has_bias, sparse = head.bias_L is not None, head.index_RF is not None
     blocks = Blocks.of(labels, head.group_size if group_blocks else 1)
-    best_KB = torch.empty(triton.cdiv(blocks.count, BLOCK) * BLOCK, batch.columns, device=device)
-    best_KB[blocks.count :] = -torch.inf
+    best_KB = torch.empty(triton.cdiv(blocks.total, BLOCK) * BLOCK, batch.columns, device=device)
+    best_KB[blocks.total :] = -torch.inf
     find(head, batch, blocks, best_KB, skip_label_P, skip_row_P)
-    chosen = _best_blocks(best_KB, texts, min(k + SPARE, blocks.count))
+    chosen = _best_blocks(best_KB, texts, min(k + SPARE, blocks.total))
     score = torch.empty(*chosen.shape, BLOCK, device=device)
     if texts:
         rescore_kernel[chosen.shape](
@@ -286,15 +286,15 @@ def group_best(
     (labels, fan_in), group, columns, device = head.weight_LF.shape, head.group_size, batch.columns, batch.rows.device
     has_bias, has_skip = head.bias_L is not None, skip_label_P.numel() > 0
     texts_tile = min(batch.tile, 128 if batch.bf16 else 64)
-    span, tiles, chunk, pairs = blocks.span, blocks.tiles, blocks.count, None
+    span, tiles, chunk, pairs = blocks.span, blocks.tiles, blocks.total, None
     if has_skip:
         chunk = chunk_labels(labels, WORKSPACE, columns // 8, span) // span * tiles
         pairs = PairBitmap(chunk // tiles * span, columns, span, BLOCK, device)
-    for first in range(0, blocks.count, chunk):
+    for first in range(0, blocks.total, chunk):
         first_label = first // tiles * span
         if pairs:
             pairs.mark(skip_label_P, skip_row_P, first_label)
-        group_best_kernel[(min(chunk, blocks.count - first) * (columns // texts_tile),)](
+        group_best_kernel[(min(chunk, blocks.total - first) * (columns // texts_tile),)](
             head.weight_LF, head.index_RF, head.bias_L if has_bias else best_KB, batch.transposed, *_bits(pairs, best_KB), best_KB,
             first, first_label, labels, columns, F=fan_in, G=group,
             F_TILE=min(128 if batch.bf16 else 32, max(16, triton.next_power_of_2(fan_in))),
