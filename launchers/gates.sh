@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 . launchers/install.sh
 ruff check
 ruff format --check
+mypy
 exec bash launchers/run_tests.sh "$@"

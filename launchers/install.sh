@@ -15,7 +15,7 @@ PYTHON=${PYTHON:-python3}
 
 install_packages() {
     local stamp=.venv/installed.txt want
-    want=$(cat setup.cfg launchers/constraints.txt launchers/install.sh | sha256sum)
+    want=$({ pwd; cat setup.cfg launchers/constraints.txt launchers/install.sh; } | sha256sum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$want" ] && return
     echo "installing into .venv ..."
     local pip="python -m pip install --quiet --disable-pip-version-check --constraint launchers/constraints.txt"
