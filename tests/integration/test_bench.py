@@ -104,6 +104,6 @@ def test_train_benchmark_needs_a_shape(bench, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench("train", "dataset=wordnet", f"dataset_path={tmp_path}", "data.num_labels=null")
     assert (
-        "no such folder; set dataset_path or data.folder, or for generated data data.num_labels"
+        "no such folder; set dataset_path or data.folder, or set data.num_labels to generate data"
         in capsys.readouterr().err
     )

@@ -91,7 +91,7 @@ def test_rate_and_rewiring_reach_the_parts():
     assert head.rewire(RewireRule("fraction", 0.4)).moved == 2 * 9  # of 5 slots in 9 groups
     report = made(head_fan_in=9).rewire(RewireRule("fraction", 0.4))
     assert (report.moved, report.slots) == (2 * 9 + 3 * FREQUENT, 5 * 9 + 9 * FREQUENT)
-    with pytest.raises(ValueError, match="one loss"):
+    with pytest.raises(ValueError, match="the same loss"):
         SplitHead(made("bce").frequent, made("squared_hinge").tail)
 
 
@@ -105,7 +105,7 @@ def test_a_dense_tail_becomes_sparse_and_frequent_labels_stay():
     assert torch.equal(head.index.long(), strength.topk(5, dim=1).indices.sort(dim=1).values)
     with pytest.raises(ValueError, match="already sparse"):
         head.become_sparse(5, 4)
-    with pytest.raises(ValueError, match="by groups of 4"):
+    with pytest.raises(ValueError, match="whole groups of 4"):
         SplitHead(frequent, FixedFanInHead(FEATURES, 34, fan_in=None, group_size=4)).become_sparse(5, 2)
 
 

@@ -121,10 +121,10 @@ def measure_shape(
 
 def measure(options: argparse.Namespace, device: torch.device) -> None:
     gpu, ranks = device.type == "cuda", CountingRanks()
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads a rank"
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads per rank"
     if ranks.rank == 0:
         print(f"{ranks.size} ranks; {name}; torch {torch.__version__}")
-        print("   labels   batch  features    sent, bytes a step    head, MiB a rank      ms  exchange, ms")
+        print("   labels   batch  features    sent, bytes per step  head, MiB per rank      ms  exchange, ms")
     rows = []
     settings = (map(int, value.split(",")) for value in (options.labels, options.batch, options.features))
     for shape in itertools.product(*settings):
