@@ -51,6 +51,7 @@ from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_p
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.head.optimizers import optimizer_named
+from xmc_trainer.kernels.arguments import step_workspace
 from xmc_trainer.kernels.dispatch import STEPS, Problem, choose
 from xmc_trainer.parallel import Ranks
 
@@ -311,14 +312,14 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
         group       48 MiB per chunk: positives' bits (CUDA), or slopes and bits (Triton)
         densify     256 MiB per chunk, or 0.2 of weights and index if that is more: slopes, bits, bias gradients, weight gradient;
                     and a feature gradient per lane of blocks
-        dense       48 MiB per chunk, or 0.05 of the weights (0.2 if rows are copied); feature gradients per lane; losses
+        dense       256 MiB per chunk, or 0.2 of weights and index if that is more: logits, slopes, bits, and copied rows or the
+                    weight gradient; feature gradients per lane
     """
     labels, d, e = len(head.labels), head.in_features, head.product_dtype.itemsize
     kernel = _kernel(head, texts)
     columns = -(-texts // kernel.texts) * kernel.texts
     tensors = head.tensors()
     fan_in = tensors.weight_LF.shape[1]
-    weights = tensors.weight_LF.nbytes + (0 if tensors.index_RF is None else tensors.index_RF.nbytes)
     common = columns * d * (2 * e + 2 * 4)
     if kernel.name.startswith("group"):
         a_label = columns // 8 + (0 if "CUDA" in kernel.name else columns * e)
@@ -335,21 +336,16 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
         blocks = -(-d // 256)
         together = max(1, min(4, tiles))
         lanes = max(1, _MULTIPROCESSORS // (together * blocks))
-        return common + int(min(max(256 << 20, 0.2 * weights), labels * a_label)) + lanes * columns * d * 4
-    copied = (
-        tensors.index_RF is not None
-        or tensors.weight_LF.dtype != head.product_dtype
-        or isinstance(head.optimizer, RowwiseRMSprop)
-    )
-    a_label = columns * e + columns // 8 + (d * e if copied else 0)
-    lanes = max(1, _MULTIPROCESSORS // -(-d // 128)) if columns <= 128 else 2
-    losses = 4 * columns * -(-labels // 128)
-    return (
-        common
-        + int(min(max(48 << 20, (0.2 if copied else 0.05) * weights), labels * a_label))
-        + lanes * columns * d * 4
-        + losses
-    )
+        return common + int(min(step_workspace(tensors), labels * a_label)) + lanes * columns * d * 4
+    by_label = isinstance(head.optimizer, RowwiseRMSprop)
+    copied = tensors.index_RF is not None or tensors.weight_LF.dtype != head.product_dtype
+    one_pass = tensors.index_RF is None and not by_label and e == 2 and columns <= 128
+    rows = (
+        d * e if copied or not one_pass else 0
+    )  # the copied rows, which their gradient overwrites, or the gradient alone
+    a_label = columns * (4 + e) + columns // 8 + rows
+    lanes = max(1, _MULTIPROCESSORS // -(-d // 128)) if one_pass else 1
+    return common + int(min(step_workspace(tensors), labels * a_label)) + (lanes + 1) * columns * d * 4
 
 
 def exchange_bytes(texts: int, ranks: int, features: int, positives: float, product_dtype: torch.dtype) -> int:

@@ -33,7 +33,7 @@ ALLOWED = {
         "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",
         "trainer",
     },
-    "plan": {"config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "parallel"},
+    "plan": {"config", "data", "encoder", "engine", "errors", "head", "kernels.arguments", "kernels.dispatch", "parallel"},
     "trainer": {
         "checkpoint.finite", "checkpoint.saved_model", "config", "data", "encoder", "encoder_step", "engine", "evaluation", "head",
         "hooks.base", "metrics", "parallel", "run_folder", "signals", "step_records",
