@@ -13,7 +13,8 @@ GPU memory of a process, in bytes that the allocator counts (`torch.cuda.max_mem
     activations         what autograd saves for b texts of `data.max_len` tokens, measured by a forward pass on fake tensors. A BERT
                         with h features saves about 34 h bytes per token and layer in 16 bits, 42 h under autocast (an attention
                         kernel saves queries, keys, values and output). A model that fails on fake tensors counts as a BERT of
-                        its size. Compiled code saves no more. Autocast adds 16-bit copies of the weights
+                        its size. A compiled encoder recomputes
+                        some of it and keeps less than planned. Autocast adds 16-bit copies of the weights
     head                the buffers of `FixedFanInHead`, counted on the meta device, and what kernels cache of the index
     head, working       workspace of the kernel that `kernels.dispatch` chooses; see `working_bytes`
     exchange            features, labels and float32 feature gradients of all GPUs; see `exchange_bytes`
@@ -82,6 +83,7 @@ class EncoderPlan:
         layers, hidden: layers and hidden size of the backbone.
         text_bytes: bytes that autograd saves per text of `tokens` tokens.
         cast_bytes: bytes that it saves once, independent of the texts.
+        traced: whether these two were measured; otherwise they are those of a BERT of this size.
     """
 
     groups: tuple[int, ...]
@@ -94,6 +96,7 @@ class EncoderPlan:
     tokens: int
     text_bytes: dict[bool, int]  # key: whether the weights have 16 bits (DeepSpeed); otherwise float32 or autocast
     cast_bytes: dict[bool, int]
+    traced: bool
 
     @property
     def trained(self) -> int:
@@ -108,11 +111,16 @@ class EncoderPlan:
     def of(cls, config: Config) -> EncoderPlan:
         """Measure the encoder of a configuration. Raises UserError if its config.json cannot be loaded."""
         amp, tokens = config.training.amp.enabled, config.data.max_len
-        text_bytes, cast_bytes = {}, {}
+        text_bytes, cast_bytes, traced = {}, {}, True
         for sixteen in (True, False) if amp else (False,):
             dtype = torch.bfloat16 if sixteen else torch.float32
             encoder = encoder_without_weights(config, dtype)
-            text_bytes[sixteen], cast_bytes[sixteen] = saved_bytes(encoder, tokens, autocast=amp and not sixteen)
+            autocast = amp and not sixteen
+            try:
+                text_bytes[sixteen], cast_bytes[sixteen] = saved_bytes(encoder, tokens, autocast=autocast)
+            except RuntimeError:  # fake tensors have no values to branch on, and some models do not run in 16 bits
+                text_bytes[sixteen], cast_bytes[sixteen] = _closed_form(encoder, tokens, autocast), 0
+                traced = False
         parameters = list(encoder.parameters())
         groups = encoder.parameter_groups(0.0, 0.0, 0.0)
         embeddings = {id(m.weight) for m in encoder.modules() if isinstance(m, torch.nn.Embedding)}
@@ -128,6 +136,7 @@ class EncoderPlan:
             tokens=tokens,
             text_bytes=text_bytes,
             cast_bytes=cast_bytes,
+            traced=traced,
         )
 
 
@@ -178,6 +187,7 @@ def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) ->
     Args:
         encoder: as `encoder_without_weights` returns it.
         autocast: run under autocast to bfloat16.
+    Raises RuntimeError if the encoder does not run on fake tensors.
     """
     backbone = encoder.backbone
     if getattr(backbone, "_supports_sdpa", False):
@@ -189,8 +199,6 @@ def saved_bytes(encoder: TextEncoder, tokens: int, *, autocast: bool = False) ->
     log.disabled = True  # it logs a traceback for each operation that fails
     try:
         found = [_saved(encoder, texts, tokens, own, autocast) for texts in (2, 4)]
-    except Exception:  # fake tensors have no values to branch on, and some models do not run in 16 bits
-        return _closed_form(encoder, tokens, autocast), 0
     finally:
         log.disabled = False
     a_text = (found[1] - found[0]) // 2
@@ -544,7 +552,7 @@ def host_terms(config: Config, encoder: EncoderPlan, facts: Facts, gpus: int) ->
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates, from the CSV files of `xmc-trainer bench`.
+    """Measured rates, from the CSV files of `xmc-trainer bench`. Of rows that fit equally well the last one counts: the newest.
 
     bench head     ms of the head's step and of ranking, by texts, fan-in, group size and optimizer
     bench train    ms of the encoder's step, by engine, precision and ranks. Its operations per second are used for other encoders
@@ -584,7 +592,7 @@ class Rates:
         name = {"momentum": "sgd"}.get(head.optimizer.name, head.optimizer.name)
         sparse = head.index is not None
         rows = [
-            (source, row) for source, row in self.head
+            (source, row) for source, row in reversed(self.head)
             if int(row["features"]) == head.in_features
             and (row["fan_in"], row["group_size"]) == ((str(head.fan_in), str(head.group_size)) if sparse else ("", ""))
             and ("top" in row["what"] if rank else row["optimizer"] in (name, "sgd") and "plain torch" not in row["what"])
@@ -615,7 +623,7 @@ class Rates:
         waiting for data, other ranks and the host.
         """
         engine = "without DeepSpeed" if stage is None else f"DeepSpeed ZeRO {stage}"
-        rows = [item for item in self.train if item[1]["precision"] == precision and item[1]["encoder_ms"]]
+        rows = [item for item in reversed(self.train) if item[1]["precision"] == precision and item[1]["encoder_ms"]]
         # Rates of ZeRO 3 do not apply to other engines, nor theirs to ZeRO 3.
         rows = [item for item in rows if (item[1]["engine"] == "DeepSpeed ZeRO 3") == (stage == 3)]
         if not rows:

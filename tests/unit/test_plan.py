@@ -98,6 +98,15 @@ def test_activations_are_those_that_autograd_saves(bert, tmp_path):
     assert planned.text_bytes[False] == pytest.approx((saved(4) - saved(2)) / 2, rel=0.02)
 
 
+@pytest.mark.parametrize("name, traced", [("roberta", True), ("longformer", False)])
+def test_an_encoder_that_cannot_be_traced_counts_as_a_bert(tmp_path, name, traced):
+    config = config_of(save_encoder(name, tmp_path), "data.max_len=16", "model.ffi.fan_in=4")
+    planned = plan.EncoderPlan.of(config)
+    encoder = plan.encoder_without_weights(config, torch.bfloat16)
+    assert planned.traced is traced
+    assert (planned.text_bytes[True] == plan._closed_form(encoder, 16, autocast=False)) is not traced
+
+
 def test_activations_of_a_bert_follow_the_closed_form(bert):
     """34 bytes a feature, token and layer in 16 bits, 42 under autocast, where each of three products rounds its own input."""
     planned = plan.EncoderPlan.of(config_of(bert, "data.max_len=128"))
@@ -247,6 +256,9 @@ def test_times_come_from_the_nearest_measured_row(tmp_path, bert):
     assert (alone, whole) == pytest.approx(
         (flops / 0.02, flops / 0.06)
     ) and source == "train.csv: 1 ranks, without DeepSpeed, fp16"
+    train.write_text(train.read_text() + "1,without DeepSpeed,fp16,100,1,100,10,40,10,10,1000000\n")
+    newest = plan.Rates.read([train]).encoder_flops(4, 2, "fp16")
+    assert [rate for rate, _ in newest] == pytest.approx([flops / 0.01, flops / 0.03])
     assert rates.encoder_flops(1, 3, "fp16")[0][0] < alone and rates.encoder_flops(1, 1, "bf16") == (None, None)
     config = config_of(bert)
     encoder = plan.EncoderPlan.of(config)

@@ -84,7 +84,7 @@ def report(config: Any, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "dataset": config.data.dataset, "texts": facts.texts, "test_texts": facts.test_texts, "labels": facts.labels,
         "tokens_a_text": facts.tokens, "labels_a_text": facts.positives, "encoder_parameters": encoder.trained + encoder.fixed,
-        "features": encoder.features, "texts_a_step": config.texts_a_step, "precision": config.training.amp.mixed_precision,
+        "features": encoder.features, "activations_traced": encoder.traced, "texts_a_step": config.texts_a_step, "precision": config.training.amp.mixed_precision,
         "gpu_bytes": gpu_bytes, "cores": cores,
         "disk": {
             "token cache": plan.token_cache_bytes(facts),
@@ -116,8 +116,12 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         f"{found['labels']:,} labels, {found['labels_a_text']:.1f} per text",
         f"encoder of {found['encoder_parameters'] / 1e6:.1f} million parameters, {found['features']} features; "
         f"{found['texts_a_step']} texts per step; precision: {found['precision']}; GPUs of {found['gpu_bytes'] / gib:.0f} GiB",
-        "",
     ]
+    if not found["activations_traced"]:
+        lines.append(
+            "activations: this encoder cannot be measured without its weights, so a BERT of its size is planned"
+        )
+    lines.append("")
     terms = next((list(row["terms"]) for row in found["plans"] if row["refused"] is None), [])
     lines.append(
         "GiB of each GPU".ljust(22) + "parts".rjust(6) + "".join(name.rjust(max(9, len(name) + 2)) for name in terms)

@@ -76,19 +76,10 @@ def load_backbone(
     _check_reads_both_ways(config, where)
     loader = _encoder_class(config) or AutoModel
     backbone = _load_whole(loader, name, where, trust_remote_code, saved)
-    if loader is AutoModel and getattr(config, "is_encoder_decoder", False):
-        backbone = backbone.get_encoder()
-    _check_inputs(backbone, where)
-    if getattr(backbone, "attention_type", None) == "block_sparse":
-        # A short batch would switch BigBird to full attention for good: features would depend on earlier batches.
-        big_bird: Any = backbone
-        big_bird.set_attention_type("original_full")
+    backbone = _encoder_part(backbone, loader, config, where)
     if for_cpu:
         # On a CPU the backward pass of torch's fused attention takes as long as the rest of the encoder (torch 2.13).
         backbone.set_attn_implementation("eager")
-    if getattr(backbone, "pooler", None) is not None:
-        # TextEncoder pools, so the pooler never gets a gradient. It is kept, so that saved models are complete.
-        backbone.pooler.requires_grad_(False)
     return backbone
 
 
@@ -105,13 +96,19 @@ def backbone_without_weights(
     loader = _encoder_class(config) or AutoModel
     make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
     backbone = make(config, dtype=dtype)
+    return _encoder_part(backbone, loader, config, where)
+
+
+def _encoder_part(backbone: Any, loader: Any, config: PreTrainedConfig, where: str) -> PreTrainedModel:
+    """Return the part that encodes texts, ready for `TextEncoder`. Raises UserError if it does not take texts."""
     if loader is AutoModel and getattr(config, "is_encoder_decoder", False):
         backbone = backbone.get_encoder()
     _check_inputs(backbone, where)
     if getattr(backbone, "attention_type", None) == "block_sparse":
-        big_bird: Any = backbone
-        big_bird.set_attention_type("original_full")
+        # A short batch would switch BigBird to full attention for good: features would depend on earlier batches.
+        backbone.set_attention_type("original_full")
     if getattr(backbone, "pooler", None) is not None:
+        # TextEncoder pools, so the pooler never gets a gradient. It is kept, so that saved models are complete.
         backbone.pooler.requires_grad_(False)
     return backbone
 
