@@ -22,9 +22,9 @@ from xmc_trainer.launch import launched_processes
 
 # After this time without a heartbeat of a rank, the others exit; see `_Heartbeat`.
 TIMEOUT = timedelta(minutes=10)
-# Collectives wait longer, so that the heartbeat's error comes first: it names the rank. Only collectives notice a rank
-# that is alive but stuck.
-_COLLECTIVES_WAIT_LONGER = timedelta(minutes=1)
+# Collectives and the job's store wait longer, so that the heartbeat's error comes first: it names the rank. Only collectives
+# notice a rank that is alive but stuck.
+_LONGER_THAN_HEARTBEAT = timedelta(minutes=1)
 # Other ranks wait while one tokenises, which may take an hour.
 _LONG_TIMEOUT = timedelta(hours=2)
 
@@ -43,7 +43,7 @@ def form_process_group(backend: str, timeout: timedelta = TIMEOUT) -> None:
         return
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        dist.init_process_group(backend, timeout=timeout + _COLLECTIVES_WAIT_LONGER)
+        dist.init_process_group(backend, timeout=timeout + _LONGER_THAN_HEARTBEAT)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise UserError(
@@ -96,8 +96,10 @@ class _Heartbeat:
         self._silent = [0] * len(self._names)  # intervals since a rank's counter moved
         self._stopped = threading.Event()
         self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # Use a separate connection: torch's own is busy while a new group forms.
-        store = dist.TCPStore(self._host, self._port, is_master=False, timeout=timeout)
+        # Use a separate connection: torch's own is busy while a new group forms. It waits longer than `_watch`, or torch would
+        # log its own timeout before this rank's error.
+        wait = timeout + _LONGER_THAN_HEARTBEAT
+        store = dist.TCPStore(self._host, self._port, is_master=False, timeout=wait)
         self._store = dist.PrefixStore("heartbeat", store)
         _Heartbeat.current = self
         # If the store does not answer, the first thread hangs and the second one notices.
@@ -138,7 +140,9 @@ class _Heartbeat:
             if not silent:
                 continue
             who = f"rank {', '.join(map(str, silent))} gave no sign of life"
-            if self._rank in silent:  # it cannot read its own counter: the store is gone
+            # Its own counter moves in each interval that the store answers in. If it has not moved for long, the store is gone;
+            # the counters of rank 0 and of this rank stop up to an interval apart.
+            if self._silent[self._rank] * self._interval > self._limit / 2:
                 who = f"rank 0 or the launcher on its machine, {self._host}:{self._port}, gave no sign of life"
             self._end(
                 f"{who} for {self._limit / 60:g} min (environment.timeout_minutes); check its machine and network, "
@@ -261,7 +265,7 @@ class Ranks:
             return values
         if self._host_group is None:
             try:
-                self._host_group = dist.new_group(backend="gloo", timeout=self._timeout + _COLLECTIVES_WAIT_LONGER)
+                self._host_group = dist.new_group(backend="gloo", timeout=self._timeout + _LONGER_THAN_HEARTBEAT)
             except RuntimeError as error:
                 raise UserError(
                     f"the machines cannot reach each other ({reason(error)}); set GLOO_SOCKET_IFNAME to the network "

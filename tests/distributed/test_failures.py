@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests.integration.test_launchers import ROOT, free_port
+from xmc_trainer import parallel
 
 pytestmark = pytest.mark.slow
 
@@ -75,3 +77,17 @@ def test_a_silent_rank_is_named_and_not_waited_for(stopped, said):
     lines = [line for line in err.splitlines() if line]
     assert running[1 - stopped].returncode == 2 and len(lines) == 1
     assert lines[0].startswith(f"error (rank {1 - stopped}): {said.format(port=port)}")
+
+
+@pytest.mark.parametrize(
+    "own, said", [(0, "rank 0 gave"), (9, "rank 0 or the launcher"), (10, "rank 0 or the launcher")]
+)
+def test_a_store_that_is_gone_is_told_from_a_silent_rank(own, said, monkeypatch):
+    """Both counters stop with the store, this rank's up to an interval later than rank 0's."""
+    watch, ends = parallel._Heartbeat.__new__(parallel._Heartbeat), []
+    watch._rank, watch._limit, watch._interval, watch._silent = 1, 6.0, 0.6, [10, own]
+    watch._host, watch._port = "127.0.0.1", 29500
+    watch._stopped = SimpleNamespace(wait=lambda seconds: bool(ends))
+    monkeypatch.setattr(watch, "_end", ends.append)
+    watch._watch()
+    assert ends[0].startswith(said)
