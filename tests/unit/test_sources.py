@@ -463,8 +463,12 @@ def test_hf_saved_splits_of_one_folder_and_other_names(tmp_path):
 )
 def test_hf_missing_column(tmp_path, kind, file):
     message = message_of(lambda: read_hf(write_hf(tmp_path / "d", kind), label_column="tags"))
-    assert f"{tmp_path}/d/{file}" in message and "has no column 'tags', only text, labels" in message
-    assert "`label_column`" in message
+    assert f"{tmp_path}/d/{file}" in message
+    assert message.endswith("has no column 'tags', only text, labels; set `label_column`")
+    both = {"text_column": "body", "label_column": "tags"}
+    assert message_of(lambda: read_hf(tmp_path / "d", **both)).endswith(
+        "has no column 'body' and no column 'tags', only text, labels; set `text_column` and `label_column`"
+    )
 
 
 @pytest.mark.parametrize("kind, row", [("saved", "row 2"), ("parquet", "row 2"), ("jsonl", "line 2")])
@@ -587,7 +591,8 @@ def test_hf_damaged_files(tmp_path):
     assert f"{folder}/train.jsonl, line 2: not valid JSON" in message_of(lambda: read_hf(folder))
     folder = write_hf(tmp_path / "s", "saved")
     (folder / "train" / "state.json").write_text("{")
-    assert f"{folder}/train: the datasets library cannot load" in message_of(lambda: read_hf(folder))
+    message = message_of(lambda: read_hf(folder))
+    assert f"{folder}/train: the datasets library cannot load" in message and message.endswith("with at least one row")
 
 
 def write_parts(folder, names):
@@ -717,10 +722,43 @@ def test_hf_values_that_python_cannot_hold(tmp_path):
     assert f"{tmp_path}/train.parquet: cannot be read" in message_of(lambda: read_hf(tmp_path))
 
 
-def test_hf_missing_split_says_what_was_looked_for(tmp_path):
-    message = message_of(lambda: read_hf(write_hf(tmp_path / "d", "jsonl"), test_split="dev"))
-    assert f"`hf_source`={tmp_path}/d: the folder has no dev.parquet, no dev.jsonl, no folder dev" in message
-    assert "`hf_test_split`" in message
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ([], "the folder has no files; write dev.jsonl there, or name another folder"),
+        (
+            ["train.jsonl", "test.jsonl"],
+            "the folder has no dev.parquet, no dev.jsonl, no folder dev and no parts such as dev-00000-of-00002.parquet, only "
+            "test.jsonl, train.jsonl; set `hf_test_split`, rename the files, or name their folder",
+        ),
+        (["train.csv", "dev.csv"], "only files such as dev.csv; convert to JSON lines, as the README shows for CSV"),
+        (["train_raw_texts.txt", "train_labels.txt"], "another layout; set `hf_source`=null, and name the folder in `folder`"),
+        (["raw_text/trn.json.gz"], "another layout; set `hf_source`=null, and name the folder in `folder`"),
+        (["train.json"], "no Parquet or JSON lines, only files such as train.json; convert to JSON lines"),
+    ],
+    ids=["nothing", "other splits", "CSV", "raw text", "label features", "JSON"],
+)  # fmt: skip
+def test_hf_missing_split_says_what_is_there(tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(json_lines([{"text": "x", "labels": ["a"]}]))
+    options = {"train_split": "train" if "train.jsonl" in files else "dev", "test_split": "dev"}
+    parameter = "hf_test_split" if "train.jsonl" in files else "hf_train_split"
+    message = message_of(lambda: read_hf(tmp_path, **options))
+    assert message.startswith(f"`hf_source`={tmp_path}: has no split 'dev': ")
+    assert said.replace("hf_test_split", parameter) in message
+
+
+def test_hf_a_csv_file_in_place_of_a_folder(tmp_path):
+    (tmp_path / "tickets.csv").write_text("text,labels\nx,a\n")
+    message = message_of(lambda: read_hf(tmp_path / "tickets.csv"))
+    assert message.endswith("tickets.csv: is a file; convert to JSON lines, as the README shows for CSV")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_hf_a_split_without_rows(tmp_path, kind):
+    message = message_of(lambda: read_hf(write_hf(tmp_path, kind, {"text": [], "labels": []})))
+    assert message == f"`hf_source`={tmp_path}: train has no rows; write it again, or set `hf_train_split`"
 
 
 def test_hf_neither_folder_nor_reachable(monkeypatch):
@@ -734,9 +772,10 @@ def test_hf_neither_folder_nor_reachable(monkeypatch):
 
 
 def test_hf_path_that_does_not_exist(tmp_path):
-    assert f"`hf_source`={tmp_path}/no: the datasets library cannot load" in message_of(
-        lambda: read_hf(tmp_path / "no")
-    )
+    for name in (tmp_path / "no", "./data/no", "~/no", "data/sets/no"):
+        assert message_of(lambda name=name: read_hf(name)).startswith(
+            f"`hf_source`={name}: no such folder; name the folder"
+        )
 
 
 def test_hf_hub_dataset(monkeypatch, tmp_path):

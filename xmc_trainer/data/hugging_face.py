@@ -23,6 +23,9 @@ from xmc_trainer.errors import UserError, reason, shown
 
 _ROWS_PER_READ = 2000
 _EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz")
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx")
+_CONVERT = "convert to JSON lines, as the README shows for CSV"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _DEPTH = 3  # levels of folders searched, including the named one
 # If more than this share of the rows that are strings has a comma, warn.
 _COMMA_SHARE = 0.2
@@ -52,13 +55,16 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
     """
     if text_column == label_column:
         raise UserError(f"`label_column`={label_column}: is also `text_column`; name the column with the labels")
-    columns = [text_column, label_column]
-    train, test = (_open_split(name, split, columns) for split in (train_split, test_split))
+    columns = {"text_column": text_column, "label_column": label_column}
+    train = _open_split(name, "hf_train_split", train_split, columns)
+    test = _open_split(name, "hf_test_split", test_split, columns)
 
     def read() -> Contents:
         notes: dict[str, str] = {}
         column = _LabelColumn(label_column, train.class_names)
         seen = column.scan(train)
+        if not column.rows:
+            raise UserError(f"`hf_source`={name}: {train_split} has no rows; write it again, or set `hf_train_split`")
         if test.class_names != train.class_names:
             raise UserError(
                 f"`hf_source`={name}: the class labels of {label_column!r} in {test_split} differ from those in "
@@ -71,7 +77,7 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
             raise UserError(f"`hf_source`={name}: {train_split} has no labels in {label_column!r}; set `label_column`")
 
         def rows(split: _Split) -> Iterator[NamedRow]:
-            for where, record in split.records(columns):
+            for where, record in split.records([text_column, label_column]):
                 text = record[text_column]
                 if not isinstance(text, str | None):
                     raise UserError(f"{where}: column {text_column!r} must hold strings; set `text_column`")
@@ -87,7 +93,9 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
 
     # Without files, the name identifies the data set. Class names may be stored outside the files with the rows.
     has_files = train.files and test.files
-    identity = json.dumps([None if has_files else name, train_split, test_split, *columns, train.class_names])
+    identity = json.dumps(
+        [None if has_files else name, train_split, test_split, text_column, label_column, train.class_names]
+    )
     return Source([*train.files, *test.files], identity, read)
 
 
@@ -107,7 +115,7 @@ class _LabelColumn:
         self._class_names = class_names
         self._multi_hot: list[str] | None = None  # the classes, if the column is multi-hot
         self._only_bits, self._repeats, self._lengths = True, False, set[int]()
-        self._strings, self._commas, self._example = 0, 0, ""
+        self.rows, self._strings, self._commas, self._example = 0, 0, 0, ""
 
     def scan(self, split: _Split) -> set[str]:
         """Read all rows of a split. Returns the label names, which are valid unless the column is multi-hot."""
@@ -115,6 +123,7 @@ class _LabelColumn:
         for where, record in split.records([self.name]):
             value = record[self.name]
             entries = self._entries(value, where)
+            self.rows += 1
             if isinstance(value, str):
                 self._strings += 1
                 if "," in value or ";" in value:
@@ -198,16 +207,31 @@ class _LabelColumn:
 # Finding and opening ------------------------------------------------------------------------------------------------
 
 
-def _open_split(name: str, split: str, columns: list[str]) -> _Split:
+def _open_split(name: str, parameter: str, split: str, columns: dict[str, str]) -> _Split:
+    """Open a split.
+
+    Args:
+        parameter: the parameter of `load_corpus` that names the split, for messages.
+        columns: parameter -> name of a column.
+    """
     try:
         folder = Path(name).expanduser()
     except RuntimeError as error:  # ~ names an unknown user
         raise UserError(f"`hf_source`={name}: {error}; name a folder or hub id") from None
     # Path's methods raise for names that are too long; os.path returns False.
     if os.path.isfile(folder):
-        raise UserError(f"`hf_source`={name}: is a file; name the folder that holds {split}.parquet or {split}.jsonl")
+        remedy = _CONVERT if _is_table(folder) else f"name the folder that holds {split}.parquet or {split}.jsonl"
+        raise UserError(f"`hf_source`={name}: is a file; {remedy}")
     if not os.path.isdir(folder):
-        return _open_dataset(lambda: datasets.load_dataset(name, split=split), f"`hf_source`={name}", split, columns)
+        if folder.is_absolute() or not _HUB_ID.fullmatch(name):
+            raise UserError(f"`hf_source`={name}: no such folder; name the folder of the data, or a hub id")
+        return _open_dataset(
+            lambda: datasets.load_dataset(name, split=split),
+            f"`hf_source`={name}",
+            split,
+            columns,
+            "name an existing folder or a hub id in `hf_source`, correct the split names, or check the connection",
+        )
     saved = folder / split
     try:
         is_saved = (saved / "state.json").is_file() and not any(map(os.path.exists, _unsplit_files(folder, split)))
@@ -217,16 +241,40 @@ def _open_split(name: str, split: str, columns: list[str]) -> _Split:
             f"`hf_source`={name}: {error.filename}: {error.strerror}; check the split names and permissions"
         ) from None
     if is_saved:
-        return _open_dataset(lambda: datasets.load_from_disk(str(saved)), str(saved), split, columns)
-    if not files:
-        raise UserError(
-            f"`hf_source`={name}: the folder has no {split}.parquet, no {split}.jsonl, no folder {split} of "
-            f"save_to_disk and no parts such as {split}-00000-of-00002.parquet; set `hf_train_split` and "
-            "`hf_test_split`"
+        return _open_dataset(
+            lambda: datasets.load_from_disk(str(saved)),
+            str(saved),
+            split,
+            columns,
+            "save it again, with at least one row",
         )
+    if not files:
+        raise UserError(f"`hf_source`={name}: has no split {split!r}: {_why_missing(folder, parameter, split)}")
     if files[0].suffix == ".parquet":
         return _open_parquet(files, columns)
-    return _Split(files, lambda wanted: _json_records(files, wanted))
+    return _Split(files, lambda _: _json_records(files, columns))
+
+
+def _is_table(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(_TABLES)
+
+
+def _why_missing(folder: Path, parameter: str, split: str) -> str:
+    """Say what a folder holds in place of a split, and what to do about it."""
+    files = [path for depth in range(_DEPTH) for path in sorted(folder.glob("*/" * depth + "*")) if path.is_file()]
+    names = [str(path.relative_to(folder)) for path in files]
+    readable = [name for name in names if name.endswith((*_EXTENSIONS, ".arrow"))]
+    if not names:
+        return f"the folder has no files; write {split}.jsonl there, or name another folder"
+    if readable:
+        return (
+            f"the folder has no {split}.parquet, no {split}.jsonl, no folder {split} and no parts such as "
+            f"{split}-00000-of-00002.parquet, only {', '.join(readable[:8])}{' ...' * (len(readable) > 8)}; set "
+            f"`{parameter}`, rename the files, or name their folder"
+        )
+    if {path.name.removesuffix(".gz") for path in files} & {"train_labels.txt", "trn.json"}:
+        return "the folder has another layout; set `hf_source`=null, and name the folder in `folder`"
+    return f"the folder has no Parquet or JSON lines, only files such as {names[0]}; {_CONVERT}"
 
 
 def _unsplit_files(folder: Path, split: str) -> list[Path]:
@@ -285,11 +333,13 @@ def _find_files(folder: Path, split: str) -> list[Path]:
     return [path for _, _, path, _ in parts]
 
 
-def _check_columns(found: Iterable[str], columns: list[str], where: str) -> None:
-    for column in columns:
-        if column not in found:
-            names = ", ".join(found)
-            raise UserError(f"{where}: has no column {column!r}, only {names}; set `text_column` and `label_column`")
+def _check_columns(found: Iterable[str], columns: dict[str, str], where: str) -> None:
+    """Raise UserError unless all columns are in `found`. `columns`: parameter -> name."""
+    if missing := {parameter: name for parameter, name in columns.items() if name not in found}:
+        raise UserError(
+            f"{where}: has no column {' and no column '.join(map(repr, missing.values()))}, only {', '.join(found) or 'none'}; "
+            f"set {' and '.join(f'`{parameter}`' for parameter in missing)}"
+        )
 
 
 def _class_names(feature: Any) -> list[str] | None:
@@ -298,14 +348,14 @@ def _class_names(feature: Any) -> list[str] | None:
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _json_records(paths: list[Path], columns: list[str]) -> Iterator[tuple[str, Record]]:
+def _json_records(paths: list[Path], columns: dict[str, str]) -> Iterator[tuple[str, Record]]:
     for path in paths:
         for where, record in json_lines(path):
             _check_columns(record, columns, where)
             yield where, record
 
 
-def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
+def _open_parquet(paths: list[Path], columns: dict[str, str]) -> _Split:
     def records(wanted: list[str]) -> Iterator[tuple[str, Record]]:
         for path in paths:
             number = 0
@@ -321,7 +371,7 @@ def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
                     f"{path}, after row {number}: cannot be read ({reason(error)}); write it again"
                 ) from None
 
-    class_names = []
+    label_column, class_names = columns["label_column"], []
     for path in paths:
         try:
             schema = pq.read_schema(path)
@@ -330,10 +380,10 @@ def _open_parquet(paths: list[Path], columns: list[str]) -> _Split:
             raise UserError(f"{path}: cannot be read ({reason(error)}); write it again") from None
         _check_columns(names, columns, str(path))
         # Only for the label column: the datasets library may not know the types of other columns.
-        class_names.append(_class_names_in(schema, columns[1]))
+        class_names.append(_class_names_in(schema, label_column))
         if class_names[0] != class_names[-1]:
             raise UserError(
-                f"{path}: the class labels of {columns[1]!r} differ from those in {paths[0].name}; write the same in "
+                f"{path}: the class labels of {label_column!r} differ from those in {paths[0].name}; write the same in "
                 "all files"
             )
     return _Split(paths, records, class_names[0])
@@ -348,19 +398,18 @@ def _class_names_in(schema: pa.Schema, column: str) -> list[str] | None:
         return None
 
 
-def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: list[str]) -> _Split:
-    """Open a split with the `datasets` library, from the hub or from disk."""
+def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: dict[str, str], remedy: str) -> _Split:
+    """Open a split with the `datasets` library, from the hub or from disk. remedy: what to do if it cannot load it."""
     try:
         dataset = load()
         _check_columns(dataset.column_names, columns, f"{where}, split {split}")
-        dataset = dataset.with_format(None).select_columns(columns)
+        dataset = dataset.with_format(None).select_columns([*columns.values()])
         dataset.data.table.validate(full=True)  # a damaged memory-mapped file could crash the process
     except UserError:
         raise
     except Exception as error:  # the hub client, its transport and the file formats have no common base exception
         raise UserError(
-            f"{where}: the datasets library cannot load split {split!r} ({reason(error)}); name an existing folder or "
-            "a hub id in `hf_source`, correct the split names, or check the connection"
+            f"{where}: the datasets library cannot load split {split!r} ({reason(error)}); {remedy}"
         ) from error
 
     def records(wanted: list[str]) -> Iterator[tuple[str, Record]]:
@@ -374,4 +423,4 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: list
             ) from None
 
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
-    return _Split(files, records, _class_names(dataset.features[columns[1]]))
+    return _Split(files, records, _class_names(dataset.features[columns["label_column"]]))
