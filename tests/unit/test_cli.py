@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import importlib
 import inspect
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,13 +31,51 @@ def test_every_command_has_help(name, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f"usage: xmc-trainer {name} ")
 
 
-@pytest.mark.parametrize("words, message", [(["train"], "no such command 'train'"), (["bench", "encoder"], "no such command 'bench encoder'"),
+@pytest.mark.parametrize("words, message", [(["trian"], "no such command 'trian'"), (["bench", "encoder"], "no such command 'bench encoder'"),
                                          ([], "name a command")])  # fmt: skip
 def test_an_unknown_command_lists_the_known_ones(words, message, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, *words)
     err = capsys.readouterr().err
-    assert message in err and all(name in err for name in COMMANDS) and "launchers/train.py" in err
+    assert message in err and all(name in err for name in COMMANDS)
+
+
+@pytest.mark.parametrize("words, processes, config", [
+    (["--gpus", "4"], "4", "zero2.json"), (["--gpus", "2", "--zero", "3"], "2", "zero3.json"), (["--zero", "0"], "1", "zero0.json"),
+    (["--gpus", "2", "--deepspeed_config", "mine.json"], "2", "mine.json"),
+])  # fmt: skip
+def test_train_starts_the_deepspeed_launcher(words, processes, config, monkeypatch):
+    started = []
+
+    def execv(path, command):
+        started.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="0"):
+        call(monkeypatch, "train", "dataset=wordnet", *words, "log_fname=a")
+    (command,) = started
+    assert command[command.index("--num_gpus") + 1] == processes
+    given = Path(command[command.index("--deepspeed_config") + 1])
+    assert given.name == config and command[-2:] == ["dataset=wordnet", "log_fname=a"]
+    if config != "mine.json":
+        assert given.read_bytes() == (Path(__file__).parents[2] / "ds_configs" / config).read_bytes()
+
+
+@pytest.mark.parametrize("words, rank, message", [
+    (["--gpus", "0"], None, "--gpus=0: must be at least 1"), (["--gpus", "2"], "0", "a launcher has started this process already"),
+    (["--zero", "1", "--deepspeed_config", "x.json"], None, "--zero: --deepspeed_config names the ZeRO stage"),
+    (["--gpus", "2", "model.ffi.fan_in=0"], None, "model.ffi.fan_in=0: must be in"),
+])  # fmt: skip
+def test_train_refuses_words_before_it_launches(words, rank, message, monkeypatch, capsys):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, "train", "dataset=wordnet", *words)
+    assert message in capsys.readouterr().err
 
 
 def test_settings_are_listed(monkeypatch, capsys):

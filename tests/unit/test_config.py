@@ -197,6 +197,14 @@ def test_settings_of_another_layout_are_errors():
     assert data.test_split == data.evaluated_split == "dev"
 
 
+def test_a_source_of_data_needs_no_settings_file():
+    config = load_config(["data.hf_source=/somewhere/tickets.csv", "data.max_len=32"])
+    assert (config.dataset, config.data.dataset, config.data.max_len) == ("tickets", "tickets", 32)
+    assert load_config(["data.hf_source=someone/set"]).data.dataset == "set"
+    with pytest.raises(UserError, match="data.test_share: applies to data.hf_source only"):
+        load_config(["dataset=wordnet", "data.test_share=0.2"])
+
+
 def test_every_option_is_described():
     names = list(settings_of(Config))
     assert "model.ffi.fan_in" in names and "training.amp.dtype" in names and "dataset" in names

@@ -6,7 +6,6 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 
 import datasets
 import numpy as np
@@ -731,12 +730,12 @@ def test_hf_values_that_python_cannot_hold(tmp_path):
             "the folder has no dev.parquet, no dev.jsonl, no folder dev and no parts such as dev-00000-of-00002.parquet, only "
             "test.jsonl, train.jsonl; set `hf_test_split`, rename the files, or name their folder",
         ),
-        (["train.csv", "dev.csv"], "only files such as dev.csv; convert to JSON lines, as the README shows for CSV"),
+        (["train.xlsx", "dev.xlsx"], "only files such as dev.xlsx; convert it to one of .parquet, .jsonl, .jsonl.gz, .csv"),
         (["train_raw_texts.txt", "train_labels.txt"], "another layout; set `hf_source`=null, and name the folder in `folder`"),
         (["raw_text/trn.json.gz"], "another layout; set `hf_source`=null, and name the folder in `folder`"),
-        (["train.json"], "no Parquet or JSON lines, only files such as train.json; convert to JSON lines"),
+        (["train.json"], "the folder has only files such as train.json; convert it to one of .parquet, .jsonl"),
     ],
-    ids=["nothing", "other splits", "CSV", "raw text", "label features", "JSON"],
+    ids=["nothing", "other splits", "Excel", "raw text", "label features", "JSON"],
 )  # fmt: skip
 def test_hf_missing_split_says_what_is_there(tmp_path, files, said):
     for name in files:
@@ -747,12 +746,6 @@ def test_hf_missing_split_says_what_is_there(tmp_path, files, said):
     message = message_of(lambda: read_hf(tmp_path, **options))
     assert message.startswith(f"`hf_source`={tmp_path}: has no split 'dev': ")
     assert said.replace("hf_test_split", parameter) in message
-
-
-def test_hf_a_csv_file_in_place_of_a_folder(tmp_path):
-    (tmp_path / "tickets.csv").write_text("text,labels\nx,a\n")
-    message = message_of(lambda: read_hf(tmp_path / "tickets.csv"))
-    assert message.endswith("tickets.csv: is a file; convert to JSON lines, as the README shows for CSV")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -802,7 +795,6 @@ def test_real_raw_data():
 @pytest.mark.slow
 def test_real_label_feature_data():
     folder = real_data("LF-YSO-25K")
-    began = time.monotonic()
     contents = lf_source(folder, with_filter=True).read()
     stats = json.loads((folder / "stats.json").read_text())
     assert len(contents.labels) == stats["labels"] == 25_018
@@ -824,7 +816,6 @@ def test_real_label_feature_data():
     test = list(contents.test())
     assert len(test) == 65_202
     assert all(test[row].text.lower() == contents.labels[label][1].lower() for row, label in wanted)
-    assert time.monotonic() - began < 40
 
 
 def test_gzip_and_plain_files_read_the_same(tmp_path):

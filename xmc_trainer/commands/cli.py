@@ -17,10 +17,16 @@ from xmc_trainer.launch import launched_processes
 
 USAGE = """\
 settings are key=value words: dataset=NAME (a shipped data set or a .yaml file), dataset_path=FOLDER, log_fname=NAME,
-and dotted names such as model.ffi.fan_in=64; train.py --print-config prints the resolved configuration"""
+and dotted names such as model.ffi.fan_in=64; `train --print-config` prints the resolved configuration"""
+NOT_STARTED = "before the first step; the run's folder is unchanged"  # how a training ends that is interrupted early
+# Commands for several processes, which a launcher starts.
+_LAUNCHED = ("train", "evaluate", "predict", "bench head", "bench ranks", "bench train")
 
 # command -> (module with its `main`, description). The module is imported only when its command runs.
 COMMANDS = {
+    "train": ("xmc_trainer.commands.train", "train, evaluate and save a model"),
+    "evaluate": ("xmc_trainer.commands.evaluate", "measure a saved model on a test set"),
+    "predict": ("xmc_trainer.commands.predict", "predict the labels of texts with a saved model"),
     "settings": ("xmc_trainer.commands.settings", "list every setting with its default and meaning"),
     "clusters": ("xmc_trainer.commands.clusters", "compute label clusters for the meta branch and semantic groups"),
     "sweep": ("xmc_trainer.commands.sweep", "train a table of configurations with several seeds"),
@@ -127,7 +133,7 @@ def _stdout_reader_is_gone() -> bool:
 
 def _run_command(name: str) -> None:
     processes = launched_processes() if "WORLD_SIZE" in os.environ else 1
-    if processes > 1 and (not name.startswith("bench") or name == "bench data"):
+    if processes > 1 and name not in _LAUNCHED:
         raise UserError(
             f"xmc-trainer {name}: runs in one process, but {processes} were started; start it without a launcher"
         )
@@ -142,13 +148,10 @@ def main() -> None:
         if len(words) >= length and name in COMMANDS:
             # argparse prints it as the program name.
             sys.argv = [f"xmc-trainer {name}", *words[length:]]
-            run(partial(_run_command, name))
+            run(partial(_run_command, name), **({"interrupted": NOT_STARTED} if name == "train" else {}))
             return
     lines = [f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items()]
-    usage = "\n".join(
-        ["usage: xmc-trainer COMMAND ... (COMMAND --help shows its arguments)", "", *lines, "",
-         "to train, evaluate and predict, run launchers/train.py, evaluate.py and predict.py"]
-    )  # fmt: skip
+    usage = "\n".join(["usage: xmc-trainer COMMAND ... (COMMAND --help shows its arguments)", "", *lines])
     if words in (["-h"], ["--help"]):
         print(usage)
         return

@@ -49,6 +49,7 @@ def _read_dataset_file(dataset: str) -> dict[str, RawValue]:
 
 
 _read_shipped_file = cache(_read_dataset_file)
+_NOTHING = RawValue(None)
 
 
 def _read_tree(root: Node | None, where: str, known_only: bool = True) -> Iterator[tuple[str, RawValue]]:
@@ -189,28 +190,31 @@ def _values(raw_values: dict[str, RawValue], check: bool) -> dict[str, Any]:
 def load_config(overrides: list[str]) -> Config:
     """Build the configuration of a run from `key=value` words.
 
-    `dataset=` names the YAML file to start from; the other words override single settings by dotted name. `key=null`
+    `dataset=` names the YAML file to start from; with data.hf_source it may be missing. The other words override single settings
+    by dotted name. `key=null`
     clears an optional setting. Any other value of a text setting is taken verbatim, except for references
     (`xmc_trainer.config.fields`). Raises UserError for unknown names, wrong types and conflicting settings.
     """
     words: dict[str, RawValue] = {}
     for word in overrides:
         words.update(_read_word(word))
-    if "dataset" not in words:
-        raise UserError(
-            f"dataset=NAME is missing; choose one of {', '.join(sorted(shipped_configs()))}, or give the path of a "
-            ".yaml file"
-        )
-    dataset = typing.cast(str, words["dataset"].text)
     shipped = shipped_configs()
+    source = words.get("data.hf_source", _NOTHING).text
+    if "dataset" not in words and not source:
+        raise UserError(
+            f"dataset=NAME is missing; choose one of {', '.join(sorted(shipped))}, give the path of a .yaml file, or "
+            "name your data with data.hf_source"
+        )
+    dataset = typing.cast(str, words["dataset"].text if "dataset" in words else source)
     raw_values = {"data.dataset": RawValue(escaped(Path(dataset).stem))} | _defaults()
-    raw_values |= (_read_shipped_file if dataset in shipped else _read_dataset_file)(dataset)
-    raw_values |= words | {"dataset": RawValue(escaped(dataset))}
+    if "dataset" in words:
+        raw_values |= (_read_shipped_file if dataset in shipped else _read_dataset_file)(dataset)
+    raw_values |= words | {"dataset": RawValue(escaped(dataset)) if "dataset" in words else raw_values["data.dataset"]}
     short, whole = "log_fname", "training.verbose.log_fname"
-    if whole in words and (words.get(short) or RawValue(None)).text not in (None, words[whole].text):
+    if whole in words and words.get(short, _NOTHING).text not in (None, words[whole].text):
         raise UserError(f"{short} and {whole}: are two names of one setting, with different values; give only one")
     if whole in words:
-        raw_values[short] = RawValue(None)  # the command line overrides the file, whichever name each one uses
+        raw_values[short] = _NOTHING  # the command line overrides the file, whichever name each one uses
     elif raw_values[short].text is not None:
         raw_values[whole] = raw_values[short]
     values = _values(resolve(raw_values), check=True)

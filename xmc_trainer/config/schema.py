@@ -93,15 +93,20 @@ class DataConfig(Section, prefix="data."):
     is_lf_data: bool = option(False, "Read the label-feature layout (raw_text/trn.json ...) instead of raw text files.")
     hf_source: str | None = option(
         None,
-        "Read Hugging Face data instead: a folder with <split>.parquet or <split>.jsonl, a saved data set, "
-        "or a hub id.",
+        "Read rows with a text and a label column instead: a .csv, .tsv, .jsonl or .parquet file, a folder with such "
+        "a file for each split, a folder of save_to_disk, or a Hugging Face hub id.",
     )
-    hf_train_split: str = option(
-        "train", "Split of `data.hf_source` (or file, in a .parquet or .jsonl folder) to train on."
-    )
+    hf_train_split: str = option("train", "Split (or file name without extension) of `data.hf_source` to train on.")
     hf_test_split: str = option("test", "Split of `data.hf_source` to evaluate on.")
     text_column: str = option("text", "Column of `data.hf_source` that holds the text.")
     label_column: str = option("labels", "Column of `data.hf_source` that holds the list of labels (names or ids).")
+    label_separator: str = option(";", "Separator of the labels in a cell of a .csv or .tsv file.")
+    test_share: float | None = option(
+        None,
+        "Hold out this share of the training split's texts, chosen by a hash of the text, and evaluate on them; "
+        "default: 0.1 if data.hf_source is a file, else `data.hf_test_split` is read.",
+        "(0, 1)",
+    )
     label_text_file: str | None = option(
         None, "Raw layout: file of `label<TAB>text` lines in the data folder; makes predictions readable."
     )
@@ -161,6 +166,8 @@ class DataConfig(Section, prefix="data."):
             raise UserError(
                 "data.hf_source: a run reads a single source; set data.hf_source=null or data.is_lf_data=false"
             )
+        if self.test_share is not None and not self.hf_source:
+            raise UserError("data.test_share: applies to data.hf_source only; remove it")
         if self.label_text_file and (self.is_lf_data or self.hf_source):
             raise UserError(
                 "data.label_text_file: applies to the raw layout only; remove it (label-feature data contain texts)"

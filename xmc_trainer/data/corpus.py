@@ -140,6 +140,8 @@ def load_corpus(
     hf_test_split: str = "test",
     text_column: str = "text",
     label_column: str = "labels",
+    label_separator: str = ";",
+    test_share: float | None = None,
     label_text_file: str | None = None,
     test_split: str = "test",
     augment_label_data: bool = False,
@@ -169,7 +171,9 @@ def load_corpus(
         source = lf_source(folder, augment_label_data, use_filter_eval)
     elif layout == "hf" and hf_source:
         origin = hf_source
-        source = open_hf(hf_source, hf_train_split, hf_test_split, text_column, label_column)
+        source = open_hf(
+            hf_source, hf_train_split, hf_test_split, text_column, label_column, label_separator, test_share
+        )
     else:
         raise ValueError(f"layout={layout!r}, hf_source={hf_source!r}: choose raw, lf, or hf with hf_source")
     fingerprint = _fingerprint(source, layout, tokenizer, max_len)

@@ -1,32 +1,36 @@
-"""Read Hugging Face data sets: files as the hub stores them, folders of `save_to_disk`, or hub ids.
+"""Read rows with a text column and a label column: a file, a folder of files, a folder of `save_to_disk`, or a hub id.
 
-Only the text column and the label column are read. No code of a data set is run: the datasets library has no loading
-scripts since version 4, and this module reads only JSON, Parquet and Arrow.
+Only these two columns are read. No code of a data set is run: the datasets library has no loading scripts since version
+4, and this module reads only CSV, JSON, Parquet and Arrow.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
+from xmc_trainer.data import tables
 from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, json_lines
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError, reason, shown
 
 _ROWS_PER_READ = 2000
-_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz")
-_TABLES = (".csv", ".tsv", ".xls", ".xlsx")
-_CONVERT = "convert to JSON lines, as the README shows for CSV"
+_EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", *tables.EXTENSIONS)
+_CONVERT = f"convert it to one of {', '.join(_EXTENSIONS)}"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _DEPTH = 3  # levels of folders searched, including the named one
+_TEST_SHARE = 0.1  # of a single file's texts
 # If more than this share of the rows that are strings has a comma, warn.
 _COMMA_SHARE = 0.2
 
@@ -40,28 +44,42 @@ class _Split(NamedTuple):
     """One split of a source."""
 
     files: list[Path]
-    records: Callable[[list[str]], Iterator[tuple[str, Record]]]  # column names -> ("file, row n", their values)
+    records: Callable[[Sequence[str]], Iterator[tuple[str, Record]]]  # column names -> ("file, row n", their values)
     class_names: list[str] | None = None  # of the label column, if it holds class labels
 
 
-def hf_source(name: str, train_split: str, test_split: str, text_column: str, label_column: str) -> Source:
-    """Open a Hugging Face data set.
+def hf_source(
+    name: str,
+    train_split: str,
+    test_split: str,
+    text_column: str,
+    label_column: str,
+    label_separator: str = ";",
+    test_share: float | None = None,
+) -> Source:
+    """Open a file or a data set of rows.
 
     The label set is that of the training split. For class labels and multi-hot columns it is all classes.
 
     Args:
-        name: a folder with the files of `_find_files`, a folder of `save_to_disk`, or a hub id.
+        name: a file, a folder with the files of `_find_files`, a folder of `save_to_disk`, or a hub id.
         label_column: see `_LabelColumn` for the accepted values.
+        label_separator: between the labels in a cell of a CSV or TSV file.
+        test_share: hold out this share of the training split's texts as test split, see `_hold_out`. None: 0.1 if
+            `name` is a file, which is all of the data; otherwise read `test_split`.
     """
     if text_column == label_column:
         raise UserError(f"`label_column`={label_column}: is also `text_column`; name the column with the labels")
-    columns = {"text_column": text_column, "label_column": label_column}
-    train = _open_split(name, "hf_train_split", train_split, columns)
-    test = _open_split(name, "hf_test_split", test_split, columns)
+    columns = _Columns(text_column, label_column, label_separator)
+    whole = _open_split(name, "hf_train_split", train_split, columns)
+    if test_share is None and os.path.isfile(Path(name).expanduser()):
+        test_share = _TEST_SHARE
+    apart = None if test_share is not None else _open_split(name, "hf_test_split", test_split, columns)
 
     def read() -> Contents:
         notes: dict[str, str] = {}
-        column = _LabelColumn(label_column, train.class_names)
+        column = _LabelColumn(label_column, whole.class_names)
+        train, test = (whole, apart) if apart else _hold_out(whole, test_share or 0.0, columns, column, notes)
         seen = column.scan(train)
         if not column.rows:
             raise UserError(f"`hf_source`={name}: {train_split} has no rows; write it again, or set `hf_train_split`")
@@ -77,7 +95,7 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
             raise UserError(f"`hf_source`={name}: {train_split} has no labels in {label_column!r}; set `label_column`")
 
         def rows(split: _Split) -> Iterator[NamedRow]:
-            for where, record in split.records([text_column, label_column]):
+            for where, record in split.records(columns[:2]):
                 text = record[text_column]
                 if not isinstance(text, str | None):
                     raise UserError(f"{where}: column {text_column!r} must hold strings; set `text_column`")
@@ -92,11 +110,66 @@ def hf_source(name: str, train_split: str, test_split: str, text_column: str, la
         )
 
     # Without files, the name identifies the data set. Class names may be stored outside the files with the rows.
-    has_files = train.files and test.files
-    identity = json.dumps(
-        [None if has_files else name, train_split, test_split, text_column, label_column, train.class_names]
+    files = [*whole.files, *(apart.files if apart else [])]
+    has_files = whole.files and (apart is None or apart.files)
+    identity = [None if has_files else name, train_split, test_split, *columns, whole.class_names, test_share]
+    return Source(files, json.dumps(identity), read)
+
+
+def _hold_out(
+    whole: _Split, share: float, columns: _Columns, column: _LabelColumn, notes: dict[str, str]
+) -> tuple[_Split, _Split]:
+    """Divide a split into training and test. Adds a note.
+
+    The texts with the smallest hashes are held out, so equal texts stay together and the order of rows does not matter.
+    A text that is the last one of a label stays in training.
+    """
+
+    def hashes(wanted: Sequence[str]) -> Iterator[tuple[int, str, Record]]:
+        for where, record in whole.records([*{*wanted, columns.text}]):
+            text = record[columns.text]
+            data = text.encode(errors="surrogatepass") if isinstance(text, str) else b""
+            yield xxhash.xxh3_64_intdigest(data), where, record
+
+    rows = np.fromiter((value for value, _, _ in hashes([])), np.uint64)
+    distinct = np.unique(rows)
+    held = {int(value) for value in distinct[: math.ceil(share * len(distinct))]}
+    covered: set[Any] = set()
+    for value, where, record in hashes([columns.labels]):
+        if value not in held:
+            covered.update(column.entries(record[columns.labels], where))
+    for value, where, record in hashes([columns.labels]):
+        entries = set(column.entries(record[columns.labels], where))
+        if value in held and not entries <= covered:
+            held.remove(value)
+            covered |= entries
+
+    def part(test: bool) -> _Split:
+        def records(wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
+            return ((where, record) for value, where, record in hashes(wanted) if (value in held) == test)
+
+        return _Split(whole.files, records, whole.class_names)
+
+    notes["held out"] = (
+        f"{np.isin(rows, np.array([*held], np.uint64)).sum()} of {len(rows)} texts are held out as test set; to choose "
+        "them yourself, write a folder with a train and a test file"
     )
-    return Source([*train.files, *test.files], identity, read)
+    return part(test=False), part(test=True)
+
+
+class _Columns(NamedTuple):
+    text: str
+    labels: str
+    separator: str  # of labels in a cell of a table
+
+    def check(self, found: Iterable[str], where: str) -> None:
+        """Raise UserError unless both columns are in `found`."""
+        named = {"text_column": self.text, "label_column": self.labels}
+        if missing := {parameter: name for parameter, name in named.items() if name not in found}:
+            raise UserError(
+                f"{where}: has no column {' and no column '.join(map(repr, missing.values()))}, only "
+                f"{', '.join(found) or 'none'}; set {' and '.join(f'`{parameter}`' for parameter in missing)}"
+            )
 
 
 class _LabelColumn:
@@ -122,7 +195,7 @@ class _LabelColumn:
         seen: set[str] = set()
         for where, record in split.records([self.name]):
             value = record[self.name]
-            entries = self._entries(value, where)
+            entries = self.entries(value, where)
             self.rows += 1
             if isinstance(value, str):
                 self._strings += 1
@@ -172,14 +245,14 @@ class _LabelColumn:
 
     def names(self, value: Any, where: str) -> list[str]:
         """Return the label names of a row."""
-        entries = self._entries(value, where)
+        entries = self.entries(value, where)
         if self._multi_hot is not None:
             return [name for name, bit in zip(self._multi_hot, entries) if bit]
         if self._class_names is None:
             return [str(entry) for entry in entries]
         return [self._class_names[entry] for entry in entries]
 
-    def _entries(self, value: Any, where: str) -> list[Any]:
+    def entries(self, value: Any, where: str) -> list[Any]:
         """Return a row as a list of names or numbers. UserError for other values."""
         where = f"{where}: column {self.name!r}"
         entries = value if isinstance(value, list) else [] if value is None else [value]
@@ -207,21 +280,17 @@ class _LabelColumn:
 # Finding and opening ------------------------------------------------------------------------------------------------
 
 
-def _open_split(name: str, parameter: str, split: str, columns: dict[str, str]) -> _Split:
-    """Open a split.
-
-    Args:
-        parameter: the parameter of `load_corpus` that names the split, for messages.
-        columns: parameter -> name of a column.
-    """
+def _open_split(name: str, parameter: str, split: str, columns: _Columns) -> _Split:
+    """Open a split. `parameter`: the parameter of `load_corpus` that names the split, for messages."""
     try:
         folder = Path(name).expanduser()
     except RuntimeError as error:  # ~ names an unknown user
         raise UserError(f"`hf_source`={name}: {error}; name a folder or hub id") from None
     # Path's methods raise for names that are too long; os.path returns False.
     if os.path.isfile(folder):
-        remedy = _CONVERT if _is_table(folder) else f"name the folder that holds {split}.parquet or {split}.jsonl"
-        raise UserError(f"`hf_source`={name}: is a file; {remedy}")
+        if not folder.name.endswith(_EXTENSIONS):
+            raise UserError(f"`hf_source`={name}: cannot be read; {_CONVERT}")
+        return _open_files([folder], columns)
     if not os.path.isdir(folder):
         if folder.is_absolute() or not _HUB_ID.fullmatch(name):
             raise UserError(f"`hf_source`={name}: no such folder; name the folder of the data, or a hub id")
@@ -250,13 +319,13 @@ def _open_split(name: str, parameter: str, split: str, columns: dict[str, str]) 
         )
     if not files:
         raise UserError(f"`hf_source`={name}: has no split {split!r}: {_why_missing(folder, parameter, split)}")
+    return _open_files(files, columns)
+
+
+def _open_files(files: list[Path], columns: _Columns) -> _Split:
     if files[0].suffix == ".parquet":
         return _open_parquet(files, columns)
-    return _Split(files, lambda _: _json_records(files, columns))
-
-
-def _is_table(path: Path) -> bool:
-    return path.name.lower().removesuffix(".gz").endswith(_TABLES)
+    return _Split(files, lambda _: _rows_of_files(files, columns))
 
 
 def _why_missing(folder: Path, parameter: str, split: str) -> str:
@@ -274,7 +343,7 @@ def _why_missing(folder: Path, parameter: str, split: str) -> str:
         )
     if {path.name.removesuffix(".gz") for path in files} & {"train_labels.txt", "trn.json"}:
         return "the folder has another layout; set `hf_source`=null, and name the folder in `folder`"
-    return f"the folder has no Parquet or JSON lines, only files such as {names[0]}; {_CONVERT}"
+    return f"the folder has only files such as {names[0]}; {_CONVERT}"
 
 
 def _unsplit_files(folder: Path, split: str) -> list[Path]:
@@ -333,35 +402,29 @@ def _find_files(folder: Path, split: str) -> list[Path]:
     return [path for _, _, path, _ in parts]
 
 
-def _check_columns(found: Iterable[str], columns: dict[str, str], where: str) -> None:
-    """Raise UserError unless all columns are in `found`. `columns`: parameter -> name."""
-    if missing := {parameter: name for parameter, name in columns.items() if name not in found}:
-        raise UserError(
-            f"{where}: has no column {' and no column '.join(map(repr, missing.values()))}, only {', '.join(found) or 'none'}; "
-            f"set {' and '.join(f'`{parameter}`' for parameter in missing)}"
-        )
-
-
 def _class_names(feature: Any) -> list[str] | None:
     """Return the class names of a feature that is a class label or a list of class labels, else None."""
     feature = getattr(feature, "feature", feature)
     return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
-def _json_records(paths: list[Path], columns: dict[str, str]) -> Iterator[tuple[str, Record]]:
+def _rows_of_files(paths: list[Path], columns: _Columns) -> Iterator[tuple[str, Record]]:
     for path in paths:
-        for where, record in json_lines(path):
-            _check_columns(record, columns, where)
+        is_table = tables.is_table(path)
+        for where, record in (
+            tables.table_records(path, columns.labels, columns.separator) if is_table else json_lines(path)
+        ):
+            columns.check(record, where)
             yield where, record
 
 
-def _open_parquet(paths: list[Path], columns: dict[str, str]) -> _Split:
-    def records(wanted: list[str]) -> Iterator[tuple[str, Record]]:
+def _open_parquet(paths: list[Path], columns: _Columns) -> _Split:
+    def records(wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
         for path in paths:
             number = 0
             try:
                 with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                    for batch in file.iter_batches(_ROWS_PER_READ, columns=wanted):
+                    for batch in file.iter_batches(_ROWS_PER_READ, columns=list(wanted)):
                         batch.validate(full=True)
                         for record in batch.to_pylist():
                             number += 1
@@ -371,19 +434,19 @@ def _open_parquet(paths: list[Path], columns: dict[str, str]) -> _Split:
                     f"{path}, after row {number}: cannot be read ({reason(error)}); write it again"
                 ) from None
 
-    label_column, class_names = columns["label_column"], []
+    class_names = []
     for path in paths:
         try:
             schema = pq.read_schema(path)
             names = schema.names
         except _UNREADABLE as error:
             raise UserError(f"{path}: cannot be read ({reason(error)}); write it again") from None
-        _check_columns(names, columns, str(path))
+        columns.check(names, str(path))
         # Only for the label column: the datasets library may not know the types of other columns.
-        class_names.append(_class_names_in(schema, label_column))
+        class_names.append(_class_names_in(schema, columns.labels))
         if class_names[0] != class_names[-1]:
             raise UserError(
-                f"{path}: the class labels of {label_column!r} differ from those in {paths[0].name}; write the same in "
+                f"{path}: the class labels of {columns.labels!r} differ from those in {paths[0].name}; write the same in "
                 "all files"
             )
     return _Split(paths, records, class_names[0])
@@ -398,12 +461,12 @@ def _class_names_in(schema: pa.Schema, column: str) -> list[str] | None:
         return None
 
 
-def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: dict[str, str], remedy: str) -> _Split:
+def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: _Columns, remedy: str) -> _Split:
     """Open a split with the `datasets` library, from the hub or from disk. remedy: what to do if it cannot load it."""
     try:
         dataset = load()
-        _check_columns(dataset.column_names, columns, f"{where}, split {split}")
-        dataset = dataset.with_format(None).select_columns([*columns.values()])
+        columns.check(dataset.column_names, f"{where}, split {split}")
+        dataset = dataset.with_format(None).select_columns([columns.text, columns.labels])
         dataset.data.table.validate(full=True)  # a damaged memory-mapped file could crash the process
     except UserError:
         raise
@@ -412,10 +475,10 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: dict
             f"{where}: the datasets library cannot load split {split!r} ({reason(error)}); {remedy}"
         ) from error
 
-    def records(wanted: list[str]) -> Iterator[tuple[str, Record]]:
+    def records(wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
         number = 0
         try:
-            for number, record in enumerate(dataset.select_columns(wanted), start=1):
+            for number, record in enumerate(dataset.select_columns(list(wanted)), start=1):
                 yield f"{where}, split {split}, row {number}", record
         except _UNREADABLE as error:
             raise UserError(
@@ -423,4 +486,4 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: dict
             ) from None
 
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
-    return _Split(files, records, _class_names(dataset.features[columns["label_column"]]))
+    return _Split(files, records, _class_names(dataset.features[columns.labels]))

@@ -1,0 +1,150 @@
+"""Predict the labels of texts with a saved model.
+
+    xmc-trainer predict outputs/wordnet/model texts.txt > predictions.jsonl
+    echo "a small domesticated carnivore" | xmc-trainer predict outputs/wordnet/model
+    torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # the processes share the labels
+
+Input, in UTF-8: a text file with one text per line, JSON lines with a field "text" (.jsonl or .json), or standard input
+with one text per line. An empty line is an empty text. Output: JSON lines in UTF-8, labels by descending score:
+
+    {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from xmc_trainer.errors import UserError
+from xmc_trainer.files import replacing
+
+if TYPE_CHECKING:
+    from xmc_trainer.model import XMCModel
+    from xmc_trainer.parallel import Ranks
+
+# Texts per chunk; memory use does not grow with the input.
+_CHUNK = 4096
+
+
+def read_texts(path: str) -> Iterator[str]:
+    """Yield the texts of the input, decoded like training files. Raises UserError that names a faulty line."""
+    from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object
+
+    name = "standard input" if path == "-" else path
+    try:
+        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
+            for number, line in decoded_lines(file, name):
+                text: Any = line
+                where = f"{name}, line {number}"
+                if path.endswith((".jsonl", ".json")):
+                    text = json_object(line, where).get("text")
+                    if not isinstance(text, str):
+                        raise UserError(f'{where}: write an object with a string field "text"')
+                    check_unicode(text, where)
+                yield text
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror}); name another file") from None
+
+
+def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
+    """Yield the texts that rank 0 reads, in chunks, on every rank. A faulty line raises UserError on all of them."""
+    texts = read_texts(path)
+    while True:
+        chunk: list[str] | UserError = []
+        if ranks.rank == 0:
+            try:
+                chunk = list(islice(texts, _CHUNK))
+            except UserError as error:
+                chunk = error
+        chunk = ranks.broadcast(chunk)
+        if isinstance(chunk, UserError):
+            raise chunk
+        if not chunk:
+            return
+        yield chunk
+
+
+@contextmanager
+def opened(path: str) -> Iterator[TextIO]:
+    """Open the output in UTF-8. A regular file is replaced atomically at the end; pipes and devices are written to."""
+    if path == "-":
+        cast(TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")
+        yield sys.stdout
+    else:
+        with replacing(Path(path)) as out:
+            yield out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a saved model")
+    parser.add_argument("input", nargs="?", default="-", help="file with the texts; - (the default) is standard input")
+    parser.add_argument("--output", default="-", help="file to write; - (the default) is standard output")
+    parser.add_argument("-k", type=int, default=5, help="labels per text (default 5)")
+    parser.add_argument("--batch_size", type=int, default=256, help="texts per batch (default 256)")
+    parser.add_argument("--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: a GPU if there is one")
+    arguments = parser.parse_intermixed_args()
+    for name in ("k", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"{'-k' if name == 'k' else '--batch_size'}={getattr(arguments, name)}: must be at least 1")
+    _check_streams(arguments.input, arguments.output)
+
+    # torch and transformers import slowly; the checks above must not wait for them.
+    from xmc_trainer.model import XMCModel, device_of
+    from xmc_trainer.parallel import joined_ranks
+
+    with joined_ranks(device_of(arguments.device)) as own_device:
+        predict(XMCModel.load(arguments.model, own_device), arguments)
+
+
+def _check_streams(source: str, output: str) -> None:
+    """Raise UserError if an input or output stream is closed, or the output cannot be written or is the input."""
+    if source == "-" and sys.stdin is None:
+        raise UserError("standard input: is closed; name a file with the texts")
+    if output == "-" and sys.stdout is None:
+        raise UserError("standard output: is closed; name a file with --output")
+    if output == "-":
+        return
+    try:
+        path = Path(output)
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"--output={output}: its folder does not exist; create it")
+        if path.is_dir():
+            raise UserError(f"--output={output}: is a folder; name a file in it")
+        if source != "-" and path.is_file() and Path(source).is_file() and path.samefile(source):
+            raise UserError(f"--output={output}: is the input file; name another")
+    except OSError as error:
+        raise UserError(f"--output={output}: cannot be written ({error.strerror}); name another file") from None
+
+
+def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
+    """Predict the input's labels on all ranks; rank 0 reads and writes."""
+    ranks = model.saved.head.ranks
+    chunks = read_chunks(arguments.input, ranks)
+    predictions = ((chunk, model.predict(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
+    if ranks.rank:
+        deque(predictions, maxlen=0)
+        return
+    first = next(predictions, None)  # before the output is opened, so that a faulty input leaves no empty file
+    if first is None:
+        print(f"{'standard input' if arguments.input == '-' else arguments.input}: no texts", file=sys.stderr)
+    try:
+        with opened(arguments.output) as out:
+            for texts, labels_of_texts in chain([first] if first else [], predictions):
+                for text, labels in zip(texts, labels_of_texts, strict=True):
+                    record = {"text": text, "labels": [label._asdict() for label in labels]}
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+                out.flush()
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and arguments.output == "-":
+            raise  # the reader has closed the pipe
+        where = "standard output" if arguments.output == "-" else f"--output={arguments.output}"
+        raise UserError(f"{where}: cannot be written ({error.strerror}); name another file") from None

@@ -1,0 +1,84 @@
+"""Train, evaluate and save a model.
+
+xmc-trainer train data.hf_source=tickets.csv                     # a table with the columns text and labels
+xmc-trainer train dataset=wordnet dataset_path=./data --gpus 2   # two processes under DeepSpeed ZeRO 2
+accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py dataset=wordnet dataset_path=./data
+deepspeed launchers/train.py --deepspeed_config ds_configs/zero2.json dataset=wordnet dataset_path=./data
+
+SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1, sent to any rank or launcher, ends the training after the current step
+with a checkpoint (continue with training.resume=true) and exit status 128 + signal. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import resources
+from typing import NoReturn
+
+from xmc_trainer.commands.cli import NOT_STARTED, USAGE, run
+from xmc_trainer.errors import UserError
+
+_ZERO = 2  # default stage of --gpus
+
+
+def main() -> None:
+    # Import only here, where `run` handles signals and errors, and slow modules only after the arguments are checked.
+    from xmc_trainer.config import load_config, to_yaml
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="start N processes with the deepspeed launcher, one for each GPU"
+    )
+    parser.add_argument(
+        "--zero",
+        type=int,
+        choices=range(4),
+        help=f"ZeRO stage of --gpus, default {_ZERO}; 3 shards the weights as well",
+    )
+    parser.add_argument(
+        "--deepspeed_config", metavar="JSON", help="DeepSpeed configuration of --gpus or the deepspeed launcher"
+    )
+    parser.add_argument("--local_rank", type=int, help="passed by the deepspeed launcher")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    # Launchers and shells mix flags and settings in any order.
+    arguments = parser.parse_intermixed_args()
+    config = load_config(arguments.settings)
+    if arguments.print_config:
+        print(to_yaml(config), end="")
+        return
+    if arguments.gpus is not None or arguments.zero is not None:
+        _launch(arguments)
+
+    from xmc_trainer import signals
+    from xmc_trainer.builders.training import build_trainer
+    from xmc_trainer.plan import explained
+
+    with explained(config):
+        trainer = build_trainer(config, deepspeed_config=arguments.deepspeed_config)
+        with signals.deferred():
+            trainer.train()
+            trainer.close()
+
+
+def _launch(arguments: argparse.Namespace) -> NoReturn:
+    """Replace this process by the deepspeed launcher, which runs this module once for each GPU."""
+    if "RANK" in os.environ:
+        raise UserError("--gpus, --zero: a launcher has started this process already; remove them")
+    if arguments.gpus is not None and arguments.gpus < 1:
+        raise UserError(f"--gpus={arguments.gpus}: must be at least 1")
+    if arguments.zero is not None and arguments.deepspeed_config:
+        raise UserError("--zero: --deepspeed_config names the ZeRO stage; give only one of the two")
+    stage = _ZERO if arguments.zero is None else arguments.zero
+    shipped = resources.files("xmc_trainer") / "ds_configs" / f"zero{stage}.json"
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.gpus or 1), "--module"]
+    command += ["xmc_trainer.commands.train", "--deepspeed_config", arguments.deepspeed_config or str(shipped)]
+    os.execv(sys.executable, [*command, *arguments.settings])
+
+
+if __name__ == "__main__":
+    run(main, interrupted=NOT_STARTED)
