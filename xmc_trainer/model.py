@@ -79,7 +79,7 @@ class XMCModel:
         """
         k = _whole_number("k", k, highest=self.saved.head.num_labels, meaning=", the number of labels")
         batch_size = _whole_number("batch_size", batch_size)
-        texts = _checked_texts(texts)
+        texts = checked_texts(texts)
         ranks = self.saved.head.ranks
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
         out: list[list[Prediction]] = [[] for _ in texts]
@@ -118,7 +118,7 @@ def _whole_number(name: str, value: Any, highest: int | None = None, meaning: st
     return int(value)
 
 
-def _checked_texts(texts: Any) -> list[str]:
+def checked_texts(texts: Any) -> list[str]:
     """Return the texts as a list of strings. UserError names the first item that is not a string."""
     # Iterating a mapping or a table gives its keys or column names, and a set has no order.
     unordered = isinstance(texts, (str, bytes, Mapping, Set)) or hasattr(texts, "columns")

@@ -48,6 +48,7 @@ ALLOWED = {
     "hooks.logging": {"", "config", "engine", "evaluation", "files", "head", "hooks.base", "metrics", "run_folder", "version"},
     "hooks.rewire": {"config", "head", "hooks.base"},
     "hooks.schedule": {"config", "hooks.base", "schedules"},
+    "classifier": {"builders.training", "config", "errors", "model"},
     "model": {"checkpoint.saved_model", "data", "errors"},
     "evaluation": {"data", "errors", "head", "metrics"},
     "checkpoint": set(),
@@ -85,7 +86,7 @@ ALLOWED = {
 }  # fmt: skip
 # And for annotations alone, under TYPE_CHECKING.
 ALLOWED_FOR_TYPES = {
-    "": {"builders.training", "config", "head", "model", "trainer"},
+    "": {"builders.training", "classifier", "config", "head", "model", "trainer"},
     "hooks": {"trainer"},
     "checkpoint.resume": {"trainer"},
     "commands.bench.train": {"trainer"},
