@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 import xmc_trainer
@@ -15,6 +16,8 @@ from xmc_trainer.config import Config, load_config, portable_yaml, shipped_confi
 from xmc_trainer.config.describe import settings_page
 from xmc_trainer.config.fields import settings_of
 from xmc_trainer.errors import UserError
+from xmc_trainer.head.losses import LOSSES, best_constant
+from xmc_trainer.head.optimizers import optimizer_named
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -340,3 +343,16 @@ def test_a_saved_model_keeps_the_root_folder_as_data_folder(tmp_path):
     assert (again.dataset_path, again.environment.env2path, again.data.cache_dir) == (
         "/", {"guest": "/"}, "~/.cache/xmc_trainer",
     )  # fmt: skip
+
+
+def test_the_settings_offer_what_the_head_has():
+    offered = {}
+    for setting in ("loss_fn", "xmc_optimizer"):
+        with pytest.raises(UserError, match="choose one of (.*)") as caught:
+            load_config(["dataset=wordnet", f"training.optimization.{setting}=none"])
+        offered[setting] = str(caught.value).partition(": choose one of ")[2].split(", ")
+    assert offered["loss_fn"] == [*LOSSES]
+    for loss in LOSSES:
+        assert best_constant(loss, torch.tensor(0.25)) < 0
+    names = [optimizer_named(name).name for name in offered["xmc_optimizer"]]
+    assert names == ["sgd", "adamw", "adamw", "rowwise_rmsprop"]

@@ -21,6 +21,10 @@ from xmc_trainer.schedules import SCHEDULES
 _COUNT, _EPOCHS, _BATCH, _WIDTH, _RATE = "[1, 2147483647]", "[1, 100000]", "[1, 1048576]", "[1, 65536]", "[0, 1e38]"
 
 
+# Losses, those of `xmc_trainer.head.losses`: training.optimization.loss_fn -> what loss_reduction=auto means. Spartex's published learning rates assume these.
+LOSS_REDUCTIONS = {"bce": "sum", "squared_hinge": "mean"}
+
+
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UserError(f"{name}={shown(repr(value))}: choose one of {', '.join(allowed)}")
@@ -415,9 +419,11 @@ class AmpConfig(Section, prefix="training.amp."):
 
 @dataclass
 class OptimizationConfig(Section, prefix="training.optimization."):
-    loss_fn: str = option("bce", "bce or squared_hinge, summed over labels.")
+    loss_fn: str = option("bce", f"{' or '.join(LOSS_REDUCTIONS)}, summed over labels.")
     loss_reduction: str = option(
-        "auto", "Reduction over texts: sum, mean, or auto (sum for bce, mean for squared_hinge)."
+        "auto",
+        "Reduction over texts: sum, mean, or auto "
+        f"({', '.join(f'{reduction} for {loss}' for loss, reduction in LOSS_REDUCTIONS.items())}).",
     )
     encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9).")
     xmc_optimizer: str = option(
@@ -471,7 +477,7 @@ class OptimizationConfig(Section, prefix="training.optimization."):
     def __post_init__(self) -> None:
         super().__post_init__()
         section = "training.optimization"
-        _one_of(f"{section}.loss_fn", self.loss_fn, ("bce", "squared_hinge"))
+        _one_of(f"{section}.loss_fn", self.loss_fn, tuple(LOSS_REDUCTIONS))
         _one_of(f"{section}.loss_reduction", self.loss_reduction, ("auto", "sum", "mean"))
         _one_of(f"{section}.encoder_optimizer", self.encoder_optimizer, ("adamw", "adam", "sgd"))
         if self.xmc_optimizer == "momentum":
@@ -498,10 +504,8 @@ class OptimizationConfig(Section, prefix="training.optimization."):
 
     @property
     def text_reduction(self) -> str:
-        """`loss_reduction` with "auto" resolved as Spartex's published learning rates assume."""
-        if self.loss_reduction != "auto":
-            return self.loss_reduction
-        return "sum" if self.loss_fn == "bce" else "mean"
+        """`loss_reduction` with "auto" resolved."""
+        return LOSS_REDUCTIONS[self.loss_fn] if self.loss_reduction == "auto" else self.loss_reduction
 
 
 @dataclass

@@ -24,6 +24,8 @@ def squared_hinge(logit: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 LOSSES = {"bce": bce, "squared_hinge": squared_hinge}
+# The constant logit with the smallest mean loss, as a function of the share of positives.
+_BEST_CONSTANTS = {"bce": torch.logit, "squared_hinge": lambda share: 2 * share - 1}
 
 
 def best_constant(loss: str, positive_share: Tensor) -> Tensor:
@@ -32,9 +34,7 @@ def best_constant(loss: str, positive_share: Tensor) -> Tensor:
     With this initial bias the first gradients come from the positives. With a bias of zero they come from L negatives through
     random weights, and Adam, which ignores their scale, damages a pretrained encoder with them.
     """
-    if loss == "bce":
-        return torch.logit(positive_share)
-    return 2 * positive_share - 1
+    return _BEST_CONSTANTS[loss](positive_share)
 
 
 def starting_bias(loss: str, init: str, counts: Tensor, texts: int) -> Tensor:
