@@ -48,7 +48,7 @@ def evaluate(
     if ranks.sum(not_finite):
         raise UserError(
             f"evaluation: {int(not_finite)} of {metrics.texts} texts have features or scores that are not finite; train again "
-            "with a lower training.optimization.encoder_lr or lr, or training.amp.dtype=bfloat16 in place of float16"
+            "with a lower `encoder_lr` or `lr`, or `dtype`=bfloat16 in place of float16"
         )
     return metrics.result()
 

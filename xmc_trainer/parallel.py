@@ -33,11 +33,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def form_process_group(backend: str, timeout: timedelta = TIMEOUT) -> None:
+def form_process_group(backend: str, timeout: timedelta = TIMEOUT, timeout_is: str = "its timeout") -> None:
     """Join the launcher's process group and start the heartbeat. UserError if the processes cannot connect.
 
     Args:
         timeout: how long another rank's heartbeat may be missing before this process exits.
+        timeout_is: what the error calls it.
     """
     if dist.is_initialized():
         return
@@ -57,7 +58,7 @@ def form_process_group(backend: str, timeout: timedelta = TIMEOUT) -> None:
         raise UserError(
             f"{where}: not all {os.environ['WORLD_SIZE']} processes connected ({reason(error)}); start all of them"
         ) from None
-    _Heartbeat(timeout)
+    _Heartbeat(timeout, timeout_is)
 
 
 def leave_process_group() -> None:
@@ -89,7 +90,8 @@ class _Heartbeat:
     current: _Heartbeat | None = None
     _FAILED = b"failed"
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta, timeout_is: str) -> None:
+        self._timeout_is = timeout_is
         self._rank, self._names = dist.get_rank(), [str(rank) for rank in range(dist.get_world_size())]
         self._limit = timeout.total_seconds()
         self._interval = min(10.0, self._limit / 10)
@@ -145,7 +147,7 @@ class _Heartbeat:
             if self._silent[self._rank] * self._interval > self._limit / 2:
                 who = f"rank 0 or the launcher on its machine, {self._host}:{self._port}, gave no sign of life"
             self._end(
-                f"{who} for {self._limit / 60:g} min (environment.timeout_minutes); check its machine and network, "
+                f"{who} for {self._limit / 60:g} min ({self._timeout_is}); check its machine and network, "
                 "then start the job again"
             )
 
@@ -166,7 +168,9 @@ def use_gpu(number: int) -> None:
 
 
 @contextmanager
-def joined_ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[torch.device]:
+def joined_ranks(
+    device: torch.device, timeout: timedelta = TIMEOUT, timeout_is: str = "its timeout"
+) -> Iterator[torch.device]:
     """Form the process group for prediction and evaluation, and leave it at the end. Training uses accelerate instead.
 
     Gives this process's device: the GPU that belongs to its rank on this machine if there are several processes and
@@ -180,7 +184,7 @@ def joined_ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         use_gpu(device.index)
-    form_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
+    form_process_group("nccl" if device.type == "cuda" else "gloo", timeout, timeout_is)
     yield device
     # Not in a finally block: after an error, the barrier would wait for ranks that wait for this one.
     dist.barrier()

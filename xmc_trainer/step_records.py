@@ -67,8 +67,7 @@ class StepRecords:
             self.not_finite = 0 if math.isfinite(record["loss"]) else self.not_finite + 1
             if self.not_finite > self._most_not_finite:
                 raise UserError(
-                    f"the loss is not finite at step {record['step']}; lower training.optimization.encoder_lr or lr, or "
-                    "set training.optimization.max_grad_norm=1.0"
+                    f"the loss is not finite at step {record['step']}; lower `encoder_lr` or `lr`, or set `max_grad_norm`=1.0"
                 )
 
     def _speed(self, steps: int, captured_bytes: int) -> dict[str, float]:

@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from xmc_trainer import signals
 from xmc_trainer.checkpoint.finite import require_finite
 from xmc_trainer.checkpoint.saved_model import save_model
-from xmc_trainer.config import Config, portable_yaml
+from xmc_trainer.config import SETTINGS, Config, portable_yaml
 from xmc_trainer.data import Batches, Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.encoder_step import EncoderStep
 from xmc_trainer.engine.accelerator import leave
+from xmc_trainer.errors import naming
 from xmc_trainer.evaluation import evaluate
 from xmc_trainer.head import FixedFanInHead, Head, multi_head_step
 from xmc_trainer.head.cluster_branch import MetaBranch
@@ -80,7 +81,7 @@ class Trainer:
 
         Raises Interrupted, on all ranks, if the program listens to signals (see `xmc_trainer.signals`) and one came.
         """
-        with signals.deferred():
+        with signals.deferred(), naming(SETTINGS):
             with self.folder.at_work():
                 try:
                     self.dispatch("on_train_start")

@@ -23,7 +23,7 @@ from xmc_trainer import parallel
 from xmc_trainer.commands import cli
 
 def main():
-    with parallel.joined_ranks(torch.device("cpu"), timedelta(seconds=6)):
+    with parallel.joined_ranks(torch.device("cpu"), timedelta(seconds=6), "the setting"):
         ranks = parallel.Ranks()
         with ranks.one_a_machine_first():
             time.sleep(8 if ranks.rank == 0 else 0)
@@ -40,7 +40,7 @@ cli.run(main)
 @pytest.mark.parametrize(
     "stopped, said",
     [
-        (1, "rank 1 gave no sign of life for 0.1 min (environment.timeout_minutes); check its machine"),
+        (1, "rank 1 gave no sign of life for 0.1 min (the setting); check its machine"),
         (
             0,
             "rank 0 or the launcher on its machine, 127.0.0.1:{port}, gave no sign of life",

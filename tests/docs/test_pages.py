@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from xmc_trainer.builders.data import SETTINGS as DATA
-from xmc_trainer.builders.engine import SETTINGS as ENGINE
+from xmc_trainer.builders.data import NAMES as DATA
+from xmc_trainer.builders.engine import NAMES as ENGINE
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

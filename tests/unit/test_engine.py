@@ -93,7 +93,7 @@ def test_processes_that_would_train_alone(environment, started):
         UserError, match="2 processes were started but would not train together; start them with accelerate"
     ):
         build()
-    assert started["group"] == ("gloo", timedelta(minutes=7))
+    assert started["group"] == ("gloo", timedelta(minutes=7), "its timeout")
 
 
 def test_a_batch_that_does_not_divide(environment, started):

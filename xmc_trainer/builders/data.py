@@ -7,31 +7,14 @@ import math
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from xmc_trainer.config import Config
+from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Corpus, load_corpus, sample_rows
 from xmc_trainer.errors import UserError, naming
 from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity
 
-# Parameter of `load_corpus` -> name of its setting, for error messages.
-SETTINGS = {
-    "folder": "dataset_path or data.folder",
-    "layout": "data.is_lf_data",
-    "max_len": "data.max_len",
-    "cache_dir": "data.cache_dir",
-    "hf_source": "data.hf_source",
-    "hf_train_split": "data.hf_train_split",
-    "hf_test_split": "data.hf_test_split",
-    "text_column": "data.text_column",
-    "label_column": "data.label_column",
-    "label_separator": "data.label_separator",
-    "test_share": "data.test_share",
-    "label_text_file": "data.label_text_file",
-    "test_split": "data.test_split",
-    "augment_label_data": "data.augment_label_data",
-    "use_filter_eval": "data.use_filter_eval",
-    "num_labels": "data.num_labels",
-}
+# Parameter of `load_corpus` -> its setting, for error messages.
+NAMES = SETTINGS | {"folder": "dataset_path or data.folder", "layout": "data.is_lf_data"}
 
 
 def require_data(config: Config) -> None:
@@ -45,7 +28,7 @@ def require_data(config: Config) -> None:
 def corpus_of(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> Corpus:
     """Load the tokenised data set that a configuration names. Raises UserError for data that cannot be read."""
     data = config.data
-    with naming(SETTINGS):
+    with naming(NAMES):
         return load_corpus(
             folder=config.data_folder,
             layout="hf" if data.hf_source else "lf" if data.is_lf_data else "raw",

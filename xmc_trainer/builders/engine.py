@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from xmc_trainer.builders.encoder import in_precision_of, longest_batch
-from xmc_trainer.config import Config
+from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import build_accelerator, set_accumulation, whole_weights
@@ -14,16 +14,13 @@ from xmc_trainer.engine.micro_batches import bytes_a_text, fewest_parts, free_by
 from xmc_trainer.errors import naming
 from xmc_trainer.parallel import Ranks
 
-# Parameter of `build_accelerator` -> name of its setting, for error messages.
-SETTINGS = {
-    "device": "environment.device",
-    "cuda_device_id": "environment.cuda_device_id",
+# Parameter of `build_accelerator` -> its setting, for error messages.
+NAMES = SETTINGS | {
     "mixed_precision": "training.amp",
     "mixed_precision=fp16": "training.amp.dtype=float16",
     "mixed_precision=bf16": "training.amp.dtype=bfloat16",
     "mixed_precision=no": "training.amp.enabled=false",
     "optimizer": "training.optimization",
-    "max_grad_norm": "training.optimization.max_grad_norm",
     "accumulation": "training.optimization.grad_accum_step",
     "micro_batch": "data.batch_size",
     "rank_batch": "data.batch_size / processes",
@@ -39,7 +36,7 @@ def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accel
     """
     optimization, data = config.training.optimization, config.data
     accumulation = optimization.grad_accum_step if data.micro_batches == "auto" else int(data.micro_batches)
-    with naming(SETTINGS):
+    with naming(NAMES):
         return build_accelerator(
             device=config.environment.device,
             cuda_device_id=config.environment.cuda_device_id,
@@ -49,6 +46,7 @@ def accelerator_of(config: Config, deepspeed_config: str | None = None) -> Accel
             max_grad_norm=optimization.max_grad_norm,
             deepspeed_config=deepspeed_config,
             timeout=config.environment.timeout,
+            timeout_is="environment.timeout_minutes",
         )
 
 

@@ -8,9 +8,9 @@ from torch.utils.data import DataLoader
 
 from xmc_trainer.builders.data import corpus_of, metrics_of
 from xmc_trainer.checkpoint.saved_model import SavedModel
-from xmc_trainer.config import Config
+from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Corpus, batch_loader, plan_eval
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, naming
 from xmc_trainer.evaluation import evaluate
 
 
@@ -55,4 +55,5 @@ def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> t
     """
     corpus = corpus_of_saved(saved, config)
     loader, metrics = loader_of_test_set(saved, corpus, config, device), metrics_of(config, corpus)
-    return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=saved.head.ranks.rank == 0), corpus
+    with naming(SETTINGS):
+        return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=saved.head.ranks.rank == 0), corpus

@@ -15,7 +15,7 @@ from xmc_trainer.parallel import Ranks
 def require_finite(
     tensors: Iterable[tuple[str, Tensor]], ranks: Ranks, device: torch.device, step: int, folder: Path
 ) -> None:
-    """Raise UserError on every rank if a floating-point tensor of any rank holds NaN or an infinity. Collective.
+    """Raise UserError, on every rank, if a floating-point tensor of any rank holds NaN or an infinity. Collective.
 
     Each tensor is reduced on its own device, with one synchronisation for all of them.
 
@@ -36,5 +36,5 @@ def require_finite(
         which = f" ({bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''})" if bad else ""
         raise UserError(
             f"{folder}: not written at step {step}, because weights are no longer finite{which}; earlier saves are "
-            "kept. Lower training.optimization.encoder_lr or lr, or set training.optimization.max_grad_norm=1.0"
+            "kept. Lower `encoder_lr` or `lr`, or set `max_grad_norm`=1.0"
         )

@@ -36,7 +36,8 @@ def main() -> None:
     from xmc_trainer.model import XMCModel
     from xmc_trainer.parallel import joined_ranks
 
-    with joined_ranks(torch.device(config.environment.device_name()), config.environment.timeout) as own_device:
+    device, timeout = torch.device(config.environment.device_name()), config.environment.timeout
+    with joined_ranks(device, timeout, "environment.timeout_minutes") as own_device:
         model = XMCModel.load(folder, own_device)
         metrics, corpus = evaluate_saved(model.saved, config, model.device)
     if os.environ.get("RANK", "0") != "0":

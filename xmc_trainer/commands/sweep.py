@@ -409,13 +409,13 @@ def _row_name(line: dict[str, Any], grid: EvaluationGrid) -> str:
 
 def check_splits(runs: list[list[str]], grid: EvaluationGrid) -> None:
     """Raise UserError, before any training, if a split's files are missing."""
-    from xmc_trainer.builders.data import SETTINGS
+    from xmc_trainer.builders.data import NAMES
     from xmc_trainer.data.sources import raw_source
 
     configs = [load_config(words) for words in runs]
     for folder, names in dict.fromkeys((config.data_folder, config.data.label_text_file) for config in configs):
         for split in grid.splits:
-            with naming(SETTINGS):
+            with naming(NAMES):
                 raw_source(folder, names, test_split=split)
 
 

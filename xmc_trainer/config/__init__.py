@@ -1,15 +1,16 @@
 """The configuration of a run: typed and checked sections, loaded from YAML files and `key=value` words."""
 
+from xmc_trainer.config.fields import names_of_parameters
 from xmc_trainer.config.load import load_config, saved_settings, shipped_configs
-from xmc_trainer.config.schema import Config, DataConfig, EvaluationConfig, FFIConfig, OptimizationConfig
+from xmc_trainer.config.schema import Config
 from xmc_trainer.config.write import flatten, portable, portable_yaml, to_yaml
 
+# Parameter -> setting of the same name, for `errors.naming`.
+SETTINGS = names_of_parameters(Config)
+
 __all__ = [
+    "SETTINGS",
     "Config",
-    "DataConfig",
-    "EvaluationConfig",
-    "FFIConfig",
-    "OptimizationConfig",
     "flatten",
     "load_config",
     "portable",

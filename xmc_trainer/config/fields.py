@@ -118,6 +118,14 @@ def settings_of(section: type) -> dict[str, Setting]:
     return {setting.name: setting for setting in _walk(section, "")}
 
 
+@cache
+def names_of_parameters(section: type) -> dict[str, str]:
+    """Return last part -> dotted name of each setting below a section whose last part is unique; for `errors.naming`."""
+    names = list(settings_of(section))
+    last = [name.rpartition(".")[2] for name in names]
+    return {short: name for short, name in zip(last, names) if last.count(short) == 1}
+
+
 def _walk(section: type, prefix: str) -> Iterator[Setting]:
     hints = typing.get_type_hints(section)
     for item in dataclasses.fields(section):

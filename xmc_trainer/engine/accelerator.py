@@ -40,6 +40,7 @@ def build_accelerator(
     max_grad_norm: float,
     deepspeed_config: str | None,
     timeout: timedelta,
+    timeout_is: str = "its timeout",
 ) -> Accelerator:
     """Create this process's Accelerator and join the process group.
 
@@ -51,6 +52,7 @@ def build_accelerator(
         max_grad_norm: 0 for no clipping.
         deepspeed_config: path of a JSON file, for the `deepspeed` launcher. `accelerate launch` passes its own.
         timeout: how long another rank's heartbeat may be missing before this process exits.
+        timeout_is: what the error calls it.
     Raises UserError for combinations that would train wrongly or not at all.
     """
     world_size = launched_processes()
@@ -102,7 +104,7 @@ def build_accelerator(
         plugin = DeepSpeedPlugin(hf_ds_config=settings)
     if plugin is not None or world_size > 1:
         # accelerate would use its own timeout, and DeepSpeed would print a traceback if the port is in use.
-        form_process_group(backend, timeout)
+        form_process_group(backend, timeout, timeout_is)
     accelerator = Accelerator(
         cpu=on_cpu and path is None,  # cpu=True makes accelerate ignore DeepSpeed
         mixed_precision=mixed_precision,

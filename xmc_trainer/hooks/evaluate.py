@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from xmc_trainer.config import EvaluationConfig
 from xmc_trainer.hooks.base import Hook
 
 if TYPE_CHECKING:
@@ -13,15 +12,20 @@ if TYPE_CHECKING:
 
 
 class EvaluateHook(Hook):
-    """Evaluates at the end of every n-th epoch and of the last one."""
+    """Evaluates at the end of every n-th epoch and of the last one.
 
-    def __init__(self, config: EvaluationConfig) -> None:
-        self.config = config
+    Args:
+        test_every: n for the test set.
+        train_every: n for the training set; None for no evaluation there.
+    """
+
+    def __init__(self, test_every: int, train_every: int | None) -> None:
+        self.test_every, self.train_every = test_every, train_every
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         done, last = trainer.state.epoch + 1, trainer.state.finished
-        splits = ["test"] if last or done % self.config.test_evaluate_every == 0 else []
-        if self.config.train_evaluate and (last or done % self.config.train_evaluate_every == 0):
+        splits = ["test"] if last or done % self.test_every == 0 else []
+        if self.train_every is not None and (last or done % self.train_every == 0):
             splits.append("train")
         # A signal may end an evaluation; a resumed training then repeats them all. So hooks see no result before all are done.
         found = {split: trainer.evaluate(split) for split in splits}
@@ -30,13 +34,16 @@ class EvaluateHook(Hook):
 
 
 class EarlyStopHook(Hook):
-    """Ends the training after `early_stop_patience` test evaluations without a better `early_stop_metric`.
+    """Ends the training after `patience` test evaluations without a better `metric`.
 
     Evaluations in the first `dense_epochs` epochs do not count: a dense head scores higher than the sparse head made from it.
+
+    Args:
+        delta: a value is better if it exceeds the best one by more than this.
     """
 
-    def __init__(self, config: EvaluationConfig, dense_epochs: int) -> None:
-        self.config, self.dense_epochs = config, dense_epochs
+    def __init__(self, metric: str, patience: int, delta: float, dense_epochs: int) -> None:
+        self.metric, self.patience, self.delta, self.dense_epochs = metric, patience, delta, dense_epochs
         self._best, self._waited = -math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -48,16 +55,16 @@ class EarlyStopHook(Hook):
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
         if split != "test" or trainer.state.epoch < self.dense_epochs:
             return
-        value = metrics[self.config.early_stop_metric]
-        if value > self._best + self.config.early_stop_delta:
+        value = metrics[self.metric]
+        if value > self._best + self.delta:
             self._best, self._waited = value, 0
             return
         self._waited += 1
-        if self._waited >= self.config.early_stop_patience and not trainer.state.finished:
+        if self._waited >= self.patience and not trainer.state.finished:
             trainer.state.stopped = True
             if trainer.accelerator.is_main_process:
                 print(
-                    f"stopped early: {self.config.early_stop_metric} has not risen above {100 * self._best:.2f} for "
+                    f"stopped early: {self.metric} has not risen above {100 * self._best:.2f} for "
                     f"{self._waited} evaluations",
                     flush=True,
                 )

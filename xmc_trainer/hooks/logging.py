@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import time
@@ -14,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from xmc_trainer import __version__
-from xmc_trainer.config import Config, portable
 from xmc_trainer.engine.accelerator import engine_name
 from xmc_trainer.evaluation import most_popular
 from xmc_trainer.files import sync, writing
@@ -191,10 +189,15 @@ class JsonLogHook(Hook):
 
 
 class WandbHook(Hook):
-    """Sends losses, learning rates and metrics to Weights & Biases. WANDB_MODE=offline works."""
+    """Sends losses, learning rates and metrics to Weights & Biases. WANDB_MODE=offline works.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    Args:
+        run_name: None for one that Weights & Biases makes up.
+        settings: stored with the run; they leave this machine.
+    """
+
+    def __init__(self, run_name: str | None, settings: dict[str, Any]) -> None:
+        self._run_name, self._settings = run_name, settings
         self._run: Any = None
         self._id: str | None = None
 
@@ -209,14 +212,13 @@ class WandbHook(Hook):
             return
         import wandb
 
-        name = self.config.training.verbose.wandb_runname
         self._run = wandb.init(
             project="xmc_trainer",
-            name=None if name == "none" else name,
+            name=self._run_name,
             id=self._id,  # None, or of the run that is resumed
             resume="allow",
             dir=str(trainer.run_folder),
-            config=portable(dataclasses.asdict(self.config)),
+            config=self._settings,
             # Console output and metadata name folders of this machine.
             settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
         )

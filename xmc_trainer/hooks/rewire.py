@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from xmc_trainer.config import FFIConfig
 from xmc_trainer.head import RewireRule
 from xmc_trainer.head.rewire import scheduled_amount
 from xmc_trainer.hooks.base import Hook
@@ -16,23 +16,27 @@ if TYPE_CHECKING:
 class SparsifyHook(Hook):
     """Makes the head sparse after `dense_epochs` epochs with a dense one."""
 
-    def __init__(self, dense_epochs: int, ffi: FFIConfig) -> None:
-        self.dense_epochs, self.ffi = dense_epochs, ffi
+    def __init__(self, dense_epochs: int, fan_in: int, group_size: int) -> None:
+        self.dense_epochs, self.fan_in, self.group_size = dense_epochs, fan_in, group_size
 
     def on_epoch_end(self, trainer: Trainer) -> None:
         # A training resumed at the end of this epoch, after a signal in its evaluation, has a sparse head already.
         if trainer.state.epoch + 1 == self.dense_epochs and trainer.head.index is None:
-            trainer.head.become_sparse(self.ffi.fan_in, self.ffi.group_size)
+            trainer.head.become_sparse(self.fan_in, self.group_size)
 
 
 class RewireHook(Hook):
-    """Rewires a sparse head every `rewire_interval` steps until the fraction `rewire_end_epoch` of the training.
+    """Rewires a sparse head every `interval` steps until the fraction `end` of the training.
 
     Steps that fp16 skipped do not count.
+
+    Args:
+        rule: how to rewire; its amount is that of the first rewiring.
+        last_amount: the amount decays to this by a cosine; None keeps it constant.
     """
 
-    def __init__(self, ffi: FFIConfig) -> None:
-        self.ffi = ffi
+    def __init__(self, interval: int, end: float, rule: RewireRule, last_amount: float | None) -> None:
+        self.interval, self.end, self.rule, self.last_amount = interval, end, rule, last_amount
         self._real_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -45,14 +49,11 @@ class RewireHook(Hook):
         if trainer.head.index is None:
             return
         self._real_steps += 1
-        last_step = int(self.ffi.rewire_end_epoch * trainer.state.total_steps)
-        if self._real_steps % self.ffi.rewire_interval or trainer.state.step > last_step:
+        last_step = int(self.end * trainer.state.total_steps)
+        if self._real_steps % self.interval or trainer.state.step > last_step:
             return
-        by_threshold = self.ffi.prune_mode == "threshold"
-        amount = self.ffi.rewire_threshold if by_threshold else self.ffi.rewire_fraction
-        if self.ffi.use_rewire_scheduling:
-            end = min(self.ffi.rewire_end_threshold, amount) if by_threshold else 0.0
-            amount = scheduled_amount(amount, end, trainer.state.step, last_step)
-        rule = RewireRule(self.ffi.prune_mode, amount, self.ffi.growth_init_mode, self.ffi.growth_mode)
-        report = trainer.head.rewire(rule)
+        amount = self.rule.amount
+        if self.last_amount is not None:
+            amount = scheduled_amount(amount, self.last_amount, trainer.state.step, last_step)
+        report = trainer.head.rewire(replace(self.rule, amount=amount))
         trainer.dispatch("on_rewire", report, amount)
