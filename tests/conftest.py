@@ -1,4 +1,4 @@
-"""A tiny encoder and a tiny data set that can be learned, made once a session."""
+"""Fixtures: a tiny encoder and a tiny learnable data set, made once per session."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import BertConfig, BertModel
 
 from tests.data_helpers import tiny_tokenizer, write_raw
 
-LABELS, WORDS = 41, 90  # 41: no rank count or tile divides it
+LABELS, WORDS = 41, 90  # 41 is prime, so it is not divisible by any rank count or tile
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,7 +50,7 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _texts(count: int, seed: int) -> list[tuple[str, str]]:
-    """A label is a word of the text; the words behind them are noise."""
+    """Make (text, labels) rows: each label is a word of the text; the other words are noise."""
     rng = random.Random(seed)
     rows = []
     for number in range(count):
@@ -64,7 +64,7 @@ def _texts(count: int, seed: int) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that holds the data set `toy`, raw layout: 611 training and 101 test texts."""
+    """Return the folder that holds the data set `toy` in raw layout: 611 training and 101 test texts."""
     root = tmp_path_factory.mktemp("data")
     write_raw(root / "toy", train=_texts(611, seed=1), test=_texts(101, seed=2))
     (root / "toy" / "names.tsv").write_text("".join(f"tag{n:02d}\tname of {n}\n" for n in range(LABELS)))
@@ -75,7 +75,7 @@ def toy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_settings_in(
     toy_data: Path, tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Path], list[str]]:
-    """A function: settings that train on it in seconds, in runs below a folder, which replace each other; a later setting of a field wins."""
+    """Return a function of an output folder: settings that train on `toy` in seconds. Later settings override earlier ones."""
 
     def write(folder: Path) -> list[str]:
         yaml = folder / "toy.yaml"
@@ -109,7 +109,7 @@ def toy_settings(toy_settings_in: Callable[[Path], list[str]], tmp_path: Path) -
 
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
-    """accelerate keeps its state for the life of a process, which trains one model; the tests' process trains many."""
+    """Reset accelerate's state, which it keeps per process, because the tests train many models in one process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

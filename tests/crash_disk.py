@@ -1,7 +1,7 @@
-"""A disk that forgets, when power fails, what was not synced: in any combination, not only in the order of the writes.
+"""A simulated disk that loses unsynced changes in a power failure, in any combination, not only the latest ones.
 
-A file has the content of its last sync, or nothing. A name that appeared, went or moved since its folder was synced may
-or may not have done so; a renaming happens whole or not at all.
+After a failure, a file has the content of its last sync, or none. Each name that was created, removed or renamed since its
+folder was synced may or may not have changed; a rename is atomic.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 
 class Node:
-    """A file or folder, under whatever name."""
+    """A file or folder, independent of its name."""
 
     def __init__(self, is_folder: bool) -> None:
         self.now: dict[str, Node] | None = {} if is_folder else None
@@ -23,7 +23,7 @@ class Node:
 
 
 class Change:
-    """Names that change together, and the folders that have not been synced since."""
+    """Names that change atomically, and the folders that have not been synced since."""
 
     def __init__(self, *names: tuple[Node, str, Node | None]) -> None:
         self.names, self.unsynced = names, {folder for folder, _, _ in names}
@@ -36,9 +36,9 @@ class Change:
 
 
 class CrashDisk:
-    """Watches what this process does below `root`.
+    """Records this process's file operations below `root`.
 
-    Args: before_operation: called before every operation on files there, which may be the last.
+    Args: before_operation: called before each file operation; it may simulate the crash.
     """
 
     def __init__(self, root: Path, before_operation: Callable[[CrashDisk], None]) -> None:
@@ -88,7 +88,7 @@ class CrashDisk:
         return node
 
     def _scan(self, node: Node, path: Path) -> None:
-        """Take in what came and went."""
+        """Record names that appeared or disappeared."""
         there = {entry.name: entry for entry in os.scandir(path)}
         for name in node.now.keys() - there.keys():
             del node.now[name]
@@ -125,7 +125,7 @@ class CrashDisk:
             self._sync(path)
 
     def crash(self, target: Path, random: Random | None) -> None:
-        """Write to `target` what the disk may hold if power fails now; without `random`, if the process is killed now."""
+        """Write to `target` what the disk may hold after a power failure now, or without `random` after the process is killed."""
         entries: dict[Node, dict[str, Node]] = {}
         changes = list(self._pending)
         if random and changes:

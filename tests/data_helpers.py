@@ -1,4 +1,4 @@
-"""Small data sets on disk, a tokenizer that needs no network, and where real data are."""
+"""Write small data sets, make a tokenizer without a network, and find real data sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PAD, UNK, CLS, SEP = range(4)
 
 
 def tiny_tokenizer(words: int = 100) -> PreTrainedTokenizerFast:
-    """Knows "w0", "w1", ... as ids 4, 5, ... and sets [CLS] and [SEP] around a text."""
+    """Make a tokenizer that knows "w0", "w1", ... as ids 4, 5, ... and puts [CLS] and [SEP] around a text."""
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: number for number, word in enumerate([*specials, *(f"w{n}" for n in range(words))])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -33,7 +33,7 @@ def write_raw(
     train: Iterable[tuple[str, str]] = (("w0 w1", "b a"), ("w2", "c")),
     test: Iterable[tuple[str, str]] = (("w3", "a"),),
 ) -> Path:
-    """Raw layout from (text, line of labels) pairs."""
+    """Write the raw layout from (text, line of labels) pairs."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
         for kind, column in (("raw_texts", 0), ("labels", 1)):
@@ -62,7 +62,7 @@ def write_lf(
     zipped: bool = False,
     inner: str = "raw_text",
 ) -> Path:
-    """Label-feature layout; returns the folder that holds the files."""
+    """Write the label-feature layout. Returns the folder that holds the files."""
     inside = folder / inner
     inside.mkdir(parents=True, exist_ok=True)
     for name, records in (("trn", train), ("tst", test), ("lbl", labels)):
@@ -73,7 +73,7 @@ def write_lf(
 
 
 def real_data(name: str) -> Path:
-    """The folder of a real data set; skips the test where there is none. XMC_TEST_DATA names another root."""
+    """Return the folder of a real data set; skip the test if it is absent. XMC_TEST_DATA overrides the root folder."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("XMC_TEST_DATA", default)) / name
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Tiny encoders with random weights, one for each kind of architecture, and models of them that nobody trained."""
+"""Tiny encoders with random weights, one per architecture, and untrained saved models with them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ REFUSED = {
 
 
 def save_encoder(name: str, folder: Path, **more: Any) -> Path:
-    """Its files, without a tokenizer; weights so large that every position and every neighbour tells."""
+    """Save an encoder without a tokenizer. Its weights are large, so that every token influences every feature."""
     model, config, arguments = (READ | REFUSED)[name]
     torch.manual_seed(0)
     made = model(config(**arguments | more))
@@ -91,7 +91,7 @@ def save_encoder(name: str, folder: Path, **more: Any) -> Path:
 def save_untrained(
     name: str, folder: Path, *, pool_mode: str = "last_hidden_avg", labels: int = 7, **tokenizer: Any
 ) -> Path:
-    """A saved model, of an encoder of `READ`. Args: tokenizer: attributes of the tokenizer, such as padding_side."""
+    """Save a model with an encoder of `READ`. Args: tokenizer: attributes of the tokenizer, such as padding_side."""
     encoder = TextEncoder(load_backbone(str(save_encoder(name, folder / "source"))), pool_mode=pool_mode)
     words = tiny_tokenizer(WORDS)
     for attribute, value in tokenizer.items():

@@ -1,4 +1,4 @@
-"""How long the fuzzers run: seconds in the suite; an hour with, say, XMC_FUZZ_EXAMPLES=100000."""
+"""Number of fuzzing examples: seconds by default, about an hour with XMC_FUZZ_EXAMPLES=100000."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Oracles for the head, written apart from it: dense float64 matrices, autograd and torch.optim."""
+"""Independent oracles for the head: dense float64 matrices, autograd and torch.optim."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xmc_trainer.parallel import Ranks
 
 
 class OneOf(Ranks):
-    """Rank `rank` of `size` that sees the whole batch itself: the shard's arithmetic without processes."""
+    """Rank `rank` of `size` in one process: it gets the whole batch, so nothing is communicated."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -35,7 +35,7 @@ class OneOf(Ranks):
 
 
 def ragged_batch(texts: int, labels: int, generator: torch.Generator, most: int = 6) -> tuple[Tensor, Tensor]:
-    """Random positives with the awkward cases: empty texts, repeated positives, the first and the last label."""
+    """Draw positives, including texts without labels, repeated positives, and the first and the last label."""
     counts = torch.randint(0, most, (texts,), generator=generator)
     counts[0], counts[-1] = 3, 0
     ids = torch.randint(0, labels, (int(counts.sum()),), generator=generator)
@@ -54,7 +54,7 @@ def target_matrix(ids: Tensor, counts: Tensor, labels: int) -> Tensor:
 
 
 def dense_of(head: FixedFanInHead) -> tuple[Tensor, Tensor]:
-    """(matrix [L, d], mask of the connections [L, d]) in float64 / bool, label by label."""
+    """Return the dense matrix, float64 [L, d], and the mask of its connections, bool [L, d]."""
     dense = torch.zeros(head.num_labels, head.in_features, dtype=torch.float64)
     mask = torch.zeros_like(dense, dtype=torch.bool)
     for label in range(head.num_labels):
@@ -65,16 +65,16 @@ def dense_of(head: FixedFanInHead) -> tuple[Tensor, Tensor]:
 
 
 def oracle_loss(logits: Tensor, target: Tensor, loss: str) -> Tensor:
-    """Per-text loss, summed over labels."""
+    """Return the loss of each text, summed over labels."""
     if loss == "bce":
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(1)
     return torch.clamp(1 - (2 * target - 1) * logits, min=0).pow(2).sum(1)
 
 
 class OracleRowwise:
-    """torch.optim.Adam on one number a label, the root mean square of its row's gradient: the row moves as far as it would.
+    """RowwiseRMSprop by torch.optim.Adam on one number per label, the root mean square of its row's gradient.
 
-    The bias is by itself, with an Adam of its own.
+    The bias has its own Adam.
     """
 
     def __init__(self, groups: list[dict], fan_in: Tensor, lr: float) -> None:
@@ -96,7 +96,7 @@ class OracleRowwise:
 
 
 class OracleHead:
-    """A dense float64 layer trained by torch.optim, its absent connections held at zero."""
+    """A dense float64 layer trained by torch.optim, with absent connections kept at zero."""
 
     def __init__(self, head: FixedFanInHead, optimizer: str, lr: float, weight_decay: float) -> None:
         dense, self.mask = dense_of(head)
@@ -112,7 +112,7 @@ class OracleHead:
         self.loss, self.reduction = head.loss_name, head.text_reduction
 
     def step(self, feat: Tensor, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """One update from a whole batch: (loss, feature gradient)."""
+        """Make one update from a whole batch. Returns (loss, feature gradient)."""
         x = feat.detach().double().requires_grad_()
         per_text = oracle_loss(
             x @ (self.weight * self.mask).T + self.bias, target_matrix(ids, counts, len(self.bias)), self.loss
@@ -127,7 +127,7 @@ class OracleHead:
 def assert_parts_train_as_one(
     make: Callable[..., FixedFanInHead], batches: Iterable[tuple[Tensor, ...]], grad_rtol: float
 ) -> None:
-    """Three micro-batches, one of them empty, and three shards train as one head does on the whole batch.
+    """Check that three micro-batches, one of them empty, on three shards train as one head on the whole batch.
 
     Args: make: makes a head, with text_reduction="mean"; takes `ranks`.
     """

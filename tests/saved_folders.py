@@ -1,4 +1,4 @@
-"""Saved folders as somebody else makes them, signed and never saved by this program; and a disk that takes no more."""
+"""Forge saved folders with valid digests, and simulate a full disk."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xmc_trainer.checkpoint.folder import _digest
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
-    """Change the manifest in place, after its checksums were brought up to date; then sign it."""
+    """Update the manifest's checksums, change it in place, and renew its digest."""
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest.pop("manifest_sha256", None)
@@ -26,7 +26,7 @@ def forge(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifes
 
 @contextmanager
 def no_file_longer_than(size: int) -> Iterator[None]:
-    """What a full disk does, to every library alike, and to whom is root as well."""
+    """Limit the size of files, which fails like a full disk for every library, and for root too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

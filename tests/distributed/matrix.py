@@ -1,6 +1,6 @@
-"""Started by test_exactness.py: trains small heads on 2 and on 3 ranks and writes what came out.
+"""Started by test_exactness.py: train small heads on 2 and on 3 ranks and write the results.
 
-The encoder is a linear layer whose gradients are averaged over ranks and micro-batches, as the engines do.
+The encoder is a linear layer. Its gradients are averaged over ranks and micro-batches, as the engines do.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Case(NamedTuple):
     accumulation: int
     group_size: int
     auxiliary: bool = False
-    variant: str = "plain"  # or gradient (growth by it), sum (of texts), dense, split, bfloat16 (weights)
+    variant: str = "plain"  # or gradient (growth mode), sum (text reduction), dense, split, bfloat16 (weights)
 
     @property
     def rewires(self) -> bool:
         return self.variant != "dense"
 
 
-# Of an optimizer, every two of loss, accumulation and group size meet; of all of them, each with and without a meta branch.
+# Each optimizer is tested with every pair of loss, accumulation and group size; over all, each occurs with and without meta branch.
 CASES = [
     Case(
         optimizer,
@@ -95,9 +95,9 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
         ids = [torch.from_numpy(rng.integers(0, LABELS, count)) for count in counts]
         total = 0.0
         for number, micro in enumerate(np.array_split(np.arange(TEXTS), accumulation)):
-            parts = np.array_split(micro, ranks.size)  # uneven, and empty now and then
+            parts = np.array_split(micro, ranks.size)  # uneven, sometimes empty
             rows = parts[ranks.rank]
-            # Told or exchanged: the same.
+            # Sizes that are given and sizes that ranks exchange have the same result.
             known = [len(part) for part in parts], [int(counts[part].sum()) for part in parts]
             positives = torch.cat([ids[row] for row in rows]) if len(rows) else torch.empty(0, dtype=torch.int64)
             arguments = dict(
@@ -137,7 +137,7 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
 
 
 def ties(variant: str) -> torch.Tensor:
-    """int64 [b, 60] best labels of this rank's texts, of a head that scores every label alike but for a few."""
+    """Return the best labels of this rank's texts, int64 [b, 60], from a head that gives most labels equal scores."""
     ranks = Ranks()
     head = head_of(Case("sgd", "bce", 1, 1, variant=variant), ranks)
     for _, part in head.parts():
@@ -156,12 +156,12 @@ def results() -> dict[tuple | str, dict | torch.Tensor]:
 def write_results(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/{size}-ranks", rank=rank, world_size=size)
     found = results()
-    dist.barrier()  # nobody closes a connection that another rank still reads from
+    dist.barrier()  # no rank may close a connection that another one still reads
     torch.save(found, f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    # Forked: what was imported above is there for all of them.
+    # Fork, so that the imports above are done only once.
     for size in (2, 3):
         start_processes(write_results, (size, sys.argv[1]), nprocs=size, start_method="fork")

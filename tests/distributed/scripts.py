@@ -1,4 +1,4 @@
-"""Scripts of launchers/, one after another in the processes of one launch. The argument: a JSON list of lists, a port, a script and its words."""
+"""Run several scripts of launchers/ in the processes of one launch. Argument: a JSON list of [port, script, word, ...]."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import runpy
 import sys
 
 if __name__ == "__main__":
-    # Each script's ranks meet at a port of its own: in the launcher's store they would find the addresses of the group before.
+    # Each script needs its own port: the launcher's store still holds the addresses of the previous process group.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = str(False)
     for port, *words in json.loads(sys.argv[1]):
         os.environ["MASTER_PORT"] = port

@@ -1,4 +1,4 @@
-"""What ranks send does not grow with the labels; what they hold shrinks with their number. Counted, not timed."""
+"""Communication does not grow with the number of labels; memory per rank shrinks with the number of ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xmc_trainer.commands.bench import ranks
 pytestmark = pytest.mark.slow
 
 
-def test_bytes_follow_batch_and_features_and_memory_the_share_of_labels(tmp_path, monkeypatch, capsys):
+def test_sent_bytes_depend_on_the_batch_and_memory_on_the_share_of_labels(tmp_path, monkeypatch, capsys):
     rows = {}
     for size in (1, 3):
         path = tmp_path / f"{size}.csv"
@@ -58,6 +58,6 @@ def test_bytes_follow_batch_and_features_and_memory_the_share_of_labels(tmp_path
     for (labels, batch, features), row in rows[1].items():
         assert int(row["sent_bytes"]) == 0
         case, part = rows[3][labels, batch, features], batch // 3
-        # Features there, their gradient back (float32), 5 label ids a text (int64), counts (int64), the loss.
+        # Sent: features, their gradient (float32), 5 label ids per text (int64), counts (int64), the loss.
         assert int(case["sent_bytes"]) == round(2 * part * (2 * 4 * features + 5 * 8 + 8) + 2 * 2 / 3 * 4)
         assert float(case["head_mib"]) <= float(row["head_mib"]) / 3 + 0.01

@@ -1,4 +1,4 @@
-"""A rank whose disk fails does not leave the others waiting: all end with the same sentence, and the folder is as it was."""
+"""If one rank's disk fails, all ranks raise the same error, and the folder is unchanged."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ with joined_ranks(torch.device("cpu")):
 """
 
 
-def test_all_ranks_say_what_one_could_not_write(tmp_path):
+def test_all_ranks_raise_the_error_of_one_disk(tmp_path):
     port, running = free_port(), []
     for rank in range(2):
         variables = {

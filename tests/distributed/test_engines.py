@@ -1,7 +1,7 @@
-"""Every engine and ZeRO stage on several processes, really launched: the training of one process, in low precision nearly.
+"""Every engine and ZeRO stage, launched with several processes, trains as one process does (in low precision approximately).
 
-And of each launcher: a rank that dies takes the job down within a minute, its own error first (see `train_in_turn`). Killed under
-deepspeed: in test_resume. accelerate watches its processes as torchrun does, by the same agent; deepspeed has its own.
+With each launcher, a rank that dies ends the job within a minute, and its own error comes first (see `train_in_turn`). A rank
+killed under deepspeed: test_resume. accelerate and torchrun share one agent that watches the processes; deepspeed has its own.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ from xmc_trainer.model import XMCModel
 pytestmark = pytest.mark.slow
 
 STAGES = ["0", "1", "2", "3", "2_offload", "3_offload"]
-# 41 labels and 18 texts a step: the labels divide by none, an epoch's last step has 15 texts in three micro-batches.
+# No process count divides 41 labels; the last step of an epoch has 15 of 18 texts, in three micro-batches.
 UNEVEN = ["data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
 FROM_TEXTS = ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid"]
-LOW = [("bfloat16", stage) for stage in STAGES] + [("float16", "1"), ("float16", "3_offload")]  # its 2 in test_resume
+LOW = [("bfloat16", stage) for stage in STAGES] + [
+    ("float16", "1"),
+    ("float16", "3_offload"),
+]  # two processes: test_resume
 
 
 def amp(dtype):
@@ -55,7 +58,7 @@ def short(toy_settings_in, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(short):
-    """What one process without DeepSpeed comes to."""
+    """Train in one process without DeepSpeed."""
     found = outcome([*short, *UNEVEN], "here")
     assert [step for step, _ in found["moved"]] == [5, 10]
     return found
@@ -69,7 +72,7 @@ def folder(short):
 
 @pytest.fixture(scope="module")
 def two_under_deepspeed(short, tmp_path_factory):
-    """Two processes have trained at each stage, in each precision: runs named after both; and with a head that starts from texts."""
+    """Train with two processes at each stage and precision (the run's name has both), and with a head that starts from texts."""
     cases = [("float32", stage, UNEVEN) for stage in STAGES]
     cases += [(dtype, stage, amp(dtype)) for dtype, stage in LOW if dtype == "bfloat16" or FLOAT16]
     trainings = [
@@ -79,7 +82,7 @@ def two_under_deepspeed(short, tmp_path_factory):
     trainings.append(
         {"settings": [*short, *FROM_TEXTS, "log_fname=start-3"], "deepspeed_config": "ds_configs/zero3.json"}
     )
-    # Compiled code expects parameters in their place.
+    # Compiled code expects parameters at fixed addresses.
     compiled = {
         "settings": [*short, "model.encoder.use_torch_compile=true"],
         "deepspeed_config": "ds_configs/zero3.json",
@@ -96,12 +99,12 @@ def test_two_processes_train_as_one_at_every_stage(two_under_deepspeed, one, fol
 
 @pytest.fixture(scope="module")
 def plain(short, folder):
-    """A function: the losses of one process without DeepSpeed in a precision."""
+    """Return a function of the precision: the losses of one process without DeepSpeed."""
     found = {}
 
     def losses(dtype):
         if dtype not in found:
-            # Without a GPU float16 is for DeepSpeed alone.
+            # Without a GPU, only DeepSpeed supports float16.
             train_here([*short, *(amp(dtype) if dtype == "bfloat16" else []), f"log_fname=plain-{dtype}"])
             found[dtype] = losses_of(folder / f"plain-{dtype}")
         return found[dtype]
@@ -112,7 +115,7 @@ def plain(short, folder):
 @pytest.mark.parametrize(
     ("dtype", "stage"), [pytest.param(*case, marks=needs_float16 if case[0] == "float16" else ()) for case in LOW]
 )
-def test_low_precision_trains_nearly_as_without_deepspeed(two_under_deepspeed, plain, folder, dtype, stage):
+def test_low_precision_trains_about_as_without_deepspeed(two_under_deepspeed, plain, folder, dtype, stage):
     found = losses_of(folder / f"{dtype}-{stage}")
     assert found == pytest.approx(plain(dtype), rel=0.05) and found[-1] < 0.95 * found[0]
 
@@ -126,7 +129,7 @@ def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tm
         }
         for stage in stages
     ]
-    # To the process and both launchers, which end at once.
+    # Signal the process and both launchers, which end at once.
     ending = {
         "settings": [*short, "log_fname=signal"],
         "deepspeed_config": "ds_configs/zero2.json",
@@ -139,18 +142,18 @@ def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tm
 
 
 def test_a_head_starts_from_texts_under_zero_3(two_under_deepspeed, short, folder):
-    # Before the engine has the encoder, whose weights are made in parts all the same.
+    # The head starts before the engine gets the encoder, but ZeRO 3 partitions weights when they are created.
     train_here([*short, *FROM_TEXTS, "log_fname=start-here"])
     assert_same(outcome_of(folder / "start-here", 1), outcome_of(folder / "start-3", 2))
 
 
-def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, tiny_encoder, tmp_path):
-    # The 256 texts of an evaluation's batch divide by 3 no more than these 10, of which the last batch has one text.
+def test_three_processes_train_as_one_and_one_process_may_resume(short, one, folder, tiny_encoder, tmp_path):
+    # Neither 256, the evaluation's batch size, nor 10 is divisible by 3; with 10, the last batch has one text.
     without = {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]}
     under = {"settings": [*short, *UNEVEN, "log_fname=three-3"], "deepspeed_config": "ds_configs/zero3.json"}
     moving = [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
     begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 9}
-    # Longformer trains weights of global attention that no text here uses: no process waits for their gradients.
+    # Longformer's weights of global attention get no gradient here; no process may wait for them.
     encoder = save_encoder(
         "longformer", tmp_path / "long", vocab_size=94, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
@@ -175,7 +178,7 @@ def test_three_processes_train_as_one_that_may_go_on_alone(short, one, folder, t
 
 
 def test_groups_meta_branch_and_split_head_on_two_processes(short, one, folder, tmp_path, monkeypatch):
-    """All of them together, by a cluster file that the command made; the same as on one process."""
+    """All of these together, with a cluster file from the command, train as on one process."""
     settings = [*short, "model.ffi.group_size=4", f"dataset_path={tmp_path}"]
     shutil.copytree(f"{settings_value(short, 'dataset_path=')}/toy", tmp_path / "toy")
     monkeypatch.setattr(sys, "argv", ["clusters", *settings])

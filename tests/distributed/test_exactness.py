@@ -1,4 +1,4 @@
-"""Results do not depend on the number of ranks, 1, 2 or 3: optimizers, losses, accumulation, groups, kinds of heads, rewiring."""
+"""Results are the same on 1, 2 and 3 ranks, for all optimizers, losses, accumulation, groups, kinds of heads and rewiring."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
-    """What each rank came to, by world size; one rank is this process."""
+    """Return each rank's results by world size. A single rank runs in this process."""
     folder, found = tmp_path_factory.mktemp("matrix"), {1: [matrix.results()]}
     done = launch(sys.executable, "tests/distributed/matrix.py", folder)
     assert done.returncode == 0, done.stderr
@@ -29,10 +29,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_any_number_of_ranks_trains_as_one(results, case, size):
     one, parts = results[1][0][case], [result[case] for result in results[size]]
-    if not case.auxiliary:  # a fading meta branch changes what the loss is made of
+    if not case.auxiliary:  # the meta branch's weight changes the loss over time
         assert one["curve"][-1] < one["curve"][0]
-    # Sums in another order may, once in a long while, tip the rounding of a weight to its bfloat16 neighbour; of a single
-    # weight, twice.
+    # A different order of summation may rarely round a weight to the neighbouring bfloat16 value; a single
+    # weight may differ twice.
     rounded = case.variant == "bfloat16"
     for part in parts:
         assert part["curve"] == pytest.approx(one["curve"], rel=1e-4 if rounded else 1e-5)
@@ -50,8 +50,8 @@ def test_any_number_of_ranks_trains_as_one(results, case, size):
 
 
 @pytest.mark.parametrize("kind", ["plain", "split"])
-def test_equal_scores_go_to_the_smaller_label_whoever_owns_it(results, kind):
-    """Of 4 texts, of which the ranks have 4; 4 and 0; or 0, 3 and 1."""
+def test_ties_go_to_the_smaller_label_on_any_rank(results, kind):
+    """4 texts, distributed over ranks as 4; as 4 and 0; and as 0, 3 and 1."""
     (one,) = (result[kind] for result in results[1])
     first = [*range(0, LABELS, 7)] if kind == "plain" else [*range(0, FREQUENT, 7), *range(FREQUENT, LABELS, 7)]
     expected = first + [label for label in range(LABELS) if label not in first]

@@ -1,4 +1,4 @@
-"""A rank that is out of reach ends the job when time is up. One that dies, within a minute: in test_engines and test_resume."""
+"""An unreachable rank ends the job after the timeout. Ranks that die: test_engines and test_resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xmc_trainer import parallel
 
 pytestmark = pytest.mark.slow
 
-# Ranks that end when another is silent for 6 seconds: not while one works alone, which takes longer.
+# The timeout is 6 seconds. Work on one rank that takes longer must not end the job, because its heartbeat goes on.
 RANK = """
 import sys, time, torch
 from datetime import timedelta
@@ -47,7 +47,7 @@ cli.run(main)
         ),  # it keeps the job's store
     ],
 )
-def test_a_silent_rank_is_named_and_not_waited_for(stopped, said):
+def test_a_silent_rank_is_named_and_ends_the_job(stopped, said):
     port, running = free_port(), []
     for rank in range(2):
         variables = {
@@ -82,8 +82,8 @@ def test_a_silent_rank_is_named_and_not_waited_for(stopped, said):
 @pytest.mark.parametrize(
     "own, said", [(0, "rank 0 gave"), (9, "rank 0 or the launcher"), (10, "rank 0 or the launcher")]
 )
-def test_a_store_that_is_gone_is_told_from_a_silent_rank(own, said, monkeypatch):
-    """Both counters stop with the store, this rank's up to an interval later than rank 0's."""
+def test_a_lost_store_is_told_from_a_silent_rank(own, said, monkeypatch):
+    """Without the store, both counters stop, this rank's up to an interval after rank 0's."""
     watch, ends = parallel._Heartbeat.__new__(parallel._Heartbeat), []
     watch._rank, watch._limit, watch._interval, watch._silent = 1, 6.0, 0.6, [10, own]
     watch._host, watch._port = "127.0.0.1", 29500

@@ -1,4 +1,4 @@
-"""Several machines: two network namespaces of this one, and the Slurm example with stand-ins for Slurm's commands."""
+"""Several machines, simulated by two network namespaces; and the Slurm example, with stubs for Slurm's commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts():
-    """Names of two network namespaces with a wire between them; its ends are v0 and v1."""
+    """Return the names of two network namespaces, connected by the interfaces v0 and v1."""
     names = [f"xmc{os.getpid()}-{number}" for number in range(2)]
     if shutil.which("ip") is None or subprocess.run(["ip", "netns", "add", names[0]], capture_output=True).returncode:
         pytest.skip("network namespaces need root and the command ip")
@@ -88,13 +88,13 @@ def test_two_machines_train_as_one_process(settings_and_one, hosts, launcher, tm
             assert process.returncode == 0, output
     finally:
         for process in running:
-            if process.poll() is None:  # its launcher is gone, and the ranks see that
+            if process.poll() is None:  # the ranks notice that their launcher has died
                 process.kill()
     assert losses_of(Path(settings_value(settings, "output_dir=")) / launcher) == pytest.approx(one, rel=1e-5)
 
 
-def test_the_slurm_example_ends_at_the_notice_and_goes_on(toy_settings, tmp_path):
-    """With stand-ins for Slurm's commands, on a single node: the notice goes to the batch shell, and on to the task."""
+def test_the_slurm_example_stops_at_the_notice_and_resumes(toy_settings, tmp_path):
+    """With stubs for Slurm's commands, on one node: the batch shell passes the notice on to the task."""
     if not (ROOT / ".venv").is_dir():
         pytest.skip("the example enters .venv")
     commands = {
@@ -112,7 +112,7 @@ def test_the_slurm_example_ends_at_the_notice_and_goes_on(toy_settings, tmp_path
         "SLURM_NODEID": "0",
         "SLURM_JOB_ID": "7",
     }
-    slurm["SLURM_STEP_NUM_TASKS"] = "2"  # tasks without a launcher in each would be refused
+    slurm["SLURM_STEP_NUM_TASKS"] = "2"  # tasks without a launcher of their own are refused
     slurm |= {"GPUS": "1", "PATH": f"{tmp_path}{os.pathsep}{ENVIRONMENT['PATH']}"}
     settings = [
         *toy_settings,

@@ -1,4 +1,4 @@
-"""Trainings that are killed and go on with other engines and numbers of processes, really launched."""
+"""Killed trainings resume with other engines and numbers of processes, started by real launchers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from xmc_trainer.run_folder import find_checkpoint
 
 pytestmark = pytest.mark.slow
 
-# The engine's own precision: its copies, and fp16's loss scale.
+# State that depends on precision: the engine's copies of the weights, and fp16's loss scale.
 STAGES = {"bfloat16": "3"} | ({"float16": "2"} if FLOAT16 else {})
 
 
@@ -36,11 +36,10 @@ def checkpoint_step(settings: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def runs(toy_settings_in, tmp_path_factory):
-    """The folder of what three launches of two processes came to; the first was killed, the others got signals.
+    """Return the folder of the runs of three launches of two processes. The first was killed, the others were signalled.
 
-    `whole` and `moved`: in float32, one process that was never interrupted; and what the killed processes had begun, gone on with
-    by one process, by two at every stage and without DeepSpeed. `whole-` and `cut-`: of two processes in each precision, whole and
-    gone on with in other processes.
+    In float32: `whole` is one process without interruption; `moved` is the killed run, resumed by one process, by two at every
+    stage, and without DeepSpeed. `whole-` and `cut-`: two processes in each precision, without interruption and resumed.
     """
     folder = tmp_path_factory.mktemp("resume")
     always = [*toy_settings_in(folder), "training.checkpoint_interval=2", "training.resume=true"]
@@ -53,7 +52,7 @@ def runs(toy_settings_in, tmp_path_factory):
     exact += [
         "model.penultimate.use_penultimate_layer=true",
         "model.penultimate.penultimate_size=25",
-    ]  # a bias that two cannot share
+    ]  # a bias too short to be split between two processes
     low = [
         *always,
         "training.optimization.max_steps=10",
@@ -75,7 +74,7 @@ def runs(toy_settings_in, tmp_path_factory):
     trainings = [training("cut", dtype) for dtype in STAGES]
     for cut, stage in {7: "2", 9: "1", 11: "3_offload", 13: "2_offload", 15: "0"}.items():
         trainings.append({"settings": moved, "deepspeed_config": f"ds_configs/zero{stage}.json", "cut": cut})
-    # The command deepspeed passes no signal on: its ranks see that it is gone. They hear of it a step later.
+    # deepspeed does not forward signals. Its ranks notice a step later that it has died.
     trainings.append({"settings": moved, "signal": [signal.SIGTERM, "launcher", 16]})
     assert_ended(train_in_turn("deepspeed", 2, trainings, folder), signal.SIGTERM, 17)
     assert checkpoint_step(moved) == 17
@@ -86,15 +85,15 @@ def runs(toy_settings_in, tmp_path_factory):
     return folder / "out"
 
 
-def test_goes_on_with_any_engine_and_number_of_processes(runs):
+def test_resumes_with_any_engine_and_number_of_processes(runs):
     assert_same(outcome_of(runs / "whole", 1), outcome_of(runs / "moved", 1))
     resumed = [record["step"] for record in records_of(runs / "moved") if record["event"] == "resume"]
     assert resumed == [2, 4, 6, 8, 10, 12, 14, 17, 19]
 
 
 @pytest.mark.gpu
-def test_half_of_the_gpus_go_on(toy_settings, tmp_path):
-    """What all GPUs began, at most four: half of them by another launcher and stage, then one without DeepSpeed."""
+def test_half_of_the_gpus_can_resume(toy_settings, tmp_path):
+    """A run on up to four GPUs is resumed on half of them with another launcher and stage, then on one without DeepSpeed."""
     gpus = min(4, torch.cuda.device_count())
     if gpus < 2:
         pytest.skip("needs two GPUs")
@@ -115,7 +114,7 @@ def test_half_of_the_gpus_go_on(toy_settings, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=needs_float16)])
-def test_the_same_engine_goes_on_bit_for_bit(runs, dtype):
+def test_the_same_engine_resumes_bit_for_bit(runs, dtype):
     assert [record["step"] for record in records_of(runs / f"cut-{dtype}") if record["event"] == "resume"] == [6]
     whole, again = (outcome_of(runs / f"{kind}-{dtype}", 2) for kind in ("whole", "cut"))
     assert again["curve"] == whole["curve"] and again["moved"] == whole["moved"]

@@ -1,9 +1,12 @@
-"""launchers/train.py for several trainings, one after another in the processes of one launch: most of a short one is its start.
+"""Run launchers/train.py several times in the processes of one launch, because starting takes most of a short training's time.
 
-Its arguments are JSON files, each an object: `settings`; `deepspeed_config`, the file for the deepspeed launcher; `cut`, the
-step before which the training is given up, as if its processes had been killed; `fails`, how the last of them really ends, and
-the launch with it: raise or kill, and before which step; `signal`, [its number, launcher or group, the step in which it comes];
-and `refused`, what the error says that the training is refused with.
+Each argument is a JSON file with an object:
+    settings: key=value words.
+    deepspeed_config: JSON file for the deepspeed launcher.
+    cut: abandon the training before this step, as if the processes had been killed.
+    fails: ["raise" or "kill", step]: end the last rank, and so the launch, before this step.
+    signal: [number, "launcher" or "group", step]: send this signal during the step.
+    refused: expected part of the error.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class CutBefore(Hook):
 
 
 class Fail(Hook):
-    """On the last rank, which makes the file `fails` in the run's folder just before."""
+    """End the last rank. It creates the file `fails` in the run's folder first."""
 
     def __init__(self, how: str, step: int | None) -> None:
         self.how, self.step = how, step
@@ -54,7 +57,7 @@ class Fail(Hook):
 
 
 class Signal(Hook):
-    """Comes in the middle of a step: from rank 0 to the launcher that the test started, or from every rank to its own process group."""
+    """Send the signal in the middle of a step: from rank 0 to the launcher, or from every rank to its own process group."""
 
     def __init__(self, number: int, to: str, step: int | None) -> None:
         self.number, self.to, self.step = number, to, step
@@ -66,7 +69,7 @@ class Signal(Hook):
             os.killpg(0, self.number)
         elif trainer.ranks.rank == 0:
             os.kill(int(os.environ["LAUNCHER"]), self.number)
-            while not signals.pending():  # passed on, or noticed
+            while not signals.pending():  # forwarded, or noticed
                 time.sleep(0.01)
 
 
@@ -95,7 +98,7 @@ def main() -> None:
         except UserError as error:
             if refused is None or refused not in str(error):
                 raise
-        # The next finds the process group, and nothing else.
+        # Keep only the process group for the next training.
         AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.clear()
         os.environ.update(environment)

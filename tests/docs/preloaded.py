@@ -1,8 +1,7 @@
-"""`python` and `xmc-trainer` for the tests of documentation: a server that has imported everything forks for each command.
+"""Fast `python` and `xmc-trainer` commands for the tests of documentation: a server with all imports done forks for each command.
 
-Starting Python and importing torch and transformers takes most of a small command's time. A block of shell commands finds
-`python` and `xmc-trainer` on its PATH as the few lines of `CLIENT`, which hand their words, folder, environment and standard
-streams to the server and exit with its status.
+Importing torch and transformers takes most of a small command's time. On PATH, `python` and `xmc-trainer` are the few lines of
+`CLIENT`. They pass their arguments, folder, environment and standard streams to the server and exit with its status.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def _serve(address: str) -> None:
         print("ready", flush=True)
         while True:
             client, _ = listener.accept()
-            if os.fork():  # several at a time: the commands of a pipe
+            if os.fork():  # the commands of a pipe run at the same time
                 client.close()
                 continue
             streams = array.array("i")

@@ -17,7 +17,7 @@ _BLOCK = re.compile(r"(?:^<!-- test: (?P<mark>.*?) -->\n)?^```(?P<language>\w+)\
 
 @dataclass(frozen=True)
 class Snippet:
-    """One block: its place for messages, its language, what the test runs."""
+    """One code block."""
 
     where: str  # file:line
     language: str
@@ -26,7 +26,7 @@ class Snippet:
 
 
 def snippets_of(page: Path, languages: tuple[str, ...] = ("bash", "python")) -> list[Snippet]:
-    """The blocks of a page in these languages, in order. ValueError for a comment that says something else."""
+    """Return the blocks of a page in these languages, in order. Raises ValueError for an unknown comment."""
     text = page.read_text(encoding="utf-8")
     found = []
     for match in _BLOCK.finditer(text):

@@ -1,4 +1,4 @@
-"""The documentation as a whole: the site builds, links lead somewhere, README stays short, quoted messages exist."""
+"""The documentation: the site builds, links have targets, README stays short, and quoted messages exist."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def test_readme_stays_short():
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page):
+def test_links_to_files_have_targets(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).is_file(), f"{page.name}: no {target}"
 
 
 def test_quoted_messages_are_in_the_code():
-    """In the first column of the tables: what is in backticks, apart from the parts that vary (..., N, M, NAME)."""
+    """Check the text in backticks in the tables' first column, without its variable parts (..., N, M, NAME)."""
     sources = [*(ROOT / "xmc_trainer").rglob("*.py"), *(ROOT / "launchers").glob("*.py")]
-    # Messages are written over several lines: "..." "..." is one string.
+    # Join messages that are written as several adjacent strings.
     code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in sources))
-    # A function with plain arguments names them in backticks; the builders put the settings in their place.
+    # Messages name parameters in backticks; `errors.naming` replaces them by settings.
     for name, setting in (ENGINE | DATA).items():
         code = code.replace(f"`{name}`", setting)
     checked = 0

@@ -1,4 +1,4 @@
-"""The benchmarks run and write what they printed."""
+"""The benchmarks run, print a table and write it as CSV."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def bench(monkeypatch, capsys):
-    """A function: what `xmc-trainer bench` writes, in this process; it may start others."""
+    """Return a function that runs `xmc-trainer bench` in this process and returns its output."""
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["xmc-trainer", "bench", *map(str, words)])
@@ -46,7 +46,7 @@ def test_head_benchmark_writes_its_table(bench, tmp_path, capsys):
 
 
 def test_train_benchmark_times_whole_steps(bench, tmp_path):
-    """Generated data, without DeepSpeed; then two processes under it: the second row is compared with the first's kind."""
+    """Generated data in one process, then two processes under DeepSpeed, compared with the first CSV."""
     settings = ["dataset=amazon3m", "data.num_labels=601", "data.max_len=16", "data.batch_size=8", "data.num_workers=0"]
     settings += [
         "model.encoder.encoder_ftr_dim=32",

@@ -1,4 +1,4 @@
-"""A signal ends a training with a checkpoint; going on gives the training that was not interrupted. Checkpoints by time."""
+"""A signal ends a training with a checkpoint, and resuming gives the uninterrupted training. Checkpoints by time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVERYTHING = [
 
 
 class SignalAt(Hook):
-    """A signal comes in the middle of a step, or (`split`) while an epoch is evaluated."""
+    """Send a signal in the middle of a step, or during an evaluation on `split`."""
 
     def __init__(self, patch: pytest.MonkeyPatch, step: int, split: str | None = None) -> None:
         self.step, self.split, self.patch = step, split, patch
@@ -51,7 +51,7 @@ def whole(toy_settings_in, tmp_path_factory):
     return train([*toy_settings_in(tmp_path_factory.mktemp("whole")), *EVERYTHING, "log_fname=whole"])
 
 
-# Of 40 steps, 20 an epoch: within one, at the end of the first (which makes the head sparse), and at the end of all.
+# Of 40 steps, 20 per epoch: within an epoch, at the end of the first (where the head becomes sparse), and at the very end.
 @pytest.mark.parametrize("step, split", [(9, None), (20, "train"), (40, None), (40, "test")])
 def test_a_signal_leaves_a_checkpoint_of_the_last_step(whole, toy_settings, step, split):
     settings = [*toy_settings, *EVERYTHING, "log_fname=cut", "training.resume=true", "training.checkpoint_interval=7"]
@@ -79,7 +79,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(whole, toy_settings, step
         assert value.equal(everything(trainer)[name]), name
 
 
-def test_a_signal_in_the_last_moments_comes_after_the_model(toy_settings, monkeypatch):
+def test_a_signal_at_the_end_waits_for_the_model(toy_settings, monkeypatch):
     class AtTheEnd(Hook):
         def on_save(self, trainer, folder):
             monkeypatch.setattr(signals, "pending", lambda: signal.SIGTERM)
@@ -98,8 +98,8 @@ def test_without_checkpoints_a_signal_leaves_none(toy_settings, monkeypatch):
 
 
 @pytest.mark.parametrize("minutes, saved", [(1.0, [2, 4, 6, 8]), (0.0, [5])])
-def test_checkpoints_come_by_time_as_well(toy_settings, monkeypatch, minutes, saved):
-    """A step takes 31 seconds by this clock, two of them more than a minute."""
+def test_checkpoints_are_written_by_time(toy_settings, monkeypatch, minutes, saved):
+    """By this clock a step takes 31 seconds, so two steps take more than a minute."""
     steps = []
     monkeypatch.setattr("xmc_trainer.hooks.checkpoint.time.monotonic", lambda: 31.0 * len(ends))
     monkeypatch.setattr("xmc_trainer.checkpoint.resume.save", lambda trainer, kept: steps.append(trainer.state.step))

@@ -1,4 +1,4 @@
-"""The scripts of launchers/, really launched: one loss curve for all ways to start, predictions, refusals."""
+"""The scripts of launchers/ under real launchers: equal loss curves, predictions, and errors."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def launch(*command: str | Path) -> subprocess.CompletedProcess[str]:
         text=True,
         capture_output=True,
         timeout=300,
-        start_new_session=True,  # a signal to the process group is not for the tests
+        start_new_session=True,  # so that a signal to the process group does not reach the tests
     )
 
 
 class Kept(io.TextIOWrapper):
-    """Standard output: what was written stays to be read when a script closes it."""
+    """Standard output that can be read after a script has closed it."""
 
     def __init__(self) -> None:
         super().__init__(io.BytesIO(), encoding="utf-8")
@@ -67,7 +67,7 @@ class Kept(io.TextIOWrapper):
 
 
 def run_here(script: str, *words: str | Path, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """A script of launchers/ in this process, which has imported everything."""
+    """Run a script of launchers/ in this process, which has done all imports."""
     output, errors, status = Kept(), io.StringIO(), 0
     with redirect_stdout(output), redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -88,7 +88,7 @@ def free_port() -> str:
 
 
 def start_command(how: str, processes: int = 1, script: str = "launchers/train.py") -> list[str]:
-    """The words in front of the settings. `how` is python, torchrun, or a launcher and a ZeRO stage: accelerate-2."""
+    """Return the command in front of the settings. `how`: python, torchrun, or launcher-stage, such as accelerate-2."""
     launcher, _, stage = how.partition("-")
     if launcher == "python":
         return [sys.executable, script]
@@ -106,10 +106,10 @@ def start_command(how: str, processes: int = 1, script: str = "launchers/train.p
 def train_in_turn(
     how: str, processes: int, trainings: list[dict[str, object]], folder: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Several trainings in the processes of one launch, see tests/distributed/trainings.py; `how` may be deepspeed without a stage.
+    """Run several trainings in one launch; see tests/distributed/trainings.py. `how` may be deepspeed without a stage.
 
-    Where one fails, the last, the launcher must end its other processes within a minute, and the error of the rank that failed
-    comes first; the others say in a line that they lost it.
+    If the last one fails, the launcher must end its other processes within a minute. The failed rank's error must come first; the
+    others must print one line that they lost it.
     """
     files = [folder / f"{how}-{number}.json" for number in range(len(trainings))]
     for file, training in zip(files, trainings):
@@ -123,14 +123,14 @@ def train_in_turn(
     if failure == "raise":
         errors = [line for line in done.stderr.splitlines() if "Error: " in line]
         assert "this rank's own error" in errors[0], done.stderr
-        assert done.stderr.count("Traceback") <= 2  # its own, and the launcher's
-        # The other learns it from its collective, or before that from the store.
+        assert done.stderr.count("Traceback") <= 2  # its own line, and the launcher's
+        # The other rank notices by its collective, or earlier by the store.
         assert "error: lost the other ranks (" in done.stderr or "failed; see its own error" in done.stderr
     return done
 
 
 def assert_ended(done: subprocess.CompletedProcess[str], number: signal.Signals, step: int) -> None:
-    """By a signal, after a step, with one line."""
+    """Check that a signal ended the training after a step, with one line."""
     said = [line for line in done.stderr.splitlines() if line.startswith("SIG")]
     assert len(said) == 1 and said[0].startswith(f"{number.name}: ended after step {step}, with a checkpoint in "), (
         done.stderr
@@ -139,7 +139,7 @@ def assert_ended(done: subprocess.CompletedProcess[str], number: signal.Signals,
 
 
 def train_here(settings: list[str], hooks: list[Hook] | None = None) -> None:
-    """A training in this process, which has imported everything."""
+    """Train in this process, which has done all imports."""
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         build_trainer(load_config(settings), hooks=hooks).train()
@@ -148,7 +148,7 @@ def train_here(settings: list[str], hooks: list[Hook] | None = None) -> None:
 
 
 def curve(settings: list[str], how: str, processes: int = 1) -> list[float]:
-    """The losses of a training; `how` as for `start_command`, or here: in this process."""
+    """Train and return the losses. `how`: see `start_command`; "here" means in this process."""
     name = f"{how}-{processes}"
     settings = [*settings, f"log_fname={name}"]
     if how == "here":
@@ -180,19 +180,19 @@ def short(toy_settings):
 def test_every_way_of_starting_gives_the_same_curve(short):
     plain = curve(short, "python")
     assert len(plain) == 20 and plain[-1] < plain[0]
-    # The other stages, and more processes: in distributed/test_engines.
+    # Other stages and more processes: distributed/test_engines.
     for how in ("accelerate-3", "deepspeed-2"):
         assert curve(short, how) == pytest.approx(plain, rel=1e-5), how
 
 
 def outcome(settings: list[str], how: str, processes: int = 1) -> dict:
-    """Train; what it came to."""
+    """Train and return the results."""
     curve(settings, how, processes)
     return outcome_of(Path(settings_value(settings, "output_dir=")) / f"{how}-{processes}", processes)
 
 
 def outcome_of(run: Path, processes: int) -> dict:
-    """What a training came to: losses, metrics, moved slots, and the head's tensors of all processes."""
+    """Return a training's losses, metrics, moved slots and head tensors of all processes."""
     records = records_of(run)
     shards = sorted((run / "model").glob("head-*.safetensors"))
     assert len(shards) == processes
@@ -207,7 +207,7 @@ def outcome_of(run: Path, processes: int) -> dict:
 
 def assert_same(one: dict, other: dict) -> None:
     assert other["curve"] == pytest.approx(one["curve"], rel=1e-5)
-    # Not to the last digit: other batches are summed in another order.
+    # Not exact: the order of summation differs.
     assert other["metrics"] == [pytest.approx(metrics, rel=1e-12) for metrics in one["metrics"]]
     assert other["moved"] == one["moved"] and one["moved"][0][1] > 0
     assert torch.equal(one["tensors"]["index"], other["tensors"]["index"])
@@ -216,7 +216,7 @@ def assert_same(one: dict, other: dict) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, toy_data, tiny_encoder):
-    """A trained model; (folder, its run's metrics)."""
+    """Return (folder, metrics) of a trained model."""
     out = tmp_path_factory.mktemp("trained")
     yaml = out / "toy.yaml"
     yaml.write_text(
@@ -313,7 +313,7 @@ def test_evaluate_repeats_the_runs_metrics(model):
 
 @pytest.fixture
 def tied(model, tmp_path):
-    """The trained model with every third label alike: with equal scores, whatever the text."""
+    """Return a copy of the trained model in which every third label always has the same score."""
     folder = tmp_path / "tied"
     shutil.copytree(model[0], folder)
     shard = folder / "head-00000-of-00001.safetensors"
@@ -327,7 +327,7 @@ def tied(model, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
-    """The labels shared, output once, equal scores in the same order; with pairs to leave out, and a rank without texts."""
+    """Also ties, filter pairs, and a rank without texts. The output is written once."""
     texts, labels = (
         (toy_data / "toy" / f"test_{kind}.txt").read_text().splitlines() for kind in ("raw_texts", "labels")
     )
@@ -345,7 +345,7 @@ def test_two_processes_evaluate_and_predict_as_one(tied, toy_data, tmp_path):
     (tmp_path / "some.txt").write_text("\n".join(texts[:5]) + "\n")
     scripts = [
         ["launchers/evaluate.py", str(tied), "--json", "data.test_batch_size=20", *settings],
-        # Of two batches the second has one text.
+        # The second batch has one text.
         ["launchers/predict.py", str(tied), str(tmp_path / "some.txt"), "-k", "41", "--batch_size", "4"],
     ]
     here = [run_here(*words) for words in scripts]
@@ -407,7 +407,7 @@ def test_predict_reads_lines_as_the_training_files_are_read(model, tmp_path):
         assert (done.returncode, done.stdout, done.stderr.endswith(f"{path}: no texts\n")) == (0, "", True)
 
 
-def test_only_a_plain_file_is_replaced(model, tmp_path):
+def test_only_regular_files_are_replaced(model, tmp_path):
     (tmp_path / "texts.txt").write_text("w3\n")
     (tmp_path / "plain").write_text("before")
     (tmp_path / "link").symlink_to(tmp_path / "plain")
@@ -449,7 +449,7 @@ def test_print_config_and_refusals(toy_settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_launchers_are_told_something_else(toy_settings, tmp_path):
+def test_contradicting_launcher_options_are_refused(toy_settings, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(json.loads((ROOT / "ds_configs/zero2.json").read_text()) | {"gradient_clipping": 1.0}))
     accelerate = ["accelerate", "launch", "--main_process_port", free_port(), "--num_processes"]

@@ -1,4 +1,4 @@
-"""A training keeps to numbers: it starts from finite ones, and what is none is not saved over what is good."""
+"""Non-finite numbers: a training starts from finite ones, and never overwrites good weights with others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_labels_of_every_text_can_be_trained(loss, init, toy_settings, tmp_path)
     words += [f"dataset_path={tmp_path}", f"training.optimization.loss_fn={loss}", f"model.ffi.bias_init={init}"]
     trainer = build_trainer(load_config([*toy_settings, *words]))
     assert trainer.head.bias.isfinite().all() and (trainer.head.bias > 0).all()
-    # As of the meta branch, whose clusters are in every text.
+    # The meta branch may have clusters that occur in every text.
     assert first_bias(trainer.config, np.array([12, 12, 12]), texts=12).isfinite().all()
     assert trainer.train()["P@1"] == 1
     records = [json.loads(line) for line in (trainer.run_folder / "log.jsonl").read_text().splitlines()]
@@ -34,12 +34,12 @@ def test_labels_of_every_text_can_be_trained(loss, init, toy_settings, tmp_path)
     assert len(losses) == 3 and np.isfinite(losses).all()
 
 
-def test_weights_that_are_no_numbers_are_not_saved(toy_settings):
+def test_non_finite_weights_are_not_saved(toy_settings):
     class Spoil(Hook):
         tried = 0
 
         def on_step_end(self, trainer):
-            """After the second step: a checkpoint and a model that are good, and then weights that are not."""
+            """After the second step, save a good checkpoint and model, then make weights non-finite."""
             if trainer.state.step != 2:
                 return
             model = trainer.run_folder / "model"
@@ -68,7 +68,7 @@ def test_weights_that_are_no_numbers_are_not_saved(toy_settings):
 
 
 def test_a_step_has_no_more_micro_batches_than_the_texts_fill(toy_settings):
-    # 611 texts are 20 micro-batches of 32.
+    # 611 texts fill 20 micro-batches of 32.
     with pytest.raises(
         UserError,
         match="grad_accum_step=99999: the 611 training texts fill only 20 batches .* set it to 20 at most",

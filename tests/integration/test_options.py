@@ -1,4 +1,4 @@
-"""Options by what they do, a few steps each; what they should do is worked out by hand."""
+"""The effect of single options in a few steps, against results worked out by hand."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_encoders_sgd_has_momentum_and_decays_matrices(toy_settings):
 
 
 class FirstStep(Hook):
-    """The head's weights and biases before and after the only step."""
+    """Return the head's weights and biases before and after a single step."""
 
     def on_train_start(self, trainer):
         self.before = trainer.head.weight.clone(), trainer.head.bias.clone()
@@ -80,7 +80,7 @@ def test_weight_decay_and_loss_reduction_of_the_head(toy_settings):
     plain, decayed, mean = seen
     assert losses[1] == losses[0] and losses[2] == pytest.approx(
         losses[0] / 32, rel=1e-5
-    )  # bce sums 32 texts by itself
+    )  # bce sums over the 32 texts by default
     torch.testing.assert_close(plain.after[0] - decayed.after[0], 0.01 * 0.5 * plain.before[0], rtol=1e-3, atol=1e-7)
     assert torch.equal(plain.after[1], decayed.after[1])
     for part in (0, 1):
@@ -90,7 +90,7 @@ def test_weight_decay_and_loss_reduction_of_the_head(toy_settings):
     assert (plain.after[0] - plain.before[0]).abs().max() > 1e-3
 
 
-def test_the_logit_adjustment_is_that_of_the_labels_frequencies(toy_settings):
+def test_the_logit_adjustment_follows_label_frequencies(toy_settings):
     trainer = train(
         toy_settings, "model.ffi.logit_adjustment=0.3", "model.ffi.head_ratio=0.2", "training.optimization.max_steps=1"
     )
@@ -136,7 +136,7 @@ def test_the_meta_branchs_rate_and_file(toy_settings, toy_data):
 
 
 @pytest.mark.parametrize("scheduled", [True, False])
-def test_the_rewiring_threshold_goes_to_its_end_or_stays(toy_settings, scheduled):
+def test_the_rewiring_threshold_decays_or_stays(toy_settings, scheduled):
     ffi = {"use_rewire_scheduling": scheduled, "rewire_end_threshold": 0.02, "rewire_end_epoch": 1.0}
     trainer = train(
         toy_settings,
@@ -163,7 +163,7 @@ def test_gamma_environment_and_no_propensities(toy_settings, toy_data):
     assert set(trainer.metrics["test"]) == {f"{kind}@{k}" for kind in ("P", "nDCG", "R") for k in (1, 3, 5)}
 
 
-def test_propensities_are_of_the_constants(toy_settings, toy_data):
+def test_propensities_use_the_constants(toy_settings, toy_data):
     constants = ["training.evaluation.A=0.7", "training.evaluation.B=3.0"]
     trainer = train(toy_settings, *PLAIN, *constants, "training.optimization.epochs=1")
     lines = {
@@ -182,7 +182,7 @@ def test_propensities_are_of_the_constants(toy_settings, toy_data):
 
 
 @pytest.mark.parametrize("name, expected", [("mine", "mine"), ("none", None)])
-def test_the_name_of_a_run_at_wandb(toy_settings, monkeypatch, name, expected):
+def test_the_run_name_in_wandb(toy_settings, monkeypatch, name, expected):
     calls, logged = [], []
     run = SimpleNamespace(
         id="run1", log=lambda values, step: logged.append((step, values)), finish=lambda: logged.append("finished")
@@ -199,7 +199,7 @@ def test_the_name_of_a_run_at_wandb(toy_settings, monkeypatch, name, expected):
     assert any("test/P@1" in values for _, values in logged[:-1])
 
 
-def test_a_training_that_is_all_warm_up_says_so_and_says_what_drives_it(toy_settings, capsys):
+def test_a_training_of_only_warm_up_steps_prints_a_warning_and_its_kernels(toy_settings, capsys):
     steps = ["training.optimization.max_steps=2", "environment.device=cpu"]
     trainer = train(toy_settings, *steps, "training.optimization.warmup_steps=2")
     said = capsys.readouterr().out

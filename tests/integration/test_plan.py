@@ -1,4 +1,4 @@
-"""What a training was planned to take is what it then has: head, flat parameters, files."""
+"""A training has the sizes that were planned: head, flat parameters, files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def size_of(folder: Path, *patterns: str) -> int:
 
 
 class Watch(Hook):
-    """Notes the size of the checkpoint on the disk."""
+    """Records the size of the checkpoint on disk."""
 
     def on_step_end(self, trainer) -> None:
         if trainer.state.step == 12:
@@ -66,7 +66,7 @@ def test_a_training_has_what_was_planned(toy_settings, tmp_path, more):
 
 
 def test_out_of_memory_ends_with_a_line(toy_settings, monkeypatch):
-    """A GPU that is too small ends train.py as every error that the user can mend: one line, status 2."""
+    """If the GPU is too small, train.py ends like other user errors: one line, status 2."""
 
     def train(self):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -1,4 +1,4 @@
-"""Power fails, or the process is killed, before every single operation on the files of a run: nothing that was reached is lost."""
+"""A power failure or kill before any file operation of a run loses no result that was reached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RUN = "run"
 
 
 def held(path: Path, config) -> tuple[str, int]:
-    """What the next start would do with a run's folder: "begins", or goes on "after" a step, or "finished"."""
+    """Return what the next start does in a run's folder: "begins", resumes "after" a step, or "finished"."""
     try:
         found = RunFolder(config, Ranks()).checkpoint
     except NothingToDo:
@@ -45,7 +45,7 @@ def readable(folder: Path) -> bool:
 
 
 class Reached(Hook):
-    """What the training has to show, which no crash may take away again."""
+    """The results that no crash may lose."""
 
     step, best, finished = 0, False, False
 
@@ -61,13 +61,13 @@ class Reached(Hook):
 
 @pytest.fixture
 def in_memory(tmp_path) -> Iterator[Path]:
-    """A folder for what is written and removed a thousand times."""
+    """Return a folder in memory, because files are written and removed thousands of times."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else tmp_path) as folder:
         yield Path(folder)
 
 
-def test_nothing_is_lost_whenever_power_fails(toy_settings, tmp_path, in_memory, monkeypatch):
+def test_no_power_failure_loses_results(toy_settings, tmp_path, in_memory, monkeypatch):
     settings = [*toy_settings, f"log_fname={RUN}", "training.optimization.max_steps=11", "data.train_sample=128"]
     settings += ["training.checkpoint_interval=3", "training.use_checkpoint=true", "training.verbose.print_iter=100"]
     earlier, _ = train([*settings, "training.optimization.max_steps=2", "training.use_checkpoint=false"])
@@ -76,7 +76,7 @@ def test_nothing_is_lost_whenever_power_fails(toy_settings, tmp_path, in_memory,
     random, reached, states = Random(1), Reached(), []
     image = in_memory / RUN
     crashed = load_config([*settings, "training.resume=true", f"output_dir={image.parent}"])
-    # Parsing YAML takes longer than everything else.
+    # Parsing YAML would take most of the time.
     known: dict[bytes, list[str]] = {}
     monkeypatch.setattr(
         "xmc_trainer.run_folder.differences",
@@ -91,7 +91,7 @@ def test_nothing_is_lost_whenever_power_fails(toy_settings, tmp_path, in_memory,
             models = [path for path in (image / "model", *image.glob("replaced*/model")) if readable(path)]
             if not reached.finished and not any(read_folder(path, MODEL)["step"] == 2 for path in models):
                 raise AssertionError(f"the earlier run is lost at operation {disk.operations}")
-            if (image / "model").exists() and reached.step == 0:  # the earlier run is not set aside yet
+            if (image / "model").exists() and reached.step == 0:  # the earlier run has not been moved to replaced/ yet
                 shutil.rmtree(image)
                 continue
             what, step = held(image, crashed)

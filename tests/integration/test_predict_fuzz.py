@@ -1,4 +1,4 @@
-"""launchers/predict.py against hostile files and words: predictions or one sentence, never a traceback, nothing half-written."""
+"""launchers/predict.py with hostile files and arguments gives predictions or a one-line error, and no partial output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a training on slices of real data, which a small encoder of its own words learns in seconds.
+"""Trainings with many options on slices of real data, which a small encoder learns in seconds.
 
 Reads SID-GND-EN and LF-YSO-25K; skipped where they are absent (see `tests.data_helpers.real_data`).
 """
@@ -30,7 +30,7 @@ TRAIN, TEST = 1500, 300
 
 
 def save_encoder(folder, texts):
-    """A small BERT with random weights that knows the 4000 most frequent words of some texts."""
+    """Make a small BERT with random weights and a vocabulary of the 4000 most frequent words."""
     counts = collections.Counter(word for text in texts for word in re.findall(r"\w+", text.lower()))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(word for word, _ in counts.most_common(4000))]
     backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
@@ -48,7 +48,7 @@ def save_encoder(folder, texts):
 
 
 def frequent_only(rows, labels_of, names=60):
-    """The rows with one of the most frequent labels: something that so few texts can teach."""
+    """Select rows with one of the most frequent labels, which few texts can teach."""
     counts = collections.Counter(label for row in rows for label in labels_of(row))
     kept = {label for label, _ in counts.most_common(names)}
     return [row for row in rows if kept.intersection(labels_of(row))]
@@ -71,7 +71,7 @@ def settings_for(root, name, lf):
 
 @pytest.fixture(scope="module")
 def sid(tmp_path_factory):
-    """Settings for titles and abstracts with subject headings, raw layout."""
+    """Return settings for SID-GND-EN: titles and abstracts with subject headings, raw layout."""
     source, root = real_data("SID-GND-EN"), tmp_path_factory.mktemp("sid")
 
     def read(split):
@@ -90,7 +90,7 @@ def sid(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def yso(tmp_path_factory):
-    """Settings for library records with concepts, label-feature layout with labels' texts and filter pairs."""
+    """Return settings for LF-YSO-25K: library records with concepts, label-feature layout, label texts and filter pairs."""
     source, root = real_data("LF-YSO-25K") / "raw_text", tmp_path_factory.mktemp("yso")
 
     def read(name, count):
@@ -108,14 +108,14 @@ def yso(tmp_path_factory):
     test = [row for row in map(own, read("tst", 4000)) if row["target_ind"]]
     test = frequent_only(test, lambda row: row["target_ind"])[:TEST]
     folder = write_lf(root / "yso", train, test, [texts[label] for label in names])
-    # Text 0 must not be given the first of its labels: as reciprocal pairs, which real sets list here.
+    # Exclude the first label of text 0, like the reciprocal pairs of real data sets.
     (folder.parent / "filter_labels_test.txt").write_text(f"0 {test[0]['target_ind'][0]}\n")
     save_encoder(root / "encoder", [row["title"] for row in train])
     return settings_for(root, "yso", lf=True)
 
 
 def learns(settings, tmp_path, *more):
-    """A trained run that is far above the floor, reads itself back, and its log."""
+    """Train; check that the metrics are far above the floor and that the saved model has the same. Returns the log."""
     trainer = build_trainer(load_config([*settings, f"output_dir={tmp_path}", *more]))
     metrics = trainer.train()
     floor = most_popular(trainer.corpus, trainer.new_metrics())
@@ -172,7 +172,7 @@ def test_label_texts_filter_plateau_and_early_stopping(yso, tmp_path):
     assert rates[-1] < max(rates)
 
 
-def test_weights_from_elsewhere_start_ahead(yso, tmp_path):
+def test_pretrained_weights_start_better(yso, tmp_path):
     def first_epoch(*more):
         trainer = build_trainer(
             load_config(

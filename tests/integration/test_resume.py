@@ -1,4 +1,4 @@
-"""An interrupted training that goes on is the training that was not interrupted."""
+"""A resumed training equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PowerCut(Exception):
 
 
 class CutAfter(Hook):
-    """Ends the process's training after a step, as a killed one ends: nothing is closed or written any more."""
+    """Ends the training after a step as a kill would: nothing more is written or closed."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -42,7 +42,7 @@ class CutAfter(Hook):
 
 
 class Counter(Hook):
-    """A user's hook with a state."""
+    """A user-defined hook with state."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -99,8 +99,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case, cut", [("dropout, momentum", 9), *((case, 33) for case in CASES)])
-def test_goes_on_as_if_nothing_had_happened(toy_settings, case, cut):
-    """Bit for bit, in the first epoch and in the second (of 20 steps each): losses, weights, metrics, rewirings, hooks."""
+def test_resuming_gives_the_uninterrupted_training(toy_settings, case, cut):
+    """Losses, weights, metrics, rewirings and hooks are bitwise equal, for interruptions in the first and second epoch."""
     whole, metrics = train(settings_of(toy_settings, "whole", *CASES[case]), hooks=[counted := Counter()])
     new_process()
     settings = settings_of(toy_settings, "cut", *CASES[case])
@@ -123,12 +123,12 @@ def test_goes_on_as_if_nothing_had_happened(toy_settings, case, cut):
     assert expected.keys() == everything(trainer).keys()
     for name, value in everything(trainer).items():
         assert torch.equal(value, expected[name]), name
-    assert not list(trainer.run_folder.glob("checkpoint*"))  # it has done its work
+    assert not list(trainer.run_folder.glob("checkpoint*"))  # no longer needed
 
 
 @pytest.fixture
 def interrupted(toy_settings):
-    """Settings of a run that was cut off after step 9; its checkpoint is of step 7."""
+    """Return settings of a run that was killed after step 9; its checkpoint is from step 7."""
     settings = settings_of(toy_settings, "cut")
     with pytest.raises(PowerCut):
         train(settings, hooks=[CutAfter(9)])
@@ -148,7 +148,7 @@ def run_message_of(settings, hooks=None):
     return str(caught.value)
 
 
-def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
+def test_a_run_does_not_overwrite_an_interrupted_or_finished_one(interrupted):
     held = "cut: holds an interrupted run (checkpoint-7); continue it with training.resume=true"
     other = "choose another name (log_fname=cut-2)"
     assert held in (message := message_of(interrupted)) and other in message
@@ -160,7 +160,7 @@ def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
     }
     done = run_here(
         "launchers/train.py", *interrupted, "training.resume=true"
-    )  # by a script that is always started again
+    )  # as by a script that is restarted automatically
     assert not done.returncode and "this run is finished" in done.stdout and "step" not in done.stdout
     shorter = [*interrupted, "training.optimization.epochs=1"]
     assert "cut: holds a finished run; " in (message := message_of(shorter)) and other in message
@@ -171,8 +171,8 @@ def test_a_run_does_not_undo_an_interrupted_or_a_finished_one(interrupted):
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_what_is_replaced_stays_until_the_new_run_is_finished(interrupted):
-    """A finished run, then an interrupted one in its place, then a third."""
+def test_a_replaced_run_is_kept_until_the_new_one_is_finished(interrupted):
+    """A finished run is replaced by an interrupted one, and that by a third."""
     folder = load_config(interrupted).run_folder
     train([*interrupted, "training.resume=true"])
     finished = (folder / "model" / "manifest.json").read_bytes()
@@ -187,7 +187,7 @@ def test_what_is_replaced_stays_until_the_new_run_is_finished(interrupted):
     train([*again, "training.resume=true"])
     assert {path.name for path in folder.iterdir()} == {".lock", "config.yaml", "log.jsonl", "model"}
     assert json.loads((folder / "model" / "manifest.json").read_text())["step"] == 40
-    # Whoever starts from that file replaces nothing.
+    # Starting from the stored settings replaces nothing.
     new_process()
     message = message_of(
         [f"dataset={folder / 'config.yaml'}", "training.resume=false", "training.optimization.epochs=1"]
@@ -207,7 +207,7 @@ def test_the_last_checkpoints_are_kept(toy_settings):
     assert log_of(trainer, "resume")[0]["step"] == 6 and not checkpoints(folder)
 
 
-def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
+def test_checkpoints_that_do_not_fit_are_refused(interrupted, toy_data, tmp_path):
     again = [*interrupted, "training.resume=true"]
     for more, message in {
         "model.ffi.fan_in=9": "(checkpoint-7) with model.ffi.fan_in=12, not 9; restore these settings",
@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused(interrupted, toy_data, tmp_path):
 
 
 def test_two_trainings_do_not_share_a_folder(interrupted):
-    """The lock is held while a training is at work, and not after it."""
+    """The lock is held during a training, and released after it."""
     lock = load_config(interrupted).run_folder / ".lock"
     take = f"import fcntl; fcntl.lockf(open({str(lock)!r}, 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 
@@ -255,8 +255,8 @@ def test_two_trainings_do_not_share_a_folder(interrupted):
 
 
 @pytest.mark.parametrize("kilobytes, file", [(60, "checkpoint-14.partial"), (0, "log.jsonl")])
-def test_a_disk_that_is_full_ends_the_run_with_a_sentence(interrupted, kilobytes, file):
-    """In mid-run, whichever file it hits; the checkpoint before stays, and is gone on from."""
+def test_a_full_disk_ends_the_run_with_one_line(interrupted, kilobytes, file):
+    """Whichever file cannot be written, the previous checkpoint stays and can be resumed."""
 
     class Full(Hook):
         def on_step_end(self, trainer):
@@ -274,7 +274,7 @@ def test_a_disk_that_is_full_ends_the_run_with_a_sentence(interrupted, kilobytes
     assert [record["step"] for record in log_of(trainer, "step")] == list(range(1, 61))
 
 
-def test_what_may_change_does(interrupted):
+def test_some_settings_may_change_on_resume(interrupted):
     trainer, _ = train(
         [
             *interrupted,
@@ -288,12 +288,12 @@ def test_what_may_change_does(interrupted):
     assert [record["step"] for record in log_of(trainer, "step")] == list(range(1, 61))
 
 
-def test_a_checkpoint_of_the_version_before_is_refused_and_kept(interrupted):
+def test_a_checkpoint_of_the_previous_format_is_refused_and_kept(interrupted):
     folder = load_config(interrupted).run_folder
     manifest = json.loads((folder / "checkpoint-7" / "manifest.json").read_text())
     del manifest["manifest_sha256"]
     (folder / "checkpoint-7" / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    (folder / "checkpoint-7").rename(folder / "checkpoint.old")  # as it was called, cut off between two renamings
+    (folder / "checkpoint-7").rename(folder / "checkpoint.old")  # under its old name, interrupted between two renames
     message = message_of([*interrupted, "training.resume=true"])
     assert (
         "checkpoint/manifest.json: has format 1, but this version reads 2 of a checkpoint; use the version that wrote it"
@@ -302,7 +302,7 @@ def test_a_checkpoint_of_the_version_before_is_refused_and_kept(interrupted):
     assert (folder / "checkpoint" / "encoder.safetensors").is_file()
 
 
-def test_a_run_at_wandb_goes_on_too(toy_settings, monkeypatch):
+def test_a_wandb_run_is_resumed_too(toy_settings, monkeypatch):
     calls = []
     run = SimpleNamespace(id="run1", log=lambda values, step: None, finish=lambda: None)
     monkeypatch.setattr("wandb.init", lambda **arguments: calls.append((arguments["id"], arguments["resume"])) or run)
@@ -314,7 +314,7 @@ def test_a_run_at_wandb_goes_on_too(toy_settings, monkeypatch):
     assert calls == [(None, "allow"), ("run1", "allow")]
 
 
-def test_without_a_checkpoint_it_begins_and_says_so(toy_settings, capsys):
+def test_without_a_checkpoint_the_run_starts_over_and_says_so(toy_settings, capsys):
     trainer, _ = train(settings_of(toy_settings, "fresh", "training.resume=true", "training.optimization.max_steps=3"))
     assert len(log_of(trainer, "start")) == 1 and trainer.state.step == 3
     assert "no checkpoint to resume from; training from the beginning" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Models and checkpoints that are damaged, forged or hostile: a sentence, or what was saved."""
+"""Damaged, forged and hostile models and checkpoints give a one-line error, or load as saved."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TEXTS = ["w3 w60 w61", "w7 w12", "w40 w50 w51 w52"]
 
 
 class SaveAll(Hook):
-    """A model and a checkpoint of the same step."""
+    """Save a model and a checkpoint of the same step."""
 
     def on_step_end(self, trainer: Trainer) -> None:
         if trainer.state.step == 6:
@@ -52,7 +52,7 @@ class SaveAll(Hook):
 
 @pytest.fixture(scope="module")
 def saved(toy_settings_in, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """A trainer, its settings, and a folder with the model and the checkpoint that it wrote; in memory, for tens of thousands of reads."""
+    """Return a trainer, its settings, and a folder in memory with the model and the checkpoint that it wrote."""
     new_process()
     own = [
         "model.ffi.growth_mode=gradient",
@@ -96,7 +96,7 @@ def message_of(call, *arguments) -> str:
 
 @pytest.mark.parametrize("what", ["model", "checkpoint"])
 def test_a_flipped_bit_is_refused_or_changes_nothing(saved, what):
-    """Any bit of any file; half of them in the manifest, which is where they once went unseen."""
+    """Any bit of any file; half of the cases are in the manifest."""
     folder, random = saved.folder / what, Random(what)
     kind, expected = (MODEL, outcome(folder)) if what == "model" else (CHECKPOINT, None)
     manifest = read_folder(folder, kind)
@@ -109,7 +109,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(saved, what):
         data[random.randrange(len(data))] ^= 1 << random.randrange(8)
         path.write_bytes(data)
         try:
-            # What is restored from a checkpoint follows from its manifest and the files whose checksums that has.
+            # A checkpoint is determined by its manifest and by the files whose checksums the manifest holds.
             assert read_folder(folder, kind) == manifest
             assert expected is None or outcome(folder) == expected
         except UserError as error:
@@ -121,7 +121,7 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(saved, what):
 
 
 def entries_of(value, at=()) -> list[tuple]:
-    """The places of all entries of a manifest."""
+    """Yield the path of every entry of a manifest."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [place for key, child in inner for place in ((*at, key), *entries_of(child, (*at, key)))]
 
@@ -135,8 +135,8 @@ JSON = st.recursive(
 
 
 @pytest.mark.parametrize("what, signed", [("model", True), ("model", False), ("checkpoint", True)])
-def test_a_forged_entry_is_a_sentence_or_another_saved_folder(saved, what, signed):
-    """By somebody who can sign; and of the format before, which nobody did."""
+def test_a_forged_entry_is_refused_or_loads(saved, what, signed):
+    """With a valid digest; and in the previous format, which has none."""
     folder = saved.folder / what
     path = folder / "manifest.json"
     content, plain = path.read_bytes(), json.loads(path.read_bytes())
@@ -175,7 +175,7 @@ def test_a_forged_entry_is_a_sentence_or_another_saved_folder(saved, what, signe
 
 
 def shards(change):
-    """A change of a split head's first shard."""
+    """Return a change of a split head's first shard."""
     return lambda manifest: change(manifest["heads"][0]["shards"][0])
 
 
@@ -235,7 +235,7 @@ def test_a_forged_model_is_refused_before_anything_is_made(model, name):
     assert said in message_of(load_model, model)
 
 
-def test_files_that_are_forged_or_do_not_belong_are_refused(model, tmp_path):
+def test_forged_and_foreign_files_are_refused(model, tmp_path):
     tensors = load_file(model / HEAD)
     tensors["index"][-1, -1] = 24
     save_file(tensors, model / HEAD)
@@ -289,7 +289,7 @@ def test_no_file_of_a_model_or_checkpoint_runs_code(model, checkpoint, saved, tm
     assert not proof.exists()
 
 
-def test_a_manifest_that_never_ends_is_not_read(model):
+def test_an_endless_manifest_is_not_read(model):
     (model / "manifest.json").unlink()
     (model / "manifest.json").symlink_to("/dev/zero")
     assert "manifest.json: is not a regular file" in message_of(load_model, model)
@@ -300,7 +300,7 @@ def test_settings_of_a_model_are_verified_before_they_are_read(model):
     assert "config.yaml: is damaged" in message_of(config_of_model, model, [])
 
 
-def test_a_model_of_the_format_before_loads(model):
+def test_a_model_of_the_previous_format_loads(model):
     expected = outcome(model)
     forge(model, lambda manifest: manifest.update(format=3))
     manifest = json.loads((model / "manifest.json").read_text())
@@ -312,8 +312,8 @@ def test_a_model_of_the_format_before_loads(model):
     assert "damaged, its digest is missing" in message_of(load_model, model)
 
 
-def test_a_disk_that_takes_no_more_is_a_sentence_and_what_was_there_stays(saved, tmp_path):
-    """At every size of file, down to none: whichever library writes it."""
+def test_a_full_disk_is_a_one_line_error_and_keeps_the_old_folder(saved, tmp_path):
+    """The disk takes files up to every size, from zero, whichever library writes them."""
     trainer = saved.trainer
     saved_again, checkpoint = tmp_path / "model", find_checkpoint(trainer.run_folder)
     trainer.save(saved_again)

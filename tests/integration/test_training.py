@@ -1,4 +1,4 @@
-"""The trainer in this process: what is learned, logged, saved, and refused."""
+"""The trainer in this process: learning, logging, saving, and refused settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(settings, *more, hooks=None):
     return trainer, trainer.train()
 
 
-# What a record of the log says that another run of the same training may say otherwise: how often losses were read, and how fast it was.
+# Fields of the log that differ between two runs of one training: when losses were read, and the speed.
 BY_THE_CLOCK = ("seconds", "head_skipped", "texts_per_s", "encoder_ms", "head_ms", "waiting", "gib")
 
 
@@ -55,15 +55,15 @@ def test_a_run_learns_logs_saves_and_loads(toy_settings):
 
     assert log_of(trainer, "start")[0]["kernels"][0].startswith("head: ")
     steps = log_of(trainer, "step")
-    assert [record["step"] for record in steps] == list(range(1, 8 * 20 + 1))  # 611 texts are 20 batches of 32
+    assert [record["step"] for record in steps] == list(range(1, 8 * 20 + 1))  # 611 texts fill 20 batches of 32
     assert all(np.isfinite(record["loss"]) and not record["encoder_skipped"] for record in steps)
     assert steps[-1]["loss"] < steps[0]["loss"] / 3 and steps[-1]["head_skipped"] == 0
-    assert len(list(trainer.encoder.parameters())) == 2  # with weight decay and without: all that an engine sees
+    assert len(list(trainer.encoder.parameters())) == 2  # with and without weight decay: the engine sees only these two
     told = [record for record in steps if "texts_per_s" in record]
     assert told[-1] == steps[-1] and all(
         0 <= record["waiting"] <= 1 and record["head_ms"] > 0 < record["encoder_ms"] for record in told
     )
-    # Each covers the steps since the one before; a step of its rate lasts no longer than all of the training did.
+    # Each record covers the steps since the previous one. No step may take longer than the whole training.
     assert all(32 / record["texts_per_s"] < log_of(trainer, "end")[0]["seconds"] for record in told)
     evaluations = log_of(trainer, "evaluate")
     assert len(evaluations) == 8 and evaluations[-1]["P@1"] == metrics["P@1"]
@@ -84,7 +84,7 @@ def test_a_run_learns_logs_saves_and_loads(toy_settings):
     labels = model.predict(["w3 w60 w61", "w7 w12"], k=2)
     assert (labels[0][0].id, labels[0][0].text) == ("tag03", "name of 3") and 0.5 < labels[0][0].score < 1
     assert {label.id for label in labels[1]} == {"tag07", "tag12"}
-    # Nothing in the model says where on this machine it was made; with its run's folder around it, it can be evaluated.
+    # The model holds no path of this machine. Next to its run's folder it can be evaluated all the same.
     for path in folder.rglob("*"):
         assert path.is_dir() or str(trainer.run_folder.parents[1]).encode() not in path.read_bytes(), path
     alone = shutil.copytree(folder, folder.parents[1] / "alone")
@@ -136,7 +136,7 @@ def test_hooks_are_called_in_order(toy_settings):
         hooks=[record],
     )
     order = [name for name, _ in record.calls]
-    assert set(order) == set(events) - {"on_interrupt"}  # on_rewire comes at step 5 of the 6
+    assert set(order) == set(events) - {"on_interrupt"}  # on_rewire is called at step 5 of 6
     assert order[0] == "on_train_start" and order[-2:] == ["on_save", "on_train_end"]
     ends = [step for name, step in record.calls if name == "on_step_end"]
     assert ends == list(range(1, 7)) and order.count("on_evaluate") == 2
@@ -218,7 +218,7 @@ def test_label_features_augmentation_and_filter(toy_settings, tmp_path):
     (folder / "lbl.json").write_text(
         "".join(json.dumps({"uid": f"l{n}", "title": f"w{n} w{n}"}) + "\n" for n in range(41))
     )
-    # Every test row's own label is filtered: no hit is left.
+    # Each test row's only label is filtered, so no prediction is correct.
     (folder / "filter_labels_test.txt").write_text("".join(f"{n} {n % 41}\n" for n in range(123)))
     lf = [*toy_settings, f"dataset_path={tmp_path / 'lf'}", "data.is_lf_data=true", "data.label_text_file=null"]
     lf += ["data.augment_label_data=true", "training.evaluation.test_evaluate_every=100"]
@@ -252,10 +252,10 @@ def test_wandb_offline(toy_settings, monkeypatch):
     trainer, _ = train(toy_settings, "training.verbose.use_wandb=true", "training.optimization.max_steps=3")
     (log,) = (trainer.run_folder / "wandb").glob("offline-run-*/*.wandb")
     for folder in (trainer.run_folder, trainer.config.dataset_path, Path(__file__).parent):
-        assert str(folder).encode() not in log.read_bytes()  # paths of this machine are nobody's business
+        assert str(folder).encode() not in log.read_bytes()  # no paths of this machine leave it
 
 
-def test_what_is_printed_names_the_split(toy_settings, toy_data, tmp_path, capsys):
+def test_printed_metrics_name_the_split(toy_settings, toy_data, tmp_path, capsys):
     shutil.copytree(toy_data / "toy", tmp_path / "toy")
     for name in ("raw_texts", "labels"):
         (tmp_path / "toy" / f"test_{name}.txt").rename(tmp_path / "toy" / f"dev_{name}.txt")
@@ -300,13 +300,13 @@ def test_contradictions_are_refused_before_training(toy_settings, setting, named
 
 
 @pytest.mark.parametrize("setting", ["data.max_len=25", "model.ffi.fan_in=33", "model.ffi.input_features=64"])
-def test_what_the_encoder_contradicts_is_refused_before_tokenising(toy_settings, setting, tmp_path):
+def test_settings_that_contradict_the_encoder_are_refused_before_tokenising(toy_settings, setting, tmp_path):
     with pytest.raises(UserError, match=setting):
         build_trainer(load_config([*toy_settings, setting, f"data.cache_dir={tmp_path / 'cache'}"]))
     assert not (tmp_path / "cache").exists()
 
 
-def test_roberta_reads_fewer_tokens_than_it_has_positions(toy_settings, tiny_encoder, tmp_path):
+def test_roberta_takes_fewer_tokens_than_it_has_positions(toy_settings, tiny_encoder, tmp_path):
     size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=94)
     RobertaModel(RobertaConfig(max_position_embeddings=14, pad_token_id=1, **size)).save_pretrained(
         tmp_path / "roberta"
@@ -326,7 +326,7 @@ def test_a_run_leaves_no_model_of_an_earlier_one(toy_settings):
     assert {path.name for path in first.run_folder.iterdir()} == {".lock", "config.yaml", "log.jsonl", "model", "notes"}
 
 
-def test_a_diverging_run_stops_and_says_what_to_change(toy_settings):
+def test_a_diverging_run_stops_and_names_the_settings_to_change(toy_settings):
     with pytest.raises(UserError, match=r"loss is not finite at step \d+; lower training.optimization.encoder_lr"):
         train(toy_settings, "training.optimization.encoder_lr=1e30")
 
@@ -349,7 +349,7 @@ def test_damaged_models_are_refused(toy_settings, tmp_path):
 
 @pytest.fixture
 def clusters(toy_settings, toy_data, monkeypatch):
-    """The cluster file of the toy data, made by the command; its path."""
+    """Make the cluster file of the toy data with the command. Returns its path."""
     from xmc_trainer.commands.clusters import main
 
     path = toy_data / "toy" / "label_group0.safetensors"
@@ -360,7 +360,7 @@ def clusters(toy_settings, toy_data, monkeypatch):
     path.unlink()
 
 
-def test_the_meta_branch_helps_along_and_fades(toy_settings, clusters):
+def test_the_meta_branch_adds_to_the_loss_and_decays(toy_settings, clusters):
     def run(*more):
         trainer, metrics = train(toy_settings, "model.auxiliary.use_meta_branch=true", *more)
         return trainer, metrics, log_of(trainer, "step")
@@ -371,14 +371,14 @@ def test_the_meta_branch_helps_along_and_fades(toy_settings, clusters):
     assert weights[0] == 0.4 and weights[20] == pytest.approx(0.2) and weights == sorted(weights, reverse=True)
     assert weights[39] > 0 and set(weights[40:]) == {0.0}
     assert trainer.meta_branch.head.steps == 40 and trainer.head.steps == 160
-    # Without weight it is as if it were not there.
+    # With weight 0 it has no effect.
     _, _, without = run("model.auxiliary.auxloss_scaling=0.0", "training.optimization.max_steps=5")
     plain = log_of(train(toy_settings, "training.optimization.max_steps=5", "log_fname=plain")[0], "step")
     assert [record["loss"] for record in without] == [record["loss"] for record in plain]
 
 
 class FirstOfTen(Ranks):
-    """Rank 0 of ten, as far as a trainer asks before it meets the others."""
+    """Rank 0 of ten, for everything that happens before communication."""
 
     def __init__(self, timeout: timedelta) -> None:
         self.rank, self.size = 0, 10
@@ -410,8 +410,8 @@ def test_more_processes_than_parts_are_refused(toy_settings, clusters, monkeypat
         build_trainer(load_config([*toy_settings, *more]))
 
 
-def test_the_mixed_loss_is_that_of_two_heads_by_hand(toy_settings, clusters):
-    """The first step's loss, from features, weights and clusters, in float64."""
+def test_the_mixed_loss_equals_two_heads_by_hand(toy_settings, clusters):
+    """The first step's loss is computed in float64 from features, weights and clusters."""
     trainer = build_trainer(
         load_config([*toy_settings, "model.auxiliary.use_meta_branch=true", "training.optimization.max_steps=1"])
     )
@@ -457,7 +457,7 @@ def _clusters_of(path):
     return tensors["order"], tensors["offsets"][1:-1]
 
 
-def test_semantic_groups_change_no_name(toy_settings, clusters):
+def test_semantic_groups_keep_label_names(toy_settings, clusters):
     trainer, metrics = train(
         toy_settings, "model.ffi.group_size=4", "model.ffi.semantic_groups=true", "model.ffi.fan_in=20"
     )
@@ -470,7 +470,7 @@ def test_semantic_groups_change_no_name(toy_settings, clusters):
     assert found == pytest.approx(metrics, abs=1e-6)
     best = model.predict(["w3 w60 w61"], k=1)[0][0]
     assert (best.id, best.text) == ("tag03", "name of 3")
-    # Counts moved with their labels.
+    # Counts are reordered with the labels.
     plain = trainer.corpus.label_counts()
     assert sorted(plain) == sorted(corpus.label_counts()) and plain.sum() == len(corpus.train_labels().ids)
     by_hand = np.bincount(corpus.train_labels().ids, minlength=41)
@@ -537,14 +537,14 @@ def test_a_dense_start_becomes_sparse(toy_settings):
     assert [record["step"] for record in log_of(rewired, "rewire")] == [45, 50, 55, 60, 65]
 
 
-def test_a_dense_start_is_neither_waited_for_nor_kept(toy_settings):
+def test_dense_epochs_count_for_neither_early_stopping_nor_the_best_model(toy_settings):
     dense = [*toy_settings, "training.optimization.dense_epochs=2", "model.ffi.rewire_interval=0"]
-    # 20 steps an epoch; the end of the dense epochs would be that of the training.
+    # 20 steps per epoch: the training would end with the dense epochs.
     with pytest.raises(UserError, match="max_steps=40: ends within the 2 dense epochs of 20 steps"):
         build_trainer(load_config([*dense, "training.optimization.max_steps=40"]))
     stop = ["training.evaluation.early_stop_patience=1", "training.evaluation.early_stop_delta=2.0"]
     trainer, _ = train(dense, *stop)
-    # Nothing is better by 200 points: the first evaluation that counts is that of epoch 3, one more ends the training.
+    # No later value is better by 200 points: epoch 3 is the first evaluation that counts, and the next one ends the training.
     assert [record["step"] for record in log_of(trainer, "evaluate")] == [20, 40, 60, 80]
     best, kept = BestModelHook("best", 0.1, dense_epochs=2), []
     for epoch, p1 in enumerate([0.5, 0.9, 0.4, 0.3, 0.6]):
@@ -564,7 +564,7 @@ def test_schedules_and_early_stopping(toy_settings):
     settings += ["training.evaluation.early_stop_patience=2", "training.evaluation.early_stop_metric=R@5"]
     trainer, _ = train(settings, "training.evaluation.early_stop_delta=2.0", "training.optimization.epochs=20")
     steps = log_of(trainer, "step")
-    # Nothing beats the first evaluation by 200 points: two more and it ends.
+    # No value is better by 200 points, so two evaluations after the first end the training.
     assert len(log_of(trainer, "evaluate")) == 3 and len(steps) == 60 and trainer.state.stopped
     rates = [record["encoder_lr"] for record in steps]
     assert (
@@ -577,7 +577,7 @@ def test_schedules_and_early_stopping(toy_settings):
     assert [steps[at]["lr"] for at in (19, 39, 59)] == pytest.approx([2e-2 * 0.1**n for n in reductions])
 
 
-def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tmp_path):
+def test_pretrained_weights_reach_the_encoder(toy_settings, tiny_encoder, tmp_path):
     from xmc_trainer.encoder.loading import load_backbone
 
     state = {f"e.{name}": value * 0 + 0.25 for name, value in load_backbone(str(tiny_encoder)).state_dict().items()}
@@ -587,7 +587,7 @@ def test_weights_from_elsewhere_reach_the_encoder(toy_settings, tiny_encoder, tm
     assert all((value == 0.25).all() for value in trainer.encoder_module.backbone.parameters())
 
 
-def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeypatch, capsys):
+def test_an_encoder_that_cannot_be_compiled_trains_uncompiled(tiny_encoder, monkeypatch, capsys):
     from xmc_trainer.builders.encoder import compile_as_configured
     from xmc_trainer.encoder.loading import load_backbone
     from xmc_trainer.encoder.text_encoder import TextEncoder
@@ -624,7 +624,7 @@ def test_an_encoder_that_cannot_be_compiled_trains_without(tiny_encoder, monkeyp
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_that_overflows_float16_is_repeated(toy_settings, accumulation, monkeypatch):
-    """Its second and third try draw the same dropout, and the head makes its update once: as if nothing had overflowed."""
+    """Repetitions draw the same dropout, and the head makes its update once. The result is as without overflow."""
     settings = [
         *toy_settings,
         f"data.micro_batches={accumulation}",
@@ -664,7 +664,7 @@ def test_a_step_that_overflows_float16_is_repeated(toy_settings, accumulation, m
         assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_step_whose_features_are_not_finite_is_none_for_encoder_and_head(toy_settings, monkeypatch):
+def test_a_step_with_non_finite_features_changes_neither_encoder_nor_head(toy_settings, monkeypatch):
     trainer = build_trainer(load_config([*toy_settings, "training.optimization.max_steps=1"]))
     grad = torch.tensor([[1.0, torch.nan]])
     step = trainer.encoder_step
@@ -672,7 +672,7 @@ def test_a_step_whose_features_are_not_finite_is_none_for_encoder_and_head(toy_s
     monkeypatch.setattr("xmc_trainer.encoder_step.step_was_applied", lambda *_: False)
     step._kept = [(torch.ones(1, 2), torch.ones(1, 2), grad)]
     assert not step.finish()
-    # And one that no loss scale helps ends the training: the head has made a step that the encoder cannot.
+    # A step that overflows at every loss scale ends the training, because the head has already made its update.
     ids = torch.ones(1, 4, dtype=torch.int64)
     step._kept = [(ids, ids, torch.ones(1, trainer.encoder_module.out_features))]
     with pytest.raises(
@@ -693,7 +693,7 @@ def test_float16_finds_its_loss_scale_without_losing_a_step(toy_settings, monkey
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
-def test_passes_are_recorded_for_the_shapes_of_the_first_epoch(toy_settings, monkeypatch, capsys):
+def test_passes_are_captured_for_the_widths_of_the_first_epoch(toy_settings, monkeypatch, capsys):
     trainer = build_trainer(load_config([*toy_settings, "data.micro_batches=2"]))
     flat, given = trainer.accelerator.unwrap_model(trainer.encoder), []
     monkeypatch.setattr(FlatEncoder, "capture", lambda self, shapes, used_up: given.append((shapes, used_up)))
@@ -721,13 +721,13 @@ def test_passes_are_recorded_for_the_shapes_of_the_first_epoch(toy_settings, mon
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.gpu)])
-def test_the_compiled_encoder_trains_alike(toy_settings, accumulation):
+def test_the_compiled_encoder_trains_like_the_uncompiled_one(toy_settings, accumulation):
     steps = 60 if torch.cuda.is_available() else 3
     more = [f"training.optimization.max_steps={steps}", f"data.micro_batches={accumulation}"]
     plain, _ = train(toy_settings, *more)
     compiled, _ = train(toy_settings, *more, "model.encoder.use_torch_compile=true", "log_fname=compiled")
     assert compiled.encoder_module.backbone._compiled_call_impl is not None
-    # The cache of the first training of this process that compiled, not a folder for temporary files.
+    # The cache folder of this process's first compilation.
     kept = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert kept.name == "compiled" and any(kept.iterdir())
     losses = [[record["loss"] for record in log_of(trainer, "step")] for trainer in (plain, compiled)]

@@ -1,4 +1,4 @@
-"""Plans and batches: every text once, the same steps at any number of ranks, padding that means nothing."""
+"""Plans and batches: each text occurs once, steps do not depend on the number of ranks, and padding has no effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAN = {"batch_size": 12, "accumulation": 3, "world_size": 1, "seed": 5, "epoch"
 
 
 def joined(steps: list[list[MicroBatch]]) -> list[list[list[int]]]:
-    """step -> micro-batch -> rows, over all ranks in their order."""
+    """Return the rows of each micro-batch of each step, over all ranks in rank order."""
     return [[np.concatenate(micro.rows).tolist() for micro in step] for step in steps]
 
 
@@ -59,7 +59,7 @@ def test_steps_do_not_depend_on_the_number_of_ranks(length_grouped):
     assert plans[0] == plans[1] == plans[2] == plans[3]
 
 
-def test_the_rows_of_a_step_do_not_depend_on_how_it_is_cut():
+def test_the_rows_of_a_step_do_not_depend_on_its_micro_batches():
     one = [
         sorted(sum(step, [])) for step in joined(plan_epoch(LENGTHS, **(PLAN | {"batch_size": 36, "accumulation": 1})))
     ]
@@ -90,7 +90,7 @@ def padding(steps) -> float:
     return sum(LENGTHS[part].max() * len(part) for part in rows if len(part)) / LENGTHS.sum()
 
 
-def test_length_groups_pad_little_and_come_in_random_order():
+def test_length_groups_need_little_padding_and_are_shuffled():
     grouped = plan_epoch(LENGTHS, **PLAN)
     plain = plan_epoch(LENGTHS, **(PLAN | {"length_grouped": False}))
     assert padding(grouped) < 1.1 < 1.6 < padding(plain)
@@ -115,7 +115,7 @@ def test_batch_size_must_divide_by_the_ranks():
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 4, 12])
-def test_evaluation_takes_the_longest_first(world_size):
+def test_evaluation_starts_with_the_longest_texts(world_size):
     plan = plan_eval(LENGTHS, batch_size=100, world_size=world_size)
     order = np.concatenate([rows for micro in plan for rows in micro.rows])
     assert sorted(order.tolist()) == list(range(1009)) and len(plan) == 11
@@ -134,7 +134,7 @@ PAD = 99
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """(rows as Python lists, the same as a memory-mapped data set of several chunks)."""
+    """Return (rows as Python lists, the same rows as a memory-mapped data set of several chunks)."""
     rng = np.random.default_rng(2)
     rows = {
         "input_ids": [rng.integers(0, 1000, n).tolist() for n in rng.integers(1, 20, 101)],
@@ -179,7 +179,7 @@ def test_a_batch(data, chosen):
 def test_filter_pairs_follow_their_rows(data):
     pairs = Ragged(
         np.arange(101, dtype=np.int32), np.minimum(np.arange(102) * 2, 101)
-    )  # two a row, then one, then none
+    )  # rows have two pairs, one and none
     batch = batch_of(data[1], [50, 3, 100, 0], filter_pairs=pairs)
     assert batch["filter_counts"].tolist() == [1, 2, 0, 2] and batch["filter_ids"].tolist() == [100, 6, 7, 0, 1]
     assert batch["filter_ids"].dtype == batch["filter_counts"].dtype == torch.int32

@@ -30,7 +30,7 @@ def test_bounds_are_even_and_aligned(labels, clusters, align):
 
 
 def blobs(count, size, d=24, seed=0):
-    """`count` directions with `size` labels around each, shuffled; (vectors, the direction of each)."""
+    """Return `size` vectors around each of `count` directions, shuffled, and the direction of each."""
     rng = np.random.default_rng(seed)
     which = rng.permutation(np.repeat(np.arange(count), size))
     centres = rng.standard_normal((count, d))
@@ -44,11 +44,11 @@ def test_neighbours_are_similar(rows_at_once):
     order = balanced_order(lambda n: vectors[n], 256, align=16, seed=3, rows_at_once=rows_at_once)
     assert np.array_equal(np.sort(order), np.arange(256))
     together = np.mean([np.bincount(which[row]).max() / 16 for row in order.reshape(16, 16)])
-    assert together > 0.8  # at random 0.2
+    assert together > 0.8  # 0.2 for random clusters
     assert np.array_equal(order, balanced_order(lambda n: vectors[n], 256, align=16, seed=3, rows_at_once=rows_at_once))
 
 
-def test_two_halves_are_the_best_balanced_cut():
+def test_two_clusters_are_the_best_balanced_halves():
     # Points on an arc: the only sensible balanced halves are the two ends.
     angle = torch.linspace(0, 2.5, 31)[torch.randperm(31, generator=torch.Generator().manual_seed(5))]
     order = balanced_order(lambda n: torch.stack([angle[n].cos(), angle[n].sin()], 1), 31)
@@ -62,7 +62,7 @@ def test_labels_without_texts_and_single_labels():
     assert balanced_order(lambda n: torch.ones(len(n), 3), 1).tolist() == [0]
 
 
-def test_files_remember_their_labels(tmp_path):
+def test_cluster_files_are_tied_to_their_labels(tmp_path):
     ids = [f"l{n}" for n in range(10)]
     made = LabelClusters(np.arange(10)[::-1].astype(np.int32), np.array([0, 4, 10]))
     made.save(tmp_path / "c.safetensors", ids)
@@ -98,7 +98,7 @@ def test_a_flipped_bit_of_a_cluster_file_is_refused_or_changes_nothing(tmp_path)
             assert np.array_equal(found.order, made.order) and np.array_equal(found.offsets, made.offsets)
 
 
-def test_cluster_files_of_the_format_before_load_if_they_can_be_true(tmp_path):
+def test_cluster_files_of_the_previous_format_load_if_consistent(tmp_path):
     ids, path = [f"l{n}" for n in range(6)], tmp_path / "c.safetensors"
     digest = hashlib.sha256("\0".join(ids).encode()).hexdigest()
     for order, offsets, message in [
@@ -133,7 +133,7 @@ IDS = ["3", "9", "10", "20", "100"]
         (object_array([4, 0], [np.int32(1)], [2, 3]), "sorted", "sorted", [1, 2, 4, 3, 0]),
     ],
 )
-def test_the_seeds_files_are_imported(groups, order, read_as, expected, tmp_path):
+def test_spartex_files_are_imported(groups, order, read_as, expected, tmp_path):
     np.save(tmp_path / "g.npy", groups, allow_pickle=True)
     clusters, how = import_npy(tmp_path / "g.npy", IDS, order)
     assert how == read_as and clusters.order.tolist() == expected and clusters.offsets.tolist() == [0, 2, 3, 5]
@@ -142,7 +142,7 @@ def test_the_seeds_files_are_imported(groups, order, read_as, expected, tmp_path
 def test_clusters_of_one_size_are_a_matrix(tmp_path):
     np.save(tmp_path / "g.npy", np.array([["b", "d"], ["c", "a"]]))
     assert import_npy(tmp_path / "g.npy", list("abcd"), None)[0].cluster_of.tolist() == [1, 0, 1, 0]
-    np.save(tmp_path / "g.npy", np.array([[1, 3], [2, 0]]))  # names in order: numbers mean one thing
+    np.save(tmp_path / "g.npy", np.array([[1, 3], [2, 0]]))  # sorted names: numbers are unambiguous
     assert import_npy(tmp_path / "g.npy", list("abcd"), None)[0].cluster_of.tolist() == [1, 0, 1, 0]
 
 
@@ -172,7 +172,7 @@ def test_other_files_are_refused_in_one_line(content, said, tmp_path):
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_imported_file_runs_nothing(tmp_path):
+def test_an_imported_file_runs_no_code(tmp_path):
     hostile = np.empty(1, dtype=object)
     hostile[0] = Trap(str(tmp_path / "caught"))
     np.save(tmp_path / "g.npy", hostile, allow_pickle=True)

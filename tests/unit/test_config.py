@@ -38,7 +38,7 @@ def test_a_complete_spartex_file_loads_with_the_same_values():
             elif isinstance(value, str) and "${" in value:
                 assert got == "./NGAME_ENCODERS/lfamazontitles131k/state_dict.pt"
             else:
-                # This setting is text here, because it has a third value.
+                # A text setting, because it has a third value.
                 assert got == (str(value).lower() if key == "use_torch_compile" else value), f"{path}{key}"
 
     compare(raw, config, "")

@@ -1,4 +1,4 @@
-"""The cache: what is in it, when it is found again, and that nothing half-written is ever left there."""
+"""The token cache: its content, when it is reused, and that nothing partial is left in it."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def test_an_empty_text_is_its_special_tokens(tmp_path):
     bare = tiny_tokenizer()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     found = load(folder, tmp_path / "cache", tokenizer=bare)
-    assert found.train[1]["input_ids"] == [UNK] and min(found.lengths("train")) == 1  # what stands in for no token
+    assert found.train[1]["input_ids"] == [UNK] and min(found.lengths("train")) == 1  # the replacement for no token
 
 
 @pytest.mark.parametrize("layout", ["raw", "lf", "hf"])
-def test_marks_of_files_are_no_text_in_any_layout(tmp_path, layout):
-    """Nor in a prediction, which asks the same function."""
+def test_byte_order_marks_are_not_text_in_any_layout(tmp_path, layout):
+    """Prediction uses the same function."""
     marked = ["\ufeffw0 w1", "w0 w1\r", "\ufeff", "w0 w1"]
     folder, options = tmp_path / "d", {}
     if layout == "raw":
@@ -104,7 +104,7 @@ def test_label_feature_content_with_filter_and_augmentation(tmp_path):
         assert pairs.ids.tolist() == [2] and pairs.offsets.tolist() == [0, 0, 1]
     plain = load(tmp_path / "d", tmp_path / "c", "lf")
     assert plain.filter_pairs is None and len(plain.train) == 2
-    # Propensities are those of the real texts, with augmentation and without.
+    # Propensities count only the real texts, with and without augmentation.
     assert found.texts == again.texts == plain.texts == 2 and len(found.train) == 5
     assert found.label_counts().tolist() == plain.label_counts().tolist() == [1, 1, 1]
 
@@ -126,7 +126,7 @@ def test_many_rows_in_several_processes_keep_their_order(tmp_path, monkeypatch):
     labels = [np.unique(rng.integers(0, 37, rng.integers(1, 5))) for _ in words]
     rows = [(" ".join(f"w{w}" for w in ws), " ".join(map(str, ls))) for ws, ls in zip(words, labels)]
     found = load(write_raw(tmp_path / "d", rows, rows[:7]), tmp_path / "c")
-    assert found.num_labels == 37  # so names are their own numbers
+    assert found.num_labels == 37  # so names equal numbers
     assert found.train["input_ids"][:] == [[CLS, *(ws[:6] + 4).tolist(), SEP] for ws in words]
     assert found.train["labels"][:] == [ls.tolist() for ls in labels]
     assert found.train["length"][:] == [min(len(ws), 6) + 2 for ws in words]
@@ -150,14 +150,14 @@ def test_flatten_lists_of_slices_and_chunks():
     assert empty.ids.tolist() == [] and empty.offsets.tolist() == [0]
 
 
-# What is found again --------------------------------------------------------------------------------------------------
+# Reuse ---------------------------------------------------------------------------------------------------------------
 
 
-def test_second_call_reads_nothing_but_the_cache(tmp_path, monkeypatch):
+def test_a_second_call_reads_only_the_cache(tmp_path, monkeypatch):
     folder, tokenizer = write_raw(tmp_path / "d"), tiny_tokenizer()
     first = load(folder, tmp_path / "c", tokenizer=tokenizer)
     monkeypatch.setattr(corpus, "_build", None)
-    # Another folder with the same content, a tokenizer that was made anew, and one that was called in other ways.
+    # Another folder with the same content, a new equal tokenizer, and one that was called with other options.
     tokenizer(["w0"], truncation=True, max_length=3, padding="max_length")
     copy = write_raw(tmp_path / "elsewhere")
     for again in (load(copy, tmp_path / "c", tokenizer=tokenizer), load(folder, tmp_path / "c")):
@@ -165,7 +165,7 @@ def test_second_call_reads_nothing_but_the_cache(tmp_path, monkeypatch):
         assert again.train.cache_files  # memory-mapped
 
 
-def test_whatever_changes_the_content_changes_the_fingerprint(tmp_path):
+def test_each_change_of_content_changes_the_fingerprint(tmp_path):
     folder = write_raw(tmp_path / "d")
     (folder / "names.tsv").write_text("a\tA\n")
     prints = [load(folder, tmp_path / "c").fingerprint]
@@ -196,7 +196,7 @@ def test_number_of_labels_is_checked_with_and_without_cache(tmp_path):
         load(folder, cache, num_labels=4)
 
 
-# What is left after a failure -----------------------------------------------------------------------------------------
+# Failures -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -206,16 +206,16 @@ def test_number_of_labels_is_checked_with_and_without_cache(tmp_path):
         ({"test": [("w0", "unseen")]}, "the test set has no texts with labels; check its files"),
     ],
 )
-def test_bad_data_leave_nothing(tmp_path, options, said):
+def test_bad_data_leave_no_files(tmp_path, options, said):
     folder = write_raw(tmp_path / "d", **options)
     with pytest.raises(UserError) as caught:
         load(folder, tmp_path / "c")
     assert str(folder) in str(caught.value) and said in str(caught.value)
     assert entries(tmp_path / "c") == []
-    assert entries(folder) == entries(write_raw(tmp_path / "other"))  # nor among the data
+    assert entries(folder) == entries(write_raw(tmp_path / "other"))  # nor in the data folder
 
 
-def test_truncated_gzip_leaves_nothing(tmp_path):
+def test_truncated_gzip_leaves_no_files(tmp_path):
     file = write_lf(tmp_path / "d", [instance(f"w{n}", [0]) for n in range(99)], zipped=True) / "trn.json.gz"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(
@@ -226,14 +226,12 @@ def test_truncated_gzip_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["_write_tokens", "os.replace"])
-def test_interrupted_build_leaves_nothing_and_can_be_repeated(tmp_path, monkeypatch, stage):
+def test_an_interrupted_build_leaves_no_files_and_can_be_repeated(tmp_path, monkeypatch, stage):
     folder = write_raw(tmp_path / "d")
     write_tokens = corpus._write_tokens
 
     def interrupt(*arguments):
-        if (
-            stage == "_write_tokens" and arguments[0].name == "train.arrow"
-        ):  # so that there is something to leave behind
+        if stage == "_write_tokens" and arguments[0].name == "train.arrow":  # so that a partial file exists
             return write_tokens(*arguments)
         raise KeyboardInterrupt
 
@@ -261,8 +259,8 @@ def test_a_cache_that_cannot_be_written(tmp_path):
             load(folder, name)
 
 
-def test_a_disk_that_is_full(tmp_path):
-    """Here the largest file that a process may write: the system says so in the same place as for a full disk."""
+def test_a_full_disk(tmp_path):
+    """Simulated by the limit of a process's file size, which fails where a full disk would."""
     folder = write_raw(tmp_path / "d", [(f"w{n}", "a") for n in range(5000)])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
@@ -317,7 +315,7 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_what_a_dead_builder_left_goes_and_a_live_one_is_not_disturbed(tmp_path):
+def test_leftovers_of_dead_processes_are_removed_and_live_ones_not_disturbed(tmp_path):
     cache, context = tmp_path / "c", multiprocessing.get_context("fork")
     folders = [write_raw(tmp_path / name, [(name, "a")], [(name, "a")]) for name in ("w1", "w2", "w3")]
     builders = []
@@ -328,18 +326,18 @@ def test_what_a_dead_builder_left_goes_and_a_live_one_is_not_disturbed(tmp_path)
         assert begun.wait(20)
     dead, live = builders
     dead.kill(), dead.join()
-    assert len(entries(cache)) == 4  # of each a partial folder and a lock
+    assert len(entries(cache)) == 4  # each has a partial folder and a lock
     found = load(folders[2], cache)
     live_name = next(name.split(".")[0] for name in entries(cache) if name.endswith(".lock"))
     assert [name.split(".")[0] for name in entries(cache)].count(live_name) == 2 and len(entries(cache)) == 3
     live.kill(), live.join()
     assert entries(cache).count(found.fingerprint) == 1
-    for folder in folders[:2]:  # the same data again
+    for folder in folders[:2]:  # the same data
         load(folder, cache)
     assert len(entries(cache)) == 3 and not [name for name in entries(cache) if "." in name]
 
 
-# What lies in the cache is verified -----------------------------------------------------------------------------------
+# Verification ---------------------------------------------------------------------------------------------------------
 
 
 def content_of(found: Corpus):
@@ -347,7 +345,7 @@ def content_of(found: Corpus):
     return found.train[:], found.test[:], found.labels[:], found.texts, pairs.ids.tolist(), pairs.offsets.tolist()
 
 
-def test_flipped_bits_and_truncated_files_are_made_again(tmp_path, caplog):
+def test_damaged_entries_are_made_again(tmp_path, caplog):
     inside = write_lf(tmp_path / "d")
     (inside / "filter_labels_test.txt").write_text("1 2\n")
 
@@ -366,7 +364,7 @@ def test_flipped_bits_and_truncated_files_are_made_again(tmp_path, caplog):
             if isinstance(how, int):
                 bad[how // 8] ^= 1 << how % 8
             changed = {"truncated": content[:-1], "longer": content + b"\0", "empty": b""}.get(how, bytes(bad))
-            file.unlink()  # what is mapped stays
+            file.unlink()  # existing memory maps stay valid
             if how == "a folder":
                 file.mkdir()
             elif how != "gone":
@@ -383,12 +381,12 @@ def test_flipped_bits_and_truncated_files_are_made_again(tmp_path, caplog):
 
 def test_a_damaged_cache_that_cannot_be_made_again(tmp_path, monkeypatch):
     folder = write_raw(tmp_path / "d")
-    monkeypatch.setattr(corpus, "seal", lambda *arguments: None)  # nothing that is written reads back
+    monkeypatch.setattr(corpus, "seal", lambda *arguments: None)  # written files read back differently
     with pytest.raises(UserError, match=r"`cache_dir`=.*manifest.json: No such file or directory just after"):
         load(folder, tmp_path / "c")
 
 
-def test_what_the_source_noticed_is_said_at_every_start(tmp_path, caplog):
+def test_notes_of_the_source_are_logged_at_every_start(tmp_path, caplog):
     folder = write_raw(tmp_path / "d", [("w0", "a"), ("", "b")], [("w3", "a z")])
     (folder / "names.tsv").write_text("a\tA\n")
     said = []

@@ -1,4 +1,4 @@
-"""The encoder: which architectures, whole or refused; nobody's code; optimizer groups; and weights from elsewhere."""
+"""The encoder: architectures, complete weights, no foreign code, optimizer groups, and state dict files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from xmc_trainer.errors import UserError
 
 
 @pytest.mark.parametrize("name", READ)
-def test_an_encoder_is_loaded_whole_saved_and_loaded_again(name, tmp_path):
+def test_an_encoder_loads_completely_and_survives_saving(name, tmp_path):
     backbone = load_backbone(str(save_encoder(name, tmp_path / "a")), for_cpu=True)
     encoder = TextEncoder(backbone, pool_mode="last_nhidden_conlast", feature_layers=2)
     check_padding_is_hidden(encoder, 16, name)
@@ -40,11 +40,13 @@ def test_an_encoder_is_loaded_whole_saved_and_loaded_again(name, tmp_path):
     assert again.state_dict().keys() == backbone.state_dict().keys()
     for key, value in again.state_dict().items():
         assert torch.equal(value, backbone.state_dict()[key]), key
-        assert value.ndim < 2 or any(torch.equal(value, own) for own in written), key  # nothing was made up
+        assert value.ndim < 2 or any(torch.equal(value, own) for own in written), (
+            key
+        )  # no weight was initialised at random
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_encoder_of_masked_texts_is_refused(name, tmp_path):
+def test_models_that_are_not_masked_encoders_are_refused(name, tmp_path):
     said = {
         "fnet": "takes no attention_mask",
         "vit": "takes no input_ids",
@@ -59,7 +61,7 @@ def test_what_is_no_encoder_of_masked_texts_is_refused(name, tmp_path):
 
 
 def renamed(folder: Path, rename) -> None:
-    """The weights of a folder under other names; None leaves one out."""
+    """Rename the weights of a folder; None drops one."""
     state = load_file(folder / "model.safetensors")
     save_file(
         {rename(name): value for name, value in state.items() if rename(name)},
@@ -73,7 +75,7 @@ def renamed(folder: Path, rename) -> None:
     ["_orig_mod.", "module.", "encoder.", "module._orig_mod.", "model.encoder.", "_orig_mod.module.encoder.bert."],
 )
 @pytest.mark.parametrize("name", ["bert", "t5 encoder"])
-def test_a_prefix_before_all_weights_is_stripped_and_said(name, prefix, tmp_path, capsys):
+def test_a_prefix_of_all_weights_is_stripped_with_a_message(name, prefix, tmp_path, capsys):
     plain = load_backbone(str(save_encoder(name, tmp_path))).state_dict()
     assert capsys.readouterr().out == ""
     renamed(tmp_path, lambda weight: prefix + weight)
@@ -82,7 +84,7 @@ def test_a_prefix_before_all_weights_is_stripped_and_said(name, prefix, tmp_path
     assert prefix in capsys.readouterr().out
 
 
-def test_weights_that_are_not_there_are_never_made_up(tmp_path):
+def test_missing_weights_are_never_initialised_at_random(tmp_path):
     folder = str(tmp_path)
     for rename, message in [
         (lambda name: None if "layer.1.output.dense" in name else name, "lack 2 of the encoder's .* weights, such as encoder.layer.1.output.dense.bias"),
@@ -98,11 +100,11 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     two = {f"{prefix}{name}": value for name, value in state.items() for prefix in ("query.", "passage.")}
     save_file({name: value.clone() for name, value in two.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="lack .* such as passage"):  # which of the two?
+    with pytest.raises(UserError, match="lack .* such as passage"):  # ambiguous
         load_backbone(folder)
     save_encoder("bert", tmp_path)
     renamed(tmp_path, lambda name: None if "pooler" in name else name)
-    load_backbone(folder)  # pooling is ours
+    load_backbone(folder)  # the encoder's pooler is not used
     save_file(state | {"embeddings.LayerNorm.weight": torch.ones(3)}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
         UserError, match=r"embeddings.LayerNorm.weight has the shape \[3\], and \[16\] according to config.json"
@@ -113,7 +115,7 @@ def test_weights_that_are_not_there_are_never_made_up(tmp_path):
 @pytest.mark.parametrize("file, content", [("model.safetensors", b""), ("model.safetensors", b"x" * 99), ("config.json", b"{"), ("config.json", b"[]"),
                                            ("config.json", b'{"model_type": "bert", "hidden_size": "a"}'), ("config.json", b'{"model_type": "none"}'),
                                            ("config.json", b"\xff")])  # fmt: skip
-def test_damaged_files_are_a_sentence(file, content, tmp_path):
+def test_damaged_files_are_a_one_line_error(file, content, tmp_path):
     save_encoder("bert", tmp_path)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(UserError, match="cannot be loaded|lack") as error:
@@ -121,7 +123,7 @@ def test_damaged_files_are_a_sentence(file, content, tmp_path):
     assert str(error.value).isprintable()
 
 
-def test_tokenizer_and_longest_position_fit(tmp_path):
+def test_a_tokenizer_and_max_len_must_fit_the_encoder(tmp_path):
     words = {"tokenizer_is": "T", "max_len_is": "M"}
     for name, longest in (("bert", 26), ("roberta", 24), ("bart", 24), ("xlnet", 10**6), ("t5", 10**6)):
         backbone = load_backbone(str(save_encoder(name, tmp_path / name)))
@@ -135,7 +137,7 @@ def test_tokenizer_and_longest_position_fit(tmp_path):
             check_tokens_fit(backbone, grown, 8, **words)
 
 
-def test_a_penultimate_layer_is_read_whole_or_refused(tmp_path):
+def test_a_penultimate_layer_is_complete_or_refused(tmp_path):
     backbone = load_backbone(str(save_encoder("bert", tmp_path / "a")))
     encoder = TextEncoder(backbone, penultimate_size=8)
     encoder.save_pretrained(tmp_path / "b", encoder.state_dict())
@@ -148,7 +150,7 @@ def test_a_penultimate_layer_is_read_whole_or_refused(tmp_path):
         again.load_penultimate(tmp_path / "a")
 
 
-# Nobody's code --------------------------------------------------------------------------------------------------------
+# Foreign code --------------------------------------------------------------------------------------------------------
 
 EVIL = """
 import pathlib
@@ -165,7 +167,7 @@ class Words(PreTrainedTokenizerFast):
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch) -> Path:
-    """A folder of an encoder and its tokenizer with code of their own, and somebody who says yes to everything."""
+    """Return a folder of an encoder and a tokenizer that bring code, while standard input answers yes to every question."""
     folder = save_encoder("bert", tmp_path / "hostile")
     tiny_tokenizer(WORDS).save_pretrained(folder)
     (folder / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "was_run")))
@@ -195,12 +197,12 @@ def test_code_that_comes_with_a_model_is_not_run(hostile, tmp_path, kind, saved)
             assert kind == "evil" or load is load_tokenizer
     assert not (tmp_path / "was_run").exists()
     if kind == "evil" and not saved:
-        load_backbone(str(hostile), trust_remote_code=True)  # who wants it
+        load_backbone(str(hostile), trust_remote_code=True)  # on request
         assert (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize("saved", [False, True])
-def test_pickled_weights_run_nothing(hostile, tmp_path, saved):
+def test_pickled_weights_run_no_code(hostile, tmp_path, saved):
     class Evil:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "was_run",))
@@ -212,10 +214,10 @@ def test_pickled_weights_run_nothing(hostile, tmp_path, saved):
     assert not (tmp_path / "was_run").exists()
 
 
-# Optimizer groups, and weights from elsewhere -------------------------------------------------------------------------
+# Optimizer groups and state dict files --------------------------------------------------------------------------------
 
 
-def test_matrices_decay_and_vectors_do_not_at_every_stage(tiny_encoder: Path):
+def test_only_matrices_decay_at_every_stage(tiny_encoder: Path):
     encoder = TextEncoder(load_backbone(str(tiny_encoder)), penultimate_size=8, penultimate_activation="relu")
     groups = encoder.parameter_groups(1e-4, 1e-2, 0.01)
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
@@ -227,7 +229,7 @@ def test_matrices_decay_and_vectors_do_not_at_every_stage(tiny_encoder: Path):
     assert all(p.ndim > 1 for group in groups[::2] for p in group["params"])
     assert all(p.ndim == 1 for group in groups[1::2] for p in group["params"])
     members = [[id(p) for p in group["params"]] for group in groups]
-    for parameter in encoder.parameters():  # what DeepSpeed does to them
+    for parameter in encoder.parameters():  # as DeepSpeed does
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
     assert [[id(p) for p in group["params"]] for group in encoder.parameter_groups(1e-4, 1e-2, 0.01)] == members
@@ -239,7 +241,7 @@ def test_state_dicts_are_loaded_safely_or_refused(tiny_encoder, tmp_path):
         for parameter in source.parameters():
             parameter.add_(1.0)
     state = {f"encoder.{name}": value for name, value in source.state_dict().items()} | {"classifier": torch.ones(3)}
-    # Older versions of transformers saved these; they are counted, not trained.
+    # Older versions of transformers saved these position counters; they are no weights.
     state["encoder.embeddings.position_ids"] = torch.arange(24)[None]
     state["encoder.pooler.extra"] = torch.ones(3)
     torch.save(state, tmp_path / "ngame.pt")
@@ -277,11 +279,11 @@ def test_state_dicts_are_loaded_safely_or_refused(tiny_encoder, tmp_path):
     ]:
         with pytest.raises(UserError, match=message) as error:
             load_state_dict_file(target, str(tmp_path / file), prefix)
-        assert str(error.value).isprintable(), file  # one line, without the colours of torch's messages
+        assert str(error.value).isprintable(), file  # one line, without the terminal codes of torch's messages
     assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
 
 
-def test_a_missing_tokenizer_is_named_by_the_setting_that_was_written(tmp_path):
+def test_a_missing_tokenizer_names_the_setting_that_was_given(tmp_path):
     for field in ("encoder_model", "encoder_tokenizer"):
         config = load_config(["dataset=wordnet", f"model.encoder.{field}={tmp_path / 'none'}"])
         with pytest.raises(UserError, match=f"model.encoder.{field}={tmp_path / 'none'}: "):

@@ -1,4 +1,4 @@
-"""How the engine is set up, and ways to start a run that would train wrongly, or not together: refused, with the remedy."""
+"""The engine's setup. Starts that would train wrongly, or not together, are refused with a remedy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TWO = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """A function that sets variables; those of launchers that may be around these tests are gone."""
+    """Return a function that sets variables, after removing those of launchers."""
     for name in list(os.environ):
         if name.startswith(("ACCELERATE_", "SLURM_", "OMPI_", "PMI_")) or name in TWO:
             monkeypatch.delenv(name)
@@ -57,7 +57,7 @@ def environment(monkeypatch):
 
 @pytest.fixture
 def started(monkeypatch):
-    """What the process group and the Accelerator were made with; it says that it is alone."""
+    """Return the arguments of process group and Accelerator; the fake Accelerator reports one process."""
     arguments = {}
     monkeypatch.setattr(engine, "form_process_group", lambda *given: arguments.update(group=given))
 
@@ -78,16 +78,16 @@ def build(**change):
     return build_accelerator(**arguments | change)
 
 
-def test_the_shipped_way_passes(environment, started):
+def test_the_shipped_configurations_pass(environment, started):
     environment(ACCELERATE)
     build()
     settings = started["deepspeed_plugin"]
     assert (settings["train_batch_size"], settings["train_micro_batch_size_per_gpu"]) == (24, 12)
     environment({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2", "ACCELERATE_GRADIENT_CLIPPING": "0.5"})
-    build(max_grad_norm=0.5)  # said twice, but the same
+    build(max_grad_norm=0.5)  # given twice, with equal values
 
 
-def test_processes_that_would_train_alone(environment, started):
+def test_processes_that_would_train_alone_are_refused(environment, started):
     environment(TWO)
     with pytest.raises(
         UserError, match="2 processes were started but would not train together; start them with accelerate"
@@ -96,7 +96,7 @@ def test_processes_that_would_train_alone(environment, started):
     assert started["group"] == ("gloo", timedelta(minutes=7), "its timeout")
 
 
-def test_a_batch_that_does_not_divide(environment, started):
+def test_a_batch_that_is_not_divisible_is_refused(environment, started):
     environment(TWO)
     with pytest.raises(UserError, match="`micro_batch`=33: is not divisible by the 2 processes; change one"):
         build(micro_batch=33)
@@ -133,7 +133,7 @@ def test_a_batch_that_does_not_divide(environment, started):
         ({"ACCELERATE_USE_FSDP": "true"}, None, "FSDP is not supported"),
     ],
 )
-def test_accelerate_is_told_something_else(environment, started, variables, argument, message):
+def test_contradicting_accelerate_options_are_refused(environment, started, variables, argument, message):
     environment(ACCELERATE | variables)
     with pytest.raises(UserError, match=message):
         build(deepspeed_config=argument)
@@ -152,11 +152,11 @@ def test_accelerate_is_told_something_else(environment, started, variables, argu
         ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, "started only one process"),
     ],
 )
-def test_processes_that_do_not_know_of_each_other(environment, variables, message):
+def test_processes_without_a_common_group_are_refused(environment, variables, message):
     environment(variables)
     with pytest.raises(UserError, match=message):
         launched_processes()
-    environment(TWO)  # a launcher inside
+    environment(TWO)  # a launcher within the task
     assert launched_processes() == 2
 
 
@@ -178,7 +178,7 @@ def test_processes_that_do_not_know_of_each_other(environment, variables, messag
         ({"SLURM_STEP_NUM_TASKS": "2(x3)"}, r"SLURM_STEP_NUM_TASKS='2\(x3\)' in the environment"),
     ],
 )
-def test_variables_that_no_launcher_sets_so(environment, variables, message):
+def test_invalid_launcher_variables_are_refused(environment, variables, message):
     environment(variables)
     with pytest.raises(UserError, match=message):
         launched_processes()
@@ -194,7 +194,7 @@ def test_a_port_in_use(environment):
             form_process_group("gloo", timedelta(seconds=3))
 
 
-def test_one_process_is_no_matter_what(environment):
+def test_one_process_is_accepted_with_any_variables(environment):
     for variables in ({}, {"SLURM_NTASKS": "4"}, {"SLURM_STEP_NUM_TASKS": "1"}, {"ACCELERATE_USE_CPU": "False"}):
         environment(variables)
         assert launched_processes() == 1
@@ -226,14 +226,14 @@ def test_one_process_is_no_matter_what(environment):
         ),
     ],
 )
-def test_a_deepspeed_json_that_contradicts(tmp_path, change, message):
+def test_a_contradicting_deepspeed_json_is_refused(tmp_path, change, message):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(json.loads(Path(ZERO2).read_text()) | change))
     with pytest.raises(UserError, match=message):
         deepspeed_settings(str(path), "no", 2, 4, 3, 0.0)
 
 
-def test_a_deepspeed_json_that_is_none(tmp_path):
+def test_an_invalid_deepspeed_json_is_refused(tmp_path):
     path = tmp_path / "ds.json"
     for text, message in [("[]", "must be JSON objects; start from"), ("{", "line 1: not valid JSON")]:
         path.write_text(text)
@@ -255,7 +255,7 @@ def test_a_deepspeed_json_that_is_none(tmp_path):
             deepspeed_settings(str(path), "no", 1, 4, 1, 0.0)
     path.write_text("{}")
     settings = deepspeed_settings(str(path), "bf16", 1, 4, 2, 0.5)
-    assert not settings["timers"]["throughput"]["enabled"]  # it makes the host wait for the GPU
+    assert not settings["timers"]["throughput"]["enabled"]  # it synchronises host and GPU
     assert (
         settings["zero_optimization"] == {"stage": 0}
         and settings["bf16"]["enabled"]
@@ -268,7 +268,7 @@ def test_a_deepspeed_json_that_is_none(tmp_path):
     ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com Extra inputs are not permitted"),
     ({"fp16": {"initial_scale_power": []}}, "initial_scale_power"),
 ])  # fmt: skip
-def test_what_deepspeed_refuses_is_said_before_the_model_is_loaded(change, message, tmp_path, environment, started):
+def test_deepspeeds_own_refusals_come_before_the_model_is_loaded(change, message, tmp_path, environment, started):
     path = tmp_path / "zero2.json"
     path.write_text(json.dumps(json.loads(Path(ZERO2).read_text()) | change))
     environment(ACCELERATE | {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
@@ -282,7 +282,7 @@ def test_the_shipped_deepspeed_files_pass(tmp_path, environment, started):
         environment(ACCELERATE | {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
         build()
         assert "zero_optimization" in started["deepspeed_plugin"]
-    # What accelerate fills in from the model.
+    # Values that accelerate takes from the model.
     path = tmp_path / "auto.json"
     path.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}')
     environment({"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)})
@@ -331,7 +331,7 @@ def test_the_loss_scale_starts_at_4096_with_and_without_deepspeed(precision, fir
     assert not first_scale or 2 ** settings["fp16"]["initial_scale_power"] == first_scale
 
 
-def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(environment, monkeypatch):
+def test_the_gpu_is_chosen_by_number_without_a_launcher(environment, monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -347,12 +347,12 @@ def test_the_gpu_is_chosen_by_number_unless_a_launcher_does(environment, monkeyp
 
 
 @pytest.mark.gpu
-def test_the_scaler_on_a_gpu_starts_there(fresh_accelerator):
+def test_the_scaler_on_a_gpu_starts_at_4096(fresh_accelerator):
     assert build_accelerator(mixed_precision="fp16", **ON_A_GPU).scaler.get_scale() == 4096.0
 
 
-def test_padding_behind_a_part_of_zero_3_is_nobodys_weight():
-    """DeepSpeed leaves it unset: were it looked at, a training could be told that its weights are not finite."""
+def test_padding_of_zero_3_partitions_is_not_a_weight():
+    """DeepSpeed does not initialise the padding. If it were checked, a training could be refused for non-finite weights."""
     layer, expected = torch.nn.Linear(5, 1), torch.arange(5.0)
     for rank, (weights, biases) in enumerate([(2, 1), (2, 0), (1, 0)]):
         for parameter in layer.parameters():

@@ -1,4 +1,4 @@
-"""Files that are replaced, and those that are not."""
+"""Which files are replaced atomically, and which are appended to."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 from xmc_trainer.files import CannotWrite, remove, replacing, settle, write_text
 
 
-def test_file_that_is_open_already_keeps_what_it_holds(tmp_path: Path) -> None:
-    # /dev/stdout after `>> all.jsonl`: to replace that file would lose what it holds.
+def test_an_open_file_keeps_its_content(tmp_path: Path) -> None:
+    # /dev/stdout after `>> all.jsonl`: replacing that file would lose its content.
     file, link = tmp_path / "all.jsonl", tmp_path / "link"
     file.write_text("before\n")
     with open(file, "a") as opened:
@@ -22,12 +22,12 @@ def test_file_that_is_open_already_keeps_what_it_holds(tmp_path: Path) -> None:
             with replacing(path) as out:
                 out.write("after\n")
         assert file.read_text() == "before\nafter\nafter\n"
-        file.unlink()  # it has no name any more
+        file.unlink()  # the file was deleted
         write_text(link, "more\n")
     assert os.listdir(tmp_path) == ["link"]
 
 
-def test_replaced_file_is_as_secret_as_before(tmp_path: Path) -> None:
+def test_a_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
     file = tmp_path / "secret"
     file.write_text("old")
     file.chmod(0o600)
@@ -37,7 +37,7 @@ def test_replaced_file_is_as_secret_as_before(tmp_path: Path) -> None:
     assert (file.read_text(), stat.S_IMODE(file.stat().st_mode)) == ("new", 0o600)
 
 
-def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
+def test_circular_links_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     with pytest.raises(CannotWrite, match="correct the circular links"):
@@ -45,7 +45,7 @@ def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
     assert all(path.is_symlink() for path in tmp_path.iterdir())
 
 
-def test_of_a_link_in_a_folders_place_the_link_alone_is_removed(tmp_path: Path) -> None:
+def test_removing_a_linked_folder_removes_only_the_link(tmp_path: Path) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run.mkdir()
     elsewhere.mkdir()

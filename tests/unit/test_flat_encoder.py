@@ -1,4 +1,4 @@
-"""A flat encoder trains and saves as the encoder itself does, and shows the engine a handful of parameters."""
+"""A flat encoder trains and saves like the encoder itself, with only a few parameters for the engine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def batch():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_it_trains_as_the_encoder_does(encoder, batch, accumulate):
+def test_it_trains_like_the_encoder(encoder, batch, accumulate):
     plain, before = copy.deepcopy(encoder), encoder(*batch).detach()
     flat = FlatEncoder(encoder, encoder.parameter_groups(*RATES))
     assert len(list(flat.parameters())) == 4 and all(p.ndim == 1 for p in flat.parameters())
@@ -50,11 +50,11 @@ def test_it_trains_as_the_encoder_does(encoder, batch, accumulate):
     assert len({value.untyped_storage().data_ptr() for value in state.values()}) == len(state)
 
 
-def test_the_encoder_follows_what_the_engine_makes_of_it(encoder, batch):
+def test_the_encoders_views_follow_the_engines_tensors(encoder, batch):
     flat = FlatEncoder(encoder, encoder.parameter_groups(*RATES))
     flat.to(torch.bfloat16)
     flat.attach()
-    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}  # the pooler, which is not trained, too
+    assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}  # including the pooler, which is not trained
     flat.eval()
     assert not encoder.training
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_the_encoder_follows_what_the_engine_makes_of_it(encoder, batch):
         assert flat(*batch).dtype == torch.bfloat16
 
 
-def test_every_part_has_the_encoders_name_and_shape(encoder):
+def test_every_part_keeps_the_encoders_name_and_shape(encoder):
     expected = {name: p.shape for name, p in encoder.named_parameters() if p.requires_grad}
     assert dict(part for _, parts in named_parts(encoder) for part in parts) == expected
     flat = FlatEncoder(encoder, encoder.parameter_groups(*RATES))

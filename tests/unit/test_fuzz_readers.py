@@ -1,4 +1,4 @@
-"""Whatever stands in the files of a data set: its rows, or a sentence. Never another exception, never a lost row."""
+"""Any content of a data set's files gives all its rows or a UserError: no other exception, and no lost row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xmc_trainer.errors import UserError
 
 fuzz = settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck), database=None)
 
-# Texts with what makes trouble: half surrogate pairs, zero bytes, odd blanks, marks of encodings, long digits.
+# Difficult texts: lone surrogates, zero bytes, unusual blanks, byte order marks, long numbers.
 ODD = [
     "",
     " ",
@@ -70,7 +70,7 @@ def lines(line: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """The content with some bits flipped, or cut off."""
+    """Flip some bits of the content, or truncate it."""
     changed = bytearray(content)
     for place in draw(st.lists(st.integers(0, max(len(changed) * 8 - 1, 0)), max_size=3)):
         if changed:
@@ -79,7 +79,7 @@ def damaged(draw, content: bytes) -> bytes:
 
 
 def check(make_source, folder: Path, train_rows: int | None = None) -> None:
-    """Read everything; `train_rows`: how many there must be if it can be read."""
+    """Read everything. `train_rows`: the number of rows if it can be read."""
     try:
         source = make_source(folder)
         contents = source.read()
@@ -102,7 +102,7 @@ def fresh() -> Path:
 
 
 def replaced(data, file: Path, content: st.SearchStrategy[bytes]) -> bytes | None:
-    """Put other content into a file, or a folder in its place (None)."""
+    """Write other content to a file, or put a folder in its place (None)."""
     file.unlink(missing_ok=True)
     if data.draw(st.integers(0, 30)) == 7:
         file.mkdir()
@@ -200,7 +200,7 @@ def test_parquet(data):
             file = folder / f"{split}.parquet"
             try:
                 pq.write_table(pa.table(columns), file)
-            except (pa.ArrowException, UnicodeEncodeError):  # Parquet has not all of Arrow's types
+            except (pa.ArrowException, UnicodeEncodeError):  # Parquet lacks some of Arrow's types
                 pq.write_table(pa.table({"text": ["w"] * size, "labels": [["a"]] * size}), file)
             if data.draw(st.integers(0, 3)) == 0:
                 file.write_bytes(data.draw(damaged(file.read_bytes())))

@@ -1,4 +1,4 @@
-"""Generated data sets: the same for any number of processes, of the shape that was asked for, and something to learn."""
+"""Generated data sets do not depend on the number of processes, have the requested shape, and can be learned."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ def test_means_are_the_published_ones(name):
         assert (np.delete(steps, starts - 1) > 0).all()  # ascending, without repeats, in each text
 
 
-def test_the_tail_is_that_of_a_set_whose_tail_was_counted():
+def test_the_tail_is_like_sid_gnd_en():
     """SID-GND-EN: 83 % of the labels have at most five texts (docs/results.md)."""
     counts = counts_of(Shape(41_333, 1, 22_625, labels_a_text=2.745, words_a_text=5.0))
     assert (counts <= 5).mean() == pytest.approx(0.83, abs=0.02)
 
 
 def test_frequent_labels_are_spread_over_the_ids():
-    """Ranks own ranges of ids: each must have its share of positives."""
+    """Ranks own ranges of ids, so each range must have its share of positives."""
     counts = counts_of(Shape(20_000, 1, 10_000, labels_a_text=20.0, words_a_text=2.0))
     quarters = counts.reshape(4, -1).sum(1) / counts.sum()
     assert quarters == pytest.approx([0.25] * 4, abs=0.02) and np.sort(counts)[-100:].sum() > 0.1 * counts.sum()
 
 
-def test_words_tell_the_labels():
-    """Naive Bayes on the words of frequent labels finds a test text's label far more often than the most frequent label does."""
+def test_words_predict_the_labels():
+    """Naive Bayes on the words of frequent labels beats predicting the most frequent label by far."""
     shape = Shape(6000, 500, 300, labels_a_text=3.0, words_a_text=40.0, vocabulary=3000)
     score = np.ones((shape.labels, shape.vocabulary))
     for made in blocks_of(shape):
@@ -90,7 +90,7 @@ def test_words_tell_the_labels():
     assert hits > 0.6 * shape.test_texts > 3 * popular
 
 
-def test_made_up_words_are_different_words():
+def test_made_up_words_are_distinct():
     words = made_up_words(30_000)
     assert len(set(words)) == 30_000 and all(word.isalpha() for word in words) and len(words[0]) == 4
 
@@ -100,7 +100,7 @@ def command(monkeypatch, *words):
     cli.main()
 
 
-def test_the_command_writes_times_and_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_data_and_refuses_invalid_arguments(tmp_path, monkeypatch, capsys):
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("[PAD]\nprinter\n##ing\nof\nkettle\n")
     options = ["--like", "amazon3m", "--scale", "0.0001", "--workers", "1", "--vocabulary", vocabulary]

@@ -18,7 +18,7 @@ LABELS, FEATURES, TEXTS = 211, 48, 37
 OPTIMIZERS = {
     "sgd": SGD(),
     "momentum": SGD(momentum=0.9),
-    "adamw": AdamW(eps=1e-4),  # larger than the noise of a gradient of zero
+    "adamw": AdamW(eps=1e-4),  # above the rounding noise of a zero gradient
     "rowwise_rmsprop": RowwiseRMSprop(eps=1e-4),
 }
 WITH_BYTES = OPTIMIZERS | {"adamw_8bit": AdamW(eps=1e-4, eight_bits=True)}
@@ -28,7 +28,7 @@ SHAPES = [(None, 1), (1, 1), (12, 1), (12, 4), (12, 64), (48, 1)]
 
 @pytest.fixture(params=["reference", "torch_sparse"], autouse=True)
 def backend(request, monkeypatch):
-    """Every test runs on each backend in plain torch; the one by PyG's kernels where that package is installed."""
+    """Run each test on the reference backend, and on torch_sparse if PyG's package is installed."""
     if request.param == "torch_sparse":
         pytest.importorskip("torch_sparse", reason="the torch_sparse backend needs PyG's torch_sparse")
     monkeypatch.setattr(f"{__name__}.BACKEND", request.param)
@@ -84,7 +84,7 @@ def test_micro_batches_equal_one_batch(optimizer, reduction):
                 texts_in_step=TEXTS,
                 engine_divisor=4.0,
             )
-            (loss / 4).backward()  # as an engine that averages over micro-batches does
+            (loss / 4).backward()  # like an engine that averages over micro-batches
             parts_loss += loss.item()
         assert parts_loss == pytest.approx(whole_loss.item(), rel=1e-5)
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6)
@@ -139,7 +139,7 @@ def test_shards_and_tiles_train_as_the_whole(group_size, optimizer, dtype):
     for feat, ids, counts in batches(3):
         loss = whole(feat, ids, counts).item()
         assert sum(shard(feat, ids, counts).item() for shard in shards) == pytest.approx(loss, rel=1e-5)
-    # bfloat16 makes float32's last digit visible where it tips a rounding: all but a few elements agree exactly.
+    # Differences in float32's last digit may change the rounding to bfloat16, so a few elements may differ.
     for name in ("weight", "bias", "index"):
         joined = torch.cat([getattr(shard, name) for shard in shards])
         if name == "index":
@@ -149,7 +149,7 @@ def test_shards_and_tiles_train_as_the_whole(group_size, optimizer, dtype):
             assert close.double().mean() >= (0.98 if dtype == torch.bfloat16 else 1.0)
 
 
-def test_labels_are_shared_out_whole_groups_at_a_time():
+def test_labels_are_sharded_by_whole_groups():
     for labels, group, size in [(211, 1, 3), (211, 32, 3), (64, 32, 2), (7, 1, 7)]:
         ranges = [label_range(labels, group, rank, size) for rank in range(size)]
         assert [label for part in ranges for label in part] == list(range(labels))
@@ -159,8 +159,8 @@ def test_labels_are_shared_out_whole_groups_at_a_time():
         label_range(64, 32, 0, 3)
 
 
-def test_bfloat16_weights_follow_float32_ones_where_rounding_to_nearest_stands_still():
-    # Updates of 1/40 of the spacing of bfloat16: rounded to nearest, every one of them would vanish.
+def test_stochastic_rounding_follows_float32_where_rounding_to_nearest_stalls():
+    # Updates are 1/40 of bfloat16's spacing: rounding to nearest would drop all of them.
     head = FixedFanInHead(4, 4000, fan_in=2, bias=False, optimizer=SGD(), lr=1.0, weight_dtype=torch.bfloat16, seed=1)
     head.weight.fill_(1.0)
     feat, none = torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64)
@@ -181,7 +181,7 @@ def test_a_non_finite_feature_never_reaches_a_weight(bad, dtype):
     feat[3, 5] = bad
     feat.requires_grad_()
     head(feat, ids, counts).backward()
-    assert not torch.isfinite(feat.grad).all()  # so that a loss scaler sees the overflow
+    assert not torch.isfinite(feat.grad).all()  # so that a loss scaler notices the overflow
     assert head.skipped.item() == 1
     for name, tensor in head.named_buffers():
         assert name == "skipped" or torch.equal(tensor, before[name]), name
@@ -219,7 +219,7 @@ def test_gradient_keeps_the_dtype_and_the_loss_scale_stays_out_of_the_head():
 @pytest.mark.parametrize("shards", [1, 3])
 def test_topk_sorts_by_score_then_label(shards, fan_in, group_size):
     whole = make_head(fan_in=fan_in, group_size=group_size)
-    # Few distinct scores: most of the ranking is decided by ties.
+    # With few distinct scores, most of the ranking depends on ties.
     whole.weight.copy_((whole.weight * 3).round())
     generator = torch.Generator().manual_seed(3)
     feat = torch.randint(-1, 2, (TEXTS, FEATURES), generator=generator).float()
@@ -246,7 +246,7 @@ def test_topk_sorts_by_score_then_label(shards, fan_in, group_size):
     assert unpack_candidates(torch.cat(keys, 1).topk(7).values)[1].tolist() == expected
 
 
-def test_topk_says_where_there_are_no_more_labels():
+def test_topk_marks_missing_labels():
     head = FixedFanInHead(8, 3, fan_in=4)
     score, label = head.topk(torch.randn(2, 8), 5, torch.tensor([1]), torch.tensor([0, 1]))
     assert sorted(label[0].tolist()[:3]) == [0, 1, 2] and label[0].tolist()[3:] == [-1, -1]
@@ -262,7 +262,7 @@ def test_impossible_shapes_are_refused():
         make_head(text_reduction="max")
 
 
-def test_torch_sparse_is_refused_where_it_is_not_pyg_s(tmp_path, monkeypatch):
+def test_another_package_named_torch_sparse_is_refused(tmp_path, monkeypatch):
     def refuse(match):
         select_backend.cache_clear()
         monkeypatch.delitem(sys.modules, "torch_sparse", raising=False)
@@ -284,7 +284,7 @@ def test_torch_sparse_is_refused_where_it_is_not_pyg_s(tmp_path, monkeypatch):
     refuse("PyG's torch_sparse is not installed; pip install")
 
 
-def test_index_is_int16_where_the_features_allow():
+def test_the_index_is_int16_for_few_features():
     assert FixedFanInHead(32768, 3, fan_in=4).index.dtype == torch.int16
     wide = FixedFanInHead(40000, 300, fan_in=4)
     assert wide.index.dtype == torch.int32 and wide.index.max() > 32768 and wide.index.min() >= 0
@@ -295,7 +295,7 @@ def test_index_is_int16_where_the_features_allow():
 @pytest.mark.gpu
 @pytest.mark.parametrize("fan_in, group_size", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gpu_computes_what_a_cpu_does(fan_in, group_size, dtype):
+def test_a_gpu_gives_the_results_of_a_cpu(fan_in, group_size, dtype):
     heads = [
         make_head("adamw", fan_in=fan_in, group_size=group_size, weight_dtype=dtype, device=device)
         for device in ("cpu", "cuda")

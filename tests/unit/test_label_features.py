@@ -1,4 +1,4 @@
-"""Sums over each label's texts, and heads that start from them, against loops in plain Python."""
+"""Sums over each label's texts, and heads initialised from them, against plain Python loops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXTS, LABELS, D = 60, 31, 20
 
 @pytest.fixture
 def texts(monkeypatch):
-    """(features float16 [N, D], label lists): label 7 has no text, feature 3 is constant."""
+    """Return (features float16 [N, D], label lists). Label 7 has no text, and feature 3 is constant."""
     monkeypatch.setattr(label_features, "ROWS_AT_ONCE", 7)
     rng = np.random.default_rng(0)
     lists = [sorted(set(rng.integers(0, LABELS, rng.integers(1, 5))) - {7}) for _ in range(TEXTS)]
@@ -51,8 +51,8 @@ def test_sums_and_moments(texts, rows):
             np.testing.assert_allclose(total[place], features[own].astype(np.float64).sum(0), rtol=1e-5, atol=1e-5)
 
 
-def test_features_that_find_no_room(tmp_path):
-    """The room is taken before the first page is written: a full disk is a sentence, no signal."""
+def test_features_on_a_full_disk(tmp_path):
+    """Space is reserved before the first write, so a full disk is an error and not a SIGBUS."""
     array = label_features.array_on_disk(tmp_path / "f.npy", (1000, 8))
     assert (array.dtype, array.shape) == (np.float16, (1000, 8)) and not array.any()
     assert (tmp_path / "f.npy").stat().st_blocks * 512 >= 16_000
@@ -60,7 +60,7 @@ def test_features_that_find_no_room(tmp_path):
         label_features.array_on_disk(tmp_path / "g.npy", (10**12, 768))
 
 
-def test_a_constant_that_float16_rounds_up_and_down_is_constant(texts):
+def test_a_constant_with_float16_rounding_noise_is_constant(texts):
     features, lists = texts
     features[:, 5] = np.where(np.arange(TEXTS) % 2, np.float16(1.5), np.nextafter(np.float16(1.5), np.float16(2)))
     features[:, 6] = np.where(np.arange(TEXTS) % 2, 1.5, 1.51)
@@ -69,7 +69,7 @@ def test_a_constant_that_float16_rounds_up_and_down_is_constant(texts):
 
 
 def standardised(features, lists):
-    """(z sums [L, D], counts [L], mean, deviation) in float64, by hand."""
+    """Compute (z sums [L, D], counts [L], mean, deviation) in float64 by plain loops."""
     x = features.astype(np.float64)
     mean, deviation = x.mean(0), x.std(0)
     z = np.divide(x - mean, deviation, out=np.zeros_like(x), where=deviation > 0)
@@ -82,7 +82,7 @@ def standardised(features, lists):
 
 
 @pytest.mark.parametrize("fan_in, group_size, shards", [(6, 1, 1), (6, 1, 3), (6, 4, 2), (None, 1, 2), (20, 1, 1)])
-def test_a_head_starts_where_its_labels_texts_stand_out(texts, fan_in, group_size, shards):
+def test_a_head_starts_from_the_features_of_its_labels_texts(texts, fan_in, group_size, shards):
     sums, counts, mean, deviation = standardised(*texts)
     options = dict(fan_in=fan_in, group_size=group_size, tile_labels=9, seed=2, first_bias=-3.0)
     for rank in range(shards):
@@ -125,9 +125,9 @@ def test_correlations(texts, rows):
 
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_a_discriminant_index_is_that_of_ridge_regression(texts, group_size):
-    """The slopes of the least squares fit of "has the label" on the features are the discriminant's direction."""
+    """The discriminant's direction is the least squares fit of "has the label" on the features."""
     features, lists = texts
-    # Pairs of features that say nearly the same, where the discriminant and the means disagree.
+    # Pairs of strongly correlated features, for which discriminant and means disagree.
     rng = np.random.default_rng(1)
     features[:, D // 2 :] = features[:, : D // 2] + 0.3 * rng.normal(size=(TEXTS, D // 2))
     sums, counts, mean, deviation = standardised(features, lists)
@@ -172,7 +172,7 @@ def test_both_parts_of_a_split_head_start_from_their_labels(texts):
 
 
 @pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
-def test_the_best_constant_has_no_slope(loss):
+def test_the_best_constant_has_a_zero_gradient(loss):
     from xmc_trainer.head.losses import LOSSES
 
     share = torch.tensor([0.001, 0.2, 0.9])
@@ -184,13 +184,13 @@ def test_the_best_constant_has_no_slope(loss):
 
 
 @pytest.mark.parametrize("counts, texts, init, odds", [
-    ([4, 4], 4, "prior", [8.5 / 0.5] * 2),  # every output is a positive of every text
+    ([4, 4], 4, "prior", [8.5 / 0.5] * 2),  # every output is positive for every text
     ([0, 0], 4, "prior", [0.5 / 8.5] * 2),
     ([4, 4], 4, "frequency", [89] * 2),  # (4 + 8.5 / 9) of 5
     ([4, 0], 4, "frequency", [9, 1 / 9]),  # (4 + 0.5) and 0.5 of 5
     ([3], 4, "zero", [1]),
 ])  # fmt: skip
-def test_where_biases_start(counts, texts, init, odds):
+def test_starting_biases(counts, texts, init, odds):
     odds = torch.tensor(odds)
     torch.testing.assert_close(starting_bias("bce", init, torch.tensor(counts), texts), odds.log())
     expected = torch.zeros(len(counts)) if init == "zero" else 2 * odds / (1 + odds) - 1

@@ -1,4 +1,4 @@
-"""The direction of dependencies, and what an import must not cost."""
+"""The direction of dependencies, and imports that must stay light."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path
     for path in PACKAGE.rglob("*.py")
 }
-# What a module, or every module of a package, may import of ours. The longest name that fits counts, and every module
-# needs one. "" is the package itself, which holds the version.
+# Module or package -> modules of this project that it may import. The longest matching name counts; every module needs one.
+# "" is the package itself, which holds the version.
 ALLOWED = {
     "": set(),
     "__main__": {"commands.cli"},
@@ -84,7 +84,7 @@ ALLOWED = {
     "signals": set(),
     "version": set(),
 }  # fmt: skip
-# And for annotations alone, under TYPE_CHECKING.
+# The same for imports under TYPE_CHECKING.
 ALLOWED_FOR_TYPES = {
     "": {"builders.training", "classifier", "config", "head", "model", "trainer"},
     "hooks": {"trainer"},
@@ -97,7 +97,7 @@ ALLOWED_FOR_TYPES = {
 
 
 def imported_names(nodes: list[ast.AST]) -> set[str]:
-    """Modules. `from package import module` is an import of the module, not of the package."""
+    """Return the imported modules. `from package import module` counts as the module, not the package."""
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -110,7 +110,7 @@ def imported_names(nodes: list[ast.AST]) -> set[str]:
 
 
 def imports_of(path: Path) -> tuple[set[str], set[str]]:
-    """(imported when the code runs, at the top or later; imported under TYPE_CHECKING)."""
+    """Return (modules imported at run time, at the top or later; modules imported under TYPE_CHECKING)."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     blocks = [node for node in nodes if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"]
     typing = [node for block in blocks for statement in block.body for node in ast.walk(statement)]
@@ -119,17 +119,17 @@ def imports_of(path: Path) -> tuple[set[str], set[str]]:
 
 
 def of_ours(names: set[str]) -> set[str]:
-    """The imported names that are of this package, without its name."""
+    """Select the imports of this package, without its name."""
     return {name.removeprefix("xmc_trainer").removeprefix(".") for name in names if is_in(name, "xmc_trainer")}
 
 
 def is_in(module: str, name: str) -> bool:
-    """Whether a module is that one, or in that package."""
+    """Return whether `module` is `name` or lies in the package `name`."""
     return module == name or module.startswith(f"{name}.")
 
 
 def rule_of(module: str, rules: dict[str, set[str]]) -> str | None:
-    """The longest name in `rules` that fits a module."""
+    """Return the longest name in `rules` that matches a module."""
     return max((name for name in rules if is_in(module, name)), key=len, default=None)
 
 
@@ -146,7 +146,7 @@ def test_dependencies_point_downwards():
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong} for types"
 
 
-def test_rules_are_of_modules_and_all_needed():
+def test_rules_name_modules_and_all_are_needed():
     for rules, which in ((ALLOWED, 0), (ALLOWED_FOR_TYPES, 1)):
         used: dict[str, set[str]] = {name: set() for name in rules}
         for module, path in MODULES.items():
@@ -157,7 +157,7 @@ def test_rules_are_of_modules_and_all_needed():
             assert name in MODULES and not unused, f"{name or 'xmc_trainer'} does not import {unused}"
 
 
-def test_no_module_imports_itself_in_a_circle():
+def test_there_are_no_import_circles():
     graph = {module: of_ours(imports_of(path)[0]) - {module} for module, path in MODULES.items()}
     assert sum(map(len, graph.values())) > 200
     try:
@@ -166,14 +166,14 @@ def test_no_module_imports_itself_in_a_circle():
         raise AssertionError(" <- ".join(error.args[1])) from None
 
 
-def test_only_parallel_talks_to_other_processes():
+def test_only_parallel_imports_torch_distributed():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "parallel.py":
             names = set.union(*imports_of(path))
             assert not any(name.startswith("torch.distributed") for name in names), path
 
 
-def test_the_names_of_the_package_are_loaded_at_their_first_use():
+def test_the_names_of_the_package_are_loaded_lazily():
     code = """
         import sys, xmc_trainer
         before = [name for name in ("torch", "transformers", "yaml") if name in sys.modules]

@@ -1,4 +1,4 @@
-"""Long texts are tokenised only as far as needed: the ids are those of the whole text, and memory is bounded."""
+"""Only the needed part of a long text is tokenised: the ids equal those of the whole text, and memory is bounded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 def trained(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of each common kind, trained on `texts`."""
+    """Train a tokenizer of each common kind on `texts`."""
     if kind == "wordpiece":  # as BERT's
         backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
         backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
@@ -62,18 +62,18 @@ def test_ids_of_long_texts_are_those_of_the_whole_text(words, kind, side):
     prose = [" ".join(rng.choices(words, k=1000)) for _ in range(3)]
     odd = [
         "",
-        "a" * 4000,  # a single word, of repeats
+        "a" * 4000,  # one word of repeated characters
         "".join(rng.choices("abcdefghij", k=4000)),
         "".join(words),  # no blanks
         "".join(rng.choices("字漢", k=4000)),
         "7" * 4000,
-        " " * 4000 + prose[0],  # the first prefix has no token
+        " " * 4000 + prose[0],  # the first prefix has no tokens
         "x" * 4000 + " " + prose[1],
         "\t\n\u200b" * 1500 + "end",
         ". " * 4000,
         "e\u0301" * 4000,
     ]
-    # What is cut at every place of some words, so that prefixes end within them.
+    # Shift the words so that prefixes end at each position within them.
     shifted = ["b" * n + " " + prose[2] for n in range(16)]
     texts = [*prose, *odd, *shifted]
     for max_len in (3, 60):
@@ -85,7 +85,7 @@ def test_ids_of_real_texts(words):
     with open(folder / "train_raw_texts.txt", encoding="utf-8") as file:
         texts = [line.rstrip("\n") for _, line in zip(range(10_000), file)]
     tokenizer = trained("wordpiece", texts[:100])
-    cut = [text for text in texts if len(text) > (32 + 256) * 6]  # of the others the whole is tokenised anyway
+    cut = [text for text in texts if len(text) > (32 + 256) * 6]  # shorter texts are tokenised completely anyway
     assert len(cut) > 1000
     assert encode_texts(tokenizer, cut, 32) == whole(tokenizer, cut, 32)
 

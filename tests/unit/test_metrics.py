@@ -1,4 +1,4 @@
-"""The metrics against pyxclib's definitions, worked out by hand and with dense scipy/numpy code of another shape."""
+"""The metrics against pyxclib's definitions, by hand and by independent dense code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_by_hand():
 
 
 def oracle(scores: np.ndarray, relevant: sp.csr_matrix, weight: np.ndarray, k: int) -> dict[str, float]:
-    """pyxclib's definitions, one text at a time over dense rows."""
+    """Compute pyxclib's definitions on dense rows, one text at a time."""
     y = relevant.toarray()
     sums = dict.fromkeys(("P", "R", "nDCG", "psp", "psp_best", "psn", "psn_best"), 0.0)
     for row in range(len(y)):
@@ -92,21 +92,21 @@ def test_propensities_are_at_most_one():
             inverse_propensity(counts, 10, a, b)
 
 
-def test_missing_predictions_are_misses():
+def test_missing_predictions_count_as_wrong():
     metrics = RankingMetrics(np.ones(4))
     metrics.add(np.array([[3, -1, -1, -1, -1]]), np.array([0, 3]), np.array([2]))
     result = metrics.result()
     assert result["P@1"] == 1 and result["P@5"] == pytest.approx(1 / 5) and result["PSP@3"] == pytest.approx(1 / 2)
 
 
-def test_fewer_labels_than_places_are_misses():
+def test_places_beyond_the_labels_count_as_wrong():
     few, padded = RankingMetrics(), RankingMetrics()
     few.add(np.array([[1, 0]]), np.array([0]), np.array([1]))
     padded.add(np.array([[1, 0, -1, -1, -1]]), np.array([0]), np.array([1]))
     assert few.result() == padded.result() and few.result()["P@5"] == pytest.approx(1 / 5)
 
 
-def test_nothing_added_is_an_error():
+def test_no_texts_are_an_error():
     with pytest.raises(ValueError, match="no texts"):
         RankingMetrics().result()
 

@@ -1,4 +1,4 @@
-"""How many micro-batches a step is cut into, and what the engine is told of it."""
+"""The number of micro-batches per step, and how the engine gets it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from xmc_trainer.errors import UserError
         (256, 1, 0, 256),
     ],
 )
-def test_as_few_parts_as_fit(texts, ranks, free, parts):
-    """A text takes one byte."""
+def test_the_fewest_parts_that_fit(texts, ranks, free, parts):
+    """Here a text takes one byte."""
     assert fewest_parts(texts, ranks, 1, free) == parts
 
 
-def test_the_engine_hears_of_it():
+def test_the_engine_gets_the_number():
     settings = {"gradient_accumulation_steps": 2, "train_micro_batch_size_per_gpu": 64, "train_batch_size": 256}
     plugin = SimpleNamespace(deepspeed_config=settings)
     accelerator = SimpleNamespace(gradient_accumulation_steps=2, state=SimpleNamespace(deepspeed_plugin=plugin))
@@ -42,7 +42,7 @@ def test_the_engine_hears_of_it():
     }
 
 
-def test_parts_that_cannot_be():
+def test_impossible_numbers_are_refused():
     for value, message in {
         "0": "auto or a whole number above 0",
         "all": "auto or a whole number",

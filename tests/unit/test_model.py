@@ -1,4 +1,4 @@
-"""Prediction from Python: scores that depend on the text alone, whatever iterable it comes in, and refusals."""
+"""Prediction from Python: scores depend only on the text, any iterable is accepted, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tmp_path_factory) -> XMCModel:
 
 
 def scores_of(predictions) -> np.ndarray:
-    """[texts, labels], in the labels' order."""
+    """Return scores [texts, labels], in label order."""
     return np.array([[label.score for label in sorted(labels)] for labels in predictions])
 
 
@@ -46,13 +46,13 @@ def test_a_score_depends_on_its_text_alone(name, side, pool_mode, tmp_path):
         " ".join(f"w{word}" for word in drawn.integers(WORDS, size=size)) for size in (0, 1, 2, 3, 5, 8, 13, 18, 30)
     ]
     alone = scores_of([model.predict([text], k=7)[0] for text in texts])
-    assert np.ptp(alone, axis=0).min() > 1e-3  # texts are told apart
+    assert np.ptp(alone, axis=0).min() > 1e-3  # texts have different scores
     for batch_size in (2, 3, len(texts)):
         order = drawn.permutation(len(texts))
         together = scores_of(model.predict([texts[row] for row in order], k=7, batch_size=batch_size))
         assert together == pytest.approx(alone[order], abs=1e-5)
 
-    # Evaluation reads the same texts from a corpus.
+    # Evaluation of the same texts from a corpus.
     write_raw(tmp_path / "d", [(text, "a") for text in texts], [("w1", "a")])
     corpus = load_corpus(
         folder=tmp_path / "d",
@@ -85,7 +85,7 @@ def test_tokenizers_without_a_padding_token_or_any_token(tmp_path):
     assert torch.isfinite(model.encode(**batch)).all()
 
 
-# What texts may come in -----------------------------------------------------------------------------------------------
+# Iterables of texts --------------------------------------------------------------------------------------------------
 
 TEXTS = ["w1 w2", "", "w3", "w4 w5 w6"]
 
@@ -136,7 +136,7 @@ def test_no_texts_give_no_predictions(model):
         (["w1", "w2 \ud83d"], "text 2: holds half of a surrogate pair"),
     ],
 )
-def test_what_is_no_text_is_refused_by_its_position(model, texts, message):
+def test_items_that_are_not_texts_are_refused_by_position(model, texts, message):
     with pytest.raises(UserError, match=message):
         model.predict(texts)
 
@@ -152,19 +152,19 @@ def test_counts_are_whole_numbers(model, name, value):
         model.predict(["w1"], **{name: value})
 
 
-def test_counts_may_be_numpys_and_k_is_at_most_the_labels(model):
+def test_counts_may_be_numpy_integers_and_k_is_bounded(model):
     assert model.predict(["w1"], k=np.int64(7), batch_size=np.uint8(9)) == model.predict(["w1"], k=7)
     with pytest.raises(UserError, match="k=8: must be a whole number, 1 to 7, the number of labels"):
         model.predict(["w1"], k=8)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:-1", "meta", "cuda:x", "cuda:99", 1.5])
-def test_devices_are_named_cpu_or_cuda(model, device):
+def test_devices_are_cpu_or_cuda(model, device):
     with pytest.raises(UserError, match="device .*: (is not valid; choose cpu, cuda, or|there )"):
         XMCModel.load(model.saved.folder, device)
 
 
-def test_scores_that_are_not_finite_are_not_given(tmp_path):
+def test_non_finite_scores_are_an_error(tmp_path):
     model = XMCModel.load(save_untrained("bert", tmp_path), "cpu")
     model.saved.head.weight[3, 0] = float("nan")
     with pytest.raises(UserError, match="model: gives scores that are not finite"):

@@ -1,4 +1,4 @@
-"""The plan's terms beside what they describe: the same tensors, built and counted, and figures that were measured."""
+"""The plan's terms against real tensors, which are built and counted, and against measured figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FACTS = plan.Facts(texts=1000, test_texts=100, labels=10_007, tokens=20.0, posit
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
-    """A folder with the config.json of a small BERT, and no weights."""
+    """Return a folder with the config.json of a small BERT and without weights."""
     folder = tmp_path_factory.mktemp("bert")
     BertConfig(
         vocab_size=500, hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=256

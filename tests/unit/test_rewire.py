@@ -1,4 +1,4 @@
-"""Rewiring: which slots go, which features come, and that nothing stale stays behind."""
+"""Rewiring: which slots are pruned, which features grow, and that no stale state remains."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_rewire_moves_exactly_the_small_slots(rule, dtype, optimizer, group_size
 
 
 def trained(steps=5, **options):
-    """A head after some steps of which it remembers three, and the batches of those."""
+    """Return a head after some steps, of which it keeps the last three, and the batches of these."""
     head = FixedFanInHead(
         D, LABELS, fan_in=12, optimizer=AdamW(), lr=0.05, seed=3, tile_labels=33, growth_batches=3, **options
     )
@@ -108,7 +108,7 @@ def test_growth_by_gradient_does_not_depend_on_shards_or_tiles():
     assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
 
 
-def test_growth_by_gradient_needs_steps_and_passes_over_broken_ones():
+def test_growth_by_gradient_needs_steps_and_ignores_non_finite_ones():
     with pytest.raises(ValueError, match="growth_batches"):
         make_head().rewire(RewireRule("fraction", 0.3, growth_mode="gradient"))
     head, batches = trained()
@@ -162,7 +162,7 @@ def test_a_wide_row_moves_only_as_many_slots_as_features_are_absent():
     assert full.rewire(RewireRule("threshold", 100.0)).moved == 0
 
 
-def test_a_state_of_whole_labels_stays():
+def test_per_label_states_are_kept():
     head = FixedFanInHead(D, LABELS, fan_in=12, optimizer=RowwiseRMSprop(), seed=3)
     state = torch.rand(LABELS, 1)
     head.weight_mean_square.copy_(state)

@@ -1,4 +1,4 @@
-"""Whose a run's folder is: one training's at a time, and nobody's once that is gone."""
+"""A run's folder belongs to one training at a time, until that training has ended."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import RunFolder
 
-# A training as far as its folder sees it, with a loader process that outlives it.
+# A training that only uses its folder, with a loader process that outlives it.
 HOLDER = """
 import os, sys, time
 from contextlib import nullcontext
@@ -36,7 +36,7 @@ def settings(tmp_path):
     return ["dataset=wordnet", f"output_dir={tmp_path / 'out'}", "log_fname=run"]
 
 
-def test_a_run_at_work_is_called_that_and_a_killed_one_leaves_no_lock(settings, tmp_path):
+def test_a_running_training_holds_the_lock_and_a_killed_one_does_not(settings, tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, *settings], stdout=subprocess.PIPE, text=True)
     loader = int(holder.stdout.readline())
     try:
@@ -47,7 +47,7 @@ def test_a_run_at_work_is_called_that_and_a_killed_one_leaves_no_lock(settings, 
                 RunFolder(load_config([*settings, *more]), Ranks())
         holder.kill()
         holder.wait()
-        os.kill(loader, 0)  # it is there
+        os.kill(loader, 0)  # the folder exists
         with RunFolder(load_config([*settings, "training.overwrite=true"]), Ranks()).at_work():
             pass
     finally:
@@ -76,19 +76,19 @@ def test_the_next_free_name_is_offered(settings, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_written_is_refused_at_once(settings, more, said):
+def test_unwritable_folders_are_refused_at_once(settings, more, said):
     with pytest.raises(UserError) as caught:
         RunFolder(load_config([*settings, *more]), Ranks())
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_is_refused_leaves_nothing_behind(settings, tmp_path):
+def test_refused_runs_leave_no_files(settings, tmp_path):
     RunFolder(load_config([*settings, f"output_dir={tmp_path / 'new' / 'out'}"]), Ranks())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"] and not list(Path(tmp_path, "out").iterdir())
 
 
 def test_a_run_that_was_finished_without_a_log_is_finished(settings, tmp_path):
-    """The log is that of its first part, which was interrupted."""
+    """The log is from its first, interrupted part."""
     config = load_config([*settings, "training.resume=true", "training.verbose.logging=false"])
     run = tmp_path / "out" / "run"
     (run / "model").mkdir(parents=True)
@@ -103,7 +103,7 @@ def test_a_run_that_was_finished_without_a_log_is_finished(settings, tmp_path):
     "name, said",
     [(".lock", "regular file"), ("log.jsonl", "regular file"), ("config.yaml", "regular file"), ("model", "folder")],
 )
-def test_what_stands_in_a_runs_place_is_refused_at_once(settings, tmp_path, name, said):
+def test_files_in_place_of_folders_are_refused_at_once(settings, tmp_path, name, said):
     victim = tmp_path / "victim"
     victim.write_text("of somebody else")
     (tmp_path / "out" / "run").mkdir()

@@ -1,4 +1,4 @@
-"""What signals do to a script: each case is a process of its own, without torch."""
+"""The effect of signals on a script. Each case is a separate process without torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-# A script that says "ready" when signals may come. `hang` waits where no Python handler runs, as a collective does.
+# A script that prints "ready" when it listens. `hang` waits where no Python handler runs, like a collective.
 SCRIPT = """
 import contextlib, ctypes, os, sys, time
 from xmc_trainer import signals
@@ -55,7 +55,7 @@ run(globals()[sys.argv[1]])
 
 @pytest.fixture
 def start(monkeypatch):
-    """A function that starts the script in a process group of its own and waits until it is ready."""
+    """Return a function that starts the script in a new process group and waits until it is ready."""
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "CROSS_RANK", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
     started = []
@@ -84,10 +84,10 @@ def test_a_signal_ends_a_script_with_one_line_and_its_status(start, number):
     assert (process.returncode, err) == (128 + number, f"{number.name}: ended before it finished\n")
 
 
-def test_a_script_may_end_itself_later_and_one_signal_may_come_twice(start):
+def test_a_script_may_defer_a_signal_that_arrives_twice(start):
     process = start("defers")
-    os.killpg(process.pid, signal.SIGINT)  # of the terminal
-    process.send_signal(signal.SIGTERM)  # of the launcher
+    os.killpg(process.pid, signal.SIGINT)  # from the terminal
+    process.send_signal(signal.SIGTERM)  # from the launcher
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (130, "SIGINT: ended after step 7\n")
 
@@ -103,7 +103,7 @@ def test_a_second_signal_ends_a_process_that_hangs(start):
     assert (process.returncode, err) == (130, "\nSIGINT again: ended at once\n")
 
 
-def test_the_first_signal_ends_a_process_that_hangs_where_nothing_is_half_done(start):
+def test_the_first_signal_ends_a_hanging_process_outside_deferred_blocks(start):
     process = start("hang")
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
@@ -111,14 +111,14 @@ def test_the_first_signal_ends_a_process_that_hangs_where_nothing_is_half_done(s
     assert (process.returncode, err) == (143, "\nSIGTERM did not end the process within 0 s: ended at once\n")
 
 
-def test_children_say_nothing(start):
+def test_children_print_nothing(start):
     process = start("has_children")
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (130, "SIGINT: ended before it finished\n")
 
 
-# What the launchers of torch and accelerate, and deepspeed's two, one under the other, leave behind when the first is killed.
+# The process trees of torchrun, accelerate and deepspeed (two launchers, nested), when the first process is killed.
 LAUNCH = "import subprocess, sys; subprocess.run(sys.argv[1:])"
 
 
@@ -132,7 +132,7 @@ def test_the_death_of_the_launcher_is_a_sigterm(start, variable, depth):
     assert "SIGTERM: ended after step 7\n" in err
 
 
-def test_without_a_launcher_the_parent_may_go(start):
+def test_without_a_launcher_the_parent_may_end(start):
     shell = start("raises", [sys.executable, "-c", LAUNCH, sys.executable, "-c", SCRIPT])
     shell.kill()
     with pytest.raises(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Reading: every layout, and a message with file, line and remedy for whatever is wrong with it."""
+"""Reading every layout; errors name file, line and remedy."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_only_a_newline_ends_a_line(tmp_path):
     assert [name for name, _ in labels] == ["x", "y"]
 
 
-def test_a_missing_last_newline_is_no_missing_line(tmp_path):
+def test_a_missing_last_newline_loses_no_line(tmp_path):
     folder = write_raw(tmp_path)
     (folder / "train_raw_texts.txt").write_text("w0\nw1")
     assert [text for text, _ in read_all(raw_source(folder))[1]] == ["w0", "w1"]
@@ -105,7 +105,7 @@ def test_raw_label_texts_are_counted(tmp_path):
     "table, said",
     [("Net\tN\nx \tX\n", "it has 'Net'"), ("x\tX\nnet \tN\n", "it has 'net '"), ("", "it is empty")],
 )
-def test_raw_label_texts_that_name_nobody(tmp_path, table, said):
+def test_raw_label_texts_without_a_matching_name(tmp_path, table, said):
     folder = write_raw(tmp_path, [("t", "net web")], [("t", "net")])
     (folder / "names.tsv").write_text(table)
     message = message_of(lambda: raw_source(folder, "names.tsv").read())
@@ -115,7 +115,7 @@ def test_raw_label_texts_that_name_nobody(tmp_path, table, said):
     )
     assert "correct the file, or remove `label_text_file`" in message
     if table:
-        assert f"{folder}/train_labels.txt has 'net'" in message  # the one that is meant
+        assert f"{folder}/train_labels.txt has 'net'" in message  # the similar name
 
 
 def test_lf_label_texts_are_counted(tmp_path):
@@ -136,7 +136,7 @@ def test_raw_labels_are_split_at_spaces_and_tabs_alone(tmp_path):
 @pytest.mark.parametrize(
     "line, warned", [("net, web", True), ("net; web", True), ("net;web", True), ("1,2-dichlor web", False)]
 )
-def test_raw_labels_that_a_comma_seems_to_separate(tmp_path, line, warned):
+def test_raw_labels_that_look_comma_separated(tmp_path, line, warned):
     folder = write_raw(tmp_path, [("t", line)], [("t", line)])
     notes = read_with_notes(raw_source(folder))[3]
     names = line.split()
@@ -178,7 +178,7 @@ def test_raw_label_file_with_no_labels(tmp_path, split):
     assert f"{folder}/{split}_labels.txt: has no labels; write" in message
 
 
-# A text without words, as each layout may hold it. What one reads, all read: rows and their numbers stay.
+# Texts without words, in each layout. All layouts keep such rows and their numbers.
 EMPTY = {
     "raw": ("", " \t", "\u3000"),
     "lf": ("", " ", None),
@@ -251,10 +251,10 @@ def test_lf_rows(tmp_path, zipped, inner):
     labels, train, test = read_all(lf_source(tmp_path))
     assert labels == [("7", "t0"), ("L1", "c1"), ("L2", "L2")]
     assert train == [("title content", [0, 2]), ("only", [])]
-    assert test == [("x", [1]), ("y", [])]  # every row: the filter file counts them
+    assert test == [("x", [1]), ("y", [])]  # all rows are kept, because the filter file refers to them by number
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_text(tmp_path):
     path = tmp_path / "bom.txt"
     path.write_bytes(b"\xef\xbb\xbfw1 w2\nw3\n")
     assert list(read_lines(path)) == [(1, "w1 w2"), (2, "w3")]
@@ -439,7 +439,7 @@ def test_hf_class_labels_give_the_table(tmp_path, kind):
 
 
 def test_hf_class_label_out_of_range(tmp_path):
-    # The library refuses too large ones itself, but not -1, its mark for a missing label.
+    # The library itself refuses numbers that are too large, but not -1, which marks a missing label.
     features = datasets.Features(
         {"text": datasets.Value("string"), "labels": datasets.List(datasets.ClassLabel(names=["a", "b"]))}
     )
@@ -558,13 +558,13 @@ def test_hf_lists_of_whole_numbers(tmp_path, labels, names, rows):
         ([[0, 1, 0]], [[1, 0]], "lists of 0 and 1 with different lengths; write one number per class"),
     ],
 )
-def test_hf_whole_numbers_in_doubt(tmp_path, train, test, said):
+def test_hf_ambiguous_whole_numbers(tmp_path, train, test, said):
     folder = write_hf(tmp_path, "jsonl", *({"text": ["x"], "labels": labels} for labels in (train, test)))
     with pytest.raises(UserError, match=said):
         read_hf(folder)
 
 
-def test_hf_strings_that_seem_to_be_lists(tmp_path):
+def test_hf_strings_that_look_like_lists(tmp_path):
     data = {"text": ["x", "y"], "labels": ["net,web", "net"]}
     folder = write_hf(tmp_path, "jsonl", data, data)
     labels, _, _, notes = read_with_notes(hf_source(str(folder), "train", "test", "text", "labels"))
@@ -595,7 +595,7 @@ def test_hf_damaged_files(tmp_path):
 
 
 def write_parts(folder, names):
-    """One row a file, numbered in the order of `names`; returns what reading them gives."""
+    """Write one row per file, numbered in the order of `names`. Returns the expected rows."""
     for number, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -626,7 +626,7 @@ def write_parts(folder, names):
 def test_hf_parts_as_the_hub_stores_them(tmp_path, train, test):
     expected = write_parts(tmp_path, train)
     write_parts(tmp_path, [test])
-    # What belongs to neither split.
+    # Files of neither split.
     write_parts(
         tmp_path,
         [".cache/train.jsonl", "training.jsonl", "train_small.jsonl", "deep/er/and/train.jsonl", "data/test2.parquet"],
@@ -635,7 +635,7 @@ def test_hf_parts_as_the_hub_stores_them(tmp_path, train, test):
     assert rows == expected and labels == [("a", "a")]
 
 
-def test_hf_parts_that_are_not_whole_or_not_one_set(tmp_path):
+def test_hf_incomplete_or_ambiguous_parts(tmp_path):
     write_parts(tmp_path / "gap", ["train-00000-of-00003.parquet", "train-00002-of-00003.parquet", "test.jsonl"])
     message = message_of(lambda: read_hf(tmp_path / "gap"))
     assert "train is incomplete, it has train-00000-of-00003.parquet, train-00002-of-00003.parquet; fetch" in message
@@ -644,8 +644,8 @@ def test_hf_parts_that_are_not_whole_or_not_one_set(tmp_path):
     assert f"train may be {tmp_path}/two/de/*.parquet or {tmp_path}/two/en/*.parquet; name the folder of one" in message
 
 
-def test_hf_reads_two_columns_alone(tmp_path):
-    """Whatever else a file holds: types and features that the library does not know are no matter."""
+def test_hf_reads_only_two_columns(tmp_path):
+    """Other columns may have types and features that the library does not know."""
     odd = pa.array([b"\xff\xd8"], pa.binary()), pa.array([{"a": [1]}]), pa.array([12345], pa.duration("us"))
     table = pa.table({"image": odd[0], "text": ["one"], "meta": odd[1], "took": odd[2], "labels": [["a"]]})
     features = {
@@ -665,8 +665,8 @@ def test_hf_reads_two_columns_alone(tmp_path):
     assert read_hf(tmp_path / "saved")[1] == [("one", [0])]
 
 
-def test_hf_runs_nothing_that_comes_with_a_data_set(tmp_path):
-    """A loading script, and a pickle: neither is opened. Class names and columns with escape codes are printed as text."""
+def test_hf_runs_no_code_of_a_data_set(tmp_path):
+    """Loading scripts and pickles are not opened. Column names with terminal codes are escaped."""
     trap = f"open({str(tmp_path / 'caught')!r}, 'w')"
     folder = tmp_path / "hostile"
     (folder / "train").mkdir(parents=True)
@@ -677,14 +677,14 @@ def test_hf_runs_nothing_that_comes_with_a_data_set(tmp_path):
     for name in (folder, folder / "hostile.py", folder / "train"):
         message_of(lambda name=name: read_hf(name))
     assert not (tmp_path / "caught").exists()
-    assert int(datasets.__version__.split(".")[0]) >= 4  # the versions without loading scripts
+    assert int(datasets.__version__.split(".")[0]) >= 4  # versions without loading scripts
     write_hf(folder, "jsonl", {"text": ["x"], "\x1b[2J": [["a"]]})
     assert "\x1b" not in message_of(lambda: read_hf(folder))
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])
 def test_hf_flipped_bits_never_crash(tmp_path, kind):
-    """Memory-mapped Arrow with a damaged offset would end the process: run in one of its own."""
+    """A damaged offset in memory-mapped Arrow could crash the process, so use a separate one."""
     rows = {"text": [f"text {n}" for n in range(50)], "labels": [[f"l{n % 7}"] for n in range(50)]}
     folder = write_hf(tmp_path / "d", kind, rows, rows)
     file = next((folder / "train").glob("*.arrow")) if kind == "saved" else folder / "train.parquet"
@@ -785,7 +785,7 @@ def test_real_raw_data():
     contents = raw_source(folder, "label_texts.tsv").read()
     stats = json.loads((folder / "stats.json").read_text())
     assert len(contents.labels) == stats["labels"] == 22_625
-    assert dict(contents.labels)["4067486-1"] != "4067486-1"  # has a text
+    assert dict(contents.labels)["4067486-1"] != "4067486-1"  # the label has a text
     sizes = [len(row.labels) for row in contents.train()]
     assert len(sizes) == 41_333 and round(np.mean(sizes), 3) == stats["avg_labels_per_train"]
     sizes = [len(row.labels) for row in contents.test()]
@@ -812,7 +812,7 @@ def test_real_label_feature_data():
     wanted = {tuple(map(int, line.split())) for line in lines if line}
     found = set(zip(np.repeat(np.arange(65_202), np.diff(pairs.offsets)).tolist(), pairs.ids.tolist()))
     assert found == wanted and len(pairs.offsets) == 65_203
-    # What is filtered are texts that are the label's own name: so row and label numbers are the reader's.
+    # Filtered texts are the label's own name, so row and label numbers agree with the reader's.
     test = list(contents.test())
     assert len(test) == 65_202
     assert all(test[row].text.lower() == contents.labels[label][1].lower() for row, label in wanted)

@@ -22,7 +22,7 @@ def made(loss="bce", group_size=4, head_fan_in=None):
 
 
 def dense_of(head):
-    """Weights [L, d] and biases [L] in float64, and which weights exist."""
+    """Return weights [L, d] and biases [L] in float64, and the mask of existing weights."""
     weights, exist = [], []
     for part in (head.frequent, head.tail):
         index = torch.arange(FEATURES).expand(part.num_labels, FEATURES)
@@ -43,7 +43,7 @@ def batch(seed=0):
 
 @pytest.mark.parametrize("head_fan_in", [None, 9])
 @pytest.mark.parametrize("loss", ["bce", "squared_hinge"])
-def test_a_step_is_that_of_all_labels_together(loss, head_fan_in):
+def test_a_step_equals_one_over_all_labels(loss, head_fan_in):
     head = made(loss, head_fan_in=head_fan_in)
     weight, bias, exists = dense_of(head)
     assert int(exists.sum()) == FREQUENT * (head_fan_in or FEATURES) + (LABELS - FREQUENT) * 5
@@ -67,7 +67,7 @@ def test_a_step_is_that_of_all_labels_together(loss, head_fan_in):
     torch.testing.assert_close(after_bias, bias.detach() - 0.1 * b.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_ranking_over_both_with_ties_and_labels_left_out():
+def test_ranking_over_both_parts_with_ties_and_excluded_labels():
     head = made()
     feat, ids, counts = batch(3)
     weight, bias, _ = dense_of(head)
@@ -84,18 +84,18 @@ def test_ranking_over_both_with_ties_and_labels_left_out():
     assert torch.equal(head.topk(feat, LABELS + 2)[1][0], torch.tensor([*range(LABELS), -1, -1]))
 
 
-def test_rate_and_rewiring_reach_the_parts():
+def test_learning_rate_and_rewiring_reach_both_parts():
     head = made()
     head.lr = 0.5
     assert head.frequent.lr == head.tail.lr == 0.5
-    assert head.rewire(RewireRule("fraction", 0.4)).moved == 2 * 9  # of 5 slots in 9 groups
+    assert head.rewire(RewireRule("fraction", 0.4)).moved == 2 * 9  # 5 slots in each of 9 groups
     report = made(head_fan_in=9).rewire(RewireRule("fraction", 0.4))
     assert (report.moved, report.slots) == (2 * 9 + 3 * FREQUENT, 5 * 9 + 9 * FREQUENT)
     with pytest.raises(ValueError, match="the same loss"):
         SplitHead(made("bce").frequent, made("squared_hinge").tail)
 
 
-def test_a_dense_tail_becomes_sparse_and_frequent_labels_stay():
+def test_only_a_dense_tail_becomes_sparse():
     frequent, tail = (FixedFanInHead(FEATURES, n, fan_in=None, group_size=g) for n, g in ((FREQUENT, 1), (34, 4)))
     head = SplitHead(frequent, tail)
     strength = torch.nn.functional.pad(tail.weight.abs(), (0, 0, 0, 2)).view(9, 4, FEATURES).sum(1)
@@ -109,7 +109,7 @@ def test_a_dense_tail_becomes_sparse_and_frequent_labels_stay():
         SplitHead(frequent, FixedFanInHead(FEATURES, 34, fan_in=None, group_size=4)).become_sparse(5, 2)
 
 
-def test_the_parts_of_a_head_make_it_again():
+def test_a_head_can_be_rebuilt_from_its_parts():
     head, plain = made(), FixedFanInHead(FEATURES, LABELS, fan_in=5)
     for each in (head, plain):
         again = head_of_parts([part for _, part in each.parts()])
@@ -119,7 +119,7 @@ def test_the_parts_of_a_head_make_it_again():
     assert [prefix for prefix, _ in head.parts()] == ["frequent.", ""]
 
 
-def test_heads_that_read_the_same_features_exchange_them_once():
+def test_heads_with_common_features_exchange_them_once():
     class Counting(Ranks):
         def gather_rows_of(self, tensors, sizes):
             sent.append(("gather", *(tuple(x.shape) for x in tensors)))
