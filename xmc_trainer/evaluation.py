@@ -25,13 +25,13 @@ def evaluate(
     device: torch.device,
     progress: bool = False,
 ) -> dict[str, float]:
-    """The metrics of a data set, the same on every rank.
+    """Compute the metrics of a data set, the same on every rank.
 
     Args:
         encode: (input_ids, attention_mask) -> features [b, d].
-        batches: this rank's, as `TextBatches` makes them; every rank must have the same number of them.
-        metrics: without texts yet.
-    Raises UserError, on every rank, if features or scores are not finite: ranked anyway, they would look like a result.
+        batches: this rank's items of `TextBatches`; every rank must have the same number.
+        metrics: empty; texts are added to it.
+    Raises UserError, on every rank, if features or scores are not finite, because their ranking would look like a result.
     """
     ranks = head.ranks
     not_finite = torch.zeros((), dtype=torch.int64, device=device)  # texts
@@ -54,7 +54,7 @@ def evaluate(
 
 
 def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
-    """The metrics of predicting the most frequent training labels for every test text: a floor for every model."""
+    """Compute the metrics of always predicting the most frequent training labels: a floor for every model."""
     popular = np.argsort(-corpus.label_counts(), kind="stable")[: metrics.k]
     relevant = corpus.test_labels()
     counts = np.diff(relevant.offsets)

@@ -33,7 +33,7 @@ from xmc_trainer.step_records import StepRecords
 
 @dataclass
 class TrainerState:
-    """How far the training is."""
+    """Progress of the training."""
 
     total_steps: int
     steps_per_epoch: int
@@ -103,10 +103,10 @@ class Trainer:
         return self.metrics["test"]
 
     def train_epoch(self) -> None:
-        """Make the steps of this epoch that are left."""
+        """Make the remaining steps of this epoch."""
         self.encoder.train()
         self.head.train()
-        made = self.state.step - self.state.epoch * self.state.steps_per_epoch  # before the checkpoint, if there is one
+        made = self.state.step - self.state.epoch * self.state.steps_per_epoch  # by a run that this one resumes
         steps = self.batches.plan(self.state.epoch)[made : made + self.state.total_steps - self.state.step]
         batches = iter(self.batches.train(steps))
         batch = self._fetch(batches)
@@ -124,14 +124,14 @@ class Trainer:
                 self.dispatch("on_step_end")
 
     def _fetch(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """The next batch, on its way to the device; empty if there is none."""
+        """Return the next batch and start its transfer to the device; empty if there is none."""
         batch = next(batches, {})
         return batch | {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
 
     def _micro_step(
         self, batch: dict[str, Any], batches: Iterator[dict[str, Any]], end_of_step: bool
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Forward and backward of one micro-batch; both updates at the end of a step. Returns (loss, the next batch)."""
+        """Run one micro-batch forward and backward, and at the end of a step both updates. Returns (loss, the next batch)."""
         clock = self.records.clock
         clock.mark(None)
         meta_weight = self._meta_weight(self.state.step)
@@ -178,7 +178,7 @@ class Trainer:
             self.read_losses()
 
     def read_losses(self) -> None:
-        """Read the losses that are still on the device and call the hooks. Raises UserError if they stay not finite."""
+        """Read the losses from the device and call the hooks. Raises UserError if too many in a row are not finite."""
         if records := self.records.read(self.head.skipped, self.encoder_step.captured_bytes):
             self.dispatch("on_losses", records)
             self.records.require_finite(records)
@@ -191,7 +191,7 @@ class Trainer:
             getattr(hook, event)(self, *arguments)
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Metrics on "test", or on "train" with as many texts as "test" has; between two steps."""
+        """Evaluate on "test", or on as many texts of "train". Call it between two steps, on every rank."""
         self.encoder.eval()
         self.head.eval()
         metrics = evaluate(
@@ -214,15 +214,15 @@ class Trainer:
         self.dispatch("on_evaluation_batch")
 
     def heads(self) -> list[tuple[str, FixedFanInHead]]:
-        """The parts of all heads, each with a prefix for the names of its tensors."""
+        """Return the parts of all heads, each with a prefix for the names of its tensors."""
         return self.head.parts() + ([] if self.meta_branch is None else [("meta.", self.meta_branch.head)])
 
     def head_tensors(self) -> list[tuple[str, Tensor]]:
-        """(name, tensor) of the weights and optimizer state of this rank's labels."""
+        """Return (name, tensor) of the weights and optimizer state of this rank's labels."""
         return [(f"head {p}{name}", value) for p, head in self.heads() for name, value in head.state_dict().items()]
 
     def save(self, folder: Path) -> None:
-        """Write the model for evaluation and prediction, between two steps; every rank must call.
+        """Write the model for evaluation and prediction. Call it between two steps, on every rank.
 
         Raises UserError, on all ranks, if weights are not finite.
         """

@@ -1,1 +1,1 @@
-"""What `xmc-trainer` offers, a module a command."""
+"""The commands of `xmc-trainer`, one module each."""

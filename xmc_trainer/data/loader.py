@@ -1,4 +1,4 @@
-"""Batches on their way to the encoder: planned over all ranks, made by the loader processes of one rank."""
+"""Load one rank's batches of a plan in worker processes."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def batch_loader(
     device: torch.device,
     least_rows: int = 1,
 ) -> DataLoader:
-    """This rank's batches of a plan over a split, as `TextBatches` makes them.
+    """Build the loader of this rank's batches of a plan over a split; see `TextBatches`.
 
     Args:
         split: "train" or "test". Batches of "test" carry the filter pairs, if the corpus has any.
         workers: processes that make batches; 0 makes them in this one.
-        device: where the batches will go; for a GPU they lie in pinned memory.
-        least_rows: rows of input_ids in a batch, at least.
+        device: destination of the batches; for a GPU they are put into pinned memory.
+        least_rows: minimal number of rows of input_ids in a batch.
     """
     batches = TextBatches(
         corpus.train if split == "train" else corpus.test,
@@ -52,15 +52,15 @@ def batch_loader(
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """The batches of one rank in a training: of every epoch, and of the evaluations.
+    """One rank's batches of all epochs and evaluations of a training.
 
     Args:
-        seed: of the order of the texts and of the training texts that are evaluated.
+        seed: seed of the order of texts, and of the choice of training texts to evaluate.
         train_rows: int64, the training texts to use; None for all.
-        texts_a_step: texts of an optimizer step, all ranks together.
-        micro_batches: parts that a step is cut into.
+        texts_a_step: texts per optimizer step, over all ranks.
+        micro_batches: micro-batches per step.
         length_grouped: whether texts of similar length share a step.
-        eval_texts: texts of a batch of an evaluation, all ranks together.
+        eval_texts: texts per evaluation batch, over all ranks.
         fixed_rows: give all batches the same number of rows, as a compiled encoder needs.
     """
 
@@ -83,7 +83,7 @@ class Batches:
         return len(self.corpus.train) if self.train_rows is None else len(self.train_rows)
 
     def plan(self, epoch: int) -> list[list[MicroBatch]]:
-        """The optimizer steps of an epoch (from 0), each a list of micro-batches."""
+        """Return the optimizer steps of an epoch (from 0), each a list of micro-batches."""
         return plan_epoch(
             self.corpus.lengths("train"),
             batch_size=self.texts_a_step // self.micro_batches,
@@ -96,11 +96,11 @@ class Batches:
         )
 
     def train(self, steps: list[list[MicroBatch]]) -> DataLoader:
-        """The batches of steps of `plan`."""
+        """Load the batches of steps of `plan`."""
         return self._load("train", [micro for step in steps for micro in step], self.texts_a_step // self.micro_batches)
 
     def evaluate(self, split: str) -> DataLoader:
-        """The batches of all of "test", or of as many texts of "train"."""
+        """Load the batches of all texts of "test", or of as many texts of "train"."""
         lengths, rows = self.corpus.lengths(split), None
         if split == "train":
             rows = sample_rows(len(lengths), min(len(self.corpus.test), len(lengths)), self.seed)
@@ -108,7 +108,7 @@ class Batches:
         return self._load(split, plan, self.eval_texts)
 
     def _load(self, split: str, plan: list[MicroBatch], texts: int) -> DataLoader:
-        """Args: texts: of a batch at most, all ranks together."""
+        """Args: texts: maximal number of texts per batch, over all ranks."""
         return batch_loader(
             self.corpus,
             split,

@@ -1,1 +1,1 @@
-"""accelerate and DeepSpeed around the encoder, and how a step is cut."""
+"""The engine that trains the encoder (accelerate, DeepSpeed), and the number of micro-batches per step."""

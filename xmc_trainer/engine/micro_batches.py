@@ -1,4 +1,4 @@
-"""Into how many micro-batches the texts of a step are cut: as few as the GPU's memory takes, for every cut trains the same."""
+"""Choose the number of micro-batches per step: the fewest that fit the GPU's memory. The training does not depend on it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# Weights and gradients in 16 bits, once more while they are put together, float32 weights and two states of an optimizer.
+# 16-bit weights and gradients, each twice while the engine builds its buffers; float32 weights and two optimizer states.
 BYTES_A_PARAMETER = 20
-# Of the GPU's memory: left to the head's working memory, the collectives' buffers and what the allocator cannot use.
+# Share of the GPU's memory for the head's working memory, the collectives' buffers and the allocator's fragmentation.
 SPARED = 0.15
 _TEXTS = 8
 
@@ -17,7 +17,7 @@ _TEXTS = 8
 def bytes_a_text(
     forward: Callable[[Tensor, Tensor], Tensor], encoder: nn.Module, tokens: int, device: torch.device
 ) -> int:
-    """GPU memory that forward and backward pass need for one more text of `tokens` tokens."""
+    """Measure the GPU memory, in bytes, that forward and backward pass need for one more text of `tokens` tokens."""
     parameters, peaks = [p for p in encoder.parameters() if p.requires_grad], []
     for texts in (_TEXTS, 2 * _TEXTS):
         ids = torch.ones(texts, tokens, dtype=torch.int64, device=device)
@@ -28,16 +28,16 @@ def bytes_a_text(
 
 
 def free_bytes(encoder: nn.Module, device: torch.device) -> int:
-    """What of the GPU's memory is left for texts once the engine has the encoder; the head is there already."""
+    """Return the bytes of GPU memory that will be left for texts once the engine holds the encoder. The head must exist already."""
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + unused - SPARED * total) - BYTES_A_PARAMETER * sum(p.numel() for p in encoder.parameters())
 
 
 def fewest_parts(texts: int, ranks: int, text_bytes: int, free: int) -> int:
-    """The smallest number of equal parts of a step's `texts` of which the ranks' equal shares fit into `free` bytes each.
+    """Return the smallest number of equal parts of a step of `texts` texts for which each rank's share of a part fits `free` bytes.
 
-    Where a single text of a rank does not fit, one a rank: it may do, for the estimate is careful.
+    If not even one text per rank fits, return parts of one text per rank: the estimate is cautious, so that may work.
     """
     possible = [parts for parts in range(1, texts // ranks + 1) if texts % (parts * ranks) == 0]
     return next((parts for parts in possible if texts // (parts * ranks) * text_bytes <= free), possible[-1])

@@ -197,7 +197,7 @@ class FixedFanInHead(Head):
 
     @property
     def ranking_bias(self) -> Tensor | None:
-        """The bias used for ranking, float32 [L]; saved models hold it."""
+        """Return the bias used for ranking, float32 [L], which saved models hold."""
         return self.bias if self.bias is None or self.logit_shift is None else self.bias - self.logit_shift
 
     def labels_of(self, rank: int) -> range:
@@ -251,7 +251,7 @@ class FixedFanInHead(Head):
 
     def _made_of_index(self, make: Callable[[Tensor, Any], Tensor], argument: Any) -> Tensor:
         """Return make(index, argument), cached until the index changes."""
-        assert self.index is not None  # kernels of a dense head ask for nothing
+        assert self.index is not None  # kernels of a dense head use no tables
         state = (self.index.data_ptr(), self.index._version)
         if self._of_index[0] != state:
             self._of_index = (state, {})

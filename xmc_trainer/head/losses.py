@@ -37,7 +37,7 @@ def best_constant(loss: str, positive_share: Tensor) -> Tensor:
     return _BEST_CONSTANTS[loss](positive_share)
 
 
-def starting_bias(loss: str, init: str, counts: Tensor, texts: int) -> Tensor:
+def starting_bias(loss: str, init: str, count_L: Tensor, texts: int) -> Tensor:
     """Return the initial biases of a head, float32 [L].
 
     They are finite for any counts: shares are shrunk away from 0 and 1, where binary cross-entropy's best constant is infinite.
@@ -45,14 +45,14 @@ def starting_bias(loss: str, init: str, counts: Tensor, texts: int) -> Tensor:
     Args:
         init: "prior": the best constant for the mean share of positives, the same for all outputs. "frequency": the best
             constant for each output's own share. "zero".
-        counts: int [L], number of texts with each output as a positive.
+        count_L: int, number of texts with each output as a positive.
         texts: number of texts.
     """
     if init == "zero":
-        return torch.zeros(len(counts))
-    counts = counts.double()
+        return torch.zeros(len(count_L))
+    count_L = count_L.double()
     # Add one (text, output) pair that is half positive.
-    mean = (counts.sum() + 0.5) / (texts * len(counts) + 1)
+    mean = (count_L.sum() + 0.5) / (texts * len(count_L) + 1)
     # Add one text with an average set of positives.
-    share = (counts + mean) / (texts + 1) if init == "frequency" else mean.expand(len(counts))
+    share = (count_L + mean) / (texts + 1) if init == "frequency" else mean.expand(len(count_L))
     return best_constant(loss, share).float()

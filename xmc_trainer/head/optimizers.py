@@ -35,7 +35,7 @@ class SGD:
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """New (weight, state) from float32 tensors of one shape; `step` is 1 for the first update."""
+        """Return the new (weight, state). All tensors are float32 of one shape; `step` is 1 for the first update."""
         if weight_decay:
             grad = grad + weight_decay * weight
         if not self.momentum:
@@ -71,7 +71,7 @@ class AdamW:
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """New (weight, state) from float32 tensors of one shape; `step` is 1 for the first update."""
+        """Return the new (weight, state). All tensors are float32 of one shape; `step` is 1 for the first update."""
         average = self.beta1 * state[0] + (1 - self.beta1) * grad
         square = self.beta2 * state[1] + (1 - self.beta2) * grad * grad
         deviation = (square / (1 - self.beta2**step)).sqrt() + self.eps
@@ -98,7 +98,7 @@ class RowwiseRMSprop:
     def update(
         self, weight: Tensor, grad: Tensor, state: list[Tensor], lr: float, weight_decay: float, step: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """New (weight, state) of float32 weights [T, F] with a state [T, 1], or of biases [T] with a state [T]."""
+        """Return the new (weight, state) of float32 weights [T, F] with a state [T, 1], or of biases [T] with a state [T]."""
         square = grad.square()
         if square.dim() > 1:
             square = square.mean(1, keepdim=True)
@@ -111,7 +111,7 @@ Optimizer = SGD | AdamW | RowwiseRMSprop
 
 
 def optimizer_named(name: str, momentum: float = 0.0) -> Optimizer:
-    """The optimizer that the setting `xmc_optimizer` calls `name`. momentum: of "sgd" alone."""
+    """Return the optimizer that the setting `xmc_optimizer` calls `name`. `momentum` applies to "sgd" only."""
     by_name: dict[str, Optimizer] = {
         "sgd": SGD(momentum),
         "adamw": AdamW(),

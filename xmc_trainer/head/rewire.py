@@ -60,17 +60,17 @@ def scheduled_amount(start: float, end: float, step: int, last_step: int) -> flo
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def random_index(rows: Tensor, fan_in: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
+def random_index(row_R: Tensor, fan_in: int, d: int, seed: int, dtype: torch.dtype) -> Tensor:
     """Draw the first index, [R, F]: `fan_in` distinct features of 0..d-1, ascending, for each global row id (int64 [R])."""
-    order = random_order(make_key(seed, 0, Stream.INIT_INDEX), rows, d)
+    order = random_order(make_key(seed, 0, Stream.INIT_INDEX), row_R, d)
     return (order.topk(fan_in, dim=1, largest=False).values & 0xFFFF).sort(dim=1).values.to(dtype)
 
 
-def random_weight(label: Tensor, fan_in: int, seed: int, step: int, stream: Stream) -> Tensor:
+def random_weight(label_T: Tensor, fan_in: int, seed: int, step: int, stream: Stream) -> Tensor:
     """Draw weights uniform in +-1/sqrt(fan_in), torch.nn.Linear's default; float32 [T, F] for int64 global label ids [T]."""
-    slot = torch.arange(fan_in, device=label.device)
+    slot = torch.arange(fan_in, device=label_T.device)
     # Multiply by the reciprocal: dividing by a scalar rounds differently on GPU and CPU.
-    return (2 * uniform(make_key(seed, step, stream), label[:, None], slot) - 1) * (1 / math.sqrt(fan_in))
+    return (2 * uniform(make_key(seed, step, stream), label_T[:, None], slot) - 1) * (1 / math.sqrt(fan_in))
 
 
 def index_dtype(d: int) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Hooks: everything that happens around the training step. Your own hooks run after the built-in ones.
+"""Hooks: everything around the training step. Your own hooks run after the built-in ones.
 
 class MyHook(Hook):
     def on_step_end(self, trainer):

@@ -1,4 +1,4 @@
-"""The protocol of hooks: what happens around a training step."""
+"""The interface of hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Hook:
-    """The protocol. Every method is called on every rank with the trainer, whose `state` says how far the training is."""
+    """Base class. Every method is called on every rank with the trainer; `trainer.state` holds its progress."""
 
     def on_train_start(self, trainer: Trainer) -> None:
         """Before the first step, or the first step after the checkpoint that the training resumes from."""
@@ -24,7 +24,7 @@ class Hook:
         """After an optimizer step that changed the weights of encoder and head, so not after one that fp16 skipped."""
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        """About once a second: a record of each step since the last call, with "step", "epoch", "loss", "lr", "encoder_lr", ...
+        """About once per second, with a record of each step since the last call: "step", "epoch", "loss", "lr", "encoder_lr", ...
 
         The last record also has the speed of these steps: "texts_per_s", "encoder_ms" (forward, backward and update) and
         "head_ms" per step, "waiting" (share of the time spent waiting for data) and, on a GPU, "gib" (peak memory allocated).
@@ -37,22 +37,22 @@ class Hook:
         """After the last step of an epoch, and before the state counts it."""
 
     def on_evaluation_batch(self, trainer: Trainer) -> None:
-        """Before every batch of an evaluation, and after the last."""
+        """Before each batch of an evaluation, and after the last one."""
 
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
         """After an evaluation on "test" or "train". All evaluations of an epoch are done before the first call."""
 
     def on_save(self, trainer: Trainer, folder: Path) -> None:
-        """After the model was written to `folder`."""
+        """After the model has been written to `folder`."""
 
     def on_train_end(self, trainer: Trainer) -> None:
-        """After the last step, when the model is written."""
+        """After the last step, when the model has been written."""
 
     def on_interrupt(self, trainer: Trainer) -> None:
         """Instead of `on_train_end`: a signal ends the training, and another process may resume it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this hook: the JSON object of rank 0."""
+        """Return this hook's state as a JSON object. Checkpoints store that of rank 0."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints by steps and by time, and the end of a training for a signal."""
+"""Write checkpoints by steps and by time, and end the training after a signal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ if TYPE_CHECKING:
 
 
 class CheckpointHook(Hook):
-    """Writes checkpoints, and ends the training for a signal.
+    """Writes checkpoints, and ends the training after a signal.
 
-    Ranks receive signals and see minutes pass at different moments, but must act at the same place. So they exchange what
-    they know at the start of a step, or of a batch of an evaluation, and act on the answer one step or batch later, when it
-    has long arrived.
+    Signals and clocks differ between ranks, but all ranks must act at the same step. So they exchange their state at the
+    start of each step, or of each batch of an evaluation, and act on the result one step or batch later, without waiting.
 
     Args:
         interval: optimizer steps between checkpoints; 0 for none.
@@ -36,7 +35,7 @@ class CheckpointHook(Hook):
         self._saved = trainer.state.step, trainer.state.epoch
 
     def on_step_begin(self, trainer: Trainer) -> None:
-        # Here and not at the end of a step, where other hooks may not have run yet.
+        # Not at the end of a step, where other hooks may not have run yet.
         minutes_over = self._listen(trainer)
         step = trainer.state.step
         if step > self._last_step and (minutes_over or (self.interval and step % self.interval == 0)):
@@ -71,7 +70,7 @@ class CheckpointHook(Hook):
         self._answer = trainer.ranks.largest(values)
 
     def _listen(self, trainer: Trainer) -> int:
-        """Whether the minutes of a checkpoint are over. Raises Interrupted, on every rank, if a signal came to any of them."""
+        """Return whether a checkpoint is due by time. Raises Interrupted, on every rank, if any of them received a signal."""
         number, minutes_over = self._answer()
         if not number:
             return minutes_over

@@ -27,7 +27,7 @@ class EvaluateHook(Hook):
         splits = ["test"] if last or done % self.test_every == 0 else []
         if self.train_every is not None and (last or done % self.train_every == 0):
             splits.append("train")
-        # A signal may end an evaluation; a resumed training then repeats them all. So hooks see no result before all are done.
+        # A signal may end an evaluation, and a resumed training repeats all of them. So hooks get results only when all are done.
         found = {split: trainer.evaluate(split) for split in splits}
         for split, metrics in found.items():
             trainer.dispatch("on_evaluate", split, metrics)

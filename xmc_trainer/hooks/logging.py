@@ -1,4 +1,4 @@
-"""What a training says: on the terminal, in log.jsonl, and to Weights & Biases."""
+"""Report a training's progress on the terminal, in log.jsonl and to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 
 def head_bytes(trainer: Trainer) -> int:
-    """Bytes of this process's part of the head: weights, index and optimizer state."""
+    """Return the bytes of this process's part of the head: weights, index and optimizer state."""
     return sum(buffer.nbytes for buffer in trainer.head.buffers())
 
 
 def head_kernels(trainer: Trainer) -> list[str]:
-    """The kernels of each part of the labels' head for an optimizer step, and why they were chosen."""
+    """Describe the kernels that each part of the head uses for an optimizer step, and why."""
     return [part.describe_kernels(trainer.config.texts_a_step) for _, part in trainer.head.parts()]
 
 
 class ProgressHook(Hook):
-    """Prints what is trained, a progress bar, and metrics, at the end beside those of predicting the most popular labels.
+    """Prints a summary, a progress bar, and metrics; at the end also those of always predicting the most popular labels.
 
     Args:
         print_iter: steps between lines with loss and learning rate; None for no such lines.
@@ -112,10 +112,10 @@ class ProgressHook(Hook):
 
 
 class JsonLogHook(Hook):
-    """Writes log.jsonl in the run's folder: one JSON object a line for start, steps, evaluations, rewirings, saves and end.
+    """Writes log.jsonl in the run's folder: one JSON object per line for start, steps, evaluations, rewirings, saves and end.
 
-    A resumed training drops what was written after its checkpoint and writes "resume" in place of "start". Its "seconds"
-    continue from those of the checkpoint.
+    A resumed training removes the records after its checkpoint and writes "resume" instead of "start". Its "seconds"
+    continue from the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class JsonLogHook(Hook):
         if self._file is not None:
             with writing(Path(self._file.name), ELSEWHERE):
                 line = json.dumps(record | {"seconds": round(time.monotonic() - self._start, 3)}).encode() + b"\n"
-                while line:  # a disk that is nearly full may take only a part
+                while line:  # a nearly full disk may write only a part
                     line = line[self._file.write(line) :]
 
     def on_train_start(self, trainer: Trainer) -> None:
@@ -192,7 +192,7 @@ class WandbHook(Hook):
     """Sends losses, learning rates and metrics to Weights & Biases. WANDB_MODE=offline works.
 
     Args:
-        run_name: None for one that Weights & Biases makes up.
+        run_name: None lets Weights & Biases choose one.
         settings: stored with the run; they leave this machine.
     """
 
@@ -215,7 +215,7 @@ class WandbHook(Hook):
         self._run = wandb.init(
             project="xmc_trainer",
             name=self._run_name,
-            id=self._id,  # None, or of the run that is resumed
+            id=self._id,  # None, or that of the resumed run
             resume="allow",
             dir=str(trainer.run_folder),
             config=self._settings,

@@ -1,4 +1,4 @@
-"""When the head becomes sparse, and when it is rewired."""
+"""Make a dense head sparse, and rewire a sparse one, at their times."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SparsifyHook(Hook):
         self.dense_epochs, self.fan_in, self.group_size = dense_epochs, fan_in, group_size
 
     def on_epoch_end(self, trainer: Trainer) -> None:
-        # A training resumed at the end of this epoch, after a signal in its evaluation, has a sparse head already.
+        # If a signal ended the evaluation of this epoch, the resumed training already has a sparse head.
         if trainer.state.epoch + 1 == self.dense_epochs and trainer.head.index is None:
             trainer.head.become_sparse(self.fan_in, self.group_size)
 

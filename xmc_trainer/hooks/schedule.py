@@ -1,4 +1,4 @@
-"""Learning rates for every step."""
+"""Set the learning rates of every step."""
 
 from __future__ import annotations
 

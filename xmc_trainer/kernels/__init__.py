@@ -1,1 +1,1 @@
-"""The head's inner loops: one module for each backend. `reference` is the plain version that tests compare the others to."""
+"""The head's step and ranking, one module per backend. `reference` is the plain version that tests compare the others with."""

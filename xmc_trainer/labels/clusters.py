@@ -1,6 +1,6 @@
 """Label clusters from a tree of balanced 2-means, saved without pickle.
 
-The labels are split into two halves of equal size, rounded to `model.ffi.group_size`, and each half is split again.
+The labels are split into two halves of equal size, rounded to the head's group size, and each half is split again.
 Neighbours in the resulting order are similar: consecutive labels form the head's groups, and subtrees form the clusters
 of the meta branch. `xmc-trainer clusters` computes the label vectors and calls this module.
 """
