@@ -1,4 +1,4 @@
-"""The commands of README and of the pages for beginners run as they are printed, on an encoder and data that take seconds."""
+"""The code blocks of README and the beginners' pages run as printed, with a tiny encoder and small data."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-# The blocks of a page run one after another; each page begins in a folder of its own.
+# The blocks of a page run one after another, in a folder of that page.
 PAGES = ("README.md", "docs/getting-started.md", "docs/data.md", "docs/api.md")
 EVERY_PAGE = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the pages call data/minilm: one layer, as many features as they let a label read, and random weights."""
+    """Make the encoder that the pages call data/minilm: one layer with random weights and MiniLM's number of features."""
     folder = tmp_path_factory.mktemp("minilm")
     torch.manual_seed(0)
     config = BertConfig(
@@ -48,7 +48,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for the front of PATH."""
+    """Return a folder to put in front of PATH."""
     folder = tmp_path_factory.mktemp("bin")
     address = folder / "socket"
     write_clients(folder, address)
@@ -63,8 +63,8 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def repository(folder: Path, encoder: Path) -> Path:
-    """A folder that looks like a checkout after README's quick start and own data, but for the size of the data."""
-    for name in ("launchers", "ds_configs"):
+    """Make `folder` look like a checkout after README's quick start and own data, with smaller data."""
+    for name in ("launchers", "ds_configs", "docs"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
     (folder / "data" / "minilm").symlink_to(encoder)
@@ -85,7 +85,7 @@ def repository(folder: Path, encoder: Path) -> Path:
 
 
 def on_own_ports(code: str) -> str:
-    """The launchers' default ports may be taken by another test."""
+    """Add free ports to launch commands, because other tests may use the default ones."""
     for launcher, option in {
         "accelerate launch": "--main_process_port",
         "deepspeed --": "--master_port",
@@ -97,7 +97,7 @@ def on_own_ports(code: str) -> str:
 
 
 def script_of(snippets: list[Snippet], folder: Path) -> str:
-    """One bash script of a page's blocks, which says where it is and stops at the first failure."""
+    """Join a page's blocks into one bash script, which prints each block's place and stops at the first failure."""
     lines = ["set -euo pipefail"]
     for number, snippet in enumerate(snippets):
         lines.append(f"echo '=== {snippet.where}' >&2")
@@ -115,7 +115,7 @@ def test_the_blocks_of_a_page_run_one_after_another(page, encoder, clients, tmp_
     snippets = [snippet for snippet in snippets_of(ROOT / page) if snippet.skipped is None]
     assert snippets
     if page == "README.md":
-        # The quick start's run, which takes minutes there: the same settings, fewer steps.
+        # The quick start takes minutes, so run its settings with fewer steps.
         before = "python launchers/train.py dataset=wordnet data.num_labels=8 dataset_path=./data log_fname=quickstart \
             model.encoder.encoder_model=data/minilm training.optimization.epochs=1 data.num_workers=0"
         snippets.insert(0, Snippet("the quick start", "bash", before, None))
@@ -139,7 +139,10 @@ def test_the_blocks_of_a_page_run_one_after_another(page, encoder, clients, tmp_
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     if page == "README.md":
         predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-        assert [record["text"] for record in predictions] == ["how to bake bread", "how to mow a lawn"]
+        assert [record["text"] for record in predictions] == [
+            "how do I continue an interrupted run?",
+            "which kernels run on an H100?",
+        ]
         assert all(len(record["labels"]) == 2 for record in predictions)
 
 
