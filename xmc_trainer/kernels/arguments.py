@@ -58,7 +58,7 @@ class Step(NamedTuple):
         rule = dict(lr=0.0, beta0=0.0, beta1=0.0, eps=0.0, correct0=1.0, correct1=1.0, RULE=RULES["sgd"])
         decay: dict[str, Any] = {}
         if update is not None:
-            chosen: Any = update.rule  # each name comes with numbers of its own
+            chosen: Any = update.rule  # each rule has its own hyperparameters
             rule |= dict(lr=update.lr, RULE=RULES[chosen.name])
             if chosen.name == "momentum":
                 rule["beta0"] = chosen.momentum
