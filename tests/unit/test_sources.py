@@ -750,8 +750,11 @@ def test_hf_missing_split_says_what_is_there(tmp_path, files, said):
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_hf_a_split_without_rows(tmp_path, kind):
-    message = message_of(lambda: read_hf(write_hf(tmp_path, kind, {"text": [], "labels": []})))
+    nothing = {"text": [], "labels": []}
+    message = message_of(lambda: read_hf(write_hf(tmp_path, kind, nothing)))
     assert message == f"`hf_source`={tmp_path}: train has no rows; write it again, or set `hf_train_split`"
+    message = message_of(lambda: read_hf(write_hf(tmp_path, kind, TRAIN, nothing)))
+    assert message == f"`hf_source`={tmp_path}: test has no rows; write it again, or set `hf_test_split`"
 
 
 def test_hf_neither_folder_nor_reachable(monkeypatch):

@@ -116,6 +116,12 @@ def test_every_label_keeps_a_training_text(tmp_path):
     assert len(train) + len(test) == 200 and 50 <= len(test) <= 100
 
 
+def test_a_file_from_which_no_text_can_be_held_out(tmp_path):
+    rows = [{"text": f"text {n}", "labels": [f"label {n}"]} for n in range(20)]
+    message = message_of(lambda: read_all(opened(write_lines(tmp_path / "t.jsonl", rows))))
+    assert "no text can be held out, because each is the only one of a label; add texts" in message
+
+
 def test_a_share_of_a_training_split(tmp_path):
     write_lines(tmp_path / "train.jsonl", records(100))
     write_lines(tmp_path / "test.jsonl", [{"text": "other", "labels": ["a"]}])

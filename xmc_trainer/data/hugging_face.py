@@ -88,7 +88,15 @@ def hf_source(
                 f"`hf_source`={name}: the class labels of {label_column!r} in {test_split} differ from those in "
                 f"{train_split}; give both splits the same"
             )
+        train_rows = column.rows
         column.scan(test)
+        if column.rows == train_rows:
+            raise UserError(
+                f"`hf_source`={name}: {test_split} has no rows; write it again, or set `hf_test_split`"
+                if apart
+                else f"`hf_source`={name}: no text can be held out, because each is the only one of a label; add texts, or write "
+                "a folder with a train and a test file"
+            )
         column.decide(f"`hf_source`={name}", notes)
         vocabulary = Vocabulary.of(seen) if column.classes is None else Vocabulary(column.classes)
         if not vocabulary.names:
