@@ -134,7 +134,7 @@ def test_the_blocks_of_a_page_run_one_after_another(page, encoder, clients, tmp_
         env=environment,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     if page == "README.md":
