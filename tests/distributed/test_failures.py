@@ -86,7 +86,7 @@ def test_a_lost_store_is_told_from_a_silent_rank(own, said, monkeypatch):
     """Without the store, both counters stop, this rank's up to an interval after rank 0's."""
     watch, ends = parallel._Heartbeat.__new__(parallel._Heartbeat), []
     watch._rank, watch._limit, watch._interval, watch._silent = 1, 6.0, 0.6, [10, own]
-    watch._host, watch._port = "127.0.0.1", 29500
+    watch._host, watch._port, watch._timeout_is = "127.0.0.1", 29500, "its timeout"
     watch._stopped = SimpleNamespace(wait=lambda seconds: bool(ends))
     monkeypatch.setattr(watch, "_end", ends.append)
     watch._watch()
