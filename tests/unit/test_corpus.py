@@ -165,6 +165,16 @@ def test_a_second_call_reads_only_the_cache(tmp_path, monkeypatch):
         assert again.train.cache_files  # memory-mapped
 
 
+def test_checkpoints_of_earlier_versions_are_known_by_a_slower_hash(tmp_path):
+    folder = write_raw(tmp_path / "a", [("w1", "a")], [("w2", "a")])
+    found = load(folder, tmp_path / "c")
+    former = found.former_fingerprint()
+    assert len(former) == 32 and former != found.fingerprint
+    assert load(folder, tmp_path / "d").former_fingerprint() == former
+    other = write_raw(tmp_path / "b", [("w3", "a")], [("w2", "a")])
+    assert load(other, tmp_path / "c").former_fingerprint() != former
+
+
 def test_each_change_of_content_changes_the_fingerprint(tmp_path):
     folder = write_raw(tmp_path / "d")
     (folder / "names.tsv").write_text("a\tA\n")

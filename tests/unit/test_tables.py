@@ -131,6 +131,14 @@ def test_a_share_of_a_training_split(tmp_path):
 
 
 def test_options_that_change_what_is_read_change_the_identity(tmp_path):
-    path = write_lines(tmp_path / "t.jsonl", records(10))
-    found = {opened(path, **o).identity for o in ({}, {"test_share": 0.2}, {"label_separator": "|"})}
-    assert len(found) == 3
+    write_lines(tmp_path / "train.jsonl", records(10))
+    write_lines(tmp_path / "test.jsonl", records(10))
+    (tmp_path / "t.csv").write_text("text,labels\nx,a\n")
+
+    def identities(path):
+        return [opened(path, **o).identity for o in ({}, {"test_share": 0.2}, {"label_separator": "|"})]
+
+    plain, held_out, separated = identities(tmp_path)
+    assert plain == separated != held_out
+    assert json.loads(plain) == [None, "train", "test", "text", "labels", None]  # as earlier versions wrote it
+    assert len(set(identities(tmp_path / "t.csv"))) == 3

@@ -165,10 +165,13 @@ def restore(folder: Path, trainer: Trainer) -> None:
         if ranks.rank == 0:
             manifest = read_folder(folder, CHECKPOINT, f"put it back, or remove {folder} to continue without it")
     manifest = ranks.broadcast(manifest)
-    if manifest["corpus"] != corpus.fingerprint:
-        raise UserError(
-            f"{folder}: was made with other texts or another tokenizer; restore them, or name another run with log_fname"
-        )
+    with ranks.together():
+        former = corpus.former_fingerprint
+        if manifest["corpus"] != corpus.fingerprint and (former is None or manifest["corpus"] != former()):
+            raise UserError(
+                f"{folder}: was made with other texts or another tokenizer; restore them, or name another run with "
+                "log_fname"
+            )
     if manifest["label_order"] != corpus.label_order:
         raise UserError(f"{folder}: was made with other label clusters; restore {trainer.config.cluster_file}")
     try:

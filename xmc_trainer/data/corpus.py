@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xmc_trainer.data.cache import Damaged, locked, making, seal, unseal
 from xmc_trainer.data.hugging_face import hf_source as open_hf
-from xmc_trainer.data.sources import Contents, Ragged, Row, Source, lf_source, raw_source
+from xmc_trainer.data.sources import Contents, Ragged, Row, lf_source, raw_source
 from xmc_trainer.data.tokenise import ROWS_PER_BATCH, tokenised
 from xmc_trainer.errors import UserError, reason
 
@@ -51,6 +51,7 @@ class Corpus:
         filter_pairs: labels to exclude from the ranking of each test row, or None.
         fingerprint: hash of the source files' content, the reading options and the tokenizer.
         texts: training texts. The rows of `train` after them are made from label texts.
+        former_fingerprint: computes the fingerprint that checkpoints until November 2026 have, by a slower hash.
         places: int32 [L], label number in `train` and `test` -> row of `labels`. None: they are equal.
     """
 
@@ -61,6 +62,7 @@ class Corpus:
     fingerprint: str
     texts: int
     places: np.ndarray | None = None
+    former_fingerprint: Callable[[], str] | None = None
 
     @property
     def num_labels(self) -> int:
@@ -176,7 +178,9 @@ def load_corpus(
         )
     else:
         raise ValueError(f"layout={layout!r}, hf_source={hf_source!r}: choose raw, lf, or hf with hf_source")
-    fingerprint = _fingerprint(source, layout, tokenizer, max_len)
+    identity = [_CACHE_FORMAT, layout, source.identity, max_len, _tokenizer_identity(tokenizer)]
+    fingerprint_by = functools.partial(_fingerprint, source.files, identity)
+    fingerprint = fingerprint_by(xxhash.xxh3_128)  # at the speed of memory, because every start reads all files
 
     def make(part: Path) -> None:
         contents = source.read()
@@ -188,7 +192,8 @@ def load_corpus(
     if progress:
         for note in notes:
             logger.warning("%s", note)
-    return corpus
+    former = functools.partial(fingerprint_by, functools.partial(hashlib.blake2b, digest_size=16))
+    return dataclasses.replace(corpus, former_fingerprint=former)
 
 
 def _cache_folder(name: str | Path) -> Path:
@@ -245,12 +250,10 @@ def _check_num_labels(expected: int | None, found: int) -> None:
         raise UserError(f"`num_labels`={expected}: the data have {found} labels; correct it, or set it to null")
 
 
-def _fingerprint(source: Source, layout: str, tokenizer: PreTrainedTokenizerBase, max_len: int) -> str:
-    digest = xxhash.xxh3_128()  # at the speed of memory: every start reads all files
-    digest.update(
-        json.dumps([_CACHE_FORMAT, layout, source.identity, max_len, _tokenizer_identity(tokenizer)]).encode()
-    )
-    for path in source.files:
+def _fingerprint(files: list[Path], identity: list[Any], new_digest: Callable[[], Any]) -> str:
+    digest = new_digest()
+    digest.update(json.dumps(identity).encode())
+    for path in files:
         try:
             with open(path, "rb") as file:
                 digest.update(b"\0%b\0%d\0" % (os.fsencode(path.name), os.fstat(file.fileno()).st_size))

@@ -120,7 +120,16 @@ def hf_source(
     # Without files, the name identifies the data set. Class names may be stored outside the files with the rows.
     files = [*whole.files, *(apart.files if apart else [])]
     has_files = whole.files and (apart is None or apart.files)
-    identity = [None if has_files else name, train_split, test_split, *columns, whole.class_names, test_share]
+    identity: list[Any] = [
+        None if has_files else name,
+        train_split,
+        test_split,
+        text_column,
+        label_column,
+        whole.class_names,
+    ]
+    # Appended only where they matter, so that caches and checkpoints of earlier versions are found.
+    identity += [label_separator] * any(map(tables.is_table, files)) + [test_share] * (test_share is not None)
     return Source(files, json.dumps(identity), read)
 
 
