@@ -58,4 +58,4 @@ for row, labels in zip(chosen, model.predict([row["content"] for row in chosen],
 PYTHON
 echo
 echo "the model is in outputs/quickstart/model; try:"
-echo "  echo 'a small domesticated carnivore' | .venv/bin/python launchers/predict.py outputs/quickstart/model"
+echo "  echo 'a small domesticated carnivore' | .venv/bin/xmc-trainer predict outputs/quickstart/model"

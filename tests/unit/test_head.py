@@ -260,6 +260,8 @@ def test_impossible_shapes_are_refused():
             make_head(**options)
     with pytest.raises(ValueError, match="text_reduction"):
         make_head(text_reduction="max")
+    with pytest.raises(ValueError, match="loss='hinge': must be one of bce, squared_hinge"):
+        make_head(loss="hinge")
 
 
 def test_another_package_named_torch_sparse_is_refused(tmp_path, monkeypatch):

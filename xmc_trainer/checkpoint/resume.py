@@ -5,7 +5,7 @@ A checkpoint is a folder that is written atomically, see `checkpoint.folder`. It
 manifest.json              format, step and epoch, the state of the hooks, checksums
 config.yaml                the run's configuration
 encoder.safetensors        weights and optimizer state of the encoder, whole and in float32, see `encoder_state`
-head-00000-of-00001.safetensors   one file a rank: weights, index, bias and optimizer state of its labels
+head-00000-of-00001.safetensors   one file per rank: weights, index, bias and optimizer state of its labels
 recent.safetensors         features and labels of the latest steps, for growth by gradient
 
 Nothing in it depends on the engine or the number of ranks that wrote it. The order of the texts and the random numbers

@@ -126,6 +126,8 @@ class FixedFanInHead(Head):
             raise ValueError(f"weight_dtype={weight_dtype}: must be float32 or bfloat16")
         if product_dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"product_dtype={product_dtype}: must be float32 or bfloat16")
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
         if text_reduction not in ("sum", "mean"):
             raise ValueError(f"text_reduction={text_reduction!r}: must be sum or mean")
         self.in_features, self.num_labels = in_features, num_labels
