@@ -7,8 +7,8 @@ Each graph serves inputs of one shape. Frequent shapes are recorded before train
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -54,20 +54,44 @@ class EagerPass:
         )
 
 
+@contextmanager
+def _recorded(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream) -> Iterator[None]:
+    """Record the block's launches as `graph`, with its memory in `pool`. After an error other launches work as before."""
+    with torch.cuda.stream(stream):
+        # thread_local: loader and NCCL threads may call CUDA during the recording.
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            yield
+            graph.capture_end()
+        except BaseException:
+            _abandon(graph, pool)
+            raise
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End a recording that failed."""
+    device = torch.cuda.current_device()
+    try:
+        graph.capture_end()
+    except RuntimeError:  # torch raises at the first thing that went wrong, and leaves the rest undone
+        with suppress(RuntimeError):  # if it came that far
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+    # The generator still takes every draw for a recorded one. A copy of its state does not.
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
 class _Recording:
     """The graphs of both passes for inputs of one shape. Their input and output tensors keep their addresses."""
 
     def __init__(self, recorder: Recorder, inputs: tuple[Tensor, ...]) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # thread_local: loader and NCCL threads may call CUDA during the recording.
-        capture = partial(
-            torch.cuda.graph, pool=recorder.pool, stream=recorder.stream, capture_error_mode="thread_local"
-        )
-        with capture(self.forward):
+        with _recorded(self.forward, recorder.pool, recorder.stream):
             run = EagerPass(recorder.encoder, recorder.members, self.inputs)
         self.features, self.grad = run.features, torch.empty_like(run.features)
-        with capture(self.backward):
+        with _recorded(self.backward, recorder.pool, recorder.stream):
             run.gradients(self.grad, into=recorder.gradients)
 
 
@@ -131,14 +155,13 @@ class Recorder:
             run = EagerPass(self.encoder, self.members, inputs)
             run.gradients(torch.zeros_like(run.features), into=self.gradients)
             del run
-        stream = torch.cuda.current_stream()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # leave the memory to the graphs
         try:
             for inputs in shapes:  # largest first: the others reuse its memory
                 self._recordings[tuple(tensor.shape for tensor in inputs)] = _Recording(self, inputs)
         except RuntimeError as error:
             raise CannotCapture(str(error).strip().splitlines()[0]) from error
-        finally:
-            torch.cuda.set_stream(stream)  # after an error the recorder's stream is still current
         self._compare(shapes[-1])
         self.bytes = sum(
             segment["total_size"]
