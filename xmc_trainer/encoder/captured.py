@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class EagerPass:
 
 
 @contextmanager
-def _recorded(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream) -> Iterator[None]:
+def _recorded(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream) -> Iterator[None]:
     """Record the block's launches as `graph`, with its memory in `pool`. After an error other launches work as before."""
     with torch.cuda.stream(stream):
         # thread_local: loader and NCCL threads may call CUDA during the recording.
@@ -68,7 +68,7 @@ def _recorded(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.
             raise
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
     """End a recording that failed."""
     device = torch.cuda.current_device()
     try:
