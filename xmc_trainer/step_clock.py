@@ -1,4 +1,4 @@
-"""Measure where the time of training steps goes, without waiting for the device."""
+"""Measure where the time of a training's start and of its steps goes, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -43,3 +43,23 @@ class StepClock:
             if part is not None:
                 parts[part] += _milliseconds(before, moment)
         return dict(parts)
+
+
+class StartClock:
+    """Divides the seconds that building a training takes into named parts.
+
+    `mark(part)` assigns the time since the previous mark, or since this clock was made, to `part`.
+    """
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.parts: dict[str, float] = {}
+
+    def mark(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
+        return f"the training was built in {sum(self.parts.values()):.1f} s: {parts}"

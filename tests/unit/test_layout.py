@@ -31,7 +31,7 @@ ALLOWED = {
     "builders.hooks": {"config", "head", "hooks", "schedules"},
     "builders.training": {
         "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",
-        "trainer",
+        "step_clock", "trainer",
     },
     "plan": {"config", "data", "encoder", "engine", "errors", "head", "kernels.arguments", "kernels.dispatch", "parallel"},
     "trainer": {

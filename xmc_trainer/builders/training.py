@@ -33,6 +33,7 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.hooks.base import Hook
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import RunFolder
+from xmc_trainer.step_clock import StartClock
 from xmc_trainer.trainer import Trainer, TrainerState
 
 
@@ -71,6 +72,7 @@ def build_trainer(
         load: loads tokenizer, encoder and data; a benchmark passes a function that generates them.
     Raises UserError if settings, files and machine do not fit each other.
     """
+    clock = StartClock()
     accelerator = accelerator_of(config, deepspeed_config)
     ranks, device = Ranks(config.environment.timeout), accelerator.device
     folder = RunFolder(config, ranks)
@@ -79,7 +81,9 @@ def build_trainer(
     require_backend(config, device)
     refuse_compilation(config, accelerator)
     set_seed(config.training.seed)
+    clock.mark("process group")
     tokenizer, encoder, corpus = load(config, accelerator, ranks)
+    clock.mark("encoder and data")
     corpus, cluster_of = order_labels(config, corpus)
     rows = train_rows_of(config, corpus)
     state = state_of(config, len(corpus.train) if rows is None else len(rows))
@@ -88,10 +92,13 @@ def build_trainer(
     if folder.checkpoint is None:
         progress = accelerator.is_main_process
         start_head_from_texts(config, head, encoder, tokenizer, corpus, rows, device, progress)
+    clock.mark("head")
     micro_batches = micro_batches_of(config, accelerator, encoder, corpus, ranks, device)
     module, optimizer = prepare_encoder(config, accelerator, encoder)
+    clock.mark("engine")
     texts = config.texts_a_step // micro_batches
     compiled = compile_as_configured(config, accelerator, encoder, -(-texts // ranks.size), longest_batch(corpus))
+    clock.mark("compiling")
     batches = Batches(
         corpus=corpus,
         rank=ranks.rank,
@@ -109,6 +116,7 @@ def build_trainer(
     )
     if compiled and device.type == "cuda":
         capture_passes(accelerator, accelerator.unwrap_model(module), batches)
+    clock.mark("CUDA graphs")
     meta_branch = None
     if config.model.auxiliary.use_meta_branch:
         assert cluster_of is not None  # `Config.needs_clusters`
@@ -144,6 +152,9 @@ def build_trainer(
     )
     if folder.checkpoint is not None:
         resume.restore(folder.checkpoint, trainer)
+    clock.mark("rest")
+    if accelerator.is_main_process:
+        print(clock, flush=True)
     return trainer
 
 
