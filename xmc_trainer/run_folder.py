@@ -37,7 +37,8 @@ _CHECKPOINT = re.compile(r"checkpoint(?:-(\d+))?")  # an earlier version wrote n
 _MAY_CHANGE = (
     "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.num_workers", "data.cache_dir",
     "data.test_batch_size", "data.micro_batches", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer",
-    "model.encoder.ngame_checkpoint", "model.encoder.use_torch_compile", "model.ffi.backend", "model.ffi.tile_labels",
+    "model.encoder.ngame_checkpoint", "model.encoder.use_torch_compile", "model.encoder.gradient_checkpointing",
+    "model.ffi.backend", "model.ffi.tile_labels",
     "training.verbose", "training.resume", "training.overwrite", "training.checkpoint_interval",
     "training.checkpoint_minutes", "training.checkpoints_kept", "training.use_checkpoint", "training.checkpoint_file",
     "training.best_p1",

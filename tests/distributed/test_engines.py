@@ -79,6 +79,11 @@ def two_under_deepspeed(short, tmp_path_factory):
         {"settings": [*short, *more, f"log_fname={dtype}-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
         for dtype, stage, more in cases
     ]
+    recompute = [*short, *UNEVEN, "model.encoder.gradient_checkpointing=true"]
+    trainings += [
+        {"settings": [*recompute, f"log_fname=recompute-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
+        for stage in "23"
+    ]
     trainings.append(
         {"settings": [*short, *FROM_TEXTS, "log_fname=start-3"], "deepspeed_config": "ds_configs/zero3.json"}
     )
@@ -95,6 +100,11 @@ def two_under_deepspeed(short, tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_train_as_one_at_every_stage(two_under_deepspeed, one, folder, stage):
     assert_same(one, outcome_of(folder / f"float32-{stage}", 2))
+
+
+@pytest.mark.parametrize("stage", "23")
+def test_layers_that_are_computed_again_train_as_before(two_under_deepspeed, one, folder, stage):
+    assert_same(one, outcome_of(folder / f"recompute-{stage}", 2))
 
 
 @pytest.fixture(scope="module")

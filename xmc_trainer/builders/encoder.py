@@ -94,6 +94,14 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
     )
     with whole_weights(encoder):
         check_padding_is_hidden(encoder, config.data.max_len, where)
+    if chosen.gradient_checkpointing:
+        try:
+            encoder.recompute_layers(True)
+        except ValueError:
+            raise UserError(
+                f"model.encoder.gradient_checkpointing=true: {type(backbone).__name__} of {where} cannot compute its layers "
+                "again; set it to false"
+            ) from None
     if ffi.input_features not in (None, encoder.out_features):
         raise UserError(
             f"model.ffi.input_features={ffi.input_features}: the encoder gives {encoder.out_features} features; set that, or null"
@@ -197,7 +205,10 @@ def compile_as_configured(
     wish, device = config.model.encoder.use_torch_compile, accelerator.device
     if wish == "false" or (wish == "auto" and (device.type != "cuda" or zero_stage(accelerator) == 3)):
         return False
-    compile_encoder(encoder, Path(config.data.cache_dir).expanduser() / "compiled")
+    recompute = config.model.encoder.gradient_checkpointing
+    if recompute:
+        encoder.recompute_layers(False)  # compiled code does it instead
+    compile_encoder(encoder, Path(config.data.cache_dir).expanduser() / "compiled", recompute=recompute)
     begin = time.monotonic()
     try:
         # Bypass the engine: it must not see a backward pass outside a step.
@@ -207,6 +218,8 @@ def compile_as_configured(
         raise
     except Exception as error:
         undo(encoder)
+        if recompute:
+            encoder.recompute_layers(True)
         why = f"{type(error).__name__}: {reason(error)}"
         if wish == "true":
             raise UserError(

@@ -210,6 +210,11 @@ class EncoderConfig(Section, prefix="model.encoder."):
         "Compile the encoder with torch.compile, which delays the start by seconds: true, false or auto. "
         "auto compiles on a GPU, except under ZeRO 3, and trains uncompiled if compilation fails.",
     )
+    gradient_checkpointing: bool = option(
+        False,
+        "Keep only each layer's input for the backward pass, which computes the layer again: less memory, a third more "
+        "computation in the encoder.",
+    )
     use_ngame_encoder_weights: bool = option(False, "Initialise the encoder from ngame_checkpoint.")
     ngame_checkpoint: str | None = option(None, "Encoder state dict: a torch.save file, or .safetensors.")
     ngame_key_prefix: str = option(

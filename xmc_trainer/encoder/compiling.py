@@ -19,7 +19,9 @@ from xmc_trainer.encoder.text_encoder import TextEncoder
 _DYNAMIC = {"dynamic": True}  # one compilation for all lengths
 # Share of a layer's activations that is kept for the backward pass. The rest is recomputed, cheapest first. On a GPU this costs
 # about 10 % of the encoder's time and saves a third of the memory that grows with the texts.
-_KEPT = 0.6
+_KEPT = 0.4
+# Keeps a layer's inputs and random draws alone. torch would not keep the draws at 0.
+_LEAST_KEPT = 1e-6
 
 
 def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
@@ -39,20 +41,24 @@ def layer_lists(backbone: nn.Module) -> list[tuple[nn.Module, nn.ModuleList]]:
     return found
 
 
-def compile_encoder(encoder: TextEncoder, cache_dir: Path) -> None:
+def compile_encoder(encoder: TextEncoder, cache_dir: Path, *, recompute: bool = False) -> None:
     """Compile the backbone in place. The first forward and backward pass do the work; see `warm_up`.
 
     Args:
         cache_dir: folder for compiled code, unless TORCHINDUCTOR_CACHE_DIR names another.
+        recompute: whether the backward pass computes every layer again from its input, to save memory.
     """
+    from xmc_trainer.encoder.kept_draws import KeepDraws  # imports the compiler, which takes seconds
+
     # Importing torch may set the variable to a temporary folder, which does not survive a restart.
     chosen = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", tempfile.gettempdir() + "/torchinductor_"))
     if chosen.parent == Path(tempfile.gettempdir()) and chosen.name.startswith("torchinductor_"):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_dir)
     # Do not take texts and tokens for one size because they are equal in the first batch.
     torch.fx.experimental._config.use_duck_shape = False
-    if torch.cuda.is_available():
-        torch._functorch.config.activation_memory_budget = _KEPT
+    kept = _KEPT if torch.cuda.is_available() else 1.0
+    torch._functorch.config.activation_memory_budget = _LEAST_KEPT if recompute else kept
+    torch._inductor.config.joint_custom_post_pass = KeepDraws()
     backbone = encoder.backbone
     lists = layer_lists(backbone)
     for owner, layers in lists:

@@ -64,6 +64,22 @@ class TextEncoder(nn.Module):
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         return torch.cat([out.hidden_states[-1 - n][:, 0] for n in range(self.feature_layers)], dim=-1)
 
+    def recompute_layers(self, on: bool) -> None:
+        """Choose whether a training's backward pass computes each layer again from its input, to save memory.
+
+        Raises ValueError if the backbone cannot.
+        """
+        # transformers renamed its method.
+        name = (
+            "activation_checkpointing"
+            if hasattr(self.backbone, "activation_checkpointing_enable")
+            else "gradient_checkpointing"
+        )
+        if on:
+            getattr(self.backbone, f"{name}_enable")({"use_reentrant": False})
+        else:
+            getattr(self.backbone, f"{name}_disable")()
+
     def parameter_groups(self, encoder_lr: float, penultimate_lr: float, weight_decay: float) -> list[dict]:
         """Build optimizer groups: weight decay for matrices only, and a learning rate of its own for the penultimate layer."""
         parts: list[tuple[nn.Module, float]] = [(self.backbone, encoder_lr)]
