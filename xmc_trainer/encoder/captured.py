@@ -6,6 +6,7 @@ Each graph serves inputs of one shape. Frequent shapes are recorded before train
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -156,6 +157,7 @@ class Recorder:
             run.gradients(torch.zeros_like(run.features), into=self.gradients)
             del run
         torch.cuda.synchronize()
+        gc.collect()  # an older graph that is destroyed during a recording ends it
         torch.cuda.empty_cache()  # leave the memory to the graphs
         try:
             for inputs in shapes:  # largest first: the others reuse its memory
