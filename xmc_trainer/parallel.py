@@ -169,6 +169,13 @@ def average_own_part(x: Tensor) -> None:
         _reduce_scatter(own, x.div_(ranks))
 
 
+def largest_of_ranks(x: Tensor) -> Tensor:
+    """Replace x by its elementwise maximum over ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
 def use_gpu(number: int) -> None:
     """Make a GPU this process's default device. UserError if the machine has no such GPU."""
     count = torch.cuda.device_count()

@@ -27,7 +27,8 @@ from xmc_trainer.encoder.loading import (
     load_tokenizer,
 )
 from xmc_trainer.encoder.text_encoder import TextEncoder
-from xmc_trainer.engine.accelerator import reduce_in_place, whole_weights, zero_stage
+from xmc_trainer.engine.accelerator import whole_weights, zero_stage
+from xmc_trainer.engine.zero import shorten_step
 from xmc_trainer.errors import UserError, reason
 
 _ENCODER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -134,7 +135,7 @@ def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncod
     module, optimizer = accelerator.prepare(flat if flat is not None else encoder, optimizer)
     if flat is not None:
         flat.attach()
-        reduce_in_place(optimizer)
+        shorten_step(optimizer)
     return module, optimizer
 
 

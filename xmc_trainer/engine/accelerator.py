@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from xmc_trainer.errors import UserError, shown
 from xmc_trainer.launch import launched_processes
-from xmc_trainer.parallel import average_own_part, form_process_group, leave_process_group, use_gpu
+from xmc_trainer.parallel import form_process_group, leave_process_group, use_gpu
 
 # fp16's dynamic loss scale starts at 2^12, for both DeepSpeed's and torch's scaler.
 _INITIAL_SCALE_POWER = 12
@@ -314,30 +314,6 @@ def set_accumulation(accelerator: Accelerator, accumulation: int) -> None:
         settings = plugin.deepspeed_config
         settings["gradient_accumulation_steps"] = accumulation
         settings["train_micro_batch_size_per_gpu"] = settings["train_micro_batch_size_per_gpu"] * before // accumulation
-
-
-def reduce_in_place(optimizer: Any) -> None:
-    """Let ZeRO 1 and 2 reduce a flat gradient where it is, and only to the ranks that update its parts.
-
-    DeepSpeed copies it into a bucket, reduces it to all ranks, and copies it back. Without effect on other engines.
-
-    Args:
-        optimizer: as `accelerator.prepare` returned it. Each of its groups has one parameter.
-    """
-    zero: Any = getattr(optimizer, "optimizer", None)
-    if not hasattr(zero, "buffered_reduce_fallback"):
-        return
-    by_deepspeed = zero.buffered_reduce_fallback
-
-    def reduce(rank: None, grads: list[Tensor], dtype: torch.dtype, **options: Any) -> None:
-        for grad in grads:
-            # DeepSpeed pads a group to equal parts of whole pairs.
-            if grad.dtype == dtype and grad.numel() % (2 * launched_processes()) == 0:
-                average_own_part(grad)
-            else:
-                by_deepspeed(rank, [grad], dtype, **options)
-
-    zero.buffered_reduce_fallback = reduce
 
 
 def step_was_applied(accelerator: Accelerator, encoder: Any, optimizer: Any) -> bool:
