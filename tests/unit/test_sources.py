@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import random
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data_helpers import instance, json_lines, real_data, write_lf, write_raw
+from xmc_trainer.data import sources
 from xmc_trainer.data.hugging_face import hf_source
 from xmc_trainer.data.sources import Ragged, lf_source, raw_source, read_lines
 from xmc_trainer.errors import UserError
@@ -216,6 +219,29 @@ def test_raw_undecodable_bytes(tmp_path):
     (folder / "train_raw_texts.txt").write_bytes(b"w0\nM\xfcnchen\n")
     message = message_of(lambda: raw_source(folder).read())
     assert f"{folder}/train_raw_texts.txt, line 2: not UTF-8" in message and "convert" in message
+
+
+def test_raw_label_files_in_parts_and_processes(tmp_path, monkeypatch):
+    """Rows, names, notes and line numbers are those of the file as one part."""
+    rng = random.Random(0)
+    names = ["é", "x,", "n\u00a0b", *(f"l{n}" for n in range(30))]
+    lines = [" ".join(rng.choices(names, k=rng.randrange(5))) for _ in range(301)]
+    folder = write_raw(
+        tmp_path, [(f"w{n}", line) for n, line in enumerate(lines)], [("t", "l1 new new"), ("u", "new"), ("v", "é")]
+    )
+    whole = read_with_notes(raw_source(folder))
+    expected = sorted({name for line in lines for name in line.split(" ") if name})
+    assert [name for name, _ in whole[0]] == expected
+    assert whole[1] == [
+        (f"w{n}", sorted({expected.index(name) for name in line.split(" ") if name})) for n, line in enumerate(lines)
+    ]
+    monkeypatch.setattr(sources, "_PART", 100)
+    monkeypatch.setattr(sources, "_ROWS", 7)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(3))
+    assert read_with_notes(raw_source(folder)) == whole
+    content = (folder / "train_labels.txt").read_bytes().split(b"\n")
+    (folder / "train_labels.txt").write_bytes(b"\n".join([*content[:270], b"M\xfc", *content[271:]]))
+    assert "train_labels.txt, line 271: not UTF-8" in message_of(lambda: raw_source(folder).read())
 
 
 def test_raw_missing_folder_and_files(tmp_path):

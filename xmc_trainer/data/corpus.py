@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Increase when the meaning of the cached files changes.
 _CACHE_FORMAT = 4
+_AT_ONCE = 1 << 24  # labels that are counted at once
 _FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "length": Value("int32")})
 _LABEL_FEATURES = Features({"id": Value("string"), "text": Value("string")})
 
@@ -83,8 +84,9 @@ class Corpus:
     def label_counts(self) -> np.ndarray:
         """Count the training texts of each label, int64 [L], without rows made from label texts."""
         counts = np.zeros(self.num_labels, dtype=np.int64)
-        for chunk in self.train.data.column("labels").slice(0, self.texts).chunks:
-            np.add.at(counts, chunk.flatten().to_numpy().astype(np.int64), 1)
+        labels = flatten_lists(self.train.data.column("labels").slice(0, self.texts)).ids
+        for first in range(0, len(labels), _AT_ONCE):
+            counts += np.bincount(labels[first : first + _AT_ONCE], minlength=self.num_labels)
         if self.places is None:
             return counts
         placed = np.empty_like(counts)
@@ -326,10 +328,18 @@ def _write_tokens(path: Path, rows: Iterator[Row], tokenizer: PreTrainedTokenize
 
 def _record_batch(parts: list[tuple[Ragged, list[list[int]]]]) -> pa.RecordBatch:
     lengths = np.concatenate([np.diff(tokens.offsets) for tokens, _ in parts])
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     columns = [
-        pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate([tokens.ids for tokens, _ in parts]))),
-        pa.array(list(chain.from_iterable(labels for _, labels in parts)), pa.list_(pa.int32())),
+        _list_array(np.concatenate([tokens.ids for tokens, _ in parts]), lengths),
+        _list_array(
+            np.fromiter(chain.from_iterable(chain.from_iterable(labels for _, labels in parts)), np.int32),
+            np.fromiter((len(row) for _, labels in parts for row in labels), np.int64),
+        ),
         pa.array(lengths.astype(np.int32)),
     ]
     return pa.record_batch(columns, schema=_FEATURES.arrow_schema)
+
+
+def _list_array(ids: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Args: ids: int32. lengths: numbers of each list."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from xmc_trainer.data import tables
-from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, json_lines
+from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, count_empty, count_unlabelled, json_lines
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError, reason, shown
 
@@ -112,8 +112,8 @@ def hf_source(
 
         return Contents(
             labels=[(label, label) for label in vocabulary.names],
-            train=lambda: vocabulary.train_rows(rows(train), notes),
-            test=lambda: vocabulary.test_rows(rows(test), notes),
+            train=lambda: count_unlabelled(count_empty(vocabulary.numbered(rows(train)), "training", notes), notes),
+            test=lambda: vocabulary.test_rows(vocabulary.numbered(rows(test)), notes),
             notes=notes,
         )
 

@@ -19,13 +19,13 @@ _CHARACTERS_PER_TOKEN = 6  # above the average of most texts
 _MARGIN = 256  # tokens
 
 
-def decoded_lines(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text without its line end) of each line of a UTF-8 file opened in binary mode.
+def decoded_lines(lines: Iterable[bytes], name: str, first: int = 1) -> Iterator[tuple[int, str]]:
+    """Yield (number, text without its line end) of each line of a UTF-8 file opened in binary mode, from line `first` on.
 
     Lines end in "\\n" or "\\r\\n". Other characters at which str.splitlines would split are part of the text. A byte
     order mark before the first line is removed. Raises UserError, with file `name` and line, for invalid UTF-8.
     """
-    for number, raw in enumerate(lines, start=1):
+    for number, raw in enumerate(lines, start=first):
         try:
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
