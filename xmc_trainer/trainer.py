@@ -68,6 +68,7 @@ class Trainer:
     hooks: list[Hook]  # called in this order
     state: TrainerState
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)  # the latest evaluation of each split
+    start_seconds: dict[str, float] = field(default_factory=dict)  # of parts of building this trainer
 
     def __post_init__(self) -> None:
         self.device, self.run_folder = self.accelerator.device, self.folder.path
@@ -201,6 +202,7 @@ class Trainer:
             self.new_metrics(),
             self.device,
             progress=self.accelerator.is_main_process,
+            timed=lambda seconds: self.dispatch("on_timed", "evaluation", {"split": split} | seconds),
         )
         self.encoder.train()
         self.head.train()

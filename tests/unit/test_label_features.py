@@ -138,11 +138,11 @@ def test_a_discriminant_index_is_that_of_ridge_regression(texts, group_size):
     has = np.array([[label in labels for label in range(LABELS)] for labels in lists], dtype=np.float64)
     slopes = np.linalg.lstsq(rows, np.concatenate([has, np.zeros((D, LABELS))]), rcond=None)[0].T
     heads = [FixedFanInHead(D, LABELS, fan_in=6, group_size=group_size, tile_labels=9, seed=2) for _ in range(2)]
-    given = whitener(sums_of(features, lists).correlations(), ridge), whitener(np.eye(D), 1.0)
+    given = whitener(sums_of(features, lists).correlations(), ridge), whitener(torch.eye(D, dtype=torch.float64), 1.0)
     for head, whitener_dd in zip(heads, given):
         head.start_from_texts(
             lambda labels: (sums[labels.start : labels.stop].float(), counts[labels.start : labels.stop]),
-            index=True, whitener_dd=torch.from_numpy(whitener_dd),
+            index=True, whitener_dd=whitener_dd,
         )  # fmt: skip
     discriminant, informed = (head.index.tolist() for head in heads)
     for row, first in enumerate(range(0, LABELS, group_size)):

@@ -50,7 +50,7 @@ ALLOWED = {
     "hooks.schedule": {"hooks.base", "schedules"},
     "classifier": {"builders.training", "config", "errors", "model"},
     "model": {"checkpoint.saved_model", "data", "errors"},
-    "evaluation": {"data", "errors", "head", "metrics"},
+    "evaluation": {"data", "errors", "head", "metrics", "step_clock"},
     "checkpoint": set(),
     "checkpoint.encoder_state": {"encoder"},
     "checkpoint.finite": {"errors", "parallel"},

@@ -118,18 +118,17 @@ def start_head_from_texts(
                 ranks=head.ranks,
                 progress=progress,
             )
-        of_labels = LabelSums(features, corpus.train_labels(), corpus.num_labels, rows)
-        mean_d, deviation_d = (torch.from_numpy(x).to(device) for x in of_labels.moments())
+        of_labels = LabelSums(features, corpus.train_labels(), corpus.num_labels, rows, device)
+        mean_d, deviation_d = of_labels.moments()
 
         whitener_dd = None
         if ffi.index_from_texts and ffi.index_init == "discriminant":
-            shrunk = whitener(of_labels.correlations(), ffi.discriminant_ridge)
-            whitener_dd = torch.from_numpy(shrunk).to(device)
+            whitener_dd = whitener(of_labels.correlations(), ffi.discriminant_ridge)
 
         def texts_of(labels: range) -> tuple[Tensor, Tensor]:
-            sums, counts = (torch.from_numpy(x).to(device) for x in of_labels.sums(labels))
+            sums, counts = of_labels.sums(labels)
             inverse = torch.where(deviation_d > 0, 1 / deviation_d, 0.0)
-            return (sums - counts[:, None] * mean_d) * inverse, counts.to(torch.int64)
+            return (sums - counts[:, None] * mean_d) * inverse, counts
 
         head.start_from_texts(
             texts_of,

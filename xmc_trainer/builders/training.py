@@ -149,10 +149,12 @@ def build_trainer(
         new_metrics=lambda: metrics_of(config, corpus),
         hooks=[*default_hooks(config), *(hooks or [])],
         state=state,
+        start_seconds=clock.parts,
     )
+    clock.mark("rest")
     if folder.checkpoint is not None:
         resume.restore(folder.checkpoint, trainer)
-    clock.mark("rest")
+        clock.mark("checkpoint")
     if accelerator.is_main_process:
         print(clock, flush=True)
     return trainer

@@ -96,8 +96,8 @@ CHECKPOINT = Kind(
 )
 
 
-def save(trainer: Trainer, kept: int) -> None:
-    """Write the training's checkpoint, between two optimizer steps; every rank must call.
+def save(trainer: Trainer, kept: int) -> Path:
+    """Write the training's checkpoint, between two optimizer steps, and return its folder; every rank must call.
 
     Once it is on the disk, all but the last `kept` checkpoints are removed. Raises, on all ranks, UserError if weights are not
     finite and CannotWrite if the disk of one of them fails.
@@ -149,10 +149,12 @@ def save(trainer: Trainer, kept: int) -> None:
             "hooks": [[type(hook).__name__, hook.state_dict()] for hook in trainer.hooks],
         }
 
-    save_folder(checkpoint_folder(trainer.run_folder, state.step), ranks, CHECKPOINT, write)
+    folder = checkpoint_folder(trainer.run_folder, state.step)
+    save_folder(folder, ranks, CHECKPOINT, write)
     with ranks.together(), writing(trainer.run_folder, ELSEWHERE):
         if ranks.rank == 0:
             remove_checkpoints(trainer.run_folder, kept)
+    return folder
 
 
 def restore(folder: Path, trainer: Trainer) -> None:

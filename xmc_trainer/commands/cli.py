@@ -40,6 +40,7 @@ COMMANDS = {
         "show versions, GPUs, compilers and the kernels that will run, for a bug report",
     ),
     "wordnet": ("xmc_trainer.commands.wordnet", "write the quick start's data set"),
+    "prepare": ("xmc_trainer.commands.prepare", "read and tokenise a data set into the cache"),
     "plan": ("xmc_trainer.commands.plan", "estimate memory, disk and time of a training before it starts"),
     "bench data": ("xmc_trainer.commands.bench.data", "write a generated data set of any shape"),
     "bench head": ("xmc_trainer.commands.bench.head", "measure time and memory of the head's step on this machine"),

@@ -31,7 +31,14 @@ from xmc_trainer.data import Corpus, batch_of_texts
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.labels.clusters import LabelClusters, balanced_order, cluster_bounds
-from xmc_trainer.labels.features import ROWS_AT_ONCE, LabelSums, array_on_disk, encode_training_texts
+from xmc_trainer.labels.features import (
+    ROWS_AT_ONCE,
+    LabelSums,
+    array_on_disk,
+    encode_training_texts,
+    resident,
+    selected,
+)
 
 
 def label_vectors(
@@ -73,12 +80,12 @@ def label_vectors(
         rows=rows,
         progress=True,
     )
-    label_sums = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows)
+    label_sums = LabelSums(encoded, corpus.train_labels(), corpus.num_labels, rows, device)
     out = array_on_disk(folder / "labels.npy", (corpus.num_labels, width))
     for start in range(0, corpus.num_labels, ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, corpus.num_labels)
         total, counts = label_sums.sums(range(start, stop))
-        out[start:stop] = total / np.maximum(counts, 1)[:, None]
+        out[start:stop] = (total / counts.clamp(min=1)[:, None]).cpu().numpy()
     return out
 
 
@@ -103,9 +110,10 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
     align = config.model.ffi.group_size
     with tempfile.TemporaryDirectory(prefix="xmc_trainer.") as folder:
         vectors = label_vectors(config, encoder, corpus, tokenizer, features, Path(folder), device)
+        stored = resident(vectors, device)
 
         def vectors_of(numbers: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.asarray(vectors[numbers])).to(device).float()
+            return selected(stored, numbers, device)
 
         order = balanced_order(vectors_of, labels, align=align, seed=config.training.seed, progress=True)
     return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]

@@ -44,6 +44,7 @@ class RewireReport:
 
     moved: int  # slots that read a new feature
     slots: int  # all slots
+    ms: float = 0.0  # time of the rewiring
 
     @property
     def share(self) -> float:

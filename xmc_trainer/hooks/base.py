@@ -45,6 +45,9 @@ class Hook:
     def on_save(self, trainer: Trainer, folder: Path) -> None:
         """After the model has been written to `folder`."""
 
+    def on_timed(self, trainer: Trainer, what: str, facts: dict[str, Any]) -> None:
+        """After work between steps, with seconds and sizes: "checkpoint" and "evaluation"."""
+
     def on_train_end(self, trainer: Trainer) -> None:
         """After the last step, when the model has been written."""
 

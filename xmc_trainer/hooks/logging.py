@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from io import FileIO
 from pathlib import Path
@@ -34,6 +35,11 @@ def head_bytes(trainer: Trainer) -> int:
 def head_kernels(trainer: Trainer) -> list[str]:
     """Describe the kernels that each part of the head uses for an optimizer step, and why."""
     return [part.describe_kernels(trainer.config.texts_a_step) for _, part in trainer.head.parts()]
+
+
+def host_gib() -> float:
+    """Peak memory of this process in GiB, with the pages of memory-mapped data."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
 
 
 class ProgressHook(Hook):
@@ -114,6 +120,9 @@ class ProgressHook(Hook):
 class JsonLogHook(Hook):
     """Writes log.jsonl in the run's folder: one JSON object per line for start, steps, evaluations, rewirings, saves and end.
 
+    "start" and "resume" have the seconds of each part of the start, "rewire" its ms. "checkpoint_time" and "evaluation_time" have seconds
+    and bytes.
+
     A resumed training removes the records after its checkpoint and writes "resume" instead of "start". Its "seconds"
     continue from the checkpoint.
     """
@@ -160,7 +169,9 @@ class JsonLogHook(Hook):
             }
             event = {"event": "resume", "step": trainer.state.step} if trainer.state.step else {"event": "start"}
             engine = {"engine": engine_name(trainer.accelerator), "kernels": head_kernels(trainer)}
-            self.write(event | {"device": device} | engine | versions | sizes)
+            seconds = {part: round(value, 3) for part, value in trainer.start_seconds.items()}
+            times = {"host_gib": host_gib(), "start_s": seconds}
+            self.write(event | {"device": device} | engine | versions | sizes | times)
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -171,15 +182,18 @@ class JsonLogHook(Hook):
 
     def on_rewire(self, trainer: Trainer, report: RewireReport, amount: float) -> None:
         moved, slots = trainer.ranks.sum(torch.tensor([report.moved, report.slots], device=trainer.device)).tolist()
-        counts = {"moved": moved, "survivors": slots - moved, "share": moved / max(slots, 1)}
+        counts = {"moved": moved, "survivors": slots - moved, "share": moved / max(slots, 1), "ms": round(report.ms, 1)}
         self.write({"event": "rewire", "step": trainer.state.step, "amount": amount} | counts)
+
+    def on_timed(self, trainer: Trainer, what: str, facts: dict[str, Any]) -> None:
+        self.write({"event": f"{what}_time", "step": trainer.state.step} | facts)
 
     def on_save(self, trainer: Trainer, folder: Any) -> None:
         self.write({"event": "save", "step": trainer.state.step, "folder": str(folder)})
 
     def on_train_end(self, trainer: Trainer) -> None:
         if self._file is not None:
-            self.write({"event": "end", "step": trainer.state.step})
+            self.write({"event": "end", "step": trainer.state.step, "host_gib": host_gib()})
             with writing(Path(self._file.name), ELSEWHERE):
                 os.fsync(self._file.fileno())
                 self._file.close()

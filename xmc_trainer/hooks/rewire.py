@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from xmc_trainer.head import RewireRule
 from xmc_trainer.head.rewire import scheduled_amount
@@ -55,5 +58,10 @@ class RewireHook(Hook):
         amount = self.rule.amount
         if self.last_amount is not None:
             amount = scheduled_amount(amount, self.last_amount, trainer.state.step, last_step)
+        wait = torch.cuda.synchronize if trainer.device.type == "cuda" else lambda: None
+        wait()
+        begin = time.perf_counter()
         report = trainer.head.rewire(replace(self.rule, amount=amount))
+        wait()
+        report = replace(report, ms=1000 * (time.perf_counter() - begin))
         trainer.dispatch("on_rewire", report, amount)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import PARTIAL, sync, writing
-from xmc_trainer.labels.features import ROWS_AT_ONCE
+from xmc_trainer.labels.features import ROWS_AT_ONCE, segment_sums
 from xmc_trainer.rng import Stream, make_key, uniform
 
 _FORMAT = "2"  # format 2 added a checksum
@@ -180,9 +180,7 @@ def balanced_order(
         def vectors(chunks: list[np.ndarray] = chunks) -> Iterable[Tensor]:
             return (normalize(rows_of(chunk), dim=1) for chunk in chunks)
 
-        order[start:stop] = part[
-            _bisect(vectors, [0, len(part)], [cut - start], torch.from_numpy(part), seed, iterations)
-        ]
+        order[start:stop] = part[_bisect(vectors, [0, len(part)], [cut - start], part, seed, iterations)]
         large += [(cut, stop), (start, cut)]
     for start, stop in small:
         part = order[start:stop]
@@ -196,7 +194,7 @@ def balanced_order(
             def all_rows(rows: Tensor = rows) -> Iterable[Tensor]:
                 return (rows,)
 
-            moved = _bisect(all_rows, bounds, cuts, torch.from_numpy(part), seed, iterations)
+            moved = _bisect(all_rows, bounds, cuts, part, seed, iterations)
             part, rows = part[moved], rows[torch.from_numpy(moved).to(rows.device)]
             bounds = [at for a, cut in zip(bounds, cuts) for at in ((a,) if cut is None else (a, cut))] + [len(part)]
         order[start:stop] = part
@@ -209,7 +207,7 @@ def _bisect(
     chunks: Callable[[], Iterable[Tensor]],
     bounds: list[int],
     cuts: list[int | None],
-    labels: Tensor,
+    labels: np.ndarray,
     seed: int,
     iterations: int,
 ) -> np.ndarray:
@@ -221,15 +219,17 @@ def _bisect(
         labels: int64 [n], the labels of the rows, so that random numbers do not depend on row positions.
     Returns: int64 [n], the old position of the row at each new position.
     """
-    n = len(labels)
+    n, device = len(labels), next(iter(chunks())).device
     sizes = torch.tensor(np.diff(bounds))
-    whole = torch.tensor([cut is None for cut in cuts])
+    whole = torch.tensor([cut is None for cut in cuts]).to(device)
     left = torch.tensor([b if cut is None else cut for cut, b in zip(cuts, bounds[1:])]) - torch.tensor(bounds[:-1])
     halves = torch.stack([left, sizes - left], 1).flatten()  # number of rows in each half, node by node
-    node = torch.repeat_interleave(torch.arange(len(cuts)), sizes)
+    half_at = torch.repeat_interleave(torch.arange(2 * len(cuts)), halves).to(device)  # of each new position
+    node = torch.repeat_interleave(torch.arange(len(cuts)), sizes).to(device)
     # Start with random halves.
-    score = uniform(make_key(seed, len(cuts), Stream.CLUSTER), labels, torch.zeros((), dtype=torch.int64))
-    order = torch.arange(n)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    score = uniform(make_key(seed, len(cuts), Stream.CLUSTER), torch.from_numpy(labels).to(device), zero)
+    order = torch.arange(n, device=device)
     for done in range(iterations + 1):
         # Sort each node by descending score. Equal scores keep the order of a node that is not split.
         score = torch.where(whole[node], 0.0, score)
@@ -238,16 +238,15 @@ def _bisect(
         unchanged, order = done > 0 and torch.equal(new, order), new
         if unchanged or done == iterations:
             break
-        half = torch.empty(n, dtype=torch.int64)
-        half[order] = torch.repeat_interleave(torch.arange(2 * len(cuts)), halves)
+        half = torch.empty_like(order)
+        half[order] = half_at
         total: Tensor | None = None
         at = 0
         for rows in chunks():
             # Sum the rows of each half in a fixed order, so that the result is deterministic.
             part = half[at : at + len(rows)]
             sort = torch.argsort(part, stable=True)
-            lengths = torch.bincount(part, minlength=2 * len(cuts)).to(rows.device)
-            sums = torch.segment_reduce(rows[sort.to(rows.device)], "sum", lengths=lengths, axis=0)
+            sums = segment_sums(rows[sort], torch.bincount(part, minlength=2 * len(cuts)).cpu().numpy())
             total = sums if total is None else total + sums
             at += len(rows)
         assert total is not None
@@ -255,8 +254,8 @@ def _bisect(
         direction = centre[0::2] - centre[1::2]
         parts, at = [], 0
         for rows in chunks():
-            part = node[at : at + len(rows)].to(rows.device)
-            parts.append((rows * direction[part]).sum(1).cpu())
+            part = node[at : at + len(rows)]
+            parts.append((rows * direction[part]).sum(1))
             at += len(rows)
         score = torch.cat(parts)
-    return order.numpy()
+    return order.cpu().numpy()

@@ -1,14 +1,15 @@
 """Sums of encoder features over the training texts of each label.
 
-The encoder passes over the training texts once and writes their features to a file. Sums are then computed for any
-range of labels in tiles, so memory grows neither with the texts nor with the labels. Label clusters, the informed and
+The encoder passes over the training texts once and writes their features to a file, 2 d bytes a text. Sums are then
+computed for any range of labels in tiles. GPU memory does not grow beyond a quarter of what is free; host memory holds 4
+bytes per pair of text and label. Label clusters, the informed and
 discriminant initial indices, and initial weights along centroids use these sums.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from xmc_trainer.parallel import Ranks
 
 # Rows of features in memory at a time. In float32 with 768 features they take 0.4 GiB.
 ROWS_AT_ONCE = 1 << 17
+_SEGMENT = 256
 _ROUNDING = 2**-11  # relative rounding error of float16
 
 
@@ -85,8 +87,37 @@ def encode_training_texts(
     return out
 
 
+def resident(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Return memory-mapped rows as a tensor: a copy on a GPU if it takes at most a quarter of its free memory, else the file itself."""
+    tensor = torch.from_numpy(rows)
+    if device.type == "cuda" and rows.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+        return tensor.to(device)
+    return tensor
+
+
+def selected(rows: Tensor, numbers: np.ndarray, device: torch.device) -> Tensor:
+    """Return some of `resident` rows, float32 on `device`."""
+    return rows[torch.from_numpy(numbers).to(rows.device)].to(device).float()
+
+
+def segment_sums(rows: Tensor, lengths: np.ndarray) -> Tensor:
+    """Sum consecutive rows, float32 [n, d] -> [segments, d], in a fixed order.
+
+    Args:
+        lengths: int [segments], rows of each.
+    """
+    # A GPU sums each segment one row after the other, so cut long segments into parts and sum these first.
+    parts = -(-lengths // _SEGMENT)
+    cut = np.full(parts.sum(), _SEGMENT)
+    last = np.cumsum(parts)[parts > 0] - 1
+    cut[last] = (lengths - (parts - 1) * _SEGMENT)[parts > 0]
+    for each in (cut, parts):
+        rows = torch.segment_reduce(rows, "sum", lengths=torch.from_numpy(each).to(rows.device), axis=0)
+    return rows
+
+
 class LabelSums:
-    """Sums of features over each label's texts.
+    """Sums of features over each label's texts, computed on a device.
 
     Args:
         features: float16 [N, d], the features of N texts.
@@ -95,58 +126,75 @@ class LabelSums:
         rows: int64, the texts to use; None means all.
     """
 
-    def __init__(self, features: np.ndarray, labels: Ragged, num_labels: int, rows: np.ndarray | None = None) -> None:
-        self._features = features
-        rows = np.arange(len(features)) if rows is None else np.sort(rows)
-        self._rows = rows
-        chosen = labels.rows(rows)
+    def __init__(
+        self,
+        features: np.ndarray,
+        labels: Ragged,
+        num_labels: int,
+        rows: np.ndarray | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._device = device or torch.device("cpu")
+        self._features = resident(features, self._device)
+        self._rows = np.arange(len(features)) if rows is None else np.sort(rows)
+        chosen = labels if rows is None else labels.rows(self._rows)
         of_text = scipy.sparse.csr_matrix(
-            (np.ones(len(chosen.ids), np.float32), chosen.ids, chosen.offsets), shape=(len(rows), num_labels)
+            (np.ones(len(chosen.ids), np.int8), chosen.ids, chosen.offsets), shape=(len(self._rows), num_labels)
         )
-        self._of_label = of_text.T.tocsr()
+        of_label = of_text.T.tocsr()
+        self._texts, self._bounds = of_label.indices, of_label.indptr.astype(np.int64)
 
-    def sums(self, labels: range) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sums of features, float32 [n, d], and numbers of texts, int [n], of a range of n labels."""
-        part = self._of_label[labels.start : labels.stop]
-        total = np.zeros((len(labels), self._features.shape[1]), np.float32)
-        used = np.unique(part.indices)
-        for first in range(0, len(used), ROWS_AT_ONCE):
-            texts = used[first : first + ROWS_AT_ONCE]
-            total += part[:, texts] @ self._features[self._rows[texts]].astype(np.float32)
-        return total, np.diff(part.indptr)
+    def sums(self, labels: range) -> tuple[Tensor, Tensor]:
+        """Return the sums of features, float32 [n, d], and numbers of texts, int64 [n], of a range of n labels, on the device."""
+        bounds = self._bounds[labels.start : labels.stop + 1]
+        total = torch.zeros(len(labels), self._features.shape[1], device=self._device)
+        start = 0
+        while start < len(labels):
+            # As many labels as have ROWS_AT_ONCE texts; the texts of a label that has more come in several pieces.
+            most = np.searchsorted(bounds, bounds[start] + ROWS_AT_ONCE, side="right") - 1
+            stop = min(max(most, start + 1), len(labels))
+            for first in range(bounds[start], bounds[stop], ROWS_AT_ONCE):
+                last = min(first + ROWS_AT_ONCE, bounds[stop])
+                part = selected(self._features, self._rows[self._texts[first:last]], self._device)
+                total[start:stop] += segment_sums(part, np.diff(np.clip(bounds[start : stop + 1], first, last)))
+            start = stop
+        return total, torch.from_numpy(np.diff(bounds)).to(self._device)
 
-    def moments(self) -> tuple[np.ndarray, np.ndarray]:
+    def _parts(self) -> Iterator[Tensor]:
+        """Yield the features of the texts in use, float64."""
+        for first in range(0, len(self._rows), ROWS_AT_ONCE):
+            yield selected(self._features, self._rows[first : first + ROWS_AT_ONCE], self._device).double()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of each feature over the texts in use, float32 [d] each.
 
         A deviation within float16's rounding error becomes 0, because initial weights are divided by deviations.
         """
-        total, squares = (np.zeros(self._features.shape[1]) for _ in range(2))
-        for first in range(0, len(self._rows), ROWS_AT_ONCE):
-            part = self._features[self._rows[first : first + ROWS_AT_ONCE]].astype(np.float64)
+        total, squares = (torch.zeros(self._features.shape[1], dtype=torch.float64, device=self._device) for _ in "ab")
+        for part in self._parts():
             total += part.sum(0)
-            squares += np.square(part).sum(0)
+            squares += part.square().sum(0)
         mean = total / len(self._rows)
-        deviation = np.sqrt(np.maximum(squares / len(self._rows) - np.square(mean), 0))
-        deviation[deviation < np.abs(mean) * _ROUNDING] = 0
-        return mean.astype(np.float32), deviation.astype(np.float32)
+        deviation = (squares / len(self._rows) - mean.square()).clamp(min=0).sqrt()
+        deviation[deviation < mean.abs() * _ROUNDING] = 0
+        return mean.float(), deviation.float()
 
-    def correlations(self) -> np.ndarray:
+    def correlations(self) -> Tensor:
         """Return the correlations of features over the texts in use, float64 [d, d]; 0 for constant features."""
         mean, deviation = self.moments()
-        inverse = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)
-        products = np.zeros((len(mean), len(mean)))
-        for first in range(0, len(self._rows), ROWS_AT_ONCE):
-            z = (self._features[self._rows[first : first + ROWS_AT_ONCE]].astype(np.float32) - mean) * inverse
+        inverse = torch.where(deviation > 0, 1 / deviation.double(), 0.0)
+        products = torch.zeros(len(mean), len(mean), dtype=torch.float64, device=self._device)
+        for part in self._parts():
+            z = (part - mean) * inverse
             products += z.T @ z
         return products / len(self._rows)
 
 
-def whitener(correlations: np.ndarray, ridge: float) -> np.ndarray:
+def whitener(correlations: Tensor, ridge: float) -> Tensor:
     """Return ((1 - ridge) * correlations + ridge * identity)^-1, float64 [d, d].
 
     Its product with a label's mean, in standardised features, is the direction of Fisher's linear discriminant between
     the label and all texts. A label's mean stands out on all features that correlate; the discriminant separates their
     parts.
     """
-    d = len(correlations)
-    return np.linalg.inv((1 - ridge) * correlations + ridge * np.eye(d))
+    return torch.linalg.inv((1 - ridge) * correlations + ridge * torch.eye(len(correlations)).to(correlations))

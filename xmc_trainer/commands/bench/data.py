@@ -8,8 +8,6 @@ xmc-trainer bench data data/mine --texts 100000 --test-texts 10000 --labels 5000
 depend on labels, so a model can learn. The files depend on shape, seed and vocabulary, not on --workers. Memory grows with the
 number of workers, not with the data. `xmc_trainer.data.generated` describes the model and its sources.
 
---tokenizer also reads and tokenises the files, as a training does before its first step, and times that.
-
 Most tokenizers split a made-up word into several tokens. --vocabulary reads words from a file, one per line. With the vocab.txt of
 a BERT every word is one token for that BERT.
 """
@@ -23,7 +21,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -48,7 +45,6 @@ _NUMBERS = {
 _DOMAINS = {
     "texts": (1, 2**31 - 1), "test_texts": (1, 2**31 - 1), "labels": (1, 2**31 - 1), "labels_a_text": (0.1, 10_000),
     "words_a_text": (1, 100_000), "skew": (0, 0.95), "scale": (1e-9, 1000), "seed": (0, 2**32 - 1), "workers": (1, 1024),
-    "max_len": (3, 1_000_000),
 }  # fmt: skip
 
 
@@ -69,12 +65,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: one per core)"
-    )
-    parser.add_argument(
-        "--tokenizer", metavar="NAME", help="then read and tokenise the files with this tokenizer, on all cores"
-    )
-    parser.add_argument(
-        "--max-len", type=int, default=128, help="maximal tokens per text for --tokenizer (default: 128)"
     )
     parser.add_argument("--csv", type=Path, help="file to append a row with time and memory to")
     return parser.parse_args()
@@ -162,18 +152,6 @@ def write(folder: Path, shape: Shape, words: list[str], seed: int, workers: int)
                 files[f"{split}_labels.txt"].write(labels)
 
 
-def read(folder: Path, name: str, max_len: int) -> float:
-    """Time reading and tokenising a data set into a temporary cache, in seconds. Raises UserError if the tokenizer cannot be loaded."""
-    from xmc_trainer.data import load_corpus
-    from xmc_trainer.encoder.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(name, where=f"--tokenizer={name}")
-    with tempfile.TemporaryDirectory(prefix="cache.", dir=folder) as cache:
-        begin = time.perf_counter()
-        load_corpus(folder=folder, layout="raw", tokenizer=tokenizer, max_len=max_len, cache_dir=cache, progress=False)
-        return time.perf_counter() - begin
-
-
 def _peak_mib() -> tuple[int, int]:
     """Return the peak memory of this process and of its largest worker, in MiB."""
     own, worker = (resource.getrusage(who).ru_maxrss >> 10 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -209,15 +187,7 @@ def main() -> None:
         "like": options.like or "", "scale": options.scale, "train_texts": shape.train_texts, "test_texts": shape.test_texts,
         "labels": shape.labels, "workers": options.workers, "mib": round(size / 2**20, 1), "seconds": round(seconds, 2),
         "cpu_seconds": round(cpu, 2), "texts_s": round(texts / seconds), "peak_mib": own, "worker_peak_mib": worker,
-        "tokenised_texts_s": "", "tokenised_peak_mib": "",
     }  # fmt: skip
-    if options.tokenizer is not None:
-        seconds = read(options.folder, options.tokenizer, options.max_len)
-        row |= {"tokenised_texts_s": round(texts / seconds), "tokenised_peak_mib": _peak_mib()[0]}
-        print(
-            f"read and tokenised in {seconds:.1f} s on {cores} cores: {row['tokenised_texts_s']:,} texts/s; peak memory "
-            f"{row['tokenised_peak_mib']} MiB"
-        )
     if options.csv is not None:
         add_row(options.csv, row)
 
