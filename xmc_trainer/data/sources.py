@@ -14,7 +14,6 @@ import os
 import zlib
 from array import array
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,8 +157,9 @@ class Vocabulary:
             )
 
 
-NamedRow = tuple[str, str, list[str]]  # ("file, line n", text, label names)
-NumberedRow = tuple[str, str, list[int]]  # ("file, line n", text, label numbers, ascending)
+Where = tuple[Path, int] | str  # file and line, or both in words
+NamedRow = tuple[Where, str, list[str]]  # (where, text, label names)
+NumberedRow = tuple[Where, str, list[int]]  # (where, text, label numbers, ascending)
 
 
 def count_empty(rows: Iterable[NumberedRow], split: str, notes: dict[str, str]) -> Iterator[Row]:
@@ -168,7 +168,8 @@ def count_empty(rows: Iterable[NumberedRow], split: str, notes: dict[str, str]) 
     for where, text, labels in rows:
         # The first character tells of nearly every text that it is not empty, in a tenth of the time.
         if (text[:1].isspace() or text[:1] in ("", "\ufeff")) and not without_marks(text).strip():
-            empty, first = empty + 1, first or os.path.basename(where)
+            said = where if isinstance(where, str) else f"{where[0]}, line {where[1]}"
+            empty, first = empty + 1, first or os.path.basename(said)
         yield Row(text, labels)
     if empty:
         notes[f"{split} texts"] = f"{split} set: {empty} texts are empty, the first at {first!r}; they are kept"
@@ -234,8 +235,11 @@ def raw_source(
 
         def rows(split: str) -> Iterator[NumberedRow]:
             ids, offsets = found[split].ids, found[split].offsets
-            for (number, text), start, stop in zip(read_lines(texts[split]), offsets, offsets[1:]):
-                yield f"{texts[split]}, line {number}", text, ids[start:stop].tolist()
+            for part in _cut(texts[split]):
+                bounds = offsets[part.first - 1 : part.first + part.lines]
+                numbers, starts = ids[bounds[0] : bounds[-1]].tolist(), (bounds - bounds[0]).tolist()
+                for line, (text, start, stop) in enumerate(zip(_texts_of(part), starts, starts[1:]), part.first):
+                    yield (texts[split], line), text, numbers[start:stop]
 
         def train() -> Iterator[Row]:
             yield from count_unlabelled(count_empty(rows("train"), "training", notes), notes)
@@ -291,20 +295,16 @@ def _bytes_of(part: _Lines) -> bytes:
         raise _cannot_read(part.path, error) from None
 
 
-def _decoded(part: _Lines, content: bytes) -> Iterator[tuple[int, str]]:
-    return decoded_lines(io.BytesIO(content), str(part.path), part.first)
-
-
-def _count_lines(path: Path) -> int:
-    """Count the lines of a file. Raises UserError for a line that is not UTF-8."""
-    lines = 0
-    for part in _cut(path):
-        content, lines = _bytes_of(part), lines + part.lines
-        try:
-            content.decode()
-        except UnicodeDecodeError:
-            deque(_decoded(part, content), maxlen=0)  # raises UserError with the line
-    return lines
+def _texts_of(part: _Lines) -> list[str]:
+    """Return what `decoded_lines` yields, in a tenth of the time."""
+    content = _bytes_of(part)
+    try:
+        text = content.decode("utf-8-sig" if part.first == 1 else "utf-8")
+    except UnicodeDecodeError:
+        # This raises UserError with the number of the line.
+        return [line for _, line in decoded_lines(io.BytesIO(content), str(part.path), part.first)]
+    lines = text.split("\n")[: part.lines]
+    return [line.removesuffix("\r") for line in lines] if "\r" in text else lines
 
 
 class _Found(NamedTuple):
@@ -323,7 +323,7 @@ def _names_in(part: _Lines) -> _Found:
     ids, counts = array("i"), array("i")
     total = with_comma = 0
     example = ""
-    for _, line in _decoded(part, _bytes_of(part)):
+    for line in _texts_of(part):
         # Without an argument, str.split would also split names at no-break and ideographic spaces.
         names = [name for name in line.replace("\t", " ").split(" ") if name]
         row = {numbers.setdefault(name, len(numbers)) for name in names}
@@ -353,7 +353,7 @@ def _read_labels(texts: Path, labels: Path, seen: dict[str, int], notes: dict[st
         counts.append(found.counts)
         total, with_comma = total + found.total, with_comma + found.with_comma
         example = example or found.example
-    text_lines, label_lines = _count_lines(texts), sum(map(len, counts))
+    text_lines, label_lines = sum(len(_texts_of(part)) for part in _cut(texts)), sum(map(len, counts))
     if text_lines != label_lines:
         raise UserError(
             f"{texts} has {text_lines} lines, {labels} has {label_lines}; write one line of labels for each text"

@@ -64,6 +64,8 @@ def without_marks(text: str) -> str:
 def cut_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Cut a text to its first 524,288 characters, or to its last if the tokenizer truncates on the left."""
     text = without_marks(text)
+    if len(text) <= MOST_CHARACTERS:
+        return text
     return text[-MOST_CHARACTERS:] if tokenizer.truncation_side == "left" else text[:MOST_CHARACTERS]
 
 
