@@ -9,18 +9,21 @@ GPU memory of a process, in bytes that the allocator counts (`torch.cuda.max_mem
     optimizer           ZeRO 1, 2, 3: (4 + 4 s) P / N for float32 weights and states. ZeRO 0 with 16-bit weights: (4 + 4 s) P.
                         Without DeepSpeed: 4 s P (the weights themselves are float32)
     gradients           kept between micro-batches: w P. ZeRO 2: w P / N. ZeRO 3: w P / N and a bucket of 5e8 numbers
-                        (DeepSpeed's reduce_bucket_size). With one micro-batch per step none are kept during the forward pass
+                        (DeepSpeed's reduce_bucket_size). With one micro-batch per step none are kept during the forward pass.
+                        CUDA graphs write to one more flat gradient, w P
     activations         what autograd saves for b texts of `data.max_len` tokens, measured by a forward pass on fake tensors. A BERT
                         with h features saves about 34 h bytes per token and layer in 16 bits, 42 h under autocast (an attention
                         kernel saves queries, keys, values and output). A model that fails on fake tensors counts as a BERT of
-                        its size. A compiled encoder recomputes
-                        some of it and keeps less than planned. Autocast adds 16-bit copies of the weights
+                        its size. Autocast adds 16-bit copies of the weights. A compiled encoder keeps the share k of it
+                        (`compiling._KEPT`; 0 with gradient_checkpointing), of the rest each layer's input, and the values of
+                        one layer, which its backward pass computes again
     head                the buffers of `FixedFanInHead`, counted on the meta device, and what kernels cache of the index
     head, working       workspace of the kernel that `kernels.dispatch` chooses; see `working_bytes`
     exchange            features, labels and float32 feature gradients of all GPUs; see `exchange_bytes`
 
 The peak is the larger of two moments: the head's step, when all activations are in memory, and the end of the backward pass, when
-none are, but two copies of the encoder's gradient (per parameter, and flat).
+none are, but two copies of the encoder's gradient (per parameter, and flat). A compiled encoder's passes are CUDA graphs, whose
+memory holds the activations all the time; then the second moment has these and the engine's float32 gradient.
 
 Outside the allocator a process takes CONTEXT bytes (CUDA, NCCL), and fragmentation wastes a share of SLACK. Both are assumptions.
 
@@ -46,6 +49,7 @@ from transformers import AttentionInterface
 
 from xmc_trainer.config import Config
 from xmc_trainer.data.generated import PUBLISHED, Shape
+from xmc_trainer.encoder import compiling
 from xmc_trainer.encoder.loading import backbone_without_weights
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
@@ -472,11 +476,17 @@ def memory_of(
             parts = fewest_parts(texts, gpus, encoder.text_bytes[False], free)
     largest = max(encoder.groups)
     kept = 0 if parts == 1 else w * P // (share if stage in (2, 3) else 1)
+    compiled = stage != 3 and config.model.encoder.use_torch_compile != "false"
+    a_text = encoder.text_bytes[sixteen]
+    if compiled:
+        share_kept = 0.0 if getattr(config.model.encoder, "gradient_checkpointing", False) else compiling._KEPT
+        inputs = encoder.layers * encoder.tokens * encoder.hidden * (2 if sixteen else 4)
+        a_text = int(share_kept * a_text + (1 - share_kept) * inputs + a_text / encoder.layers)
     terms = {
         "weights": w * (P + U) // (gpus if stage == 3 else 1) + (w * (P + U) if stage == 3 else 0),
         "optimizer": (4 * s if stage is None or not sixteen and stage == 0 else 4 + 4 * s) * P // share,
-        "gradients": kept if stage != 3 else w * P // gpus + w * _BUCKET,
-        "activations": -(-texts // (parts * gpus)) * encoder.text_bytes[sixteen] + encoder.cast_bytes[sixteen],
+        "gradients": kept + compiled * w * P if stage != 3 else w * P // gpus + w * _BUCKET,
+        "activations": -(-texts // (parts * gpus)) * a_text + encoder.cast_bytes[sixteen],
         "head": head,
         "head, working": working,
         "exchange": exchange_bytes(-(-texts // parts), gpus, encoder.features, facts.positives, product),
@@ -488,7 +498,8 @@ def memory_of(
     static = terms["weights"] + terms["optimizer"] + terms["gradients"] + head
     in_head = static + terms["activations"] + terms["head, working"] + terms["exchange"]
     # A gradient per parameter, the flat one of the largest group, and under DeepSpeed its float32 copy.
-    in_backward = static + (0 if stage == 3 else w * (P + largest)) + (4 * P // share if stage is not None else 0)
+    in_backward = static + (4 * P // share if stage is not None else 0)
+    in_backward += terms["activations"] if compiled else 0 if stage == 3 else w * (P + largest)
     return Memory(gpus, stage, parts, terms, max(in_head, in_backward))
 
 
