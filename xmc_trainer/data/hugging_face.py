@@ -21,7 +21,16 @@ import pyarrow.parquet as pq
 import xxhash
 
 from xmc_trainer.data import tables
-from xmc_trainer.data.sources import Contents, NamedRow, Source, Vocabulary, count_empty, count_unlabelled, json_lines
+from xmc_trainer.data.sources import (
+    Contents,
+    NamedRow,
+    Source,
+    Vocabulary,
+    count_empty,
+    count_unlabelled,
+    json_lines,
+    known_labels,
+)
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError, reason, shown
 
@@ -113,7 +122,7 @@ def hf_source(
         return Contents(
             labels=[(label, label) for label in vocabulary.names],
             train=lambda: count_unlabelled(count_empty(vocabulary.numbered(rows(train)), "training", notes), notes),
-            test=lambda: vocabulary.test_rows(vocabulary.numbered(rows(test)), notes),
+            test=lambda: known_labels(vocabulary.numbered(rows(test)), len(vocabulary.names), notes),
             notes=notes,
         )
 

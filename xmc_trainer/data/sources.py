@@ -16,6 +16,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,21 +142,6 @@ class Vocabulary:
             unknown = len({name for name in names if name not in self.numbers})
             yield where, text, [*sorted(known), *range(len(self.names), len(self.names) + unknown)]
 
-    def test_rows(self, rows: Iterable[NumberedRow], notes: dict[str, str]) -> Iterator[Row]:
-        """Yield rows without the labels that training does not have, and without texts left with no label."""
-        unseen = dropped = 0
-        for text, numbers in count_empty(rows, "test", notes):
-            labels = numbers[: bisect_left(numbers, len(self.names))]
-            unseen += len(numbers) - len(labels)
-            if labels:
-                yield Row(text, labels)
-            else:
-                dropped += 1
-        if unseen or dropped:
-            notes["test labels"] = (
-                f"test set: dropped {unseen} labels never seen in training and {dropped} texts without one"
-            )
-
 
 Where = tuple[Path, int] | str  # file and line, or both in words
 NamedRow = tuple[Where, str, list[str]]  # (where, text, label names)
@@ -173,6 +159,22 @@ def count_empty(rows: Iterable[NumberedRow], split: str, notes: dict[str, str]) 
         yield Row(text, labels)
     if empty:
         notes[f"{split} texts"] = f"{split} set: {empty} texts are empty, the first at {first!r}; they are kept"
+
+
+def known_labels(rows: Iterable[NumberedRow], labels: int, notes: dict[str, str]) -> Iterator[Row]:
+    """Yield the test rows without label numbers from `labels` on, and without texts left with no label. Adds notes."""
+    unseen = dropped = 0
+    for text, numbers in count_empty(rows, "test", notes):
+        known = numbers[: bisect_left(numbers, labels)]
+        unseen += len(numbers) - len(known)
+        if known:
+            yield Row(text, known)
+        else:
+            dropped += 1
+    if unseen or dropped:
+        notes["test labels"] = (
+            f"test set: dropped {unseen} labels never seen in training and {dropped} texts without one"
+        )
 
 
 def count_unlabelled(rows: Iterable[Row], notes: dict[str, str]) -> Iterator[Row]:
@@ -220,18 +222,15 @@ def raw_source(
         seen: dict[str, int] = {}  # name -> number, in the order of their first lines
         found = {"train": _read_labels(texts["train"], labels["train"], seen, notes)}
         vocabulary = Vocabulary.of(seen)
-        place = np.fromiter(map(vocabulary.numbers.__getitem__, seen), np.int32, len(seen))
+        names, place = vocabulary.names, np.fromiter(map(vocabulary.numbers.__getitem__, seen), np.int32, len(seen))
+        del vocabulary  # the data set may have millions of labels
         found[test_split] = _read_labels(texts[test_split], labels[test_split], seen, notes)
         # Names that only the test set has get numbers after all labels.
         place = np.concatenate([place, np.arange(len(place), len(seen), dtype=np.int32)])
         for numbers in found.values():
             _renumber(numbers, place)
-        table = _label_texts(table_file, vocabulary.names, labels["train"], notes) if table_file else {}
-        label_rows = (
-            [(number, table[name]) for number, name in enumerate(vocabulary.names) if table.get(name)]
-            if augment
-            else []
-        )
+        table = _label_texts(table_file, names, labels["train"], notes) if table_file else {}
+        label_rows = [(number, table[name]) for number, name in enumerate(names) if table.get(name)] if augment else []
 
         def rows(split: str) -> Iterator[NumberedRow]:
             ids, offsets = found[split].ids, found[split].offsets
@@ -246,9 +245,9 @@ def raw_source(
             yield from (Row(text, [number]) for number, text in label_rows)
 
         return Contents(
-            labels=[(name, table.get(name) or name) for name in vocabulary.names],
+            labels=[(name, table.get(name) or name) for name in names],
             train=train,
-            test=lambda: vocabulary.test_rows(rows(test_split), notes),
+            test=lambda: known_labels(rows(test_split), len(names), notes),
             augmented=len(label_rows),
             notes=notes,
         )
@@ -348,7 +347,9 @@ def _read_labels(texts: Path, labels: Path, seen: dict[str, int], notes: dict[st
     example = ""
     for found, _ in spread(_names_in, ((part, None) for part in _cut(labels))):
         names = found.names.split(" ") if found.names else []
-        number = np.fromiter((seen.setdefault(name, len(seen)) for name in names), np.int32, len(names))
+        number = np.fromiter(map(seen.get, names, repeat(-1)), np.int32, len(names))
+        for at in np.flatnonzero(number < 0).tolist():
+            number[at] = seen.setdefault(names[at], len(seen))
         ids.append(number[found.ids])
         counts.append(found.counts)
         total, with_comma = total + found.total, with_comma + found.with_comma
