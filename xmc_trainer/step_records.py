@@ -33,6 +33,11 @@ class StepRecords:
         self.clock, self.not_finite, self.seconds = StepClock(device), 0, 1.0
         self._device, self._texts_a_step = device, texts_a_step
         self._most_not_finite = _MOST_OVERFLOWS if fp16 else 0
+        self._start_peak = 0
+        if device.type == "cuda":
+            # While graphs are recorded, the allocator counts their memory, which `captured_bytes` is later.
+            self._start_peak = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
         self._unread: list[tuple[dict[str, Any], Tensor]] = []
         self._read_at = time.monotonic()
 
@@ -81,5 +86,6 @@ class StepRecords:
             "waiting": parts["data"] / ms,
         }
         if self._device.type == "cuda":
-            speed["gib"] = (torch.cuda.max_memory_allocated(self._device) + captured_bytes) / 2**30
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            speed["gib"] = max(self._start_peak, allocated + captured_bytes) / 2**30
         return {name: round(value, 4) for name, value in speed.items()}

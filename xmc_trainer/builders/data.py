@@ -83,7 +83,7 @@ def order_labels(config: Config, corpus: Corpus) -> tuple[Corpus, np.ndarray | N
     ffi = config.model.ffi
     order, cluster_of = np.arange(corpus.num_labels), None
     if config.needs_clusters:
-        clusters = LabelClusters.load(config.cluster_file, corpus.labels["id"])
+        clusters = LabelClusters.load(config.cluster_file, corpus.label_ids())
         cluster_of = clusters.cluster_of
         if ffi.semantic_groups:
             order = clusters.order.astype(np.int64)

@@ -24,7 +24,7 @@ def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
         raise UserError(
             f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; {remedy}"
         )
-    ids, model_ids = corpus.labels["id"], saved.label_ids.to_pylist()
+    ids, model_ids = corpus.label_ids(), saved.label_ids.to_pylist()
     if ids == model_ids:
         return corpus
     place = {name: number for number, name in enumerate(ids)}

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -137,7 +138,7 @@ def save_folder(folder: Path, ranks: Ranks, kind: Kind, write: Callable[[Path], 
 
     Args:
         write: writes this rank's files into the folder that it is given, without collectives, and returns the manifest
-            on rank 0. Other ranks, which may be on other machines, must sync their files.
+            on rank 0. Other ranks, which may be on other machines, must sync their files; rank 0's are synced here.
     Raises CannotWrite on all ranks if a write of any rank fails; `folder` is then unchanged.
     """
     folder = Path(os.path.realpath(folder))  # follow links; "." has no name
@@ -153,7 +154,6 @@ def save_folder(folder: Path, ranks: Ranks, kind: Kind, write: Callable[[Path], 
             if main:
                 assert manifest is not None
                 _seal(partial, kind, manifest)
-                sync_tree(partial)
                 put_in_place(partial, folder)
     except UserError:
         if main:
@@ -162,8 +162,12 @@ def save_folder(folder: Path, ranks: Ranks, kind: Kind, write: Callable[[Path], 
 
 
 def _seal(partial: Path, kind: Kind, manifest: dict[str, Any]) -> None:
+    """Write the manifest, and sync everything."""
     files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
-    checksums = {path.relative_to(partial).as_posix(): _sha256(path) for path in files}
+    with ThreadPoolExecutor() as pool:
+        sums = {path: pool.submit(_sha256, path) for path in files}
+        sync_tree(partial)  # the disk writes while files are hashed
+    checksums = {path.relative_to(partial).as_posix(): found.result() for path, found in sums.items()}
     # The digest must match what a reader sees: JSON turns tuples into lists and keys into strings.
     manifest = json.loads(json.dumps({"format": kind.formats[-1]} | manifest | {"sha256": checksums}))
     text = json.dumps(manifest | {_DIGEST: _digest(manifest)}, indent=1)
@@ -172,6 +176,7 @@ def _seal(partial: Path, kind: Kind, manifest: dict[str, Any]) -> None:
     os.umask(mask)
     for path in files:
         path.chmod(0o666 & ~mask)  # safetensors makes its files private to the user
+    sync_tree(partial)
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from xmc_trainer.checkpoint.encoder_state import EncoderState
@@ -114,17 +114,17 @@ def save(trainer: Trainer, kept: int) -> Path:
 
     def write(partial: Path) -> dict[str, Any] | None:
         own = {prefix + name: value.contiguous() for prefix, head in heads for name, value in head.state_dict().items()}
-        save_tensors(own, partial / shards[ranks.rank])
+        save_tensors(own, partial / shards[ranks.rank], ranks.rank)
         if ranks.rank:
             return None
-        save_tensors(tensors, partial / "encoder.safetensors")
+        save_file(tensors, partial / "encoder.safetensors")
         recent = {
             f"{prefix}{number}.{name}": value.contiguous()
             for prefix, head in heads
             for number, step in enumerate(head.recent_steps())
             for name, value in step.items()
         }
-        save_tensors(recent, partial / "recent.safetensors")
+        save_file(recent, partial / "recent.safetensors")
         (partial / "config.yaml").write_text(to_yaml(trainer.config), encoding="utf-8")
         return {
             "step": state.step,

@@ -98,10 +98,11 @@ MODEL = Kind(
 )
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file and sync it to disk."""
+def save_tensors(tensors: dict[str, Tensor], path: Path, rank: int = 0) -> None:
+    """Write a rank's safetensors file, and sync it to disk unless `save_folder` does (rank 0)."""
     save_file(tensors, path)
-    sync(path)
+    if rank:
+        sync(path)
 
 
 def save_model(
@@ -134,7 +135,7 @@ def save_model(
             for name, tensor in zip(_HEAD_TENSORS, (part.weight, part.index, part.ranking_bias), strict=True)
             if tensor is not None
         }
-        save_tensors(tensors, partial / shards[ranks.rank])
+        save_tensors(tensors, partial / shards[ranks.rank], ranks.rank)
         if ranks.rank:
             return None
         encoder.save_pretrained(partial / "encoder", encoder_state)

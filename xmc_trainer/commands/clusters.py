@@ -116,7 +116,7 @@ def compute(config: Config, clusters: int | None, features: str) -> tuple[LabelC
             return selected(stored, numbers, device)
 
         order = balanced_order(vectors_of, labels, align=align, seed=config.training.seed, progress=True)
-    return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.labels["id"]
+    return LabelClusters(order, cluster_bounds(labels, count, align)), corpus.label_ids()
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -252,7 +252,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     if options.import_npy:
         corpus = corpus_of(config, tokenizer_of(config))
-        ids = corpus.labels["id"]
+        ids = corpus.label_ids()
         order = options.npy_order or ("ours" if config.data.is_lf_data else None)
         clusters, report["read_as"] = import_npy(options.import_npy, ids, order)
     else:
