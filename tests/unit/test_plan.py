@@ -364,6 +364,21 @@ def test_the_command_prints_a_table_or_json(bert, monkeypatch, capsys):
     assert "--tokens=-1.0: must be above 0" in capsys.readouterr().err
 
 
+def test_the_chart_has_a_line_for_each_fan_in_and_a_measured_dot(bert, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    words = [
+        "dataset=amazon3m",
+        f"model.encoder.encoder_model={bert}",
+        "model.encoder.encoder_ftr_dim=null",
+        "model.ffi.fan_in=8",
+    ]
+    monkeypatch.setattr(sys, "argv", ["xmc-trainer", "plan", *words, "--gpus", "1", "--chart", str(tmp_path / "c.svg")])
+    cli.main()
+    drawn = (tmp_path / "c.svg").read_text()
+    names = ["fan-in 4, planned", "fan-in 8, planned", "fan-in 16, planned", "measured at commit 169ba26"]
+    assert all(f"<!-- {name} -->" in drawn for name in names) and "cc5d650" not in drawn
+
+
 def test_the_page_shows_what_is_planned(tmp_path):
     """The table of docs/amazon3m.md, which `xmc-trainer plan dataset=amazon3m --gpu-gib 139` prints with more columns."""
     BertConfig().save_pretrained(tmp_path)  # bert-base-uncased's sizes

@@ -2,6 +2,7 @@
 
 xmc-trainer plan dataset=amazon3m                              # 1, 2, 4 and 8 GPUs, every ZeRO stage
 xmc-trainer plan dataset=amazon3m --gpus 2 --gpu-gib 80 model.ffi.weight_dtype=bfloat16
+xmc-trainer plan dataset=amazon3m --gpus 1 --chart cost.svg         # memory and time over labels and fan-in; needs matplotlib
 xmc-trainer plan dataset=mine.yaml --texts 500000 --test-texts 50000 --tokens 80 --positives 4
 
 It takes the settings of a training. It reads only the encoder's config.json and no data. Sizes of published data sets are built in;
@@ -35,6 +36,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=float, help="mean tokens per text, after truncation to data.max_len")
     parser.add_argument("--positives", type=float, help="mean labels per text")
     parser.add_argument("--rates", nargs="+", type=Path, metavar="CSV", help="measured rates (default: docs/results)")
+    parser.add_argument(
+        "--chart", type=Path, metavar="FILE", help="draw memory and time over the number of labels and the fan-in"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_intermixed_args()
 
@@ -48,7 +52,11 @@ def main() -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < 1e10:
             raise UserError(f"--{name.replace('_', '-')}={value}: must be above 0 and below 1e10")
-    found = report(load_config(options.settings), options)
+    config = load_config(options.settings)
+    if options.chart is not None:
+        chart(config, options)
+        return
+    found = report(config, options)
     print(json.dumps(found, indent=1) if options.json else "\n".join(lines_of(found)), flush=True)
 
 
@@ -95,6 +103,54 @@ def report(config: Any, options: argparse.Namespace) -> dict[str, Any]:
         "checkpoints_kept": config.training.checkpoints_kept,
         "plans": rows,
     }  # fmt: skip
+
+
+def chart(config: Any, options: argparse.Namespace) -> None:
+    """Draw GPU memory and time of an epoch over the number of labels, a line for each fan-in, for one GPU or --gpus.
+
+    ZeRO 2. A dot is the newest measured training with as many texts per step: a row of `bench train`. A fan-in without a
+    measured rate of its head has no line for the time.
+    """
+    import numpy as np
+
+    from xmc_trainer import plan
+    from xmc_trainer.commands.report import save_figure
+
+    gpus, stage = options.gpus or 1, 2
+    rates = plan.Rates.read(options.rates if options.rates is not None else sorted(_RATES.glob("*.csv")))
+    encoder, facts = plan.EncoderPlan.of(config), _facts(config, options)
+    counts, fan_in = np.geomspace(1e5, 8.6e6, 15).astype(int), config.model.ffi.fan_in
+
+    measured = [
+        row
+        for _, row in rates.train
+        if row["engine"] == "DeepSpeed ZeRO 2"
+        and (int(row["ranks"]), int(row["texts_a_step"])) == (gpus, config.texts_a_step)
+        and row["peak_gib"]
+    ]
+
+    def draw(panels: Any) -> None:
+        for each in (fan_in // 2, fan_in, fan_in * 2):
+            gib, minutes = [], []
+            for labels in counts.tolist():
+                ffi = replace(config.model.ffi, fan_in=each)
+                other = replace(
+                    config, model=replace(config.model, ffi=ffi), data=replace(config.data, num_labels=labels)
+                )
+                sized = replace(facts, labels=labels)
+                gib.append(plan.memory_of(other, encoder, sized, gpus, stage, 1 << 50).peak / plan.GIB)
+                phases = plan.phases_of(other, encoder, sized, gpus, stage, rates, options.cores or 16)
+                minutes.append((next(p.seconds for p in phases if p.name == "an epoch") or np.nan) / 60)
+            for panel, values in zip(panels, (gib, minutes)):
+                panel.plot(counts / 1e6, values, label=f"fan-in {each}, planned")
+        for row in measured[-1:]:  # the newest
+            labels, epoch = int(row["labels"]) / 1e6, facts.texts / float(row["texts_s"]) / 60
+            for panel, value in zip(panels, (float(row["peak_gib"]), epoch)):
+                panel.plot([labels], [value], "k.", label=f"measured at commit {row.get('commit') or 'unknown'}")
+        for panel, name in zip(panels, ("GiB of a GPU at the peak", "minutes of an epoch")):
+            panel.set(xlabel="million labels", ylabel=name, ylim=(0, None))
+
+    save_figure(options.chart, 2, draw)
 
 
 def _facts(config: Any, options: argparse.Namespace) -> Any:

@@ -129,19 +129,30 @@ def picture(
     file: Path, lines: dict[str, list[Run]], x_label: str, draw: Callable[[Any, str, list[Run], str], None]
 ) -> None:
     """Save a figure with one panel per metric; `draw(panel, name, runs, metric)` draws a line into it."""
+
+    def draw_all(panels: Any) -> None:
+        for metric, panel in zip(_METRICS, panels):
+            for name, runs in lines.items():
+                draw(panel, name, runs, metric)
+            panel.set(xlabel=x_label, ylabel=f"{metric}, per cent")
+
+    save_figure(file, len(_METRICS), draw_all)
+
+
+def save_figure(file: Path, panels: int, draw: Callable[[Any], None]) -> None:
+    """Save a figure with `panels` panels in a row, which `draw` fills, and one legend."""
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError(f"{file}: plots need matplotlib; pip install matplotlib")
     from matplotlib.figure import Figure  # unlike pyplot, needs no display
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(_METRICS), squeeze=False)[0]
-    for metric, panel in zip(_METRICS, panels):
-        for name, runs in lines.items():
-            draw(panel, name, runs, metric)
-        panel.set(xlabel=x_label, ylabel=f"{metric}, per cent")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    draw(axes)
+    for panel in axes:
         panel.grid(alpha=0.3)
-    names = panels[0].get_legend_handles_labels()
-    figure.legend(*names, loc="outside lower center", fontsize="small", ncols=1 if len(max(lines, key=len)) > 60 else 2)
+    handles, names = axes[0].get_legend_handles_labels()
+    columns = 1 if len(max(names, key=len, default="")) > 60 else 2
+    figure.legend(handles, names, loc="outside lower center", fontsize="small", ncols=columns)
     try:
         figure.savefig(file)
     except (OSError, ValueError) as error:
