@@ -195,7 +195,7 @@ class Trainer:
         """Evaluate on "test", or on as many texts of "train". Call it between two steps, on every rank."""
         self.encoder.eval()
         self.head.eval()
-        metrics = evaluate(
+        self.metrics[split] = evaluate(
             self.encoder,
             self.head,
             self._announced(self.batches.evaluate(split)),
@@ -206,8 +206,7 @@ class Trainer:
         )
         self.encoder.train()
         self.head.train()
-        self.metrics[split] = metrics
-        return metrics
+        return self.metrics[split]
 
     def _announced(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:

@@ -201,10 +201,15 @@ def test_the_last_checkpoints_are_kept(toy_settings):
         train(settings, hooks=[CutAfter(9)])
     folder = load_config(settings).run_folder
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    saved = {record["step"]: record["bytes"] for record in records if record["event"] == "checkpoint_time"}
+    assert list(saved) == [2, 4, 6, 8]
+    assert saved[8] == sum(file.stat().st_size for file in (folder / "checkpoint-8").iterdir())
     shutil.rmtree(folder / "checkpoint-8")
     new_process()
     trainer, _ = train([*settings, "training.resume=true"])
-    assert log_of(trainer, "resume")[0]["step"] == 6 and not checkpoints(folder)
+    resumed = log_of(trainer, "resume")[0]
+    assert resumed["step"] == 6 and 0 <= resumed["restore_s"] <= resumed["build_s"] and not checkpoints(folder)
 
 
 def test_checkpoints_that_do_not_fit_are_refused(interrupted, toy_data, tmp_path):

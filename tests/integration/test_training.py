@@ -67,6 +67,11 @@ def test_a_run_learns_logs_saves_and_loads(toy_settings):
     assert all(32 / record["texts_per_s"] < log_of(trainer, "end")[0]["seconds"] for record in told)
     evaluations = log_of(trainer, "evaluate")
     assert len(evaluations) == 8 and evaluations[-1]["P@1"] == metrics["P@1"]
+    timed = log_of(trainer, "evaluation_time")
+    assert len(timed) == 8 and all(record["split"] == "test" for record in timed)
+    assert all(record["data_s"] + record["encoder_s"] + record["ranking_s"] <= record["took_s"] for record in timed)
+    start = log_of(trainer, "start")[0]
+    assert 0 <= start["load_s"] <= start["build_s"] and start["host_gib"] > 0
 
     folder = trainer.run_folder / "model"
     assert not list(folder.parent.glob("model.*"))
@@ -106,6 +111,7 @@ def test_rewiring_happens_at_its_steps_and_ends(toy_settings):
     )
     events = log_of(trainer, "rewire")
     assert [record["step"] for record in events] == [5, 10]
+    assert all(record["ms"] > 0 for record in events)
     assert events[0]["moved"] > 0 and events[0]["moved"] + events[0]["survivors"] == 41 * 12
     changed = [s for s in range(2, 21) if not torch.equal(watch.indices[s], watch.indices[s - 1])]
     assert changed == [record["step"] for record in events if record["moved"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import importlib
 import inspect
@@ -14,7 +15,11 @@ from pathlib import Path
 import pytest
 
 from xmc_trainer import signals
+from xmc_trainer.builders.data import corpus_of
+from xmc_trainer.builders.encoder import tokenizer_of
 from xmc_trainer.commands.cli import COMMANDS, main, run
+from xmc_trainer.config import load_config
+from xmc_trainer.data import corpus
 from xmc_trainer.errors import NothingToDo
 
 
@@ -88,6 +93,18 @@ def test_a_user_error_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, "clusters", "dataset=nothing")
     assert capsys.readouterr().err.startswith("error: dataset=nothing: no such data set")
+
+
+def test_prepare_makes_the_cache_that_a_training_opens(toy_settings, monkeypatch, tmp_path, capsys):
+    settings = [*toy_settings, f"data.cache_dir={tmp_path / 'cache'}"]
+    monkeypatch.setattr(sys, "argv", ["xmc-trainer", "prepare", *settings, "--csv", str(tmp_path / "p.csv")])
+    main()
+    assert "training and" in capsys.readouterr().out and len(list((tmp_path / "cache").iterdir())) == 1
+    (row,) = csv.DictReader((tmp_path / "p.csv").open(newline=""))
+    assert int(row["all_peak_mib"]) > 50 and float(row["tokenised_texts_s"]) > 0
+    monkeypatch.setattr(corpus, "tokenised", None)  # the cache has everything
+    config = load_config(settings)
+    assert len(corpus_of(config, tokenizer_of(config)).labels) > 0
 
 
 def test_commands_run_in_one_process(monkeypatch, capsys):

@@ -68,6 +68,14 @@ def test_a_constant_with_float16_rounding_noise_is_constant(texts):
     assert deviation[5] == 0 and deviation[6] == pytest.approx(0.005, rel=0.1)
 
 
+def test_sums_of_segments_of_any_length(monkeypatch):
+    monkeypatch.setattr(label_features, "_SEGMENT", 3)
+    lengths = np.array([0, 1, 3, 7, 0, 0, 9, 2, 0])
+    rows = torch.randn(lengths.sum(), 4, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([part.sum(0) for part in rows.split(lengths.tolist())])
+    torch.testing.assert_close(label_features.segment_sums(rows, lengths), expected)
+
+
 def standardised(features, lists):
     """Compute (z sums [L, D], counts [L], mean, deviation) in float64 by plain loops."""
     x = features.astype(np.float64)

@@ -101,7 +101,7 @@ def selected(rows: Tensor, numbers: np.ndarray, device: torch.device) -> Tensor:
 
 
 def segment_sums(rows: Tensor, lengths: np.ndarray) -> Tensor:
-    """Sum consecutive rows, float32 [n, d] -> [segments, d], in a fixed order.
+    """Sum consecutive rows, float32 [n, d] -> [segments, d], in a fixed order. There must be a row.
 
     Args:
         lengths: int [segments], rows of each.
