@@ -479,7 +479,7 @@ def memory_of(
     compiled = stage != 3 and config.model.encoder.use_torch_compile != "false"
     a_text = encoder.text_bytes[sixteen]
     if compiled:
-        share_kept = 0.0 if getattr(config.model.encoder, "gradient_checkpointing", False) else compiling._KEPT
+        share_kept = 0.0 if config.model.encoder.gradient_checkpointing else compiling._KEPT
         inputs = encoder.layers * encoder.tokens * encoder.hidden * (2 if sixteen else 4)
         a_text = int(share_kept * a_text + (1 - share_kept) * inputs + a_text / encoder.layers)
     terms = {
