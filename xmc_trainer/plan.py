@@ -65,7 +65,6 @@ STAGES = (None, 0, 1, 2, 3)  # None: without DeepSpeed
 CONTEXT = 1 << 30  # bytes of a process outside torch's allocator: CUDA, NCCL (assumed)
 SLACK = 0.05  # share of memory lost to fragmentation (assumed)
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
-_HOPPER = (9, 0)  # compute capability of the planned GPU
 _MULTIPROCESSORS = 132  # of an H100 or H200
 _STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 _LABELS_A_CLUSTER = 64  # as `xmc-trainer clusters` makes them
@@ -313,7 +312,7 @@ def index_bytes(head: FixedFanInHead, texts: int) -> int:
 
 def _kernel(head: FixedFanInHead, texts: int) -> Any:
     problem = Problem.of(head.tensors(), texts, head.in_features, head.product_dtype)
-    return choose(STEPS, problem._replace(capability=_HOPPER))
+    return choose(STEPS, problem._replace(cuda=True))
 
 
 def working_bytes(head: FixedFanInHead, texts: int) -> int:

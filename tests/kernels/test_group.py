@@ -15,12 +15,11 @@ pytestmark = pytest.mark.slow
 
 pytest.importorskip("triton", reason="the Triton backend needs triton")
 from tests.kernels.cuda_helpers import DEVICES, LABELS, batch, dense_of, error, floats_of, make_head, use  # noqa: E402
-from xmc_trainer.kernels.cuda import group, source  # noqa: E402
-from xmc_trainer.kernels.cuda.group import Blocks  # noqa: E402
+from xmc_trainer.kernels.cuda import group  # noqa: E402
 
 BY_ELEMENT = ["sgd", "momentum", "adamw"]
 # (features, fan_in, group_size): one tile and several, short tiles and groups.
-GROUPS = [(48, 16, 16), (200, 64, 24), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300), (300, 40, 50)]
+GROUPS = [(48, 16, 32), (200, 64, 40), (768, 128, 32), (768, 120, 64), (768, 128, 128), (4096, 72, 300), (300, 40, 50)]
 
 
 @pytest.fixture(autouse=True, params=DEVICES)
@@ -68,8 +67,7 @@ def test_errs_no_more_than_eager_bfloat16(number, inputs, with_positives, device
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype", [
     *((1, optimizer, dtype) for optimizer in BY_ELEMENT for dtype in (torch.float32, torch.bfloat16)),
-    (5, "adamw", torch.bfloat16), (5, "momentum", torch.float32),
-    *((number, "adamw_8bit", torch.bfloat16) for number in (1, 3, 6)),
+    (4, "adamw", torch.bfloat16), (5, "adamw", torch.bfloat16), (5, "momentum", torch.float32), (6, "adamw", torch.bfloat16),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = GROUPS[number]
@@ -91,9 +89,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
         assert error(got[name] - start[name], (expected - start[name]).double()) < allowed, name
 
 
-@pytest.mark.parametrize(
-    "number, optimizer", [(1, "sgd"), (1, "adamw"), (3, "momentum"), (3, "adamw"), (3, "adamw_8bit")]
-)
+@pytest.mark.parametrize("number, optimizer", [(1, "sgd"), (1, "adamw"), (3, "momentum"), (4, "adamw")])
 def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
     features, fan_in, group_size = GROUPS[number]
     # With zero weights the hinge's slopes are +-2, so the backends differ only in the order of sums.
@@ -106,34 +102,8 @@ def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
         head.weight.zero_()
         head(*batch(device, features, 200))
     for name, expected in heads[1].named_buffers():
-        if expected.dtype in (torch.bfloat16, torch.uint8):
+        if expected.dtype == torch.bfloat16:
             assert (dict(heads[0].named_buffers())[name] == expected).float().mean() > 0.99, name
-
-
-@pytest.mark.parametrize("group_size, blocks", [
-    (16, Blocks(4, 4, 2)), (64, Blocks(4, 3, 0)), (64, Blocks(8, 2, 2)), (128, Blocks(8, 2, 0)), (128, Blocks(8, 2, 2)),
-])  # fmt: skip
-def test_every_way_is_the_reference_s(group_size, blocks, device, monkeypatch):
-    capability = torch.cuda.get_device_capability(torch.device(device))
-    if not blocks.strip and capability != source.HOPPER:
-        pytest.skip("not for this GPU")
-    monkeypatch.setattr(group, "blocks_for", lambda *shape: blocks)
-    head = make_head(device, 256, 128, group_size, "adamw", weight_dtype=torch.bfloat16)
-    reference = make_head(device, 256, 128, group_size, "adamw", weight_dtype=torch.bfloat16, backend="reference")
-    start = {name: tensor.float().clone() for name, tensor in head.named_buffers()}
-    for step in range(2):
-        feat, ids, counts = batch(device, 256, 120, seed=step)
-        feats = [feat.clone().requires_grad_() for _ in range(2)]
-        losses = [head(feats[0], ids, counts), reference(feats[1], ids, counts)]
-        for loss in losses:
-            loss.backward()
-        assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
-        assert error(feats[0].grad, feats[1].grad.double()) < 1e-2
-    for name, expected in reference.named_buffers():
-        if expected.is_floating_point():
-            allowed = 1e-2 if expected.dtype == torch.float32 else 5e-2
-            got = dict(head.named_buffers())[name].float()
-            assert error(got - start[name], expected.double() - start[name]) < allowed, name
 
 
 @pytest.mark.parametrize("features, fan_in, group_size", [GROUPS[1], GROUPS[3]])

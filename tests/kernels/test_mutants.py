@@ -29,11 +29,10 @@ HEADS = {
     "logits.cu": [(704, 24, 1, 1100, torch.bfloat16, 128)],  # a part of X in shared memory
     "feature_gradient.cu": [(192, 24, 1, 1100, torch.bfloat16, 128)],
     "weight_gradient.cu": [(192, 24, 1, 700, torch.bfloat16, 300)],  # several tiles of texts
-    "group.cu": [(200, 64, 16, 331, torch.float32, 150)],
     # Slopes in registers, and in shared memory.
-    "warpgroup.cu": [(200, 64, 64, 700, torch.bfloat16, 256), (200, 128, 128, 700, torch.bfloat16, 256)],
+    "group.cu": [(200, 64, 64, 700, torch.bfloat16, 256), (200, 128, 128, 700, torch.bfloat16, 256)],
 }  # fmt: skip
-OF_HEADERS = {"densify.cuh": "logits.cu", "group.cuh": "group.cu"}
+OF_HEADERS = {"densify.cuh": "logits.cu"}
 
 
 def mutants():
@@ -64,8 +63,8 @@ def outcome(file: str, number: int, change: Change | None, monkeypatch):
     features, fan_in, group_size, labels, weight_dtype, texts = HEADS[file][number]
     launched = use("cpu", densify if group_size == 1 else group, "run", monkeypatch)
 
-    def compiled(name, capability, defines, layout):
-        return library_for_cpu(name, capability, defines, layout, change if name == file else None)
+    def compiled(name, defines, layout):
+        return library_for_cpu(name, defines, layout, change if name == file else None)
 
     monkeypatch.setattr(source, "compiled", compiled)
     head = make_head("cpu", features, fan_in, group_size, labels=labels, weight_dtype=weight_dtype, lr=1.0)

@@ -82,7 +82,7 @@ def _backends() -> Iterator[tuple[str, str]]:
             "CUDA kernels",
             "compiled on first use"
             if can_compile(device)
-            else ("not used, Triton's run instead: they need a GPU of capability 8.0 or newer, nvcc and ninja"),
+            else ("not used, Triton's run instead: they need a GPU of capability 9.0, nvcc and ninja"),
         )
 
 

@@ -164,12 +164,12 @@ DENSIFY = Layout(
     ("uint32_t", "group_factor group_shift", "label / group is label * group_factor >> group_shift"),
     LABELS=64,
 )  # fmt: skip
-# For group.cu and warpgroup.cu; see cuda/group.py.
+# For group.cu; see cuda/group.py.
 GROUP = Layout(
     ("void*", "weight state0 state1", "[L, F]"),
     ("const void*", "index", "[R, F], rows ascending"),
     ("float*", "bias bias_state0 bias_state1", "[L], or null"),
-    ("const bfloat16*", "x", "[d, columns]; warpgroup.cu has the columns in its own order"),
+    ("const bfloat16*", "x", "[d, columns], the columns in the order of `in_warpgroup_order`"),
     ("float*", "dx", "[d, columns], without text_weight"),
     ("const uint32_t*", "positive", "[labels of rows from first_row on, columns / 32]: one bit for each (label, text)"),
     ("const int32_t*", "any_positive", "[rows, tiles in a row]: not zero if the tile has a positive"),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from xmc_trainer.kernels import reference
-from xmc_trainer.kernels.arguments import Batch, Step
+from xmc_trainer.kernels.arguments import TEXTS, Batch, Step
 from xmc_trainer.kernels.cuda import source
 from xmc_trainer.kernels.interface import HeadTensors, LossFn, Update
 
@@ -36,20 +36,17 @@ class Problem(NamedTuple):
     features: int
     texts: int
     bf16: bool  # products are bfloat16, else float32
-    by_weight: bool  # the optimizer has no state, or one for each weight
-    bytes_in_float32: bool  # 8-bit states with float32 weights
+    plain_states: bool  # the optimizer's states are like the weights
     deterministic: bool  # torch.use_deterministic_algorithms
-    capability: tuple[int, int] | None  # the GPU's; None where CUDA sources cannot be compiled
+    cuda: bool  # the CUDA sources can be compiled and run
 
     @classmethod
     def of(cls, head: HeadTensors, texts: int, features: int, dtype: torch.dtype) -> Problem:
-        device = head.weight_LF.device
-        capability = torch.cuda.get_device_capability(device) if source.can_compile(device) else None
+        weight = head.weight_LF
         return cls(
-            None if head.index_RF is None else head.group_size, head.weight_LF.shape[1], features, texts, dtype != torch.float32,
-            all(state.shape == head.weight_LF.shape for state in head.weight_state),
-            head.weight_LF.dtype == torch.float32 and any(state.dtype == torch.uint8 for state in head.weight_state),
-            torch.are_deterministic_algorithms_enabled(), capability,
+            None if head.index_RF is None else head.group_size, weight.shape[1], features, texts, dtype != torch.float32,
+            all(state.shape == weight.shape and state.dtype == weight.dtype for state in head.weight_state),
+            torch.are_deterministic_algorithms_enabled(), source.can_compile(weight.device),
         )  # fmt: skip
 
 
@@ -61,44 +58,33 @@ class Kernel:
     module: str  # in xmc_trainer.kernels; imported when it is used, for it imports triton
     function: str
     tiles: str  # a thread block's tile, for messages
-    texts: int = 32  # smallest tile of texts
-    capability: tuple[int, int] | None = None  # lowest compute capability; None: Triton, any GPU
-    hopper: bool = False  # capability 9.0 only
+    cuda: bool = False  # for bfloat16 products on capability 9.0; else Triton, for any GPU
     index: bool = False  # no dense heads
     least_group: int = 1
-    most_fan_in: int | None = None
+    most_fan_in: int | None = None  # half as many in float32
     fan_in_multiple: int = 1
-    bf16: bool = False  # bfloat16 products only
     deterministic: bool = True
-    by_weight: bool = False  # no optimizer that needs a label's whole gradient
-    most_numbers: int | None = None  # limit of texts times features
+    plain_states: bool = False
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why the kernel cannot take this problem, or None if it can."""
-        limit = None if self.most_fan_in is None else self.most_fan_in if problem.bf16 else self.most_fan_in // 2
+        limit = self.most_fan_in and (self.most_fan_in if problem.bf16 else self.most_fan_in // 2)
         reasons = [
-            (self.capability and problem.capability is None, "needs nvcc, ninja and a GPU of capability 8.0"),
-            (self.hopper and problem.capability != source.HOPPER, "needs a GPU of capability 9.0"),
+            (self.cuda and not problem.cuda, "needs nvcc, ninja and a GPU of capability 9.0"),
             (self.index and problem.group_size is None, "needs an index"),
-            (
-                self.least_group > 1 and (problem.group_size or 0) < self.least_group,
-                f"needs group_size >= {self.least_group}",
-            ),
+            ((problem.group_size or 1) < self.least_group, f"needs group_size >= {self.least_group}"),
             (limit and problem.fan_in > limit, f"needs fan_in <= {limit}"),
             (problem.fan_in % self.fan_in_multiple, f"needs a fan_in that is a multiple of {self.fan_in_multiple}"),
-            (self.bf16 and not problem.bf16, "needs bfloat16 or float16 features"),
+            (self.cuda and not problem.bf16, "needs bfloat16 or float16 features"),
             (problem.deterministic and not self.deterministic, "is not deterministic"),
-            (self.by_weight and not problem.by_weight, "needs an optimizer without per-label states"),
-            (
-                self.by_weight and self.capability and problem.bytes_in_float32,
-                "needs bfloat16 weights for 8-bit states",
-            ),
-            (
-                self.most_numbers and (problem.texts + 128) * problem.features >= self.most_numbers,
-                "too many texts and features",
-            ),
+            (self.plain_states and not problem.plain_states, "needs an optimizer whose states are like the weights"),
         ]
         return next((reason for applies, reason in reasons if applies), None)
+
+    @property
+    def texts(self) -> int:
+        """The smallest tile of texts."""
+        return TEXTS if self.cuda else 32
 
     def __call__(self, *arguments: Any) -> Any:
         return getattr(importlib.import_module(f"xmc_trainer.kernels.{self.module}"), self.function)(*arguments)
@@ -107,12 +93,10 @@ class Kernel:
 # Fastest first, as measured on an H200 (docs/results).
 STEPS = (
     Kernel(
-        "group, CUDA", "cuda.group", "run", "16 to 128 labels of an index row x 128 texts", texts=128, capability=(8, 0), index=True,
-        least_group=16, most_fan_in=128, fan_in_multiple=8, bf16=True, deterministic=False, by_weight=True, most_numbers=1 << 31,
+        "group, CUDA", "cuda.group", "run", "64 or 128 labels of an index row x 128 texts", cuda=True, index=True, least_group=32,
+        most_fan_in=128, fan_in_multiple=8, deterministic=False, plain_states=True,
     ),
-    Kernel(
-        "densify, CUDA", "cuda.densify", "run", "64 labels x 128 texts", texts=128, capability=(9, 0), hopper=True, index=True, bf16=True,
-    ),
+    Kernel("densify, CUDA", "cuda.densify", "run", "64 labels x 128 texts", cuda=True, index=True),
     Kernel(
         "group, Triton", "triton.group", "run", "32 labels of an index row x 64 texts", index=True, least_group=16, most_fan_in=256,
         deterministic=False,
@@ -121,10 +105,7 @@ STEPS = (
 )  # fmt: skip
 RANKINGS = (
     Kernel("group, Triton", "triton.topk", "group_best", "128 labels of index rows x 128 texts", index=True, least_group=16),
-    Kernel(
-        "densify, CUDA", "cuda.densify", "find_best", "64 labels x 128 texts", texts=128, capability=(9, 0), hopper=True, index=True,
-        bf16=True,
-    ),
+    Kernel("densify, CUDA", "cuda.densify", "find_best", "64 labels x 128 texts", cuda=True, index=True),
     Kernel("dense, Triton", "triton.topk", "dense_best", "128 labels x 256 texts"),
 )  # fmt: skip
 
@@ -137,7 +118,7 @@ def choose(kernels: tuple[Kernel, ...], problem: Problem) -> Kernel:
 def describe(kernels: tuple[Kernel, ...], problem: Problem) -> str:
     """Name the chosen kernel and why those before it were refused.
 
-    Example: "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 16)".
+    Example: "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 32)".
     """
     chosen = choose(kernels, problem)
     before = [f"{kernel.name}: {kernel.refuses(problem)}" for kernel in kernels[: kernels.index(chosen)]]

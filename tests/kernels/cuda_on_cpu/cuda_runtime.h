@@ -74,6 +74,7 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t order) {
     return out;
 }
 inline void atomicAdd(float* to, float value) { *to += value; }
+inline void atomicAdd(float4* to, float4 value) { to->x += value.x, to->y += value.y, to->z += value.z, to->w += value.w; }
 
 using cudaError_t = int;
 using cudaStream_t = void*;

@@ -20,64 +20,10 @@ inline uint32_t address(const void* shared) {
 inline void copy_async(void* to, const void* from, bool ok) { cpu::copy_later(to, ok ? from : nullptr); }
 inline void await_copies() { cpu::await_copies(); }
 
-// Loads four 8 x 8 matrices. Lane 8 i + r passes the address of row r of matrix i.
-template <bool TRANSPOSED>
-inline void load_matrices(uint32_t (&r)[4], const bfloat16* from) {
-    cpu::together([&](cpu::Brought& own) { own.pointer = from; }, [&](cpu::Brought* all, int lane) {
-        for (int i = 0; i < 4; ++i) {
-            uint32_t element[2];
-            for (int j = 0; j < 2; ++j) {
-                const int row = TRANSPOSED ? lane % 4 * 2 + j : lane / 4, column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + j;
-                element[j] = static_cast<const bfloat16*>(all[8 * i + row].pointer)[column].bits;
-            }
-            r[i] = element[0] | element[1] << 16;
-        }
-    });
-}
-
-inline void load4(uint32_t (&r)[4], const bfloat16* from) { load_matrices<false>(r, from); }
-inline void load4_transposed(uint32_t (&r)[4], const bfloat16* from) { load_matrices<true>(r, from); }
-
 inline void store4(bfloat16* to, const uint32_t (&r)[4]) {
     cpu::together([&](cpu::Brought& own) { own.pointer = to; }, [&](cpu::Brought* all, int lane) {
         for (int i = 0; i < 4; ++i) std::memcpy((bfloat16*)all[8 * i + lane / 4].pointer + lane % 4 * 2, &r[i], 4);
     });
-}
-
-// m16n8k16. A lane has rows lane / 4 and + 8, columns lane % 4 * 2 and + 8 of A, and rows lane % 4 * 2 and + 8, column lane / 4 of B.
-inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    cpu::together(
-        [&](cpu::Brought& own) {
-            std::copy(a, a + 4, own.word);
-            own.word[4] = b0, own.word[5] = b1;
-        },
-        [&](cpu::Brought* all, int lane) {
-            const auto half = [](uint32_t word, int which) { return widened_bfloat16(static_cast<uint16_t>(word >> 16 * which)); };
-            for (int i = 0; i < 4; ++i) {
-                const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-                for (int k = 0; k < 16; ++k) {
-                    const float x = half(all[row % 8 * 4 + k % 8 / 2].word[row / 8 + k / 8 * 2], k % 2);
-                    const float y = half(all[column * 4 + k % 8 / 2].word[4 + k / 8], k % 2);
-                    c[i] += x * y;
-                }
-            }
-        });
-}
-
-// float16: a sign, five exponent bits, ten mantissa bits.
-inline uint32_t half_bits(float x) {
-    const float size = std::min(std::fabs(x), 57344.0f);
-    const int exponent = std::max(size > 0.0f ? std::ilogb(size) : -14, -14);
-    const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(size, 10 - exponent)));  // ties to even; 2048 carries into the exponent
-    return (std::signbit(x) ? 0x8000 : 0) + (exponent + 14) * 1024 + steps;
-}
-inline uint32_t halves(float x, float y) { return half_bits(x) | half_bits(y) << 16; }
-inline float2 from_halves(uint32_t pair) {
-    const auto one = [](uint32_t bits) {
-        const int exponent = std::max<int>(bits >> 10 & 31, 1), steps = (bits & 1023) + (bits >> 10 & 31 ? 1024 : 0);
-        return (bits & 0x8000 ? -1.0f : 1.0f) * std::ldexp(static_cast<float>(steps), exponent - 25);
-    };
-    return {one(pair & 0xFFFF), one(pair >> 16)};
 }
 
 inline void store_words(void* to, const uint32_t (&r)[4]) {

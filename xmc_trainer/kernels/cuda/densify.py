@@ -13,7 +13,6 @@ Between them only the chunk's s and dW are in device memory. The numbers of text
 
 from __future__ import annotations
 
-import ctypes
 import math
 from typing import Any, NamedTuple
 
@@ -33,7 +32,7 @@ from xmc_trainer.kernels.arguments import (
     step_workspace,
 )  # fmt: skip
 from xmc_trainer.kernels.cuda import source
-from xmc_trainer.kernels.cuda.source import TYPES
+from xmc_trainer.kernels.cuda.source import TYPES, Kernel
 from xmc_trainer.kernels.interface import HeadTensors
 from xmc_trainer.kernels.triton import dense
 from xmc_trainer.kernels.triton.bitmap import PairBitmap
@@ -49,28 +48,9 @@ _TEXT_TILES_TOGETHER = 4  # in a launch of feature_gradient.cu
 _ROWS = 1 << 16  # index rows that `first_slots` takes at a time
 
 
-class Kernel:
-    """A source compiled for a head. `blocks`: how many thread blocks the device runs at once."""
-
-    def __init__(self, file: str, head: HeadTensors, device: torch.device, **defines: int | str) -> None:
-        assert head.index_RF is not None  # dispatch sends no dense head here
-        types = {"WEIGHT": head.weight_LF.dtype, "INDEX": head.index_RF.dtype}
-        words = {name: TYPES[dtype] for name, dtype in types.items()} | {
-            "CHUNK": math.gcd(head.weight_LF.shape[1], 4), "GROUPED": int(head.group_size > 1)
-        }  # fmt: skip
-        capability = torch.cuda.get_device_capability(device)
-        self._library = source.compiled(
-            file, capability, tuple(f"{k}={v}" for k, v in (words | defines).items()), DENSIFY
-        )
-        self._device = device
-        self.blocks = source.checked(self._library.launch_blocks())
-
-    def __call__(self, blocks: int, arguments: dict[str, Any]) -> None:
-        """Launch `blocks` thread blocks on the current stream. Tensors are passed by address."""
-        plain = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-        source.checked(
-            -self._library.launch(ctypes.byref(DENSIFY.structure(**plain)), blocks, source.stream(self._device))
-        )
+def _kernel(file: str, head: HeadTensors, device: torch.device, **defines: int | str) -> Kernel:
+    chunk = math.gcd(head.weight_LF.shape[1], 4)
+    return Kernel(file, DENSIFY, head, device, CHUNK=chunk, GROUPED=int(head.group_size > 1), **defines)
 
 
 class Slice(NamedTuple):
@@ -124,7 +104,8 @@ class _Logits:
         self.slices = slices(feat_Bd)
         self.text_tiles = feat_Bd.shape[0] // TEXTS
         fan_in, features = head.weight_LF.shape[1], self.slices[0].x.shape[1]
-        self.kernel = Kernel(
+        sliced = int(len(self.slices) > 1)
+        self.kernel = _kernel(
             "logits.cu",
             head,
             feat_Bd.device,
@@ -132,7 +113,7 @@ class _Logits:
             FAN_IN=fan_in,
             LOSS=loss,
             BEST=int(best),
-            SLICED=int(len(self.slices) > 1),
+            SLICED=sliced,
         )
         self.lanes = max(1, min(self.kernel.blocks // self.text_tiles, -(-labels // BLOCK)))
         tiles = -(-labels // _LABELS)
@@ -193,7 +174,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
         common |= dict(bias_gradient=torch.empty(columns // 16, chunk, device=device))
 
     features = features_of_block(d, _MOST_OF_BLOCK)
-    feature_gradient = Kernel("feature_gradient.cu", head, device, FEATURES=features)
+    feature_gradient = _kernel("feature_gradient.cu", head, device, FEATURES=features)
     blocks = -(-d // features)
     together = max(1, min(_TEXT_TILES_TOGETHER, text_tiles, feature_gradient.blocks // blocks))
     lanes = max(1, min(feature_gradient.blocks // (together * blocks), -(-chunk // _LABELS)))
@@ -202,7 +183,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     if step.update:
         tiles = min(at_a_time, 1 << (text_tiles - 1).bit_length())
         weight_features = features_of_block(d, _FEATURES_BY_TEXT_TILES[tiles])
-        weight_gradient = Kernel(
+        weight_gradient = _kernel(
             "weight_gradient.cu",
             head,
             device,

@@ -1,4 +1,4 @@
-// PTX instructions that CUDA C++ does not expose. tests/kernels/cuda_on_cpu/ptx.cuh has the same functions for a CPU.
+// PTX instructions that CUDA C++ does not expose, for capability 9.0 (compiled for sm_90a). tests/kernels/cuda_on_cpu/ptx.cuh has the same functions for a CPU.
 
 #pragma once
 
@@ -18,41 +18,10 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool ok) 
 
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-__device__ __forceinline__ void load4(uint32_t (&r)[4], const bfloat16* from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)) : "memory");
-}
-
-__device__ __forceinline__ void load4_transposed(uint32_t (&r)[4], const bfloat16* from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(from)) : "memory");
-}
-
-// The inverse of load4: writes four 8 x 8 matrices, by rows.
+// Writes four 8 x 8 matrices, by rows.
 __device__ __forceinline__ void store4(bfloat16* to, const uint32_t (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
                  ::"r"(address(to)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Packs two numbers as float16, x in the lower half, clamped to +-57344. `from_halves` unpacks them.
-__device__ __forceinline__ uint32_t halves(float x, float y) {
-    uint32_t pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
-    asm("min.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0x7B007B00));
-    asm("max.f16x2 %0, %0, %1;" : "+r"(pair) : "r"(0xFB00FB00));
-    return pair;
-}
-
-__device__ __forceinline__ float2 from_halves(uint32_t pair) {
-    float2 v;
-    asm("{\n.reg .f16 x, y;\nmov.b32 {x, y}, %2;\ncvt.f32.f16 %0, x;\ncvt.f32.f16 %1, y;\n}" : "=f"(v.x), "=f"(v.y) : "r"(pair));
-    return v;
 }
 
 // Writes 16 bytes to device memory in one store. The compiler would store each word by itself, a fourth as much.
@@ -62,12 +31,10 @@ __device__ __forceinline__ void store_words(void* to, const uint32_t (&r)[4]) {
 
 // Prefetches to the L2 cache. from, bytes: multiples of 16.
 __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-#endif
 }
 
-// The products of a warpgroup (four warps; capability 9.0, compiled for sm_90a) are `multiply` in wgmma.cuh. They read shared memory
+// The products of a warpgroup (four warps) are `multiply` in wgmma.cuh. They read shared memory
 // through the async proxy: a thread that has written operands calls publish_shared, and the products come after the next barrier.
 __device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -1,7 +1,7 @@
-"""Compiles and loads the CUDA sources.
+"""Compiles, loads and launches the CUDA sources.
 
 torch's extension loader compiles a source on first use, for one configuration of a head, and the library is kept on disk. That needs
-nvcc (torch looks at CUDA_HOME, then at PATH), ninja and a GPU of compute capability 8.0 or more; `can_compile` checks for them. If
+nvcc (torch looks at CUDA_HOME, then at PATH), ninja and a GPU of compute capability 9.0; `can_compile` checks for them. If
 compilation fails all the same (nvcc may not support the C++ compiler), it raises `CompilationFailed`, and the caller calls `give_up`.
 """
 
@@ -15,18 +15,19 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from xmc_trainer.kernels.arguments import Layout
 from xmc_trainer.kernels.cuda import wgmma
+from xmc_trainer.kernels.interface import HeadTensors
 
 FOLDER = Path(__file__).parent
-HEADERS = ("ptx.cuh", "operands.cuh", "losses.cuh", "densify.cuh", "group.cuh", "launch.cuh")
+HEADERS = ("ptx.cuh", "operands.cuh", "losses.cuh", "densify.cuh", "launch.cuh")
 HOPPER = (9, 0)  # the compute capability with warpgroup matrix instructions (wgmma)
-TYPES = {
-    torch.float32: "float", torch.bfloat16: "bfloat16", torch.uint8: "uint8_t", torch.int16: "int16_t", torch.int32: "int32_t"
-}  # fmt: skip
+TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "int16_t", torch.int32: "int32_t"}
 
 
 def quotient(divisor: int) -> tuple[int, int]:
@@ -59,7 +60,7 @@ def can_compile(device: torch.device) -> bool:
 
 @functools.cache
 def _finds_compiler(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or shutil.which("ninja") is None:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != HOPPER or shutil.which("ninja") is None:
         return False
     from torch.utils.cpp_extension import CUDA_HOME  # takes a while to import
 
@@ -77,21 +78,22 @@ def generated(layout: Layout) -> dict[str, str]:
 
 
 @functools.cache
-def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...], layout: Layout) -> ctypes.CDLL:
-    """Compile a source for a GPU, or take it from disk, and load it. Raises CompilationFailed.
+def compiled(source: str, defines: tuple[str, ...], layout: Layout) -> ctypes.CDLL:
+    """Compile a source, or take it from disk, and load it. Raises CompilationFailed.
 
     Ranks that start together each compile it; the last one's library is kept.
     """
     texts = [(FOLDER / name).read_text(encoding="utf-8") for name in (source, *HEADERS)]
-    content = (texts, generated(layout), defines, capability, torch.__version__)
+    content = (texts, generated(layout), defines, torch.__version__)
     name = f"{Path(source).stem}_{hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
     kept = cache_folder() / f"{name}.so"
     if not kept.exists():
         from torch.utils import cpp_extension
 
         kept.parent.mkdir(parents=True, exist_ok=True)
-        # torch's default is sm_90, which lacks the warpgroup instructions.
-        target = ["-gencode=arch=compute_90a,code=sm_90a"] if capability == HOPPER else []
+        target = (
+            "-gencode=arch=compute_90a,code=sm_90a"  # torch's default is sm_90, which lacks the warpgroup instructions
+        )
         # A temporary folder, because the lock file of a killed process would block every later one.
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             for header, text in generated(layout).items():
@@ -99,7 +101,7 @@ def compiled(source: str, capability: tuple[int, int], defines: tuple[str, ...],
             try:
                 cpp_extension.load(
                     name, [str(FOLDER / source)], build_directory=folder, is_python_module=False, extra_include_paths=[folder],
-                    extra_cuda_cflags=["-O3", *target, *(f"-D{define}" for define in defines)],
+                    extra_cuda_cflags=["-O3", target, *(f"-D{define}" for define in defines)],
                 )  # fmt: skip
             except (RuntimeError, OSError) as error:
                 raise CompilationFailed(str(error)) from error
@@ -113,12 +115,26 @@ def checked_layout(library: ctypes.CDLL, source: str, layout: Layout) -> ctypes.
     return library
 
 
-def stream(device: torch.device) -> ctypes.c_void_p:
-    """Return the device's current stream."""
-    return ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+class Kernel:
+    """A source compiled for a head. `blocks`: how many thread blocks the device runs at once."""
+
+    def __init__(
+        self, source: str, layout: Layout, head: HeadTensors, device: torch.device, **defines: int | str
+    ) -> None:
+        assert head.index_RF is not None  # dispatch sends no dense head here
+        types = {"WEIGHT": TYPES[head.weight_LF.dtype], "INDEX": TYPES[head.index_RF.dtype]}
+        self._library = compiled(source, tuple(f"{name}={value}" for name, value in (types | defines).items()), layout)
+        self._layout, self._device = layout, device
+        self.blocks = _checked(self._library.launch_blocks())
+
+    def __call__(self, blocks: int, arguments: dict[str, Any]) -> None:
+        """Launch `blocks` thread blocks on the current stream. Tensors are passed by address, None as null."""
+        plain = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
+        _checked(-self._library.launch(ctypes.byref(self._layout.structure(**plain)), blocks, stream))
 
 
-def checked(result: int) -> int:
+def _checked(result: int) -> int:
     """Return the result of a source's function. A negative one is a CUDA error number and raises RuntimeError."""
     if result < 0:
         raise RuntimeError(f"CUDA error {-result}")
