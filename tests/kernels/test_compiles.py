@@ -26,4 +26,4 @@ def test_every_launch_compiles_for_an_h100(pytestconfig):
     assert done.returncode == 0, done.stderr
     *failed, last = done.stdout.splitlines()
     assert not failed
-    assert int(last.removesuffix(" kernels")) > 50
+    assert int(last.removesuffix(" kernels")) > 35

@@ -21,7 +21,7 @@ from tests.kernels.cuda_helpers import Change, batch, error, library_for_cpu, ma
 from xmc_trainer.kernels.cuda import densify, group, source  # noqa: E402
 
 SYNCHRONISES = re.compile(
-    r"(?<![\w.>])(?:[\w.]+\.)?(?:__syncthreads|__syncwarp|meet|await|await_full|await_free|arrive|arrive_expecting|expect|await_copies"
+    r"(?<![\w.>])(?:[\w.]+\.)?(?:__syncthreads|__syncwarp|meet|await|await_full|await_free|arrive|arrive_expecting|await_copies"
     r"|await_products|end_products|commit_products|begin_products|publish_shared|publish_barriers)(?:<[^<>;]*>)?\((?:[^();{}]|\([^()]*\))*\)(?=[;,])"
 )
 # The heads that launch each source: (features, fan_in, group_size, labels, weight_dtype, texts).
@@ -102,6 +102,6 @@ def test_the_emulator_notices(file, span, monkeypatch):
 def test_there_are_mutants_of_every_kind():
     words = {word_of(mutant) for mutant in mutants()}
     assert len(list(mutants())) >= 45 and {
-        "__syncthreads", "__syncwarp", "meet", "await", "arrive", "expect", "publish_shared", "await_products", "await_copies", "begin_products",
+        "__syncthreads", "__syncwarp", "meet", "await_full", "await_free", "arrive", "arrive_expecting", "publish_shared", "await_products", "await_copies", "begin_products",
         "commit_products", "end_products", "publish_barriers",
     } <= words  # fmt: skip

@@ -104,9 +104,8 @@ STEPS = (
     Kernel("dense, Triton", "triton.dense", "run", "chunks of labels, multiplied by cuBLAS"),
 )  # fmt: skip
 RANKINGS = (
-    Kernel("group, Triton", "triton.topk", "group_best", "128 labels of index rows x 128 texts", index=True, least_group=16),
     Kernel("densify, CUDA", "cuda.densify", "find_best", "64 labels x 128 texts", cuda=True, index=True),
-    Kernel("dense, Triton", "triton.topk", "dense_best", "128 labels x 256 texts"),
+    Kernel("dense, Triton", "triton.topk", "dense_best", "chunks of labels, multiplied by cuBLAS"),
 )  # fmt: skip
 
 
@@ -163,9 +162,7 @@ class GPU:
             texts, features = feat_Bd.shape
             kernel = choose(RANKINGS, Problem.of(head, texts, features, feat_Bd.dtype))
             batch = Batch.of(feat_Bd, kernel.texts)
-            return topk.best_labels(
-                head, batch, k, skip_label_P, skip_row_P, kernel, group_blocks=kernel.least_group > 1
-            )
+            return topk.best_labels(head, batch, k, skip_label_P, skip_row_P, kernel)
 
         return _without_cuda_if_it_fails(run, feat_Bd.device)
 

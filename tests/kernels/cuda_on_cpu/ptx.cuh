@@ -121,7 +121,6 @@ inline void init(Barrier& barrier, int count) { cpu::start_barrier(&barrier.stat
 inline void publish_barriers() { cpu::publish_barriers(); }
 inline void arrive(Barrier& barrier) { cpu::change_barrier(&barrier.state, 1, 0); }
 inline void arrive_expecting(Barrier& barrier, int bytes) { cpu::change_barrier(&barrier.state, 1, bytes); }
-inline void expect(Barrier& barrier, int bytes) { cpu::change_barrier(&barrier.state, 0, bytes); }
 inline void await(Barrier& barrier, int parity) { cpu::await_barrier(&barrier.state, parity); }
 inline void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
     if (address(to) % 16 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) cpu::fail("a bulk copy not of whole pieces of 16 bytes");

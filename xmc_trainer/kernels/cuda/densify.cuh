@@ -14,14 +14,13 @@
 
 namespace {
 
-constexpr int PARTS = FEATURES / 64, CONSUMERS = 256;
+constexpr int PARTS = FEATURES / 64, CONSUMERS = 256, BLOCKS = 1;
 constexpr int SLOPES = TEXTS * LABELS;  // in a tile
 constexpr bool BF16_WEIGHT = sizeof(WEIGHT) == 2;
 static_assert(FEATURES % 64 == 0 && 4 % CHUNK == 0, "see above");
 
 // The numbers of named barriers, for `meet`. 0 is __syncthreads.
 enum NamedBarrier { OF_CONSUMERS = 1, OF_WARPGROUP };  // OF_WARPGROUP + w: for warpgroup w
-
 
 // A ring of buffers that producers fill and consumers free. Each source lists its producers and consumers in its table of barriers.
 template <int BUFFERS>

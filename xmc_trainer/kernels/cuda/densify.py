@@ -36,7 +36,6 @@ from xmc_trainer.kernels.cuda.source import TYPES, Kernel
 from xmc_trainer.kernels.interface import HeadTensors
 from xmc_trainer.kernels.triton import dense
 from xmc_trainer.kernels.triton.bitmap import PairBitmap
-from xmc_trainer.kernels.triton.topk import Blocks
 
 _LABELS = 64  # in a tile
 _MOST_FEATURES = 768  # in a launch of logits.cu
@@ -216,9 +215,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
     return losses.sum(0), dx.sum(0)[:, :d] * step.text_weight
 
 
-def find_best(
-    head: HeadTensors, batch: Batch, blocks: Blocks, best_KB: Tensor, skip_label_P: Tensor, skip_row_P: Tensor
-) -> None:
+def find_best(head: HeadTensors, batch: Batch, best_KB: Tensor, skip_label_P: Tensor, skip_row_P: Tensor) -> None:
     """Find each block's largest logit, see `triton.topk.Find`. batch: padded to whole tiles of TEXTS texts."""
     labels, rows, columns = head.weight_LF.shape[0], batch.rows, batch.columns
     skips = skip_label_P.numel() > 0

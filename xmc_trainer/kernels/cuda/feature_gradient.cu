@@ -8,7 +8,7 @@
 //     barrier          who arrives                        bytes   who waits       what then holds
 //     __syncthreads    all                                        all             the mbarriers are initialised
 //     tiles.full[i]    a lane of each producer warp        0      each consumer   buffer i holds w and s of the next tile: each lane has published
-//                      s's bulk copy (no arrival)         16 Ki                   its writes of w, then synchronised with its warp
+//                      one for s's bulk copy              16 Ki                   its writes of w, then synchronised with its warp
 //     tiles.free[i]    a lane of each of 8 consumer warps  0      each producer   buffer i is free: the warp's products of its tile are done, and
 //                                                                                 only those of the next tile are pending
 //     __syncwarp       producers                                  the same        w is cleared before it is written
@@ -91,7 +91,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
         shared.tiles.await_free(turn);
         if (thread == 0) {
             const int64_t pair = static_cast<int64_t>(tile.number) * (a.columns / TEXTS) + part.text_tile;
-            expect(full, SLOPES * sizeof(bfloat16));
+            arrive_expecting(full, SLOPES * sizeof(bfloat16));
             fetch_bulk(shared.s[turn.buffer], a.slopes + pair * SLOPES, SLOPES * sizeof(bfloat16), full);
         }
 #pragma unroll
@@ -144,10 +144,8 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
         }
 }
 
-__global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
-    if (threadIdx.x == 0) shared.tiles.start(PRODUCER_WARPS, CONSUMERS / 32);
+__device__ __forceinline__ void run(Shared& shared, const Arguments& a) {
+    if (threadIdx.x == 0) shared.tiles.start(PRODUCER_WARPS + 1, CONSUMERS / 32);
     __syncthreads();
     if (threadIdx.x < CONSUMERS) {
         take_registers<CONSUMER_REGISTERS>();

@@ -464,9 +464,7 @@ __device__ __forceinline__ void update_bias(const Arguments& a, int64_t label, V
     if (RULE == ADAMW) a.bias_state1[label] = v.state1;
 }
 
-__global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
+__device__ __forceinline__ void run(Shared& shared, const Arguments& a) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     const int numbers = (a.last_row - a.first_row) * ((a.group + LABELS - 1) / LABELS);
     const bool update = a.update && *a.finite;

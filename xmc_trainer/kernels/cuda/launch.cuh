@@ -1,6 +1,16 @@
-// The functions that Python calls. The source that includes this defines step_kernel and its shared memory, the struct Shared.
+// The kernel, and the functions that Python calls. The source that includes this defines the struct Shared, THREADS, BLOCKS (on a
+// multiprocessor) and run(shared, arguments), the work of a thread.
 
 #pragma once
+
+namespace {
+
+__global__ void __launch_bounds__(THREADS, BLOCKS) step_kernel(const Arguments a) {
+    extern __shared__ __align__(1024) uint8_t memory[];
+    run(*reinterpret_cast<Shared*>(memory), a);
+}
+
+}  // namespace
 
 // Python compares it with the size of its own struct.
 extern "C" int arguments_size() { return sizeof(Arguments); }

@@ -342,9 +342,7 @@ struct Consumer {
     }
 };
 
-__global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
+__device__ __forceinline__ void run(Shared& shared, const Arguments& a) {
     if (threadIdx.x == 0) shared.tiles.start(PRODUCER_WARPS, CONSUMERS / 32);
     __syncthreads();
     if (threadIdx.x < CONSUMERS) {

@@ -1,7 +1,8 @@
-// PTX instructions that CUDA C++ does not expose, for capability 9.0 (compiled for sm_90a). tests/kernels/cuda_on_cpu/ptx.cuh has the same functions for a CPU.
+// PTX instructions for capability 9.0 (compiled for sm_90a): the toolkit's, and those that it does not have. tests/kernels/cuda_on_cpu/ptx.cuh has the same functions for a CPU.
 
 #pragma once
 
+#include <cuda/ptx>
 #include <cuda_runtime.h>
 
 #include "arguments.cuh"
@@ -36,7 +37,7 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes) {
 
 // The products of a warpgroup (four warps) are `multiply` in wgmma.cuh. They read shared memory
 // through the async proxy: a thread that has written operands calls publish_shared, and the products come after the next barrier.
-__device__ __forceinline__ void publish_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void publish_shared() { cuda::ptx::fence_proxy_async(cuda::ptx::space_shared); }
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
@@ -83,38 +84,25 @@ __device__ __forceinline__ void meet(int number) { asm volatile("bar.sync %0, %1
 // phase see the bytes, and what the arriving threads wrote before they arrived.
 struct Barrier { uint64_t state; };
 
-__device__ __forceinline__ void init(Barrier& barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(count) : "memory");
-}
+__device__ __forceinline__ void init(Barrier& barrier, int count) { cuda::ptx::mbarrier_init(&barrier.state, count); }
 
 // Call after the inits, before the block's first barrier.
-__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void publish_barriers() { cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster); }
 
-__device__ __forceinline__ void arrive(Barrier& barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address(&barrier)) : "memory");
-}
+__device__ __forceinline__ void arrive(Barrier& barrier) { cuda::ptx::mbarrier_arrive(&barrier.state); }
 
 __device__ __forceinline__ void arrive_expecting(Barrier& barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
-}
-
-// Expects bytes without an arrival.
-__device__ __forceinline__ void expect(Barrier& barrier, int bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(address(&barrier)), "r"(bytes) : "memory");
+    cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared, &barrier.state, bytes);
 }
 
 // Waits for the end of a phase, by its parity: 0, 1, 0, ... Returns at once if the current phase has the other parity.
 __device__ __forceinline__ void await(Barrier& barrier, int parity) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "AGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra AGAIN;\n}" ::"r"(address(&barrier)), "r"(parity) : "memory");
+    while (!cuda::ptx::mbarrier_try_wait_parity(&barrier.state, parity)) {}
 }
 
 // Starts a bulk copy from device memory. bytes: a multiple of 16. The current phase of `barrier` must expect them.
 __device__ __forceinline__ void fetch_bulk(void* to, const void* from, int bytes, Barrier& barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(address(to)), "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address(&barrier)) : "memory");
+    cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, to, from, bytes, &barrier.state);
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {

@@ -181,9 +181,7 @@ __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     }
 }
 
-__global__ void __launch_bounds__(THREADS, 1) step_kernel(const Arguments a) {
-    extern __shared__ __align__(1024) uint8_t memory[];
-    Shared& shared = *reinterpret_cast<Shared*>(memory);
+__device__ __forceinline__ void run(Shared& shared, const Arguments& a) {
     if (threadIdx.x == 0) for (auto& pipeline : shared.tiles) pipeline.start(1, 4);
     __syncthreads();
     if (threadIdx.x < CONSUMERS) {

@@ -270,7 +270,7 @@ class DenseChunks:
             yield first, last, rows
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """Compute out <- a @ b and return out. a and b share a dtype; out has it too, or is float32."""
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
@@ -305,7 +305,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
         count, tiles = last - first, triton.cdiv(last - first, _LABELS)
         slope = slope_CB[:count]
         pairs.mark(label_P, row_P, first)
-        _multiply(rows, batch.rows.T, z_CB[:count])
+        multiply(rows, batch.rows.T, z_CB[:count])
         slopes_kernel[(tiles,)](
             z_CB, *bias, pairs.bits, slope_CB, tile_loss, update_bias, first_label=first, last_label=last,
             texts=batch.texts, columns=columns, text_weight=step.text_weight, T=_LABELS, B_TILE=batch.tile, LOSS=step.loss,
@@ -320,9 +320,9 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
                 num_stages=_GRADIENTS_STAGES, **step.rule, **step.decay,
             )  # fmt: skip
             continue
-        dx[0] += _multiply(slope.T, rows, dx_of_chunk)
+        dx[0] += multiply(slope.T, rows, dx_of_chunk)
         if step.update:
-            gradient = _multiply(slope, batch.rows, gradient_Cd[:count] if own_gradient else rows)
+            gradient = multiply(slope, batch.rows, gradient_Cd[:count] if own_gradient else rows)
             update_from(head, gradient, first, last, step, head.index_RF)
     return loss, dx.sum(0) * step.text_weight
 
