@@ -41,14 +41,3 @@ def test_without_a_compiler_that_works_triton_takes_over(monkeypatch, tmp_path):
     z = feat.double() @ dense_of(heads[0])[0].bfloat16().double().T + heads[0].bias.double()
     torch.testing.assert_close(score.double(), z.topk(5).values, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(z.gather(1, label), score.double(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 64, 1000, 2**30 + 1, 2**31 - 1])
-def test_quotients_of_labels_are_exact(divisor):
-    factor, shift = cuda_source.quotient(divisor)
-    assert factor < 2**32
-    last = (2**31 - 1) // divisor
-    for quotient in {0, 1, 2, last // 3, last - 1, last}:
-        for number in (quotient * divisor - 1, quotient * divisor, quotient * divisor + divisor - 1):
-            if 0 <= number < 2**31:
-                assert number * factor >> shift == number // divisor

@@ -161,7 +161,6 @@ DENSIFY = Layout(
     ("int32_t", "first_text_tile text_tiles first_feature", "the tiles of texts and the features of this launch"),
     ("int32_t", "fan_in columns_of_64", "columns_of_64: ceil(d / 64)"),
     ("int32_t", "add", "not zero: add to `gradient` instead of overwriting it"),
-    ("uint32_t", "group_factor group_shift", "label / group is label * group_factor >> group_shift"),
     LABELS=64,
 )  # fmt: skip
 # For group.cu; see cuda/group.py.

@@ -4,7 +4,7 @@
 // operands.cuh, so that a bulk copy to shared memory makes them an operand.
 //
 // Compile with -D: WEIGHT (float or bfloat16), INDEX (int16_t or int32_t), FEATURES (of a block, a multiple of 64), CHUNK (1, 2, 4: slots
-// that are read together, a divisor of the fan-in), GROUPED (labels share index rows), and the names that each file lists.
+// that are read together, a divisor of the fan-in), GROUP (labels of an index row), and the names that each file lists.
 
 #pragma once
 
@@ -83,11 +83,8 @@ __device__ __forceinline__ void clear_rows(bfloat16* rows, int lane) {
     for (int i = 0; i < 2 * EIGHTS; ++i) reinterpret_cast<uint4*>(rows)[i * 32 + lane] = uint4{0, 0, 0, 0};
 }
 
-// Returns the index row of a local label: label / group.
-__device__ __forceinline__ uint32_t index_row(const Arguments& a, int label) {
-    if (!GROUPED) return label;
-    return static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(label)) * a.group_factor >> a.group_shift);
-}
+// Returns the index row of a local label.
+__device__ __forceinline__ uint32_t index_row(int label) { return static_cast<uint32_t>(label) / GROUP; }
 
 // The types of stored elements.
 using Stored = std::conditional<BF16_WEIGHT, uint16_t, float>::type;
@@ -98,7 +95,7 @@ __device__ __forceinline__ uint16_t narrowed(uint16_t x) { return x; }
 __device__ __forceinline__ uint16_t narrowed(float x) { return static_cast<uint16_t>(packed(x, 0.0f)); }
 
 __device__ __forceinline__ const Index* index_of(const Arguments& a, int label) {
-    return static_cast<const Index*>(a.index) + static_cast<uint64_t>(index_row(a, label)) * static_cast<uint32_t>(a.fan_in);
+    return static_cast<const Index*>(a.index) + static_cast<uint64_t>(index_row(label)) * static_cast<uint32_t>(a.fan_in);
 }
 __device__ __forceinline__ const Stored* weights_of(const Arguments& a, int label) {
     return static_cast<const Stored*>(a.weight) + static_cast<uint64_t>(label) * static_cast<uint32_t>(a.fan_in);
@@ -142,7 +139,7 @@ struct Slots {
     __device__ __forceinline__ Slots(const Arguments& a, const Tiles& tile, int row, int first_feature) {
         if (!tile.has(row)) return;
         const int part = first_feature / 64;
-        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row(a, tile.label(row))) * a.columns_of_64 + part;
+        const uint16_t* const slots = a.first_slots + static_cast<uint64_t>(index_row(tile.label(row))) * a.columns_of_64 + part;
         begin = slots[0], end = part + PARTS < a.columns_of_64 ? slots[PARTS] : a.fan_in;
     }
 };

@@ -31,7 +31,6 @@ from xmc_trainer.kernels.arguments import (
     multiprocessors,
     step_workspace,
 )  # fmt: skip
-from xmc_trainer.kernels.cuda import source
 from xmc_trainer.kernels.cuda.source import TYPES, Kernel
 from xmc_trainer.kernels.interface import HeadTensors
 from xmc_trainer.kernels.triton import dense
@@ -49,7 +48,7 @@ _ROWS = 1 << 16  # index rows that `first_slots` takes at a time
 
 def _kernel(file: str, head: HeadTensors, device: torch.device, **defines: int | str) -> Kernel:
     chunk = math.gcd(head.weight_LF.shape[1], 4)
-    return Kernel(file, DENSIFY, head, device, CHUNK=chunk, GROUPED=int(head.group_size > 1), **defines)
+    return Kernel(file, DENSIFY, head, device, CHUNK=chunk, GROUP=head.group_size, **defines)
 
 
 class Slice(NamedTuple):
@@ -132,10 +131,9 @@ class _Logits:
 
 
 def _common(head: HeadTensors, feat_Bd: Tensor, texts: int) -> dict[str, Any]:
-    factor, shift = source.quotient(head.group_size)
     return dict(
         weight=head.weight_LF, index=head.index_RF, bias=head.bias_L, texts=texts, columns=feat_Bd.shape[0], fan_in=head.weight_LF.shape[1],
-        columns_of_64=-(-feat_Bd.shape[1] // 64), group_factor=factor, group_shift=shift,
+        columns_of_64=-(-feat_Bd.shape[1] // 64),
     )  # fmt: skip
 
 

@@ -94,11 +94,9 @@ struct Ahead {
     int32_t positive = 0;  // whether the tile has a positive
 
     __device__ __forceinline__ Ahead(const Arguments& a, int number, int numbers) {
-        if (number < numbers) *this = Ahead(a, number, Tile(a, number), threadIdx.x);
-    }
-
-    __device__ __forceinline__ Ahead(const Arguments& a, int number, const Tile& tile, int thread) {
-        if (tile.count <= 0) return;
+        const Tile tile(a, number);
+        const int thread = threadIdx.x;
+        if (number >= numbers || tile.count <= 0) return;
         if (thread < a.fan_in) index = static_cast<const INDEX*>(a.index)[static_cast<int64_t>(tile.row) * a.fan_in + thread];
         if (thread < tile.count) bias = a.bias ? a.bias[tile.label0 + thread] : 0.0f;
         // Makes the address differ by thread: a uniform load would go to a uniform register, and the warp would wait for it.
@@ -116,18 +114,6 @@ struct Ahead {
     __device__ __forceinline__ bool any_positive() {
         forget(positive);
         return positive != 0;
-    }
-};
-
-// The offsets in X^T of the features that a thread helps to copy. They are read before the copies are issued: accesses to shared memory
-// are in order, so behind copies each read would wait.
-struct Offsets {
-    static constexpr int STEP = THREADS / X_PITCH, COPIES = FEATURES / STEP;
-    int of[COPIES];
-
-    __device__ __forceinline__ explicit Offsets(const int (&offset)[FEATURES]) {
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) of[i] = offset[threadIdx.x / X_PITCH + i * STEP];
     }
 };
 
@@ -178,12 +164,12 @@ __device__ __forceinline__ void load_positives(uint32_t (&positive)[2], const Ar
         }
 }
 
-// Computes from logits: slopes; loss[2 half + high] of a thread's texts; sum[2 n + j] over these texts of the slopes of label
+// Computes from logits: slopes; loss[2 half + high] of a thread's texts; sum[j][n] over these texts of the slopes of label
 // 8 n + lane % 4 * 2 + j. Without ANY all logits must be of negatives: a text's losses share one logarithm. Returns false, for the whole
 // warp, if a loss overflowed; then the results are invalid. ANY takes positives, padding columns and large logits too.
 template <bool ANY>
 __device__ __forceinline__ bool slopes(
-    const Logits& z, Slopes& s, Shared& shared, float (&loss)[4], float (&sum)[16], const Arguments& a, const uint32_t (&positive)[2],
+    const Logits& z, Slopes& s, Shared& shared, float (&loss)[4], float (&sum)[2][8], const Arguments& a, const uint32_t (&positive)[2],
     int text0) {
 #pragma unroll
     for (int text = 0; text < 4; ++text) loss[text] = 0.0f;
@@ -198,7 +184,7 @@ __device__ __forceinline__ bool slopes(
                 const float logit = z[text / 2][n][text % 2 * 2 + j];
                 if constexpr (ANY) slope[j] = slope_of_any(logit, positive[j] >> (4 * n + text) << 31, is_text, loss[text]);
                 else slope[j] = slope_of_negative(logit, loss[text]);
-                sum[2 * n + j] = text == 0 ? slope[j] : sum[2 * n + j] + slope[j];
+                sum[j][n] = text == 0 ? slope[j] : sum[j][n] + slope[j];
             }
             keep_slopes(s, shared, text / 2, n, text % 2, slope);
         }
@@ -210,19 +196,6 @@ __device__ __forceinline__ bool slopes(
         loss[text] = loss_of_negatives(loss[text]);
     }
     return __all_sync(~0u, fine);
-}
-
-// Sums 2 LEFT numbers over the lanes that differ in bits 2 to log2(2 LEFT) of their number. In each step a lane sends half of its numbers
-// to its partner. For LEFT = 8, a lane ends with sums 2 (lane / 4) and the next.
-template <int LEFT>
-__device__ __forceinline__ void add_over_rows(float (&v)[16]) {
-    const bool upper = threadIdx.x & (2 * LEFT);
-#pragma unroll
-    for (int i = 0; i < LEFT; ++i) {
-        const float got = __shfl_xor_sync(~0u, upper ? v[i] : v[i + LEFT], 2 * LEFT);
-        v[i] = (upper ? v[i + LEFT] : v[i]) + got;
-    }
-    if constexpr (LEFT > 2) add_over_rows<LEFT / 2>(v);
 }
 
 // Sums the losses of four texts over the four lanes of a row. A lane gets the sum of text lane % 4.
@@ -240,10 +213,11 @@ __device__ __forceinline__ void add_losses(float loss, float* to) {
 }
 
 __device__ __forceinline__ void gather_features(Shared& shared, const Arguments& a, int text0) {
-    const Offsets offsets(shared.offset);
+    // Offsets are read before the copies are issued: accesses to shared memory are in order, so behind copies each read would wait.
+    int offset[FEATURES * X_PITCH / THREADS];
+    share<FEATURES, X_PITCH>([&](int f, int, int i) { offset[i] = shared.offset[f]; });
     share<FEATURES, X_PITCH>([&](int f, int c, int i) {
-        const int offset = offsets.of[i];
-        copy_async(shared.x[c / ROW] + place<ROW>(f, c % ROW), a.x + max(offset, 0) + text0 + c * 8, offset >= 0);
+        copy_async(shared.x[c / ROW] + place<ROW>(f, c % ROW), a.x + max(offset[i], 0) + text0 + c * 8, offset[i] >= 0);
     });
 }
 
@@ -493,7 +467,7 @@ __device__ __forceinline__ void run(Shared& shared, const Arguments& a) {
             Slopes s;
             {
                 Logits z;
-                float tile_loss[4], sum[16];
+                float tile_loss[4], sum[2][8];
                 multiply_logits(z, shared);
                 uint32_t positive[2] = {};
                 if (any_positive || text0 + TEXTS > a.texts || !slopes<false>(z, s, shared, tile_loss, sum, a, positive, text0)) {
@@ -503,9 +477,11 @@ __device__ __forceinline__ void run(Shared& shared, const Arguments& a) {
                 const float sum_of_losses = over_columns(tile_loss);
                 if (ONE_TILE) loss += sum_of_losses;
                 else add_losses(sum_of_losses, losses + text0);
-                float2& total = *reinterpret_cast<float2*>(shared.bias_grad[warp % 4] + first_label() + 2 * lane);
-                add_over_rows<8>(sum);
-                total = text0 == 0 ? make_float2(sum[0], sum[1]) : make_float2(total.x + sum[0], total.y + sum[1]);
+                const int n = sum_of_lanes(sum[0], lane);
+                sum_of_lanes(sum[1], lane);
+                float2& total = *reinterpret_cast<float2*>(shared.bias_grad[warp % 4] + first_label() + 8 * n + lane % 4 * 2);
+                const float2 before = text0 == 0 ? make_float2(0.0f, 0.0f) : total;
+                total = make_float2(before.x + sum[0][0], before.y + sum[1][0]);
             }
             publish_shared();
             if constexpr (!SLOPES_IN_REGISTERS) __syncthreads();

@@ -86,7 +86,7 @@ struct Stream {
             const int there = place + i * 32;
             if (there >= end) continue;
             const Index* from = index + i * 32 * CHUNK;
-            if (GROUPED) from = index_of(a, label + there / CHUNKS) + there % CHUNKS * CHUNK;
+            if (GROUP > 1) from = index_of(a, label + there / CHUNKS) + there % CHUNKS * CHUNK;
             items[i].index = Chunk<Index>::read(from);
             items[i].weight = Chunk<Stored>::read(weight + i * 32 * CHUNK);
         }

@@ -30,12 +30,6 @@ HOPPER = (9, 0)  # the compute capability with warpgroup matrix instructions (wg
 TYPES = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.int16: "int16_t", torch.int32: "int32_t"}
 
 
-def quotient(divisor: int) -> tuple[int, int]:
-    """Return (factor, shift) with n // divisor == n * factor >> shift for 0 <= n < 2^31. factor is below 2^32."""
-    shift = 31 + (divisor - 1).bit_length()
-    return -(-(1 << shift) // divisor), shift
-
-
 class CompilationFailed(RuntimeError):
     """A CUDA source does not compile. The message is the compiler's."""
 
