@@ -183,7 +183,7 @@ def test_head_memory_is_what_a_gpu_measured():
         found = plan.head_bytes([head]) + plan.index_bytes(head, texts) + plan.working_bytes(head, texts)
         assert found / plan.GIB == pytest.approx(float(row["peak_gib"]), rel=0.1), row["what"]
         checked += 1
-    assert checked > 40
+    assert checked > 30
 
 
 def test_memory_falls_with_gpus_and_stages(bert):
@@ -257,7 +257,7 @@ def test_times_come_from_the_nearest_measured_row(tmp_path, bert):
         768,
         1_406_140,
         fan_in=128,
-        group_size=16,
+        group_size=64,
         backend="reference",
         device="meta",
         optimizer=AdamW(),
@@ -265,10 +265,10 @@ def test_times_come_from_the_nearest_measured_row(tmp_path, bert):
     )
     measured = next(
         float(row["ms"]) for _, row in rates.head
-        if (row["batch"], row["group_size"], row["optimizer"]) == ("256", "16", "adamw")
+        if (row["batch"], row["group_size"], row["optimizer"]) == ("256", "64", "adamw")
     )  # fmt: skip
     ms, source = rates.head_ms(head, 256)
-    assert ms == pytest.approx(measured) and source == "head_h200.csv: F=128 G=16, adamw, 256 texts"
+    assert ms == pytest.approx(measured) and source == "head_h200.csv: F=128 G=64, adamw, 256 texts"
     assert rates.head_ms(head, 2048)[0] > 4 * ms and rates.head_ms(head, 256, rank=True) is None
     train = tmp_path / "train.csv"
     train.write_text(
