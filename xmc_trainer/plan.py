@@ -320,7 +320,7 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
 
     Every kernel keeps the features twice (row- and column-major) and their float32 gradient twice. It processes labels in chunks:
 
-        group       48 MiB per chunk: positives' bits (CUDA), or slopes and bits (Triton)
+        group       48 MiB per chunk: positives' bits
         densify     256 MiB per chunk, or 0.2 of weights and index if that is more: slopes, bits, bias gradients, weight gradient;
                     and a feature gradient per lane of blocks
         dense       256 MiB per chunk, or 0.2 of weights and index if that is more: logits, slopes, bits, and copied rows or the
@@ -333,8 +333,7 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
     fan_in = tensors.weight_LF.shape[1]
     common = columns * d * (2 * e + 2 * 4)
     if kernel.name.startswith("group"):
-        a_label = columns // 8 + (0 if "CUDA" in kernel.name else columns * e)
-        return common + min(48 << 20, labels * a_label)
+        return common + min(48 << 20, labels * (columns // 8))
     if kernel.name == "densify, CUDA":
         tiles = columns // 128
         a_label = (

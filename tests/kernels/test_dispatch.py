@@ -57,7 +57,7 @@ def test_groups_dense_heads_and_what_group_kernels_do_not_take(fan_in, group_siz
 
 def test_each_condition_is_named():
     problem = Problem(32, 128, 768, 128, bf16=True, plain_states=True, deterministic=False, cuda=True)
-    group, densify, triton, _ = STEPS
+    group, densify, dense = STEPS
     for change, reason in [
         ({"cuda": False}, "needs nvcc, ninja and a GPU of capability 9.0"), ({"group_size": None}, "needs an index"),
         ({"group_size": 16}, "needs group_size >= 32"), ({"fan_in": 136}, "needs fan_in <= 128"),
@@ -67,8 +67,7 @@ def test_each_condition_is_named():
     ]:  # fmt: skip
         assert group.refuses(problem._replace(**change)) == reason
     assert group.refuses(problem) is None
-    assert triton.refuses(problem._replace(bf16=False, fan_in=136)) == "needs fan_in <= 128"
-    assert choose(STEPS, problem._replace(cuda=False)) == triton
+    assert choose(STEPS, problem._replace(cuda=False)) == choose(STEPS, problem._replace(bf16=False)) == dense
     assert (
         describe(STEPS, problem._replace(group_size=1))
         == "densify, CUDA, 64 labels x 128 texts (group, CUDA: needs group_size >= 32)"

@@ -61,19 +61,18 @@ class Kernel:
     cuda: bool = False  # for bfloat16 products on capability 9.0; else Triton, for any GPU
     index: bool = False  # no dense heads
     least_group: int = 1
-    most_fan_in: int | None = None  # half as many in float32
+    most_fan_in: int | None = None
     fan_in_multiple: int = 1
     deterministic: bool = True
     plain_states: bool = False
 
     def refuses(self, problem: Problem) -> str | None:
         """Return why the kernel cannot take this problem, or None if it can."""
-        limit = self.most_fan_in and (self.most_fan_in if problem.bf16 else self.most_fan_in // 2)
         reasons = [
             (self.cuda and not problem.cuda, "needs nvcc, ninja and a GPU of capability 9.0"),
             (self.index and problem.group_size is None, "needs an index"),
             ((problem.group_size or 1) < self.least_group, f"needs group_size >= {self.least_group}"),
-            (limit and problem.fan_in > limit, f"needs fan_in <= {limit}"),
+            (self.most_fan_in and problem.fan_in > self.most_fan_in, f"needs fan_in <= {self.most_fan_in}"),
             (problem.fan_in % self.fan_in_multiple, f"needs a fan_in that is a multiple of {self.fan_in_multiple}"),
             (self.cuda and not problem.bf16, "needs bfloat16 or float16 features"),
             (problem.deterministic and not self.deterministic, "is not deterministic"),
@@ -97,10 +96,6 @@ STEPS = (
         most_fan_in=128, fan_in_multiple=8, deterministic=False, plain_states=True,
     ),
     Kernel("densify, CUDA", "cuda.densify", "run", "64 labels x 128 texts", cuda=True, index=True),
-    Kernel(
-        "group, Triton", "triton.group", "run", "32 labels of an index row x 64 texts", index=True, least_group=16, most_fan_in=256,
-        deterministic=False,
-    ),
     Kernel("dense, Triton", "triton.dense", "run", "chunks of labels, multiplied by cuBLAS"),
 )  # fmt: skip
 RANKINGS = (

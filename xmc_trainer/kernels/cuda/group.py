@@ -1,7 +1,4 @@
-"""Launches group.cu: the step of labels that share index rows, in one pass over the weights, on capability 9.0.
-
-`triton.group` does the same on other GPUs.
-"""
+"""Launches group.cu: the step of labels that share index rows, in one pass over the weights, on capability 9.0."""
 
 from __future__ import annotations
 

@@ -33,11 +33,8 @@ from xmc_trainer.kernels.triton.bitmap import PairBitmap, feature_bitmap
 from xmc_trainer.kernels.triton.tile_math import (
     ROWWISE,
     count_bits,
-    load_columns,
-    load_operand,
     loss_and_slope,
     operand,
-    product,
     update_bias,
     update_weights,
 )
@@ -131,9 +128,9 @@ def gradients_kernel(
     first_label, last_label, label_start, lanes,
     text_weight, lr, weight_decay, beta0, beta1, eps, correct0, correct1,
     key0, key1,  # for rounding
-    D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B: tl.constexpr, RULE: tl.constexpr, BF16: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, T: tl.constexpr, B: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
-    """Add to dX and update dense weights. Each program takes D_TILE features and every `lanes`-th tile of T labels.
+    """Add to dX and update dense weights, with bfloat16 products. Each program takes D_TILE features and every `lanes`-th tile of T labels.
 
     Its features of X and dX stay in registers and shared memory. Programs of the same labels are neighbours, so that slopes are read
     from device memory once.
@@ -145,7 +142,7 @@ def gradients_kernel(
     labels = last_label - first_label
     finite = tl.load(finite_ptr + tl.zeros([1], tl.int32)) != 0
     text = tl.arange(0, B)
-    x = load_columns(x_ptr + text[:, None] * D, first_k, D, D_TILE, BF16)
+    x = operand(tl.load(x_ptr + text[:, None] * D + k[None, :], mask=(k < D)[None, :], other=0.0), True)
     dx = tl.zeros([B, D_TILE], tl.float32)
     for tile in range(lane, (labels + T - 1) // T, lanes):
         local = tile * T + tl.arange(0, T).to(tl.int64)
@@ -154,10 +151,12 @@ def gradients_kernel(
         if D % D_TILE != 0:
             ok = ok & (k < D)[None, :]
         place = label[:, None] * D + k[None, :]
-        s = load_operand(slope_ptr + local[:, None] * B + text[None, :], (local < labels)[:, None], BF16)
+        s = operand(
+            tl.load(slope_ptr + local[:, None] * B + text[None, :], mask=(local < labels)[:, None], other=0.0), True
+        )
         weight = tl.load(weight_ptr + place, mask=ok, other=0.0)
-        dx = product(tl.trans(s), operand(weight, BF16), dx, BF16)
-        dw = product(s, x, tl.zeros([T, D_TILE], tl.float32), BF16)
+        dx = tl.dot(tl.trans(s), operand(weight, True), dx)
+        dw = tl.dot(s, x)
         update_weights(
             weight, weight_ptr, state0_ptr, state1_ptr, place, ok, finite, dw * text_weight,
             label, label_start, k[None, :], lr, weight_decay, beta0, beta1, eps, correct0, correct1,
@@ -316,7 +315,7 @@ def run(head: HeadTensors, batch: Batch, label_P: Tensor, row_P: Tensor, step: S
             gradients_kernel[(feature_tiles * lanes,)](
                 head.weight_LF, *two_states(head.weight_state, head.weight_LF), batch.rows, slope_CB, dx, step.finite,
                 first_label=first, last_label=last, label_start=head.label_start, lanes=lanes, text_weight=step.text_weight,
-                D=d, D_TILE=_GRADIENTS_FEATURES, T=_GRADIENTS_LABELS, B=columns, BF16=True, num_warps=_GRADIENTS_WARPS,
+                D=d, D_TILE=_GRADIENTS_FEATURES, T=_GRADIENTS_LABELS, B=columns, num_warps=_GRADIENTS_WARPS,
                 num_stages=_GRADIENTS_STAGES, **step.rule, **step.decay,
             )  # fmt: skip
             continue

@@ -40,25 +40,6 @@ def element_hash(hashed, key1, column):
 
 
 @triton.jit
-def load_operand(pointer, mask, BF16: tl.constexpr):
-    """Load an operand of a matrix product, as bfloat16 or float32. `mask` broadcasts; None loads everything."""
-    if mask is None:
-        x = tl.load(pointer)
-    else:
-        x = tl.load(pointer, mask=mask, other=0.0)
-    return operand(x, BF16)
-
-
-@triton.jit
-def load_columns(row_ptr, first, D: tl.constexpr, D_TILE: tl.constexpr, BF16: tl.constexpr):
-    """Load an operand [T, D_TILE]: D_TILE columns from `first` on, of rows of D elements at row_ptr [T, 1]. Zeros past D."""
-    k = first + tl.arange(0, D_TILE)
-    if D % D_TILE == 0:
-        return load_operand(row_ptr + k[None, :], None, BF16)
-    return load_operand(row_ptr + k[None, :], (k < D)[None, :], BF16)
-
-
-@triton.jit
 def operand(x, BF16: tl.constexpr):
     """Convert to bfloat16 if BF16, else to float32."""
     if INTERPRET:
@@ -73,14 +54,6 @@ def operand(x, BF16: tl.constexpr):
     else:
         x = x.to(tl.float32)
     return x
-
-
-@triton.jit
-def product(a, b, total, BF16: tl.constexpr):
-    """Return total + a @ b in float32. float32 operands take three TF32 products, which have float32's accuracy."""
-    if BF16:
-        return tl.dot(a, b, total)
-    return tl.dot(a, b, total, input_precision="tf32x3")
 
 
 @triton.jit
