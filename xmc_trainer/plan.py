@@ -301,17 +301,17 @@ def head_bytes(heads: Iterable[FixedFanInHead]) -> int:
     return sum(buffer.nbytes for head in heads for buffer in head.buffers())
 
 
-def index_bytes(head: FixedFanInHead, texts: int) -> int:
+def index_bytes(head: FixedFanInHead) -> int:
     """Count the bytes that kernels cache of an index: an int16 per row and 64 features (densify), a bit per row and feature (Triton's dense)."""
     index = head.tensors().index_RF
     if index is None:
         return 0
-    rows, d, name = index.shape[0], head.in_features, _kernel(head, texts).name
+    rows, d, name = index.shape[0], head.in_features, _kernel(head).name
     return {"densify, CUDA": 2 * rows * -(-d // 64), "dense, Triton": 4 * rows * -(-d // 32)}.get(name, 0)
 
 
-def _kernel(head: FixedFanInHead, texts: int) -> Any:
-    problem = Problem.of(head.tensors(), texts, head.in_features, head.product_dtype)
+def _kernel(head: FixedFanInHead) -> Any:
+    problem = Problem.of(head.tensors(), head.product_dtype)
     return choose(STEPS, problem._replace(cuda=True))
 
 
@@ -327,7 +327,7 @@ def working_bytes(head: FixedFanInHead, texts: int) -> int:
                     weight gradient; feature gradients per lane
     """
     labels, d, e = len(head.labels), head.in_features, head.product_dtype.itemsize
-    kernel = _kernel(head, texts)
+    kernel = _kernel(head)
     columns = -(-texts // kernel.texts) * kernel.texts
     tensors = head.tensors()
     fan_in = tensors.weight_LF.shape[1]
@@ -463,7 +463,7 @@ def memory_of(
     heads = heads_of(config, encoder.features, facts.labels, gpus)
     texts = config.texts_a_step
     product = heads[0].product_dtype
-    head = head_bytes(heads) + sum(index_bytes(each, texts) for each in heads)
+    head = head_bytes(heads) + sum(index_bytes(each) for each in heads)
     working = max(working_bytes(each, texts) for each in heads)
     if parts is None:
         if config.data.micro_batches != "auto":

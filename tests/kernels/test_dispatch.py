@@ -20,9 +20,8 @@ def hopper(monkeypatch):
     monkeypatch.setattr(source, "can_compile", lambda device: True)
 
 
-@pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
-def test_shipped_configurations_get_the_cuda_kernels(name, ranks, hopper):
+def test_shipped_configurations_get_the_cuda_kernels(name, hopper):
     config = load_config([f"dataset={name}"])
     model, optimization = config.model, config.training.optimization
     features = (
@@ -38,8 +37,7 @@ def test_shipped_configurations_get_the_cuda_kernels(name, ranks, hopper):
         weight_dtype=getattr(torch, model.ffi.weight_dtype),
     )
     dtype = torch.bfloat16 if config.training.amp.enabled else torch.float32
-    texts = ranks * config.data.batch_size * optimization.grad_accum_step
-    problem = Problem.of(head.tensors(), texts, features, dtype)
+    problem = Problem.of(head.tensors(), dtype)
     expected = "dense, Triton" if name in IN_FLOAT32 else "densify, CUDA"
     assert (choose(STEPS, problem).name, choose(RANKINGS, problem).name) == (expected, expected)
 
@@ -51,12 +49,12 @@ def test_shipped_configurations_get_the_cuda_kernels(name, ranks, hopper):
     (100, 64, "sgd", "densify, CUDA", "densify, CUDA"), (256, 64, "sgd", "densify, CUDA", "densify, CUDA"),
 ])  # fmt: skip
 def test_groups_dense_heads_and_what_group_kernels_do_not_take(fan_in, group_size, optimizer, step, ranking, hopper):
-    problem = Problem.of(make_head("cpu", 768, fan_in, group_size, optimizer).tensors(), 128, 768, torch.bfloat16)
+    problem = Problem.of(make_head("cpu", 768, fan_in, group_size, optimizer).tensors(), torch.bfloat16)
     assert (choose(STEPS, problem).name, choose(RANKINGS, problem).name) == (step, ranking)
 
 
 def test_each_condition_is_named():
-    problem = Problem(32, 128, 768, 128, bf16=True, plain_states=True, deterministic=False, cuda=True)
+    problem = Problem(32, 128, bf16=True, plain_states=True, deterministic=False, cuda=True)
     group, densify, dense = STEPS
     for change, reason in [
         ({"cuda": False}, "needs nvcc, ninja and a GPU of capability 9.0"), ({"group_size": None}, "needs an index"),
@@ -75,9 +73,8 @@ def test_each_condition_is_named():
 
 
 def test_a_head_says_which_kernels_it_gets(hopper):
-    said = make_head("cpu", 768, 128, 1).describe_kernels(256)
+    said = make_head("cpu", 768, 128, 1).describe_kernels()
     assert said.startswith("head: densify, CUDA, 64 labels x 128 texts (") and "; best labels: densify, CUDA" in said
     assert (
-        make_head("cpu", 768, 128, 1, backend="reference").describe_kernels(256)
-        == "head: reference, tiles of 4096 labels"
+        make_head("cpu", 768, 128, 1, backend="reference").describe_kernels() == "head: reference, tiles of 4096 labels"
     )

@@ -185,12 +185,12 @@ class FixedFanInHead(Head):
     def _backend(self) -> ModuleType | GPU:
         return select_backend(self._backend_name, self.weight.device)
 
-    def describe_kernels(self, texts: int) -> str:
-        """Describe the kernels for a step of `texts` texts (all ranks) and for ranking, with the reasons, in one line for a log."""
+    def describe_kernels(self) -> str:
+        """Describe the kernels for a step and for ranking, with the reasons, in one line for a log."""
         backend = self._backend
         if not isinstance(backend, GPU):
             return f"head: {backend.__name__.rpartition('.')[2]}, tiles of {self.tile_labels} labels"
-        problem = Problem.of(self.tensors(), texts, self.in_features, self.product_dtype)
+        problem = Problem.of(self.tensors(), self.product_dtype)
         return f"head: {describe(STEPS, problem)}; best labels: {describe(RANKINGS, problem)}"
 
     @property

@@ -34,7 +34,7 @@ def head_bytes(trainer: Trainer) -> int:
 
 def head_kernels(trainer: Trainer) -> list[str]:
     """Describe the kernels that each part of the head uses for an optimizer step, and why."""
-    return [part.describe_kernels(trainer.config.texts_a_step) for _, part in trainer.head.parts()]
+    return [part.describe_kernels() for _, part in trainer.head.parts()]
 
 
 def host_gib() -> float:

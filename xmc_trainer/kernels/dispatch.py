@@ -29,22 +29,21 @@ BACKENDS = ("auto", "triton", "reference", "torch_sparse")
 
 
 class Problem(NamedTuple):
-    """The properties of a head, batch and GPU that decide which kernel runs."""
+    """The properties of a head and a GPU that decide which kernel runs, for a batch of any size."""
 
     group_size: int | None  # None: no index, a dense head
     fan_in: int
-    features: int
-    texts: int
     bf16: bool  # products are bfloat16, else float32
     plain_states: bool  # the optimizer's states are like the weights
     deterministic: bool  # torch.use_deterministic_algorithms
     cuda: bool  # the CUDA sources can be compiled and run
 
     @classmethod
-    def of(cls, head: HeadTensors, texts: int, features: int, dtype: torch.dtype) -> Problem:
+    def of(cls, head: HeadTensors, dtype: torch.dtype) -> Problem:
+        """Read the properties of a head whose features have that dtype."""
         weight = head.weight_LF
         return cls(
-            None if head.index_RF is None else head.group_size, weight.shape[1], features, texts, dtype != torch.float32,
+            None if head.index_RF is None else head.group_size, weight.shape[1], dtype != torch.float32,
             all(state.shape == weight.shape and state.dtype == weight.dtype for state in head.weight_state),
             torch.are_deterministic_algorithms_enabled(), source.can_compile(weight.device),
         )  # fmt: skip
@@ -136,16 +135,16 @@ class GPU:
         tile_labels: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.head_step`. `tile_labels` is ignored: each kernel has its own tiles."""
-        texts, features = feat_Bd.shape
         finite = torch.isfinite(feat_Bd).all()
         step = Step.of(loss_fn, text_weight, finite, update)
 
         def run() -> tuple[Tensor, Tensor]:
-            kernel = choose(STEPS, Problem.of(head, texts, features, feat_Bd.dtype))
+            kernel = choose(STEPS, Problem.of(head, feat_Bd.dtype))
             return kernel(head, Batch.of(feat_Bd, kernel.texts), label_P, row_P, step)
 
         loss, grad = _without_cuda_if_it_fails(run, feat_Bd.device)
-        return loss[grad_start:texts], grad[grad_start:texts], finite
+        rows = slice(grad_start, len(feat_Bd))
+        return loss[rows], grad[rows], finite
 
     def head_topk(
         self, head: HeadTensors, feat_Bd: Tensor, k: int, skip_label_P: Tensor, skip_row_P: Tensor, *, tile_labels: int
@@ -154,8 +153,7 @@ class GPU:
         from xmc_trainer.kernels.triton import topk
 
         def run() -> Tensor:
-            texts, features = feat_Bd.shape
-            kernel = choose(RANKINGS, Problem.of(head, texts, features, feat_Bd.dtype))
+            kernel = choose(RANKINGS, Problem.of(head, feat_Bd.dtype))
             batch = Batch.of(feat_Bd, kernel.texts)
             return topk.best_labels(head, batch, k, skip_label_P, skip_row_P, kernel)
 

@@ -159,7 +159,7 @@ def measure_batch(
     def head_step(fan_in: int | None, group: int, optimizer: str, end_of_step: bool = True):
         def build() -> tuple[Callable[[], Any], int]:
             head = head_of(fan_in, group, optimizer)
-            described["kernels"] = head.describe_kernels(batch)
+            described["kernels"] = head.describe_kernels()
             print(described["kernels"])
             x = feat.clone().requires_grad_()
             moved = head.weight.nbytes
