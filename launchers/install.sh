@@ -3,13 +3,13 @@
 
 PYTHON=${PYTHON:-python3}
 "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
-    echo "error: $PYTHON is not Python 3.11 or newer; install one, or set PYTHON: PYTHON=/path/to/python3.11 bash $0" >&2
-    exit 1
+    echo "error: $PYTHON is not Python 3.11 or newer; install one, or set PYTHON: PYTHON=/path/to/python3.11" >&2
+    return 1 2>/dev/null || exit 1  # sourced, or run
 }
 # --clear recreates an environment that an interrupted run left incomplete.
 [ -x .venv/bin/pip ] || "$PYTHON" -m venv --clear .venv || {
     echo "error: $PYTHON cannot create .venv; on Debian: apt-get install python3-venv" >&2
-    exit 1
+    return 1 2>/dev/null || exit 1
 }
 . .venv/bin/activate
 
@@ -28,4 +28,4 @@ install_packages() {
     }
     echo "$want" > "$stamp"
 }
-install_packages
+install_packages || return 1 2>/dev/null || exit 1

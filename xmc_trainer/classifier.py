@@ -6,7 +6,7 @@ import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,14 +29,15 @@ class XMCClassifier:
     model.predict(["how to descale a kettle"], k=3)
 
     `fit` trains in this process, without DeepSpeed; for several GPUs use `xmc-trainer train`. Parameters follow
-    scikit-learn's rules: the constructor stores them unchanged, and `get_params`, `set_params` and `score` do what its tools
-    expect.
+    scikit-learn's rules: the constructor stores them unchanged, and `get_params`, `set_params` and `score` mean what
+    they mean there.
 
     Args:
         encoder: Hugging Face model: hub id or folder.
         fan_in: features that each label reads.
         settings: more settings of a training, name -> value, for example {"training.optimization.epochs": 5}.
-        output_dir: folder for the run. None: a temporary folder, deleted with this object; see `save_pretrained`.
+        output_dir: folder for the run, `output_dir/run`. An earlier run there is replaced only with training.overwrite in `settings`.
+            None: a temporary folder, deleted with this object; see `save_pretrained`.
 
     Attributes, after `fit` or `from_pretrained`:
         model_: XMCModel.
@@ -65,33 +66,34 @@ class XMCClassifier:
             labels: for each text a list of label names, or a single name.
             eval_set: texts and labels to evaluate on. None: a tenth of the texts is held out.
         """
-        if self.output_dir is None:
-            self._temporary = tempfile.TemporaryDirectory()  # deleted with this object
-        folder = Path(self.output_dir or self._temporary.name)
-        data = folder / "data"
-        data.mkdir(parents=True, exist_ok=True)
-        source = _write_rows(data / "train.jsonl", texts, labels)
-        if eval_set is not None:
-            _write_rows(data / "test.jsonl", *eval_set)
-            source = data
-        own = {
-            "data.hf_source": source,
-            "model.encoder.encoder_model": self.encoder,
-            "model.ffi.fan_in": self.fan_in,
-            "output_dir": folder,
-            "log_fname": "run",
-            "training.overwrite": "true",
-        }
-        trainer = build_trainer(
-            load_config([f"{name}={value}" for name, value in (own | (self.settings or {})).items()])
-        )
-        try:
-            trainer.train()
-            self.metrics_ = trainer.metrics["test"]
-            saved = trainer.run_folder / "model"
-        finally:
-            trainer.close()
-        return self._use(XMCModel.load(saved))
+        settings = self.settings or {}
+        if eval_set is not None and settings.get("data.test_share") is not None:
+            raise UserError(
+                "settings: data.test_share holds texts out, but there is an eval_set; give only one of them"
+            )
+        temporary = tempfile.TemporaryDirectory()
+        with tempfile.TemporaryDirectory() as data:
+            source = _write_rows(Path(data, "train.jsonl"), texts, labels)
+            if eval_set is not None:
+                _write_rows(Path(data, "test.jsonl"), *eval_set)
+                source = Path(data)
+            own = {
+                "data.hf_source": source,
+                "model.encoder.encoder_model": self.encoder,
+                "model.ffi.fan_in": self.fan_in,
+                "output_dir": self.output_dir or temporary.name,
+                "log_fname": "run",
+            }
+            words = [f"{name}={'null' if value is None else value}" for name, value in (own | settings).items()]
+            trainer = build_trainer(load_config(words))
+            try:
+                trainer.train()
+                metrics, saved = trainer.metrics["test"], trainer.run_folder / "model"
+            finally:
+                trainer.close()
+        self._use(XMCModel.load(saved))
+        self.metrics_, self._temporary = metrics, temporary  # the folder is deleted with this object
+        return self
 
     def predict(
         self, texts: Iterable[str], k: int = 5, threshold: float | None = None, batch_size: int = 256
@@ -124,6 +126,10 @@ class XMCClassifier:
             shutil.copytree(self._fitted().saved.folder, folder)
         except FileExistsError:
             raise UserError(f"{folder}: exists already; name a new folder") from None
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename}: no such file; the run's folder was removed or copied from elsewhere, fit again"
+            ) from None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | None = None) -> Self:
@@ -161,7 +167,11 @@ class XMCClassifier:
 def _names(row: Any, number: int) -> list[str]:
     """Return the label names of a text. `number`: from 1, for messages."""
     names = [row] if isinstance(row, str) else row
-    if not isinstance(names, Iterable) or not all(isinstance(name, str) for name in names):
+    if (
+        isinstance(names, Mapping)
+        or not isinstance(names, Iterable)
+        or not all(isinstance(name, str) for name in names)
+    ):
         raise UserError(f"labels of text {number}: must be a list of label names or a single name, not {shown(row)}")
     return [str(name) for name in names]
 

@@ -95,7 +95,7 @@ class EncoderStep:
             if self._applied():
                 return True
         raise UserError(
-            f"the encoder's gradient overflows float16 at step {self._step + 1} at every loss scale; set training.amp.dtype=bfloat16, or "
+            f"the encoder's gradient overflows float16 at step {self._step + 1} at every loss scale; set `dtype`=bfloat16, or "
             "fp16.loss_scale=0 in the DeepSpeed JSON"
         )
 

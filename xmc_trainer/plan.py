@@ -47,13 +47,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AttentionInterface
 
-from xmc_trainer.config import Config
+from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data.generated import PUBLISHED, Shape
 from xmc_trainer.encoder import compiling
 from xmc_trainer.encoder.loading import backbone_without_weights
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, naming
 from xmc_trainer.head import AdamW, FixedFanInHead, RowwiseRMSprop
 from xmc_trainer.head.optimizers import optimizer_named
 from xmc_trainer.kernels.arguments import step_workspace
@@ -143,6 +143,7 @@ class EncoderPlan:
         )
 
 
+@naming(SETTINGS)
 def encoder_without_weights(config: Config, dtype: torch.dtype) -> TextEncoder:
     """Build the encoder of a configuration from fake tensors. Raises UserError like `load_backbone`."""
     chosen, penultimate = config.model.encoder, config.model.penultimate

@@ -102,8 +102,13 @@ def test_checkpoints_are_written_by_time(toy_settings, monkeypatch, minutes, sav
     """By this clock a step takes 31 seconds, so two steps take more than a minute."""
     steps = []
     monkeypatch.setattr("xmc_trainer.hooks.checkpoint.time.monotonic", lambda: 31.0 * len(ends))
-    monkeypatch.setattr("xmc_trainer.checkpoint.resume.save", lambda trainer, kept: steps.append(trainer.state.step))
     ends = []
+
+    def save(trainer, kept):
+        steps.append(trainer.state.step)
+        return trainer.run_folder
+
+    monkeypatch.setattr("xmc_trainer.checkpoint.resume.save", save)
 
     class Clock(Hook):
         def on_step_end(self, trainer):

@@ -1,13 +1,11 @@
-"""launchers/predict.py with hostile files and arguments gives predictions or a one-line error, and no partial output."""
+"""xmc-trainer predict with hostile files and arguments gives predictions or a one-line error, and no partial output."""
 
 from __future__ import annotations
 
 import io
 import json
-import runpy
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +14,11 @@ from hypothesis import strategies as st
 
 from tests.encoders import save_untrained
 from tests.fuzz import examples
+from xmc_trainer.commands import predict
 from xmc_trainer.commands.cli import run
 from xmc_trainer.errors import UserError
 from xmc_trainer.model import XMCModel
 
-PREDICT = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "launchers" / "predict.py")))
 QUICK = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
@@ -52,7 +50,7 @@ def test_fuzzed_files_are_predicted_or_refused(model, content, end, front, name,
         else:
             source.write_bytes(front + content + end)
         try:
-            PREDICT.predict(model, words)
+            predict.predict(model, words)
         except UserError as error:
             assert "\n" not in str(error) and not list(folder.glob("out*"))
             return
@@ -85,7 +83,7 @@ def test_fuzzed_command_lines_are_answered(model, words):
         patch.setattr(sys, "argv", ["predict.py", *(places.get(word, word) for word in words)])
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"w1\n")))
         try:
-            run(PREDICT.main)
+            run(predict.main)
         except SystemExit as end:
             status = end.code
     assert status in (0, None) or (status == 2 and "error" in err.getvalue())

@@ -40,7 +40,7 @@ def train(settings, *more, hooks=None):
 
 
 # Fields of the log that differ between two runs of one training: when losses were read, and the speed.
-BY_THE_CLOCK = ("seconds", "head_skipped", "texts_per_s", "encoder_ms", "head_ms", "waiting", "gib")
+BY_THE_CLOCK = ("seconds", "head_skipped", "texts_per_s", "encoder_ms", "head_ms", "waiting", "gib", "ms")
 
 
 def log_of(trainer, event):

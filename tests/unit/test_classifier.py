@@ -72,6 +72,19 @@ def test_texts_are_held_out_without_an_eval_set(tiny_encoder, tmp_path):
     assert (tmp_path / "out/run/model").is_dir() and 0 <= model.metrics_["P@1"] <= 1
 
 
+def test_files_of_others_are_left_alone(tiny_encoder, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text("mine")
+    settings = SETTINGS | {"data.cache_dir": tmp_path / "c", "training.optimization.epochs": 1, "data.num_labels": None}
+    model = XMCClassifier(str(tiny_encoder), fan_in=16, settings=settings, output_dir=tmp_path).fit(*rows(60))
+    assert (tmp_path / "data/train.jsonl").read_text() == "mine"
+    with pytest.raises(UserError, match="training.overwrite"):
+        model.fit(*rows(60, seed=1))
+    assert len(model.predict(["w1"], k=1)) == 1  # the model of before
+    with pytest.raises(UserError, match="give only one of them"):
+        model.set_params(settings=settings | {"data.test_share": 0.5}).fit(*rows(60), eval_set=rows(5))
+
+
 def test_parameters_follow_scikit_learn():
     model = XMCClassifier(fan_in=32)
     assert model.get_params() == {"encoder": model.encoder, "fan_in": 32, "settings": None, "output_dir": None}

@@ -57,9 +57,15 @@ def test_train_starts_the_deepspeed_launcher(words, processes, config, monkeypat
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execv", execv)
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit, match="0"):
         call(monkeypatch, "train", "dataset=wordnet", *words, "log_fname=a")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    with pytest.raises(SystemExit, match="0"):
+        call(monkeypatch, "train", "dataset=wordnet", *words, "log_fname=a")
+    chosen = started.pop()
+    assert chosen[chosen.index("--include") + 1] == "localhost:" + ",".join("7531"[: int(processes)])
     (command,) = started
     assert command[command.index("--num_gpus") + 1] == processes
     given = Path(command[command.index("--deepspeed_config") + 1])
@@ -69,13 +75,14 @@ def test_train_starts_the_deepspeed_launcher(words, processes, config, monkeypat
 
 
 @pytest.mark.parametrize("words, rank, message", [
-    (["--gpus", "0"], None, "--gpus=0: must be at least 1"), (["--gpus", "2"], "0", "a launcher has started this process already"),
+    (["--gpus", "0"], None, "--gpus=0: must be at least 1"), (["--gpus", "3"], None, "CUDA_VISIBLE_DEVICES=0,1 names 2 GPUs"), (["--gpus", "2"], "0", "a launcher has started this process already"),
     (["--zero", "1", "--deepspeed_config", "x.json"], None, "--zero: --deepspeed_config names the ZeRO stage"),
     (["--gpus", "2", "model.ffi.fan_in=0"], None, "model.ffi.fan_in=0: must be in"),
 ])  # fmt: skip
 def test_train_refuses_words_before_it_launches(words, rank, message, monkeypatch, capsys):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("started"))
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     with pytest.raises(SystemExit, match="2"):

@@ -192,7 +192,7 @@ def test_code_that_comes_with_a_model_is_not_run(hostile, tmp_path, kind, saved)
         except UserError as error:
             assert (
                 "comes with Python code, which is not run; " in str(error)
-                and ("trust_remote_code=true" in str(error)) != saved
+                and ("`trust_remote_code`=true" in str(error)) != saved
             )
             assert kind == "evil" or load is load_tokenizer
     assert not (tmp_path / "was_run").exists()

@@ -596,7 +596,7 @@ def test_hf_strings_that_look_like_lists(tmp_path):
     labels, _, _, notes = read_with_notes(hf_source(str(folder), "train", "test", "text", "labels"))
     assert [name for name, _ in labels] == ["net", "net,web"]
     assert (
-        "2 of 4 rows are one string with a comma or semicolon, like 'net,web'" in notes
+        "2 of 4 rows are one string with a comma, semicolon or bar, like 'net,web'" in notes
         and "as a list of strings" in notes
     )
 

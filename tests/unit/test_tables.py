@@ -119,7 +119,7 @@ def test_every_label_keeps_a_training_text(tmp_path):
 def test_a_file_from_which_no_text_can_be_held_out(tmp_path):
     rows = [{"text": f"text {n}", "labels": [f"label {n}"]} for n in range(20)]
     message = message_of(lambda: read_all(opened(write_lines(tmp_path / "t.jsonl", rows))))
-    assert "no text can be held out, because each is the only one of a label; add texts" in message
+    assert "no text can be held out as test set, because each is needed for training; add texts" in message
 
 
 def test_a_share_of_a_training_split(tmp_path):
@@ -142,3 +142,22 @@ def test_options_that_change_what_is_read_change_the_identity(tmp_path):
     assert plain == separated != held_out
     assert json.loads(plain) == [None, "train", "test", "text", "labels", None]  # as earlier versions wrote it
     assert len(set(identities(tmp_path / "t.csv"))) == 3
+
+
+def test_every_class_of_a_multi_hot_column_keeps_a_training_text(tmp_path):
+    for rare in range(20):  # among them the text that is held out first
+        rows = [{"text": f"text {n}", "labels": [1, n % 2, int(n % 3 == 0), int(n == rare)]} for n in range(20)]
+        _, train, _ = read_all(opened(write_lines(tmp_path / f"{rare}.jsonl", rows), test_share=0.3))
+        assert {label for _, labels in train for label in labels} == {0, 1, 2, 3}
+
+
+def test_another_separator_than_the_cells_have_is_noted(tmp_path):
+    rows = "".join(f"text {n},a|b\n" for n in range(20))
+    (tmp_path / "t.2024.csv").write_text("text,labels\n" + rows)
+    assert "like 'a|b'; each is read as one label" in read_with_notes(opened(tmp_path / "t.2024.csv"))[3]
+    assert "each is read" not in read_with_notes(opened(tmp_path / "t.2024.csv", label_separator="|"))[3]
+
+
+def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "`hf_source`=tickets.csv: no such file" in message_of(lambda: opened("tickets.csv"))

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from xmc_trainer.config import Config
+from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Batches, Corpus, padded_width
 from xmc_trainer.encoder.captured import CannotCapture
 from xmc_trainer.encoder.compiling import compile_encoder, layer_lists, undo, warm_up
@@ -29,7 +29,7 @@ from xmc_trainer.encoder.loading import (
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import whole_weights, zero_stage
 from xmc_trainer.engine.zero import shorten_step
-from xmc_trainer.errors import UserError, reason
+from xmc_trainer.errors import UserError, naming, reason
 
 _ENCODER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -40,6 +40,7 @@ _ENCODER_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 _MOST_GRAPHS = 32
 
 
+@naming(SETTINGS)
 def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a configuration names. Raises UserError if it cannot be loaded."""
     chosen = config.model.encoder
@@ -52,6 +53,7 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     )
 
 
+@naming(SETTINGS)
 def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
     """Load the backbone that a configuration names. Raises UserError if it cannot be loaded or does not fit the tokenizer."""
     chosen = config.model.encoder
@@ -68,6 +70,7 @@ def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torc
     return backbone
 
 
+@naming(SETTINGS)
 def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
     """Build the encoder around `backbone`, on the CPU, with its initial weights. Raises UserError if settings contradict it."""
     chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi

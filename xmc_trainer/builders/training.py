@@ -25,11 +25,11 @@ from xmc_trainer.builders.engine import accelerator_of, micro_batches_of
 from xmc_trainer.builders.head import head_of, meta_branch_of, require_backend, start_head_from_texts
 from xmc_trainer.builders.hooks import default_hooks
 from xmc_trainer.checkpoint import resume
-from xmc_trainer.config import Config
+from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Batches, Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.encoder_step import EncoderStep
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, naming
 from xmc_trainer.hooks.base import Hook
 from xmc_trainer.parallel import Ranks
 from xmc_trainer.run_folder import RunFolder
@@ -153,7 +153,8 @@ def build_trainer(
     )
     clock.mark("rest")
     if folder.checkpoint is not None:
-        resume.restore(folder.checkpoint, trainer)
+        with naming(SETTINGS):
+            resume.restore(folder.checkpoint, trainer)
         clock.mark("checkpoint")
     if accelerator.is_main_process:
         print(clock, flush=True)

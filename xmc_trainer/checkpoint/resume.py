@@ -186,9 +186,7 @@ def restore(folder: Path, trainer: Trainer) -> None:
     try:
         _restore_encoder(folder, manifest["encoder"], trainer)
     except ValueError as error:
-        raise UserError(
-            f"{folder}: was made with another encoder ({error}); set model.encoder.encoder_model to it"
-        ) from None
+        raise UserError(f"{folder}: was made with another encoder ({error}); set `encoder_model` to it") from None
     states = list(manifest["hooks"])
     for hook in trainer.hooks:
         # By class name and in order: the run may have other hooks now.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from importlib import resources
 from typing import NoReturn
@@ -28,7 +29,7 @@ def main() -> None:
     from xmc_trainer.config import load_config, to_yaml
 
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=__doc__, epilog=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument(
@@ -75,7 +76,23 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
         raise UserError("--zero: --deepspeed_config names the ZeRO stage; give only one of the two")
     stage = _ZERO if arguments.zero is None else arguments.zero
     shipped = resources.files("xmc_trainer") / "ds_configs" / f"zero{stage}.json"
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(arguments.gpus or 1), "--module"]
+    processes, visible = arguments.gpus or 1, os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        where = ["--num_gpus", str(processes)]
+    else:  # which the launcher ignores with --num_gpus
+        numbers = visible.split(",") if visible else []
+        if not all(number.strip().isdigit() for number in numbers):
+            raise UserError(
+                f"CUDA_VISIBLE_DEVICES={visible}: --gpus needs the GPUs' numbers; give them, or unset the variable"
+            )
+        if len(numbers) < processes:
+            raise UserError(
+                f"--gpus={processes}: CUDA_VISIBLE_DEVICES={visible} names {len(numbers)} GPUs; lower it, or unset the variable"
+            )
+        where = ["--include", f"localhost:{','.join(numbers[:processes])}"]
+    with socket.create_server(("", 0)) as server:  # a free port, so that two trainings fit on a machine
+        where += ["--master_port", str(server.getsockname()[1])]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--module"]
     command += ["xmc_trainer.commands.train", "--deepspeed_config", arguments.deepspeed_config or str(shipped)]
     os.execv(sys.executable, [*command, *arguments.settings])
 

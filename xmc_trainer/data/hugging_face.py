@@ -88,25 +88,24 @@ def hf_source(
     def read() -> Contents:
         notes: dict[str, str] = {}
         column = _LabelColumn(label_column, whole.class_names)
-        train, test = (whole, apart) if apart else _hold_out(whole, test_share or 0.0, columns, column, notes)
-        seen = column.scan(train)
+        seen = column.scan(whole)
         if not column.rows:
             raise UserError(f"`hf_source`={name}: {train_split} has no rows; write it again, or set `hf_train_split`")
-        if test.class_names != train.class_names:
+        if apart and apart.class_names != whole.class_names:
             raise UserError(
                 f"`hf_source`={name}: the class labels of {label_column!r} in {test_split} differ from those in "
                 f"{train_split}; give both splits the same"
             )
-        train_rows = column.rows
-        column.scan(test)
-        if column.rows == train_rows:
-            raise UserError(
-                f"`hf_source`={name}: {test_split} has no rows; write it again, or set `hf_test_split`"
-                if apart
-                else f"`hf_source`={name}: no text can be held out, because each is the only one of a label; add texts, or write "
-                "a folder with a train and a test file"
-            )
+        if apart:
+            train_rows = column.rows
+            column.scan(apart)
+            if column.rows == train_rows:
+                raise UserError(f"`hf_source`={name}: {test_split} has no rows; write it again, or set `hf_test_split`")
         column.decide(f"`hf_source`={name}", notes)
+        if apart:
+            train, test = whole, apart
+        else:
+            train, test, seen = _hold_out(name, whole, test_share or 0.0, columns, column, notes)
         vocabulary = Vocabulary.of(seen) if column.classes is None else Vocabulary(column.classes)
         if not vocabulary.names:
             raise UserError(f"`hf_source`={name}: {train_split} has no labels in {label_column!r}; set `label_column`")
@@ -143,9 +142,9 @@ def hf_source(
 
 
 def _hold_out(
-    whole: _Split, share: float, columns: _Columns, column: _LabelColumn, notes: dict[str, str]
-) -> tuple[_Split, _Split]:
-    """Divide a split into training and test. Adds a note.
+    name: str, whole: _Split, share: float, columns: _Columns, column: _LabelColumn, notes: dict[str, str]
+) -> tuple[_Split, _Split, set[str]]:
+    """Divide a split. Returns training part, test part and the label names of the training part. Adds a note.
 
     The texts with the smallest hashes are held out, so equal texts stay together and the order of rows does not matter.
     A text that is the last one of a label stays in training.
@@ -160,15 +159,20 @@ def _hold_out(
     rows = np.fromiter((value for value, _, _ in hashes([])), np.uint64)
     distinct = np.unique(rows)
     held = {int(value) for value in distinct[: math.ceil(share * len(distinct))]}
-    covered: set[Any] = set()
+    covered: set[str] = set()
     for value, where, record in hashes([columns.labels]):
         if value not in held:
-            covered.update(column.entries(record[columns.labels], where))
+            covered.update(column.names(record[columns.labels], where))
     for value, where, record in hashes([columns.labels]):
-        entries = set(column.entries(record[columns.labels], where))
-        if value in held and not entries <= covered:
+        names = set(column.names(record[columns.labels], where))
+        if value in held and not names <= covered:
             held.remove(value)
-            covered |= entries
+            covered |= names
+    if not held or len(held) == len(distinct):
+        raise UserError(
+            f"`hf_source`={name}: no text can be held out as test set, because each is needed for training; add texts, or write a "
+            "folder with a train and a test file"
+        )
 
     def part(test: bool) -> _Split:
         def records(wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
@@ -180,7 +184,7 @@ def _hold_out(
         f"{np.isin(rows, np.array([*held], np.uint64)).sum()} of {len(rows)} texts are held out as test set; to choose "
         "them yourself, write a folder with a train and a test file"
     )
-    return part(test=False), part(test=True)
+    return part(test=False), part(test=True), covered
 
 
 class _Columns(NamedTuple):
@@ -219,14 +223,16 @@ class _LabelColumn:
     def scan(self, split: _Split) -> set[str]:
         """Read all rows of a split. Returns the label names, which are valid unless the column is multi-hot."""
         seen: set[str] = set()
+        is_table = bool(split.files) and tables.is_table(split.files[0])
         for where, record in split.records([self.name]):
             value = record[self.name]
             entries = self.entries(value, where)
             self.rows += 1
-            if isinstance(value, str):
+            single = entries[0] if is_table and len(entries) == 1 else value
+            if isinstance(single, str):
                 self._strings += 1
-                if "," in value or ";" in value:
-                    self._commas, self._example = self._commas + 1, self._example or value
+                if any(mark in single for mark in ",;|"):
+                    self._commas, self._example = self._commas + 1, self._example or single
             if value is not None and self._only_bits:
                 self._only_bits = isinstance(value, list) and all(
                     type(entry) is int and 0 <= entry <= 1 for entry in entries
@@ -265,8 +271,9 @@ class _LabelColumn:
                     )
         if self._commas > _COMMA_SHARE * self._strings:
             notes["label commas"] = (
-                f"{column}: {self._commas} of {self._strings} rows are one string with a comma or semicolon, like "
-                f"{shown(self._example)!r}; each is read as one label; write several labels as a list of strings"
+                f"{column}: {self._commas} of {self._strings} rows are one string with a comma, semicolon or bar, like "
+                f"{shown(self._example)!r}; each is read as one label; write several labels as a list of strings, or set "
+                "label_separator for a table"
             )
 
     def names(self, value: Any, where: str) -> list[str]:
@@ -318,6 +325,8 @@ def _open_split(name: str, parameter: str, split: str, columns: _Columns) -> _Sp
             raise UserError(f"`hf_source`={name}: cannot be read; {_CONVERT}")
         return _open_files([folder], columns)
     if not os.path.isdir(folder):
+        if folder.name.endswith(_EXTENSIONS):
+            raise UserError(f"`hf_source`={name}: no such file; name an existing file or folder, or a hub id")
         if folder.is_absolute() or not _HUB_ID.fullmatch(name):
             raise UserError(f"`hf_source`={name}: no such folder; name the folder of the data, or a hub id")
         return _open_dataset(

@@ -36,7 +36,7 @@ def table_records(path: Path, label_column: str, separator: str) -> Iterator[tup
     try:
         with _open(path) as file:
             # strict: a quote in the wrong place is an error, not a cell that swallows the following rows.
-            rows = csv.reader(file, delimiter=_DELIMITERS[path.with_suffix("").suffix or path.suffix], strict=True)
+            rows = csv.reader(file, delimiter=_DELIMITERS[Path(path.name.removesuffix(".gz")).suffix], strict=True)
             header = [name.strip() for name in next(rows, [])]
             repeated = next((name for name in header if header.count(name) > 1), None)
             if repeated is not None:
@@ -71,7 +71,7 @@ def _labels(cell: str, separator: str) -> list[Any]:
     if cell.lstrip().startswith("["):
         try:
             listed = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             listed = None  # a name may begin with a bracket
         if isinstance(listed, list):
             return listed

@@ -51,7 +51,7 @@ def _load(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bo
     except Exception as error:  # the libraries raise many types for a damaged file
         if "trust_remote_code" in str(error):
             remedy = "train an encoder whose architecture transformers has built in" if saved else (
-                "set model.encoder.trust_remote_code=true to run it, or choose another encoder"
+                "set `trust_remote_code`=true to run it, or choose another encoder"
             )  # fmt: skip
             raise UserError(f"{where}: comes with Python code, which is not run; {remedy}") from None
         raise UserError(
@@ -71,7 +71,7 @@ def load_backbone(
         saved: whether `name` is a folder that `TextEncoder.save_pretrained` wrote, with weights in safetensors only.
     Raises UserError if the model cannot be loaded (offline, for example), is not a text encoder, or lacks weights.
     """
-    where = name if saved else f"model.encoder.encoder_model={name}"
+    where = name if saved else f"`encoder_model`={name}"
     config = _load(AutoConfig, name, where, trust_remote_code, saved)
     _check_reads_both_ways(config, where)
     loader = _encoder_class(config) or AutoModel
@@ -90,7 +90,7 @@ def backbone_without_weights(
 
     Call it where tensors take no memory, such as under FakeTensorMode. For arguments and errors see `load_backbone`.
     """
-    where = f"model.encoder.encoder_model={name}"
+    where = f"`encoder_model`={name}"
     config = _load(AutoConfig, name, where, trust_remote_code, False)
     _check_reads_both_ways(config, where)
     loader = _encoder_class(config) or AutoModel
@@ -216,7 +216,7 @@ def check_tokens_fit(
     """Raise UserError if a token id has no embedding, or if the encoder has fewer positions than `max_len`.
 
     Args:
-        tokenizer_is, max_len_is: start of the error message, for example "data.max_len=128".
+        tokenizer_is, max_len_is: start of the error message, for example "`max_len`=128".
     """
     longest = getattr(backbone.config, "max_position_embeddings", None) or -1  # XLNet: -1, any length
     padding = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
@@ -275,7 +275,7 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
         key_prefix: stripped from the names of the entries; entries without it are ignored.
     Raises UserError unless the file holds exactly the backbone's trained weights, in their shapes.
     """
-    field = f"model.encoder.ngame_checkpoint={path}"
+    field = f"`ngame_checkpoint`={path}"
     try:
         empty = not Path(path).stat().st_size
         state = (
@@ -304,19 +304,19 @@ def load_state_dict_file(backbone: PreTrainedModel, path: str, key_prefix: str) 
         first = next(iter(state))
         raise UserError(
             f"{field}: lacks {len(missing)} of the encoder's {len(own)} weights, such as {missing[0]} (its first entry is {first}); "
-            "set model.encoder.ngame_key_prefix to the prefix of its names"
+            "set `ngame_key_prefix` to the prefix of its names"
         )
     unknown = [name for name in given if name not in own and not _LEFT_OUT.search(name)]
     if unknown:
         raise UserError(
             f"{field}: holds {len(unknown)} weights that the encoder does not have, such as {key_prefix}{unknown[0]}; "
-            "set model.encoder.encoder_model to the model that it was saved from, or model.encoder.ngame_key_prefix to skip them"
+            "set `encoder_model` to the model that it was saved from, or `ngame_key_prefix` to skip them"
         )
     for name, value in own.items():
         if name in given and given[name].shape != value.shape:
             raise UserError(
                 f"{field}: {name} has the shape {list(given[name].shape)}, the encoder's {list(value.shape)}; set "
-                "model.encoder.encoder_model to the model that it was saved from"
+                "`encoder_model` to the model that it was saved from"
             )
     backbone.load_state_dict({name: given[name] for name in own if name in given}, strict=False)
 
