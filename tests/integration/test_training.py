@@ -681,9 +681,7 @@ def test_a_step_with_non_finite_features_changes_neither_encoder_nor_head(toy_se
     # A step that overflows at every loss scale ends the training, because the head has already made its update.
     ids = torch.ones(1, 4, dtype=torch.int64)
     step._kept = [(ids, ids, torch.ones(1, trainer.encoder_module.out_features))]
-    with pytest.raises(
-        UserError, match="overflows float16 at step 1 at every loss scale; set `dtype`=bfloat16"
-    ):
+    with pytest.raises(UserError, match="overflows float16 at step 1 at every loss scale; set `dtype`=bfloat16"):
         step.finish()
 
 
