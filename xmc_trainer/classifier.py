@@ -128,7 +128,7 @@ class XMCClassifier:
             raise UserError(f"{folder}: exists already; name a new folder") from None
         except FileNotFoundError as error:
             raise UserError(
-                f"{error.filename}: no such file; the run's folder was removed or copied from elsewhere, fit again"
+                f"{error.filename}: no such file; the model's folder was removed or replaced; fit again"
             ) from None
 
     @classmethod

@@ -206,6 +206,8 @@ def test_a_source_of_data_needs_no_settings_file():
     assert load_config(["data.hf_source=someone/set"]).data.dataset == "set"
     with pytest.raises(UserError, match="data.test_share: applies to data.hf_source only"):
         load_config(["dataset=wordnet", "data.test_share=0.2"])
+    with pytest.raises(UserError, match="data.hf_test_split: is not read if data.test_share is set"):
+        load_config(["data.hf_source=a", "data.test_share=0.2", "data.hf_test_split=dev"])
 
 
 def test_every_option_is_described():

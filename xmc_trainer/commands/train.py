@@ -79,9 +79,9 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
     processes, visible = arguments.gpus or 1, os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         where = ["--num_gpus", str(processes)]
-    else:  # which the launcher ignores with --num_gpus
-        numbers = visible.split(",") if visible else []
-        if not all(number.strip().isdigit() for number in numbers):
+    else:  # with --num_gpus the launcher ignores the variable
+        numbers = [number.strip() for number in visible.split(",") if number.strip()]
+        if not all(number.isdigit() for number in numbers):
             raise UserError(
                 f"CUDA_VISIBLE_DEVICES={visible}: --gpus needs the GPUs' numbers; give them, or unset the variable"
             )

@@ -190,10 +190,10 @@ def _values(raw_values: dict[str, RawValue], check: bool) -> dict[str, Any]:
 def load_config(overrides: list[str]) -> Config:
     """Build the configuration of a run from `key=value` words.
 
-    `dataset=` names the YAML file to start from; with data.hf_source it may be missing. The other words override single settings
-    by dotted name. `key=null`
-    clears an optional setting. Any other value of a text setting is taken verbatim, except for references
-    (`xmc_trainer.config.fields`). Raises UserError for unknown names, wrong types and conflicting settings.
+    `dataset=` names the YAML file to start from; with data.hf_source it may be missing. The other words override single
+    settings by dotted name. `key=null` clears an optional setting. Any other value of a text setting is taken verbatim,
+    except for references (`xmc_trainer.config.fields`). Raises UserError for unknown names, wrong types and conflicting
+    settings.
     """
     words: dict[str, RawValue] = {}
     for word in overrides:

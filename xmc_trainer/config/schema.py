@@ -21,7 +21,8 @@ from xmc_trainer.schedules import SCHEDULES
 _COUNT, _EPOCHS, _BATCH, _WIDTH, _RATE = "[1, 2147483647]", "[1, 100000]", "[1, 1048576]", "[1, 65536]", "[0, 1e38]"
 
 
-# Losses, those of `xmc_trainer.head.losses`: training.optimization.loss_fn -> what loss_reduction=auto means. Spartex's published learning rates assume these.
+# Losses of `xmc_trainer.head.losses` -> meaning of training.optimization.loss_reduction=auto, which Spartex's published
+# learning rates assume.
 LOSS_REDUCTIONS = {"bce": "sum", "squared_hinge": "mean"}
 
 
@@ -172,6 +173,8 @@ class DataConfig(Section, prefix="data."):
             )
         if self.test_share is not None and not self.hf_source:
             raise UserError("data.test_share: applies to data.hf_source only; remove it")
+        if self.test_share is not None and self.hf_test_split != "test":
+            raise UserError("data.hf_test_split: is not read if data.test_share is set; remove one of them")
         if self.label_text_file and (self.is_lf_data or self.hf_source):
             raise UserError(
                 "data.label_text_file: applies to the raw layout only; remove it (label-feature data contain texts)"

@@ -70,15 +70,13 @@ class Corpus:
         return len(self.labels)
 
     def label_ids(self) -> list[str]:
-        """Return the id of each label. A list of the column takes many times as long."""
+        """Return the id of each label. Reading `labels["id"]` takes many times as long."""
         return self.labels.with_format("arrow")[:].column("id").to_pylist()
 
     @functools.cached_property
     def label_order(self) -> str:
         """Hash of the label ids in the head's label order."""
-        digest = hashlib.sha256()
-        digest.update("".join(f"{label}\n" for label in self.label_ids()).encode())
-        return digest.hexdigest()
+        return hashlib.sha256("".join(f"{label}\n" for label in self.label_ids()).encode()).hexdigest()
 
     def lengths(self, split: str) -> np.ndarray:
         """Return the number of tokens of each text, int32 [texts]. `split` is "train" or "test"."""
@@ -343,6 +341,6 @@ def _record_batch(parts: list[tuple[Ragged, list[list[int]]]]) -> pa.RecordBatch
 
 
 def _list_array(ids: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
-    """Args: ids: int32. lengths: numbers of each list."""
+    """Cut `ids`, int32, into lists of the given lengths."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids))

@@ -102,10 +102,11 @@ def hf_source(
             if column.rows == train_rows:
                 raise UserError(f"`hf_source`={name}: {test_split} has no rows; write it again, or set `hf_test_split`")
         column.decide(f"`hf_source`={name}", notes)
-        if apart:
-            train, test = whole, apart
+        if test_share is not None:
+            train, test, seen = _hold_out(name, whole, test_share, columns, column, notes)
         else:
-            train, test, seen = _hold_out(name, whole, test_share or 0.0, columns, column, notes)
+            assert apart
+            train, test = whole, apart
         vocabulary = Vocabulary.of(seen) if column.classes is None else Vocabulary(column.classes)
         if not vocabulary.names:
             raise UserError(f"`hf_source`={name}: {train_split} has no labels in {label_column!r}; set `label_column`")
@@ -226,7 +227,7 @@ class _LabelColumn:
         is_table = bool(split.files) and tables.is_table(split.files[0])
         for where, record in split.records([self.name]):
             value = record[self.name]
-            entries = self.entries(value, where)
+            entries = self._entries(value, where)
             self.rows += 1
             single = entries[0] if is_table and len(entries) == 1 else value
             if isinstance(single, str):
@@ -278,14 +279,14 @@ class _LabelColumn:
 
     def names(self, value: Any, where: str) -> list[str]:
         """Return the label names of a row."""
-        entries = self.entries(value, where)
+        entries = self._entries(value, where)
         if self._multi_hot is not None:
             return [name for name, bit in zip(self._multi_hot, entries) if bit]
         if self._class_names is None:
             return [str(entry) for entry in entries]
         return [self._class_names[entry] for entry in entries]
 
-    def entries(self, value: Any, where: str) -> list[Any]:
+    def _entries(self, value: Any, where: str) -> list[Any]:
         """Return a row as a list of names or numbers. UserError for other values."""
         where = f"{where}: column {self.name!r}"
         entries = value if isinstance(value, list) else [] if value is None else [value]
@@ -446,9 +447,8 @@ def _class_names(feature: Any) -> list[str] | None:
 def _rows_of_files(paths: list[Path], columns: _Columns) -> Iterator[tuple[str, Record]]:
     for path in paths:
         is_table = tables.is_table(path)
-        for where, record in (
-            tables.table_records(path, columns.labels, columns.separator) if is_table else json_lines(path)
-        ):
+        rows = tables.table_records(path, columns.labels, columns.separator) if is_table else json_lines(path)
+        for where, record in rows:
             columns.check(record, where)
             yield where, record
 
@@ -497,7 +497,7 @@ def _class_names_in(schema: pa.Schema, column: str) -> list[str] | None:
 
 
 def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: _Columns, remedy: str) -> _Split:
-    """Open a split with the `datasets` library, from the hub or from disk. remedy: what to do if it cannot load it."""
+    """Open a split with the `datasets` library, from the hub or from disk. `remedy`: ends the message if that fails."""
     try:
         dataset = load()
         columns.check(dataset.column_names, f"{where}, split {split}")
