@@ -68,3 +68,8 @@ def test_float16_overflows_are_skipped_as_by_deepspeed(
     assert sum(overflow for overflow, _ in plain[1]) > 10 and plain[1][-1][1] > 1
     assert short[:2] == plain[:2]
     assert all(torch.equal(value, short[2][name]) for name, value in plain[2].items())
+    # The process's environment is as before: the next training may go without DeepSpeed.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    build_trainer(load_config([*toy_settings, "log_fname=without"])).close()

@@ -28,6 +28,7 @@ from xmc_trainer.parallel import form_process_group, leave_process_group, use_gp
 # fp16's dynamic loss scale starts at 2^12, for both DeepSpeed's and torch's scaler.
 _INITIAL_SCALE_POWER = 12
 _LONGEST_JSON = 1 << 20  # bytes
+_USES_DEEPSPEED = "ACCELERATE_USE_DEEPSPEED"  # variable of accelerate's launcher
 
 
 def build_accelerator(
@@ -105,6 +106,7 @@ def build_accelerator(
     if plugin is not None or world_size > 1:
         # accelerate would use its own timeout, and DeepSpeed would print a traceback if the port is in use.
         form_process_group(backend, timeout, timeout_is)
+    launched_by_accelerate = _USES_DEEPSPEED in os.environ
     accelerator = Accelerator(
         cpu=on_cpu and path is None,  # cpu=True makes accelerate ignore DeepSpeed
         mixed_precision=mixed_precision,
@@ -112,6 +114,9 @@ def build_accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         kwargs_handlers=handlers,
     )
+    if not launched_by_accelerate:
+        # The Accelerator sets it for every plugin; this process's next training would seem launched by accelerate.
+        os.environ.pop(_USES_DEEPSPEED, None)
     if accelerator.num_processes != world_size:
         raise UserError(
             f"{world_size} processes were started but would not train together; start them with accelerate launch "
@@ -130,7 +135,7 @@ def _cpu_takes_fp16() -> bool:
 
 def _deepspeed_config_path(argument: str | None) -> str | None:
     launched = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS") is not None or (
-        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        os.environ.get(_USES_DEEPSPEED, "false").lower() == "true"
     )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError("FSDP is not supported; use an accelerate configuration with distributed_type: DEEPSPEED")
