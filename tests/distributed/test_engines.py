@@ -36,10 +36,8 @@ STAGES = ["0", "1", "2", "3", "2_offload", "3_offload"]
 # No process count divides 41 labels; the last step of an epoch has 15 of 18 texts, in three micro-batches.
 UNEVEN = ["data.batch_size=6", "training.optimization.grad_accum_step=3", "data.train_sample=105"]
 FROM_TEXTS = ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid"]
-LOW = [("bfloat16", stage) for stage in STAGES] + [
-    ("float16", "1"),
-    ("float16", "3_offload"),
-]  # two processes: test_resume
+LOW = [("bfloat16", "0"), ("bfloat16", "1"), ("bfloat16", "2_offload"), ("float16", "1"), ("float16", "3_offload")]
+# Others: one process below; interrupted, test_resume.
 
 
 def amp(dtype):
@@ -53,7 +51,7 @@ def failing(settings, launcher, how):
 
 @pytest.fixture(scope="module")
 def short(toy_settings_in, tmp_path_factory):
-    return [*toy_settings_in(tmp_path_factory.mktemp("engines")), "training.optimization.max_steps=20"]
+    return [*toy_settings_in(tmp_path_factory.mktemp("engines")), "training.optimization.max_steps=12"]
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +77,8 @@ def two_under_deepspeed(short, tmp_path_factory):
         {"settings": [*short, *more, f"log_fname={dtype}-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
         for dtype, stage, more in cases
     ]
-    recompute = [*short, *UNEVEN, "model.encoder.gradient_checkpointing=true"]
-    trainings += [
-        {"settings": [*recompute, f"log_fname=recompute-{stage}"], "deepspeed_config": f"ds_configs/zero{stage}.json"}
-        for stage in "23"
-    ]
+    recompute = [*short, *UNEVEN, "model.encoder.gradient_checkpointing=true", "log_fname=recompute"]
+    trainings.append({"settings": recompute, "deepspeed_config": "ds_configs/zero3.json"})
     trainings.append(
         {"settings": [*short, *FROM_TEXTS, "log_fname=start-3"], "deepspeed_config": "ds_configs/zero3.json"}
     )
@@ -102,9 +97,8 @@ def test_two_processes_train_as_one_at_every_stage(two_under_deepspeed, one, fol
     assert_same(one, outcome_of(folder / f"float32-{stage}", 2))
 
 
-@pytest.mark.parametrize("stage", "23")
-def test_layers_that_are_computed_again_train_as_before(two_under_deepspeed, one, folder, stage):
-    assert_same(one, outcome_of(folder / f"recompute-{stage}", 2))
+def test_layers_that_are_computed_again_train_as_before(two_under_deepspeed, one, folder):
+    assert_same(one, outcome_of(folder / "recompute", 2))
 
 
 @pytest.fixture(scope="module")

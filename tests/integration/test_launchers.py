@@ -178,7 +178,7 @@ def short(toy_settings):
 
 @pytest.mark.slow
 def test_every_way_of_starting_gives_the_same_curve(short):
-    plain = curve(short, "python")
+    plain = curve(short, "here")
     assert len(plain) == 20 and plain[-1] < plain[0]
     # Other stages and more processes: distributed/test_engines.
     for how in ("accelerate-3", "deepspeed-2"):
@@ -452,12 +452,11 @@ def test_print_config_and_refusals(toy_settings, tmp_path):
 def test_contradicting_launcher_options_are_refused(toy_settings, tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(json.loads((ROOT / "ds_configs/zero2.json").read_text()) | {"gradient_clipping": 1.0}))
-    accelerate = ["accelerate", "launch", "--main_process_port", free_port(), "--num_processes"]
+    accelerate = ["accelerate", "launch", "--main_process_port", free_port(), "--num_processes", "1"]
     for done, message in [
         (run_here("launchers/train.py", "--deepspeed_config", path, *toy_settings), "gradient_clipping=1.0 contradicts"),
-        (launch(*accelerate, "1", "--config_file", "launchers/accelerate_zero2.yaml", "--gradient_accumulation_steps", "4",
+        (launch(*accelerate, "--config_file", "launchers/accelerate_zero2.yaml", "--gradient_accumulation_steps", "4",
                 "launchers/train.py", *toy_settings), "gradient_accumulation_steps=4, but"),
-        (launch(*accelerate, "2", "--cpu", "launchers/train.py", *toy_settings), "started only one process"),
     ]:  # fmt: skip
         assert done.returncode and message in done.stderr, done.stderr
 

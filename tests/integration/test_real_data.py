@@ -26,7 +26,7 @@ from xmc_trainer.model import XMCModel
 
 pytestmark = pytest.mark.slow
 
-TRAIN, TEST = 1500, 300
+TRAIN, TEST = 900, 200
 
 
 def save_encoder(folder, texts):

@@ -27,7 +27,7 @@ OPTIMIZERS = {
     "sgd": SGD(), "momentum": SGD(momentum=0.9), "adamw": AdamW(eps=1e-4), "rowwise": RowwiseRMSprop(eps=1e-4),
     "adamw_8bit": AdamW(eps=1e-4, eight_bits=True),
 }  # fmt: skip
-LABELS = 331
+LABELS = 203
 COMPILED = HERE.parents[1] / ".pytest_cache" / "cuda_on_cpu"
 _memory = tempfile.TemporaryDirectory(prefix="cuda_on_cpu.")
 
@@ -42,7 +42,7 @@ class Change(NamedTuple):
 
 @functools.cache
 def library_for_cpu(source, defines, layout, change=None):
-    """Stands in for `cuda_source.compiled`: rewrites what only nvcc understands and compiles with g++. Libraries are cached by content."""
+    """Stands in for `cuda_source.compiled`: rewrites what only nvcc understands and compiles with g++."""
     folder = Path(tempfile.mkdtemp(dir=_memory.name))
     replaced = 0
     for name in (source, *cuda_source.HEADERS):
@@ -63,22 +63,28 @@ def library_for_cpu(source, defines, layout, change=None):
     (folder / "arguments.cuh").write_text(layout.header)
     for file in (HERE / "cuda_on_cpu").iterdir():
         shutil.copy(file, folder)
-    words = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-I.", *(f"-D{define}" for define in defines)]
+    words = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-I."]
     version = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
-    content = [(file.name, file.read_text()) for file in sorted(folder.iterdir())]
-    library = COMPILED / f"{hashlib.sha256(repr([source, words, version, content]).encode()).hexdigest()}.so"
-    if not library.exists():
-        COMPILED.mkdir(parents=True, exist_ok=True)
-        # The kernel's memory accesses call __tsan_* functions, which cpu.cpp defines in place of the sanitizer's.
-        watched = [*words, "-fsanitize=thread", "-c", source.replace(".cu", ".cpp"), "-o", "kernel.o"]
-        subprocess.run(watched, check=True, cwd=folder)
-        subprocess.run(
-            [*words, "-shared", "-Wl,--no-undefined", "-o", "kernel.so", "kernel.o", "cpu.cpp"], check=True, cwd=folder
-        )
-        partial = COMPILED / f"{os.getpid()}.partial"  # other test processes write here, too
-        shutil.move(folder / "kernel.so", partial)
-        partial.replace(library)
+    # The kernel's memory accesses call __tsan_* functions, which cpu.cpp defines in place of the sanitizer's.
+    emulator = _built([*words, "-c", "cpu.cpp"], folder, ["cpu.cpp", "cpu.h"], version)
+    words += [f"-D{define}" for define in defines]
+    kernel = [*words, "-fsanitize=thread", "-c", source.replace(".cu", ".cpp")]
+    files = sorted(file.name for file in folder.iterdir() if file.is_file())
+    kernel_object = _built(kernel, folder, files, version)
+    library = _built(["g++", "-shared", "-Wl,--no-undefined", str(kernel_object), str(emulator)], folder, [], version)
     return cuda_source.checked_layout(ctypes.CDLL(str(library)), source, layout)
+
+
+def _built(command: list[str], folder: Path, files: list[str], version: str) -> Path:
+    """Run g++ unless an earlier run with the same command and contents of the files has left its output. Return the output."""
+    content = [(name, (folder / name).read_text()) for name in files]
+    output = COMPILED / f"{hashlib.sha256(repr([command, version, content]).encode()).hexdigest()}.o"
+    if not output.exists():
+        COMPILED.mkdir(parents=True, exist_ok=True)
+        partial = COMPILED / f"{os.getpid()}.partial"  # other test processes write here, too
+        subprocess.run([*command, "-o", str(partial)], check=True, cwd=folder)
+        partial.replace(output)
+    return output
 
 
 DEVICES = [

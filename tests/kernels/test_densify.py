@@ -66,7 +66,7 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, with_posit
 
 @pytest.mark.parametrize("number, optimizer, weight_dtype, texts", [
     *((2, optimizer, torch.bfloat16, 100) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32, 129),
-    (4, "rowwise", torch.bfloat16, 37), (5, "sgd", torch.float32, 300), (0, "momentum", torch.float32, 1100),
+    (4, "rowwise", torch.bfloat16, 37), (5, "sgd", torch.float32, 300), (0, "momentum", torch.float32, 700),
 ])  # fmt: skip
 def test_updates_are_the_reference_s(number, optimizer, weight_dtype, texts, device):
     features, fan_in, group_size = HEADS[number]
@@ -135,7 +135,7 @@ def test_runs_are_the_same_bit_for_bit_and_chunks_too(number, optimizer, device,
             assert torch.equal(chunked[name], tensor), name
 
 
-@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (4, "momentum")])
+@pytest.mark.parametrize("number, optimizer", [(1, "adamw"), (0, "momentum")])
 def test_micro_batches_and_shards_equal_one_batch(number, optimizer, device):
     def make(**more):
         return make_head(device, *HEADS[number], optimizer, text_reduction="mean", **more)

@@ -103,6 +103,7 @@ def imported_names(nodes: list[ast.AST]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write the whole name of the module"
             submodules = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
             ours = {name for name in submodules.values() if name.removeprefix("xmc_trainer.") in MODULES}
             found |= ours if len(ours) == len(submodules) else ours | {node.module}
