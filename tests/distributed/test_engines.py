@@ -51,7 +51,7 @@ def failing(settings, launcher, how):
 
 @pytest.fixture(scope="module")
 def short(toy_settings_in, tmp_path_factory):
-    return [*toy_settings_in(tmp_path_factory.mktemp("engines")), "training.optimization.max_steps=12"]
+    return [*toy_settings_in(tmp_path_factory.mktemp("engines")), "training.optimization.max_steps=16"]
 
 
 @pytest.fixture(scope="module")
