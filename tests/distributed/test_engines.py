@@ -151,58 +151,78 @@ def test_a_head_starts_from_texts_under_zero_3(two_under_deepspeed, short, folde
     assert_same(outcome_of(folder / "start-here", 1), outcome_of(folder / "start-3", 2))
 
 
-def test_three_processes_train_as_one_and_one_process_may_resume(short, one, folder, tiny_encoder, tmp_path):
-    # Neither 256, the evaluation's batch size, nor 10 is divisible by 3; with 10, the last batch has one text.
-    without = {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]}
-    under = {"settings": [*short, *UNEVEN, "log_fname=three-3"], "deepspeed_config": "ds_configs/zero3.json"}
-    moving = [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
-    begun = {"settings": moving, "deepspeed_config": "ds_configs/zero3.json", "cut": 9}
-    # Longformer's weights of global attention get no gradient here; no process may wait for them.
+@pytest.fixture(scope="module")
+def groups(short, tmp_path_factory):
+    """Return settings with label groups, meta branch, split head and informed starts together, with a cluster file from the command."""
+    root = tmp_path_factory.mktemp("groups")
+    settings = [*short, *UNEVEN, "model.ffi.group_size=4", f"dataset_path={root}"]
+    shutil.copytree(f"{settings_value(short, 'dataset_path=')}/toy", root / "toy")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(sys, "argv", ["clusters", "--clusters", "4", *settings])
+        clusters.main()
+    settings += ["model.ffi.semantic_groups=true", "model.auxiliary.use_meta_branch=true", "model.ffi.head_ratio=0.2"]
+    return [*settings, *FROM_TEXTS, "model.ffi.bias_init=frequency", "model.ffi.growth_mode=gradient",
+            "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unused(short, tiny_encoder, tmp_path_factory):
+    """Settings of an encoder with weights that get no gradient: Longformer's of global attention. No process may wait for them."""
     encoder = save_encoder(
-        "longformer", tmp_path / "long", vocab_size=94, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        "longformer",
+        tmp_path_factory.mktemp("longformer"),
+        vocab_size=94,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
-    unused = [
-        *short,
-        *UNEVEN,
-        f"model.encoder.encoder_model={encoder}",
-        f"model.encoder.encoder_tokenizer={tiny_encoder}",
+    names = [f"model.encoder.encoder_model={encoder}", f"model.encoder.encoder_tokenizer={tiny_encoder}"]
+    return [*short, *UNEVEN, *names, "training.optimization.max_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def moving(short):
+    return [*short, *UNEVEN, "training.checkpoint_interval=2", "training.resume=true", "log_fname=three-one"]
+
+
+@pytest.fixture(scope="module")
+def three(short, groups, unused, moving, tmp_path_factory):
+    """Train with three processes, by which neither 256, the evaluation's batch size, nor 10 is divisible."""
+    zero3 = {"deepspeed_config": "ds_configs/zero3.json"}
+    trainings = [
+        {"settings": [*short, *UNEVEN, "data.test_batch_size=10", "log_fname=three"]},  # the last batch has one text
+        {"settings": [*short, *UNEVEN, "log_fname=three-3"]} | zero3,
+        {"settings": [*groups, "log_fname=groups-3"]},
+        {"settings": [*unused, "log_fname=unused-3"]},
+        {"settings": moving, "cut": 9} | zero3,
+        failing([*short, *UNEVEN], "torchrun", "kill"),
     ]
-    unused += ["training.optimization.max_steps=4"]
-    long = {"settings": [*unused, "log_fname=long"]}
-    train_in_turn(
-        "torchrun", 3, [without, under, begun, long, failing([*short, *UNEVEN], "torchrun", "kill")], tmp_path
-    )
-    train_here([*unused, "log_fname=long-here"])
-    assert losses_of(folder / "long") == pytest.approx(losses_of(folder / "long-here"), rel=1e-5)
-    for name in ("three", "three-3"):
-        assert_same(one, outcome_of(folder / name, 3))
+    train_in_turn("torchrun", 3, trainings, tmp_path_factory.mktemp("torchrun"))
+
+
+@pytest.mark.parametrize("name", ["three", "three-3"])
+def test_three_processes_train_as_one(three, one, folder, name):
+    assert_same(one, outcome_of(folder / name, 3))
+
+
+def test_one_process_resumes_what_three_began(three, one, folder, moving):
     train_here(moving)
     assert [record["step"] for record in records_of(folder / "three-one") if record["event"] == "resume"] == [8]
     assert_same(one, outcome_of(folder / "three-one", 1))
 
 
-def test_groups_meta_branch_and_split_head_on_two_processes(short, one, folder, tmp_path, monkeypatch):
-    """All of these together, with a cluster file from the command, train as on one process."""
-    settings = [*short, "model.ffi.group_size=4", f"dataset_path={tmp_path}"]
-    shutil.copytree(f"{settings_value(short, 'dataset_path=')}/toy", tmp_path / "toy")
-    monkeypatch.setattr(sys, "argv", ["clusters", *settings])
-    clusters.main()
-    settings += ["model.ffi.semantic_groups=true", "model.auxiliary.use_meta_branch=true", "model.ffi.head_ratio=0.2"]
-    settings += ["model.ffi.index_init=discriminant", "model.ffi.weight_init=centroid", "model.ffi.bias_init=frequency",
-                 "model.ffi.growth_mode=gradient", "model.ffi.prune_mode=fraction", "model.ffi.rewire_fraction=0.3"]  # fmt: skip
-    train_here([*settings, "log_fname=groups-here"])
-    trainings = [
-        {"settings": [*settings, "log_fname=groups-2"]},
-        {"settings": [*short, *UNEVEN, "log_fname=accelerate-2"]},
-    ]
-    train_in_turn("accelerate-2", 2, [*trainings, failing(short, "accelerate", "raise")], tmp_path)
-    assert_same(one, outcome_of(folder / "accelerate-2", 2))
-    assert_same(outcome_of(folder / "groups-here", 1), outcome_of(folder / "groups-2", 2))
+def test_weights_without_gradient_do_not_stop_the_others(three, folder, unused):
+    train_here([*unused, "log_fname=unused-here"])
+    assert losses_of(folder / "unused-3") == pytest.approx(losses_of(folder / "unused-here"), rel=1e-5)
+
+
+def test_groups_meta_branch_and_split_head_train_as_on_one_process(three, folder, groups):
+    train_here([*groups, "log_fname=groups-here"])
+    assert_same(outcome_of(folder / "groups-here", 1), outcome_of(folder / "groups-3", 3))
     first, second = (
         [
             [label.id for label in labels]
             for labels in XMCModel.load(folder / name / "model").predict(["w3 w50", "w7"], k=3)
         ]
-        for name in ("groups-here", "groups-2")
+        for name in ("groups-here", "groups-3")
     )
     assert first == second and len(first) == 2

@@ -83,10 +83,10 @@ def test_ids_of_long_texts_are_those_of_the_whole_text(words, kind, side):
 def test_ids_of_real_texts(words):
     folder = real_data("SID-GND-EN")
     with open(folder / "train_raw_texts.txt", encoding="utf-8") as file:
-        texts = [line.rstrip("\n") for _, line in zip(range(10_000), file)]
+        texts = [line.rstrip("\n") for _, line in zip(range(4_000), file)]
     tokenizer = trained("wordpiece", texts[:100])
     cut = [text for text in texts if len(text) > (32 + 256) * 6]  # shorter texts are tokenised completely anyway
-    assert len(cut) > 1000
+    assert len(cut) > 400
     assert encode_texts(tokenizer, cut, 32) == whole(tokenizer, cut, 32)
 
 
