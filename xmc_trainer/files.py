@@ -122,6 +122,15 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def put_copy(source: Path, target: Path) -> None:
+    """Copy a file, so that `target` appears complete or not at all, and synced."""
+    partial = target.with_name(target.name + PARTIAL)
+    shutil.copyfile(source, partial)
+    sync(partial)
+    os.replace(partial, target)
+    sync(target.parent)
+
+
 def put_in_place(partial: Path, folder: Path) -> None:
     """Rename a synced folder to `folder`, sync the new name, and then remove the predecessor.
 

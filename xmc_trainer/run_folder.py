@@ -1,6 +1,7 @@
 """A run's folder: its lock, its content, and whether a training may start or resume in it.
 
 config.yaml       the run's configuration
+split.npz         which texts were held out, if the run did so; see `data.split`
 log.jsonl         the log, one JSON object per line
 checkpoint-1000/  the training state after step 1000, removed when the run finishes; see `checkpoint.resume`
 model/            the final model; see `checkpoint.saved_model`
@@ -25,12 +26,12 @@ from typing import TYPE_CHECKING, TextIO
 from xmc_trainer.checkpoint.folder import MANIFEST, verify_file
 from xmc_trainer.config import Config, flatten, saved_settings, to_yaml
 from xmc_trainer.errors import NothingToDo, UserError
-from xmc_trainer.files import CannotWrite, remove, settle, sync, write_text, writing
+from xmc_trainer.files import CannotWrite, put_copy, remove, settle, sync, write_text, writing
 
 if TYPE_CHECKING:
     from xmc_trainer.parallel import Ranks
 
-MODEL, LOG = "model", "log.jsonl"
+MODEL, LOG, SPLIT = "model", "log.jsonl", "split.npz"
 ELSEWHERE = "set output_dir to another folder"  # remedy for `files.writing`
 _CHECKPOINT = re.compile(r"checkpoint(?:-(\d+))?")  # an earlier version wrote no number
 # Settings that may change on resume: paths, and settings that do not affect the result.
@@ -85,6 +86,7 @@ class RunFolder:
     Attributes:
         config: the configuration that is stored in the folder.
         checkpoint: the checkpoint to resume from, or None to start from the beginning.
+        split_file: the file that becomes split.npz when the training begins; None for none. Set by the builder.
 
     Raises, on all ranks: UserError if another training uses the folder, if it cannot be written, or if another run's
     results would be lost; NothingToDo if the run is finished and `training.resume` is set.
@@ -92,6 +94,7 @@ class RunFolder:
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.path, self.checkpoint = config.run_folder, None
+        self.split_file: Path | None = None
         # training.overwrite holds for this start only: a later start from the stored settings must not overwrite.
         self.config = replace(config, training=replace(config.training, overwrite=False))
         self._overwrite, self._ranks = config.training.overwrite, ranks
@@ -114,7 +117,7 @@ class RunFolder:
 
     def _acquire(self) -> None:
         # A folder from elsewhere may hold pipes, or links to files outside the run.
-        for name in (".lock", LOG, "config.yaml"):
+        for name in (".lock", LOG, SPLIT, "config.yaml"):
             if (file := self.path / name).is_symlink() or (file.exists() and not file.is_file()):
                 raise UserError(f"{file}: is not a regular file, but a run writes one there; move it elsewhere")
         for name in (MODEL, self.config.training.checkpoint_file):
@@ -184,12 +187,14 @@ class RunFolder:
             if existing := [*checkpoints(self.path), *self._results()]:
                 self._set_aside(existing)
         write_text(self.path / "config.yaml", to_yaml(self.config))
+        if self.split_file is not None:
+            put_copy(self.split_file, self.path / SPLIT)
 
     def _set_aside(self, existing: list[Path]) -> None:
         aside = _free_name(self.path / "replaced")
         aside.mkdir()
         sync(self.path)
-        for each in (*existing, self.path / "config.yaml", self.path / LOG):
+        for each in (*existing, self.path / "config.yaml", self.path / LOG, self.path / SPLIT):
             if each.exists():
                 os.rename(each, aside / each.name)
         sync(aside)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from xmc_trainer.builders.data import NAMES as DATA
 from xmc_trainer.builders.engine import NAMES as ENGINE
+from xmc_trainer.builders.inputs import NAMES as DATA
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

@@ -122,7 +122,7 @@ def test_an_unwritable_output_is_an_error_before_the_work(command, tmp_path, mon
     for words, said in [
         (["--output", str(tmp_path / "file" / "c.safetensors")], "no such folder"),
         (
-            ["data.hf_source=somewhere", "data.label_text_file=null", f"dataset_path={tmp_path / 'file'}"],
+            ["data.source=somewhere", "data.label_text_file=null", f"dataset_path={tmp_path / 'file'}"],
             "cannot be written",
         ),
     ]:
@@ -135,7 +135,7 @@ def test_a_hugging_face_source_gets_a_folder_for_its_clusters(command, toy_setti
         lines = (json.dumps({"text": text, "labels": text.split()}) for text in rows)
         (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     hf = [
-        f"data.hf_source={tmp_path}",
+        f"data.source={tmp_path}",
         f"dataset_path={tmp_path / 'new'}",
         "data.label_text_file=null",
         "data.num_labels=null",

@@ -243,7 +243,7 @@ def test_hugging_face_source(toy_settings, toy_data, tmp_path):
         rows = (json.dumps({"body": text, "tags": tags.split()}) for text, tags in zip(texts, labels))
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
     trainer, metrics = train(
-        toy_settings, f"data.hf_source={tmp_path}", "data.text_column=body", "data.label_column=tags",
+        toy_settings, f"data.source={tmp_path}", "data.text_column=body", "data.label_column=tags",
         "data.label_text_file=null",
     )  # fmt: skip
     assert metrics["P@1"] > 0.6 and trainer.corpus.labels[3] == {"id": "tag03", "text": "tag03"}

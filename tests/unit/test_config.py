@@ -146,7 +146,7 @@ ERRORS = [
     ("training.checkpoint_file=log.jsonl", "checkpoint_file"),
     ("training.checkpoint_file=config.yaml", "checkpoint_file"),
     ("data.batch_size=0", "data.batch_size"),
-    ("data.hf_source=ag_news", "data.hf_source"),
+    ("data.test_share=0.1", "data.test_share"),
     ("environment.device=tpu", "environment.device"),
     ("fan_in", "key=value"),
     ("weight_init=zero", "; write model.ffi.weight_init"),
@@ -197,17 +197,17 @@ def test_settings_of_another_layout_are_errors():
         with pytest.raises(UserError, match=words[1].split("=")[0]):
             load_config(words)
     data = load_config(["dataset=sidgnd", "data.augment_label_data=true", "data.test_split=dev"]).data
-    assert data.test_split == data.evaluated_split == "dev"
+    assert data.test_split == "dev"
 
 
 def test_a_source_of_data_needs_no_settings_file():
-    config = load_config(["data.hf_source=/somewhere/tickets.csv", "data.max_len=32"])
+    config = load_config(["data.source=/somewhere/tickets.csv", "data.max_len=32"])
     assert (config.dataset, config.data.dataset, config.data.max_len) == ("tickets", "tickets", 32)
-    assert load_config(["data.hf_source=someone/set"]).data.dataset == "set"
-    with pytest.raises(UserError, match="data.test_share: applies to data.hf_source only"):
+    assert load_config(["data.source=someone/set"]).data.dataset == "set"
+    with pytest.raises(UserError, match="data.test_share: applies to data.source only"):
         load_config(["dataset=wordnet", "data.test_share=0.2"])
-    with pytest.raises(UserError, match="data.hf_test_split: is not read if data.test_share is set"):
-        load_config(["data.hf_source=a", "data.test_share=0.2", "data.hf_test_split=dev"])
+    with pytest.raises(UserError, match="data.test_split: is not read if data.test_share is set"):
+        load_config(["data.source=a", "data.test_share=0.2", "data.test_split=valid"])
 
 
 def test_every_option_is_described():

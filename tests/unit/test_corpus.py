@@ -15,20 +15,20 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import processors
 
 from tests.data_helpers import CLS, SEP, UNK, instance, json_lines, real_data, tiny_tokenizer, write_lf, write_raw
-from xmc_trainer.data import Corpus, corpus, load_corpus, tokenise
+from xmc_trainer.data import Corpus, corpus, load_corpus, open_source, tokenise
 from xmc_trainer.data.corpus import flatten_lists
 from xmc_trainer.errors import UserError
 
 
-def load(folder, cache, layout="raw", tokenizer=None, max_len=8, **options) -> Corpus:
+def load(folder, cache, layout="raw", tokenizer=None, max_len=8, num_labels=None, **options) -> Corpus:
+    source = open_source(str(folder) if layout == "rows" else None, folder, is_lf_data=layout == "lf", **options)
     return load_corpus(
-        folder=folder,
-        layout=layout,
-        tokenizer=tokenizer or tiny_tokenizer(),
+        source,
+        tokenizer or tiny_tokenizer(),
         max_len=max_len,
         cache_dir=cache,
+        num_labels=num_labels,
         progress=False,
-        **options,
     )
 
 
@@ -73,11 +73,11 @@ def test_an_empty_text_is_its_special_tokens(tmp_path):
     assert found.train[1]["input_ids"] == [UNK] and min(found.lengths("train")) == 1  # the replacement for no token
 
 
-@pytest.mark.parametrize("layout", ["raw", "lf", "hf"])
+@pytest.mark.parametrize("layout", ["raw", "lf", "rows"])
 def test_byte_order_marks_are_not_text_in_any_layout(tmp_path, layout):
     """Prediction uses the same function."""
     marked = ["\ufeffw0 w1", "w0 w1\r", "\ufeff", "w0 w1"]
-    folder, options = tmp_path / "d", {}
+    folder = tmp_path / "d"
     if layout == "raw":
         write_raw(folder, [(text, "a") for text in marked], [("w0", "a")])
     elif layout == "lf":
@@ -87,9 +87,8 @@ def test_byte_order_marks_are_not_text_in_any_layout(tmp_path, layout):
         lines = json_lines({"text": f"{text}\n", "labels": "a"} for text in marked)
         for split in ("train", "test"):
             (folder / f"{split}.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
-        options = {"hf_source": str(folder)}
     words, nothing = [CLS, 4, 5, SEP], [CLS, SEP]
-    assert load(folder, tmp_path / "c", layout, **options).train["input_ids"][:] == [words, words, nothing, words]
+    assert load(folder, tmp_path / "c", layout).train["input_ids"][:] == [words, words, nothing, words]
 
 
 def test_label_feature_content_with_filter_and_augmentation(tmp_path):
@@ -112,8 +111,8 @@ def test_label_feature_content_with_filter_and_augmentation(tmp_path):
 def test_hugging_face_content(tmp_path):
     rows = Dataset.from_dict({"body": ["w0", "w1 w2"], "tags": [["b"], ["a"]]})
     DatasetDict(fit=rows, dev=rows).save_to_disk(tmp_path / "d")
-    options = {"hf_train_split": "fit", "hf_test_split": "dev", "text_column": "body", "label_column": "tags"}
-    found = load(tmp_path, tmp_path / "c", "hf", hf_source=str(tmp_path / "d"), **options)
+    options = {"train_split": "fit", "test_split": "dev", "text_column": "body", "label_column": "tags"}
+    found = load(tmp_path / "d", tmp_path / "c", "rows", **options)
     assert found.train["labels"][:] == [[1], [0]] and found.test["length"][:] == [3, 4]
 
 
@@ -402,10 +401,8 @@ def test_notes_of_the_source_are_logged_at_every_start(tmp_path, caplog):
     said = []
     for progress in (False, True, True):
         caplog.clear()
-        load_corpus(
-            folder=folder, layout="raw", tokenizer=tiny_tokenizer(), max_len=8, cache_dir=tmp_path / "c",
-            label_text_file="names.tsv", progress=progress,
-        )  # fmt: skip
+        source = open_source(None, folder, label_text_file="names.tsv")
+        load_corpus(source, tiny_tokenizer(), max_len=8, cache_dir=tmp_path / "c", progress=progress)
         said.append(caplog.messages)
     assert said[0] == [] and said[1] == said[2] and len(said[1]) == 3
     assert (

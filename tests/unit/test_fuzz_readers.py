@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.data_helpers import write_lf, write_raw
 from tests.fuzz import examples
-from xmc_trainer.data.hugging_face import hf_source
+from xmc_trainer.data.rows import rows_source
 from xmc_trainer.data.sources import lf_source, raw_source
 from xmc_trainer.errors import UserError
 
@@ -162,7 +162,7 @@ def test_label_features(data):
 
 
 def read_hf(folder: Path):
-    return hf_source(str(folder), "train", "test", "text", "labels")
+    return rows_source(str(folder), "train", "test", "text", "labels")
 
 
 @fuzz

@@ -25,8 +25,9 @@ ALLOWED = {
     },
     "commands.bench.train": {"builders", "commands.cli", "config", "data", "encoder", "engine", "errors", "hooks"},
     "commands.doctor": {"", "errors", "kernels", "version"},
-    "builders": {"builders", "checkpoint", "config", "data", "encoder", "engine", "errors", "evaluation", "parallel"},
-    "builders.data": {"config", "data", "errors", "labels", "metrics"},
+    "builders": {"builders", "checkpoint", "config", "data", "encoder", "engine", "errors", "evaluation", "parallel", "run_folder"},
+    "builders.data": {"builders.inputs", "config", "data", "errors", "labels", "metrics"},
+    "builders.inputs": {"config", "data.layouts", "data.sources", "errors"},
     "builders.head": {"builders", "config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "labels", "parallel"},
     "builders.hooks": {"config", "head", "hooks", "schedules"},
     "builders.training": {

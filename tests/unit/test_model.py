@@ -16,7 +16,7 @@ from tests.encoders import READ, WORDS, save_untrained
 from tests.fuzz import examples
 from xmc_trainer.builders.saved_model import evaluate_saved
 from xmc_trainer.checkpoint.model_config import config_of_model
-from xmc_trainer.data import TextBatches, batch_of_texts, load_corpus, plan_eval
+from xmc_trainer.data import TextBatches, batch_of_texts, load_corpus, open_source, plan_eval
 from xmc_trainer.data.texts import encode_texts
 from xmc_trainer.errors import UserError
 from xmc_trainer.model import XMCModel
@@ -55,9 +55,8 @@ def test_a_score_depends_on_its_text_alone(name, side, pool_mode, tmp_path):
     # Evaluation of the same texts from a corpus.
     write_raw(tmp_path / "d", [(text, "a") for text in texts], [("w1", "a")])
     corpus = load_corpus(
-        folder=tmp_path / "d",
-        layout="raw",
-        tokenizer=model.saved.tokenizer,
+        open_source(None, tmp_path / "d"),
+        model.saved.tokenizer,
         max_len=20,
         cache_dir=tmp_path / "c",
         progress=False,

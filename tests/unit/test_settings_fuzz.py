@@ -302,7 +302,7 @@ def test_hostile_yaml_files_give_a_one_line_error(tmp_path_factory, content):
     (b"data: " + b"{a: " * 10_000, "nested too deeply"),
     (b'data:\n  folder: "\\UFFFFFFFF"\n', "not valid YAML"),
     (b"#" * (1 << 19), "larger than 256 KiB"),
-    (b"data:\n  folder: ${data.hf_source}\n  hf_source: ${data.folder}\n", "refers to itself"),
+    (b"data:\n  folder: ${data.source}\n  source: ${data.folder}\n", "refers to itself"),
     (b"environment: {env2path: [a]}\n", "env2path: must be a mapping"),
     (b"environment: {env2path: {a: [b]}}\n", "a list where a single value is needed"),
     (b"training: {optimization: {lr_milestones: 3}}\n", "lr_milestones=3: must be a list"),
@@ -332,11 +332,11 @@ def test_aliases_cannot_multiply(tmp_path):
     assert "there is no such setting" in error_of(load_config, [f"dataset={tmp_path / 'bomb.yaml'}"])
     texts = [
         "data.folder",
-        "data.hf_source",
+        "data.source",
         "data.text_column",
         "data.label_column",
-        "data.hf_train_split",
-        "data.hf_test_split",
+        "data.train_split",
+        "data.test_split",
         "data.cache_dir",
     ]
     words = [f"{name}={f'${{{other}}}' * 100}" for name, other in zip(texts, texts[1:])] + [f"{texts[-1]}={'x' * 100}"]

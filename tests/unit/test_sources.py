@@ -17,7 +17,7 @@ import pytest
 
 from tests.data_helpers import instance, json_lines, real_data, write_lf, write_raw
 from xmc_trainer.data import sources
-from xmc_trainer.data.hugging_face import hf_source
+from xmc_trainer.data.rows import rows_source
 from xmc_trainer.data.sources import Ragged, lf_source, raw_source, read_lines
 from xmc_trainer.errors import UserError
 
@@ -206,7 +206,7 @@ def test_empty_texts_stay_and_are_counted(tmp_path, layout, blank):
         columns = [
             {"text": [text for text, _ in split], "labels": [[label] for _, label in split]} for split in (train, test)
         ]
-        source = hf_source(str(write_hf(tmp_path, layout, *columns)), "train", "test", "text", "labels")
+        source = rows_source(str(write_hf(tmp_path, layout, *columns)), "train", "test", "text", "labels")
         where = "'train"
     _, train, test, notes = read_with_notes(source)
     assert [labels for _, labels in train] == [[0], [1], [1]] and [labels for _, labels in test] == [[0], [1]]
@@ -419,7 +419,7 @@ EXPECTED = ([(n, n) for n in "abc"], [("one", [0, 1]), ("two", [2])], [("three",
 
 def read_hf(folder, **options):
     names = {"train_split": "train", "test_split": "test", "text_column": "text", "label_column": "labels"}
-    return read_all(hf_source(str(folder), **(names | options)))
+    return read_all(rows_source(str(folder), **(names | options)))
 
 
 def write_hf(folder, kind, train=TRAIN, test=TEST):
@@ -593,7 +593,7 @@ def test_hf_ambiguous_whole_numbers(tmp_path, train, test, said):
 def test_hf_strings_that_look_like_lists(tmp_path):
     data = {"text": ["x", "y"], "labels": ["net,web", "net"]}
     folder = write_hf(tmp_path, "jsonl", data, data)
-    labels, _, _, notes = read_with_notes(hf_source(str(folder), "train", "test", "text", "labels"))
+    labels, _, _, notes = read_with_notes(rows_source(str(folder), "train", "test", "text", "labels"))
     assert [name for name, _ in labels] == ["net", "net,web"]
     assert (
         "2 of 4 rows are one string with a comma, semicolon or bar, like 'net,web'" in notes
@@ -716,7 +716,7 @@ def test_hf_flipped_bits_never_crash(tmp_path, kind):
     file = next((folder / "train").glob("*.arrow")) if kind == "saved" else folder / "train.parquet"
     code = """
 import pathlib, random, sys
-from xmc_trainer.data.hugging_face import hf_source
+from xmc_trainer.data.rows import rows_source
 from xmc_trainer.errors import UserError
 folder, file = sys.argv[1], pathlib.Path(sys.argv[2])
 good, rng, refused = file.read_bytes(), random.Random(0), 0
@@ -726,7 +726,7 @@ for _ in range(150):
     file.unlink()  # what is mapped stays
     file.write_bytes(bad)
     try:
-        contents = hf_source(folder, "train", "test", "text", "labels").read()
+        contents = rows_source(folder, "train", "test", "text", "labels").read()
         assert len(list(contents.train())) <= 50
     except UserError:
         refused += 1
@@ -754,11 +754,11 @@ def test_hf_values_that_python_cannot_hold(tmp_path):
         (
             ["train.jsonl", "test.jsonl"],
             "the folder has no dev.parquet, no dev.jsonl, no folder dev and no parts such as dev-00000-of-00002.parquet, only "
-            "test.jsonl, train.jsonl; set `hf_test_split`, rename the files, or name their folder",
+            "test.jsonl, train.jsonl; set `test_split`, rename the files, or name their folder",
         ),
         (["train.xlsx", "dev.xlsx"], "only files such as dev.xlsx; convert it to one of .parquet, .jsonl, .jsonl.gz, .csv"),
-        (["train_raw_texts.txt", "train_labels.txt"], "another layout; set `hf_source`=null, and name the folder in `folder`"),
-        (["raw_text/trn.json.gz"], "another layout; set `hf_source`=null, and name the folder in `folder`"),
+        (["raw/train_raw_texts.txt", "raw/train_labels.txt"], "/raw; name that folder"),
+        (["raw_text/trn.json.gz"], "/raw_text; name that folder"),
         (["train.json"], "the folder has only files such as train.json; convert it to one of .parquet, .jsonl"),
     ],
     ids=["nothing", "other splits", "Excel", "raw text", "label features", "JSON"],
@@ -768,19 +768,19 @@ def test_hf_missing_split_says_what_is_there(tmp_path, files, said):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(json_lines([{"text": "x", "labels": ["a"]}]))
     options = {"train_split": "train" if "train.jsonl" in files else "dev", "test_split": "dev"}
-    parameter = "hf_test_split" if "train.jsonl" in files else "hf_train_split"
+    parameter = "test_split" if "train.jsonl" in files else "train_split"
     message = message_of(lambda: read_hf(tmp_path, **options))
-    assert message.startswith(f"`hf_source`={tmp_path}: has no split 'dev': ")
-    assert said.replace("hf_test_split", parameter) in message
+    assert message.startswith(f"`source`={tmp_path}: has no split 'dev': ")
+    assert said.replace("test_split", parameter) in message
 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
 def test_hf_a_split_without_rows(tmp_path, kind):
     nothing = {"text": [], "labels": []}
     message = message_of(lambda: read_hf(write_hf(tmp_path, kind, nothing)))
-    assert message == f"`hf_source`={tmp_path}: train has no rows; write it again, or set `hf_train_split`"
+    assert message == f"`source`={tmp_path}: train has no rows; write it again, or set `train_split`"
     message = message_of(lambda: read_hf(write_hf(tmp_path, kind, TRAIN, nothing)))
-    assert message == f"`hf_source`={tmp_path}: test has no rows; write it again, or set `hf_test_split`"
+    assert message == f"`source`={tmp_path}: test has no rows; write it again, or set `test_split`"
 
 
 def test_hf_neither_folder_nor_reachable(monkeypatch):
@@ -789,14 +789,14 @@ def test_hf_neither_folder_nor_reachable(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     message = message_of(lambda: read_hf("someone/nothing"))
-    assert "`hf_source`=someone/nothing: the datasets library cannot load split 'train'" in message
+    assert "`source`=someone/nothing: the datasets library cannot load split 'train'" in message
     assert "Couldn't reach 'someone/nothing' on the Hub); name an existing folder" in message
 
 
 def test_hf_path_that_does_not_exist(tmp_path):
     for name in (tmp_path / "no", "./data/no", "~/no", "data/sets/no"):
         assert message_of(lambda name=name: read_hf(name)).startswith(
-            f"`hf_source`={name}: no such folder; name the folder"
+            f"`source`={name}: no such folder; name the folder"
         )
 
 

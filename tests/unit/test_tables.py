@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_sources import message_of, read_all, read_with_notes
-from xmc_trainer.data.hugging_face import hf_source
+from xmc_trainer.data.rows import rows_source
 from xmc_trainer.data.tables import table_records
 
 
 def opened(path, **options):
     names = {"train_split": "train", "test_split": "test", "text_column": "text", "label_column": "labels"}
-    return hf_source(str(path), **(names | options))
+    return rows_source(str(path), **(names | options))
 
 
 def labels_in(path: Path, separator: str = ";") -> list[list[str]]:
@@ -100,7 +100,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 def test_one_file_is_split_by_text(tmp_path):
     rows = records(200, copies=2)
     labels, train, test, notes = read_with_notes(opened(write_lines(tmp_path / "t.jsonl", rows), test_share=0.25))
-    assert len(labels) == 8 and "100 of 400 texts are held out" in notes
+    assert len(labels) == 8 and "100 as test set of 400 texts are held out" in notes
     assert (len(train), len(test)) == (300, 100)
     assert not {text for text, _ in train} & {text for text, _ in test}  # copies stay together
     random.Random(1).shuffle(rows)
@@ -160,4 +160,4 @@ def test_another_separator_than_the_cells_have_is_noted(tmp_path):
 
 def test_a_missing_file_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "`hf_source`=tickets.csv: no such file" in message_of(lambda: opened("tickets.csv"))
+    assert "`source`=tickets.csv: no such file" in message_of(lambda: opened("tickets.csv"))

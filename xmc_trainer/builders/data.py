@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from xmc_trainer.config import SETTINGS, Config
-from xmc_trainer.data import Corpus, load_corpus, sample_rows
+from xmc_trainer.builders.inputs import names_in, source_of
+from xmc_trainer.config import Config
+from xmc_trainer.data import Corpus, fingerprint_of, load_corpus, sample_rows
+from xmc_trainer.data.split import Split
 from xmc_trainer.errors import UserError, naming
 from xmc_trainer.labels.clusters import LabelClusters
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity
 
-# Parameter of `load_corpus` -> its setting, for error messages.
-NAMES = SETTINGS | {"folder": "dataset_path or data.folder", "layout": "data.is_lf_data"}
 
+def corpus_of(
+    config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = True, split_file: Path | None = None
+) -> Corpus:
+    """Load the tokenised data set that a configuration names. Raises UserError for data that cannot be read.
 
-def require_data(config: Config) -> None:
-    """Raise UserError if the data or the label clusters of a training are missing, before anything is loaded."""
-    if config.data.hf_source is None and not config.data_folder.is_dir():
-        raise UserError(f"{config.data_folder}: no such folder; set dataset_path or data.folder")
-    if config.needs_clusters:
-        LabelClusters.require(config.cluster_file)
-
-
-def corpus_of(config: Config, tokenizer: PreTrainedTokenizerBase, progress: bool = True) -> Corpus:
-    """Load the tokenised data set that a configuration names. Raises UserError for data that cannot be read."""
-    data = config.data
-    with naming(NAMES):
+    Args:
+        split_file: the file of a run that says which texts it held out (`run_folder.SPLIT`). If the data have changed since,
+            the same texts are held out as then.
+    """
+    source, data = source_of(config), config.data
+    if split_file is not None and Split.load(split_file).made_for != fingerprint_of(source):
+        source = source_of(config, split_file)
+    with names_in(config):
         return load_corpus(
-            folder=config.data_folder,
-            layout="hf" if data.hf_source else "lf" if data.is_lf_data else "raw",
-            tokenizer=tokenizer,
+            source,
+            tokenizer,
             max_len=data.max_len,
             cache_dir=data.cache_dir,
-            hf_source=data.hf_source,
-            hf_train_split=data.hf_train_split,
-            hf_test_split=data.hf_test_split,
-            text_column=data.text_column,
-            label_column=data.label_column,
-            label_separator=data.label_separator,
-            test_share=data.test_share,
-            label_text_file=data.label_text_file,
-            test_split=data.test_split,
-            augment_label_data=data.augment_label_data,
-            use_filter_eval=data.use_filter_eval,
             num_labels=data.num_labels,
             progress=progress,
         )

@@ -12,24 +12,28 @@ from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Corpus, batch_loader, plan_eval
 from xmc_trainer.errors import UserError, naming
 from xmc_trainer.evaluation import evaluate
+from xmc_trainer.run_folder import SPLIT
 
 
 def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
     """Load the data set with its labels in the model's order. Raises UserError if its labels are not the model's."""
     ranks = saved.head.ranks
     with ranks.one_a_machine_first():
-        corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0)
-    remedy = "set dataset_path or data.folder to the data set that it was trained on"
+        held_out = saved.folder.resolve().parent / SPLIT
+        split_file = held_out if held_out.is_file() else None
+        corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0, split_file=split_file)
+    name = "data.source" if config.data.source else "dataset_path or data.folder"
+    remedy = f"set {name} to the data set that it was trained on"
     if corpus.num_labels != saved.head.num_labels:
         raise UserError(
-            f"{config.data_folder}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; {remedy}"
+            f"{config.data_name}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; {remedy}"
         )
     ids, model_ids = corpus.label_ids(), saved.label_ids.to_pylist()
     if ids == model_ids:
         return corpus
     place = {name: number for number, name in enumerate(ids)}
     if len(place) != len(ids) or place.keys() != set(model_ids):
-        raise UserError(f"{config.data_folder}: its labels differ from the model's; {remedy}")
+        raise UserError(f"{config.data_name}: its labels differ from the model's; {remedy}")
     return corpus.reordered(np.array([place[name] for name in model_ids]))
 
 

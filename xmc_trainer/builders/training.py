@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
 
-from xmc_trainer.builders.data import corpus_of, metrics_of, order_labels, require_data, train_rows_of
+from xmc_trainer.builders.data import corpus_of, metrics_of, order_labels, train_rows_of
 from xmc_trainer.builders.encoder import (
     backbone_of,
     capture_passes,
@@ -24,6 +24,7 @@ from xmc_trainer.builders.encoder import (
 from xmc_trainer.builders.engine import accelerator_of, micro_batches_of
 from xmc_trainer.builders.head import head_of, meta_branch_of, require_backend, start_head_from_texts
 from xmc_trainer.builders.hooks import default_hooks
+from xmc_trainer.builders.inputs import require_data
 from xmc_trainer.checkpoint import resume
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Batches, Corpus
@@ -84,6 +85,7 @@ def build_trainer(
     clock.mark("process group")
     tokenizer, encoder, corpus = load(config, accelerator, ranks)
     clock.mark("encoder and data")
+    folder.split_file = corpus.split_file
     corpus, cluster_of = order_labels(config, corpus)
     rows = train_rows_of(config, corpus)
     state = state_of(config, len(corpus.train) if rows is None else len(rows))

@@ -152,7 +152,7 @@ def main() -> None:
         print(json.dumps(by_strength))
         return
     print(
-        f"{config.data.evaluated_split}: {len(corpus.test)} texts, per cent; the model's own strength is "
+        f"{config.data.test_split}: {len(corpus.test)} texts, per cent; the model's own strength is "
         f"{config.model.ffi.logit_adjustment:g}"
     )
     print(table({f"{strength:g}": metrics for strength, metrics in by_strength.items()}))

@@ -201,7 +201,7 @@ def _output(config: Config, chosen: Path | None) -> Path:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; name a file with --output")
     try:
-        if chosen is None and config.data.hf_source:
+        if chosen is None and config.data.source:
             # The data are elsewhere; this folder holds only the clusters.
             path.parent.mkdir(parents=True, exist_ok=True)
         if not path.parent.is_dir():

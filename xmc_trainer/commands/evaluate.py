@@ -46,7 +46,7 @@ def main() -> None:
         print(json.dumps(metrics))
         return
     baseline = most_popular(corpus, metrics_of(config, corpus))
-    print(f"{config.data.evaluated_split}: {len(corpus.test)} texts, {corpus.num_labels} labels, per cent")
+    print(f"{config.data.test_split}: {len(corpus.test)} texts, {corpus.num_labels} labels, per cent")
     for names in (("P", "PSP"), ("nDCG", "PSnDCG"), ("R",)):
         columns = tuple(f"{name}@{k}" for name in names for k in (1, 3, 5) if f"{name}@{k}" in metrics)
         print(table({"this model": metrics, "most popular labels": baseline}, columns))

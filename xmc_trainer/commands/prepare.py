@@ -17,8 +17,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from xmc_trainer.builders.data import corpus_of, require_data
+from xmc_trainer.builders.data import corpus_of
 from xmc_trainer.builders.encoder import tokenizer_of
+from xmc_trainer.builders.inputs import require_data
 from xmc_trainer.commands.bench.data import add_row
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import load_config

@@ -46,7 +46,7 @@ from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import Config, flatten, load_config, saved_settings, yaml_nodes
 from xmc_trainer.config.fields import settings_of
-from xmc_trainer.errors import UserError, naming, shown
+from xmc_trainer.errors import UserError, shown
 from xmc_trainer.files import replacing, write_text
 from xmc_trainer.run_folder import find_checkpoint
 
@@ -409,14 +409,11 @@ def _row_name(line: dict[str, Any], grid: EvaluationGrid) -> str:
 
 def check_splits(runs: list[list[str]], grid: EvaluationGrid) -> None:
     """Raise UserError, before any training, if a split's files are missing."""
-    from xmc_trainer.builders.data import NAMES
-    from xmc_trainer.data.sources import raw_source
+    from xmc_trainer.builders.inputs import source_of
 
-    configs = [load_config(words) for words in runs]
-    for folder, names in dict.fromkeys((config.data_folder, config.data.label_text_file) for config in configs):
+    for words in runs:
         for split in grid.splits:
-            with naming(NAMES):
-                raw_source(folder, names, test_split=split)
+            source_of(load_config([*words, f"data.test_split={split}"]))
 
 
 def make_clusters(runs: list[list[str]]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -28,6 +30,42 @@ from xmc_trainer.config.fields import (
 from xmc_trainer.config.schema import Config
 from xmc_trainer.errors import UserError, shown
 
+_NOTHING = RawValue(None)
+# Former name of a setting -> its name. Files and commands may still use it.
+_RENAMED = {
+    "data.hf_source": "data.source",
+    "data.hf_train_split": "data.train_split",
+    "data.hf_test_split": "data.test_split",
+}
+
+
+@cache
+def _readable() -> dict[str, Setting]:
+    """Return every setting by its name and by its former name."""
+    settings = settings_of(Config)
+    return settings | {former: dataclasses.replace(settings[name], name=former) for former, name in _RENAMED.items()}
+
+
+def _with_new_names(values: Iterable[tuple[str, RawValue]]) -> dict[str, RawValue]:
+    """Collect (setting name, raw value) pairs, and give renamed settings their names of today.
+
+    The config.yaml of an earlier version holds every former name, so one with its default does not count.
+    """
+    found = dict(values)
+    for former, name in _RENAMED.items():
+        raw, setting = found.pop(former, _NOTHING), settings_of(Config)[name]
+        if raw.text not in (None, setting.default):
+            found[name] = raw
+            _say_renamed(former, name)
+        elif raw is not _NOTHING:
+            found.setdefault(name, raw)
+    return found
+
+
+@cache
+def _say_renamed(former: str, name: str) -> None:
+    print(f"{former} is called {name} now; the former name still works", file=sys.stderr, flush=True)
+
 
 def shipped_configs() -> dict[str, Any]:
     """Return the package's data set YAML files as name -> resource."""
@@ -38,7 +76,7 @@ def shipped_configs() -> dict[str, Any]:
 def _read_dataset_file(dataset: str) -> dict[str, RawValue]:
     """Read the YAML file of a data set: setting name -> raw value."""
     if dataset.endswith((".yaml", ".yml")):
-        return dict(_read_tree(yaml_nodes.read_file(Path(dataset), "settings"), dataset))
+        return _with_new_names(_read_tree(yaml_nodes.read_file(Path(dataset), "settings"), dataset))
     shipped = shipped_configs()
     if dataset not in shipped:
         raise UserError(
@@ -49,7 +87,6 @@ def _read_dataset_file(dataset: str) -> dict[str, RawValue]:
 
 
 _read_shipped_file = cache(_read_dataset_file)
-_NOTHING = RawValue(None)
 
 
 def _read_tree(root: Node | None, where: str, known_only: bool = True) -> Iterator[tuple[str, RawValue]]:
@@ -64,7 +101,7 @@ def _read_tree(root: Node | None, where: str, known_only: bool = True) -> Iterat
 
 
 def _read_section(node: Node, prefix: str, where: str, known_only: bool) -> Iterator[tuple[str, RawValue]]:
-    settings = settings_of(Config)
+    settings = _readable()
     for key, value in yaml_nodes.entries(node, where):
         name, location = prefix + key, yaml_nodes.location(value, where)
         is_section = any(setting.startswith(f"{name}.") for setting in settings)
@@ -128,7 +165,7 @@ def _read_word(word: str) -> Iterator[tuple[str, RawValue]]:
     if "=" not in word:
         raise UserError(f"argument {shown(repr(word))}: write key=value, for example model.ffi.fan_in=64")
     name, _, text = word.partition("=")
-    settings = settings_of(Config)
+    settings = _readable()
     setting, owner = settings.get(name), settings.get(name.rpartition(".")[0])
     for other in settings.values():
         if other.type is dict and name.startswith(f"{other.name}."):
@@ -190,23 +227,23 @@ def _values(raw_values: dict[str, RawValue], check: bool) -> dict[str, Any]:
 def load_config(overrides: list[str]) -> Config:
     """Build the configuration of a run from `key=value` words.
 
-    `dataset=` names the YAML file to start from; with data.hf_source it may be missing. The other words override single
+    `dataset=` names the YAML file to start from; with data.source it may be missing. The other words override single
     settings by dotted name. `key=null` clears an optional setting. Any other value of a text setting is taken verbatim,
     except for references (`xmc_trainer.config.fields`). Raises UserError for unknown names, wrong types and conflicting
     settings.
     """
-    words: dict[str, RawValue] = {}
-    for word in overrides:
-        words.update(_read_word(word))
+    words = _with_new_names(pair for word in overrides for pair in _read_word(word))
     shipped = shipped_configs()
-    source = words.get("data.hf_source", _NOTHING).text
+    source = words.get("data.source", _NOTHING).text
     if "dataset" not in words and not source:
         raise UserError(
             f"dataset=NAME is missing; choose one of {', '.join(sorted(shipped))}, give the path of a .yaml file, or "
-            "name your data with data.hf_source"
+            "name your data with data.source"
         )
     dataset = typing.cast(str, words["dataset"].text if "dataset" in words else source)
-    raw_values = {"data.dataset": RawValue(escaped(Path(dataset).stem))} | _defaults()
+    # "." and ".." are good names of a folder, but not of a data set.
+    name = Path(dataset).stem.strip(".") or Path(dataset).resolve().stem
+    raw_values = {"data.dataset": RawValue(escaped(name))} | _defaults()
     if "dataset" in words:
         raw_values |= (_read_shipped_file if dataset in shipped else _read_dataset_file)(dataset)
     raw_values |= words | {"dataset": RawValue(escaped(dataset)) if "dataset" in words else raw_values["data.dataset"]}
@@ -227,4 +264,4 @@ def load_config(overrides: list[str]) -> Config:
 def saved_settings(file: Path) -> dict[str, Any]:
     """Read a config.yaml that any version wrote: dotted name -> value. Raises UserError if it is damaged."""
     root = yaml_nodes.read_file(file, "settings")
-    return _values(resolve(dict(_read_tree(root, str(file), known_only=False))), check=False)
+    return _values(resolve(_with_new_names(_read_tree(root, str(file), known_only=False))), check=False)

@@ -96,27 +96,41 @@ class DataConfig(Section, prefix="data."):
         None, "Data set folder below `dataset_path`; default: the shipped one, or `data.dataset`."
     )
     is_lf_data: bool = option(False, "Read the label-feature layout (raw_text/trn.json ...) instead of raw text files.")
-    hf_source: str | None = option(
+    source: str | None = option(
         None,
-        "Read rows with a text and a label column instead: a .csv, .tsv, .jsonl or .parquet file, a folder with such "
-        "a file for each split, a folder of save_to_disk, or a Hugging Face hub id.",
+        "Your data, recognised by what they are: a .csv, .tsv, .jsonl or .parquet file, a folder with such a file for each "
+        "split, a folder in a layout of the Extreme Classification Repository, a folder of save_to_disk, or a Hugging Face hub id.",
     )
-    hf_train_split: str = option("train", "Split (or file name without extension) of `data.hf_source` to train on.")
-    hf_test_split: str = option("test", "Split of `data.hf_source` to evaluate on.")
-    text_column: str = option("text", "Column of `data.hf_source` that holds the text.")
-    label_column: str = option("labels", "Column of `data.hf_source` that holds the list of labels (names or ids).")
+    train_split: str = option("train", "Rows of `data.source`: split, or file name without extension, to train on.")
+    test_split: str = option(
+        "test",
+        "Split to evaluate on: dev reads dev_raw_texts.txt and dev_labels.txt of the raw layout, the split dev of rows, or what "
+        "`data.dev_share` holds out.",
+    )
+    text_column: str = option("text", "Column of `data.source` that holds the text.")
+    label_column: str = option("labels", "Column of `data.source` that holds the list of labels (names or ids).")
     label_separator: str = option(";", "Separator of the labels in a cell of a .csv or .tsv file.")
     test_share: float | None = option(
         None,
-        "Hold out this share of the training split's texts, chosen by a hash of the text, and evaluate on them; "
-        "default: 0.1 if data.hf_source is a file, else `data.hf_test_split` is read.",
+        "Hold out this share of the training split's texts as test set; default: 0.1 if data.source is all in one split, else "
+        "`data.test_split` is read.",
         "(0, 1)",
+    )
+    dev_share: float | None = option(
+        None,
+        "Hold out this share of the training split's texts as dev set, which data.test_split=dev evaluates on.",
+        "(0, 1)",
+    )
+    group_column: str | None = option(
+        None, "Column of `data.source` whose equal values stay together where texts are held out, such as a customer."
+    )
+    stratify: bool = option(
+        False,
+        "Hold texts out by iterative stratification, so that each label has its share of texts in every part; default: by a hash "
+        "of the text.",
     )
     label_text_file: str | None = option(
         None, "Raw layout: file of `label<TAB>text` lines in the data folder; makes predictions readable."
-    )
-    test_split: str = option(
-        "test", "Raw layout: prefix of the files to evaluate on; dev reads dev_raw_texts.txt and dev_labels.txt."
     )
     augment_label_data: bool = option(
         False,
@@ -153,11 +167,6 @@ class DataConfig(Section, prefix="data."):
     length_grouped: bool = option(True, "Batch texts of similar length, in random order, to reduce padding.")
     cache_dir: str = option("~/.cache/xmc_trainer", "Folder of the tokenised data sets, which are found by content.")
 
-    @property
-    def evaluated_split(self) -> str:
-        """Name of the test split in the data."""
-        return self.test_split if self.hf_source is None else self.hf_test_split
-
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_folder("data.cache_dir", self.cache_dir)
@@ -167,31 +176,32 @@ class DataConfig(Section, prefix="data."):
             raise UserError(
                 f"data.micro_batches={shown(repr(self.micro_batches))}: must be auto or a whole number above 0"
             )
-        if self.is_lf_data and self.hf_source:
-            raise UserError(
-                "data.hf_source: a run reads a single source; set data.hf_source=null or data.is_lf_data=false"
-            )
-        if self.test_share is not None and not self.hf_source:
-            raise UserError("data.test_share: applies to data.hf_source only; remove it")
-        if self.test_share is not None and self.hf_test_split != "test":
-            raise UserError("data.hf_test_split: is not read if data.test_share is set; remove one of them")
-        if self.label_text_file and (self.is_lf_data or self.hf_source):
+        held_out = {"test_share": self.test_share, "dev_share": self.dev_share}
+        for name, value in held_out.items():
+            if value is not None and not self.source:
+                raise UserError(f"data.{name}: applies to data.source only; remove it")
+        if sum(value or 0.0 for value in held_out.values()) >= 1:
+            raise UserError("data.dev_share: leaves no texts to train on beside data.test_share; lower one of them")
+        if self.test_share is not None and self.test_split not in ("test", "dev"):
+            raise UserError("data.test_split: is not read if data.test_share is set; remove one of them")
+        if self.group_column is not None and not self.source:
+            raise UserError("data.group_column: applies to data.source only; remove it")
+        if self.label_text_file and self.is_lf_data:
             raise UserError(
                 "data.label_text_file: applies to the raw layout only; remove it (label-feature data contain texts)"
             )
-        if self.use_filter_eval and not self.is_lf_data:
-            raise UserError("data.use_filter_eval=true: needs label-feature data; set data.is_lf_data=true")
-        if self.augment_label_data and not (self.is_lf_data or self.label_text_file):
-            raise UserError(
-                "data.augment_label_data=true: needs label texts; set data.is_lf_data=true or data.label_text_file"
-            )
-        if self.test_split != "test" and (self.is_lf_data or self.hf_source):
-            instead = (
-                "set data.hf_test_split"
-                if self.hf_source
-                else "label-feature data have a single test set (raw_text/tst.json); remove it"
-            )
-            raise UserError(f"data.test_split: applies to the raw layout only; {instead}")
+        if not self.source:
+            if self.use_filter_eval and not self.is_lf_data:
+                raise UserError("data.use_filter_eval=true: needs label-feature data; set data.is_lf_data=true")
+            if self.augment_label_data and not (self.is_lf_data or self.label_text_file):
+                raise UserError(
+                    "data.augment_label_data=true: needs label texts; set data.is_lf_data=true or data.label_text_file"
+                )
+            if self.test_split != "test" and self.is_lf_data:
+                raise UserError(
+                    "data.test_split: applies to the raw layout only; label-feature data have a single test set "
+                    "(raw_text/tst.json); remove it"
+                )
 
 
 @dataclass
@@ -561,7 +571,7 @@ class VerboseConfig(Section, prefix="training.verbose."):
 
 # Names in a run's folder besides training.checkpoint_file, including temporary ones during writes and removals.
 _RUN_FILES = re.compile(
-    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|figures\.json|wandb|.*\.(partial|old|removed)",
+    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|run\.log|split\.npz|figures\.json|wandb|.*\.(partial|old|removed)",
     re.DOTALL,
 )
 
@@ -691,6 +701,11 @@ class Config(Section):
             else self.environment.env2path[self.environment.running_env]
         )
         return Path(root).expanduser() / (self.data.folder or self.data.dataset)
+
+    @property
+    def data_name(self) -> str:
+        """The data as messages call them: `data.source` or the data folder."""
+        return self.data.source or str(self.data_folder)
 
     @property
     def needs_clusters(self) -> bool:

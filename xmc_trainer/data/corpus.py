@@ -1,7 +1,7 @@
 """The corpus: a source tokenised once into memory-mapped Arrow files, which are cached by content.
 
 A cache folder is named by the corpus's fingerprint. It holds train.arrow, test.arrow, labels.arrow, manifest.json with
-their hashes, and filter_ids.npy and filter_offsets.npy if the source has filter pairs.
+their hashes; filter_ids.npy and filter_offsets.npy if the source has filter pairs; and split.npz if it holds texts out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from xmc_trainer.data.cache import Damaged, locked, making, seal, unseal
-from xmc_trainer.data.hugging_face import hf_source as open_hf
-from xmc_trainer.data.sources import Contents, Ragged, Row, lf_source, raw_source
+from xmc_trainer.data.sources import Contents, Ragged, Row, Source, check_num_labels, no_texts
 from xmc_trainer.data.tokenise import ROWS_PER_BATCH, tokenised
 from xmc_trainer.errors import UserError, reason
 
@@ -52,6 +51,7 @@ class Corpus:
         filter_pairs: labels to exclude from the ranking of each test row, or None.
         fingerprint: hash of the source files' content, the reading options and the tokenizer.
         texts: training texts. The rows of `train` after them are made from label texts.
+        split_file: which rows of the source are in which part, as `data.split.Split.save` writes it; None if its files say that.
         former_fingerprint: computes the fingerprint that checkpoints until November 2026 have, by a slower hash.
         places: int32 [L], label number in `train` and `test` -> row of `labels`. None: they are equal.
     """
@@ -63,6 +63,7 @@ class Corpus:
     fingerprint: str
     texts: int
     places: np.ndarray | None = None
+    split_file: Path | None = None
     former_fingerprint: Callable[[], str] | None = None
 
     @property
@@ -134,23 +135,11 @@ def flatten_lists(column: pa.ChunkedArray) -> Ragged:
 
 
 def load_corpus(
-    *,
-    folder: Path,
-    layout: str,
+    source: Source,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     max_len: int,
     cache_dir: str | Path,
-    hf_source: str | None = None,
-    hf_train_split: str = "train",
-    hf_test_split: str = "test",
-    text_column: str = "text",
-    label_column: str = "labels",
-    label_separator: str = ";",
-    test_share: float | None = None,
-    label_text_file: str | None = None,
-    test_split: str = "test",
-    augment_label_data: bool = False,
-    use_filter_eval: bool = False,
     num_labels: int | None = None,
     progress: bool = True,
 ) -> Corpus:
@@ -159,39 +148,24 @@ def load_corpus(
     A cache entry is verified, and written again if it is damaged.
 
     Args:
-        layout: "raw" or "lf" reads `folder`, "hf" reads `hf_source` (see `xmc_trainer.data.sources`).
-        label_text_file, test_split: only for layout "raw".
-        augment_label_data: for layout "lf", and for "raw" with a label_text_file.
-        use_filter_eval: only for layout "lf".
+        source: as `xmc_trainer.data.open_source` returns it.
         max_len: maximal number of tokens per text.
         num_labels: the expected number of labels; None accepts any.
         progress: show progress bars, and log the source's warnings: empty texts, unused label texts and so on.
     Raises UserError for defects of the files and leaves the cache unchanged.
     """
-    folder = Path(folder)
-    origin: Path | str = folder
-    if layout == "raw":
-        source = raw_source(folder, label_text_file, augment_label_data, test_split)
-    elif layout == "lf":
-        source = lf_source(folder, augment_label_data, use_filter_eval)
-    elif layout == "hf" and hf_source:
-        origin = hf_source
-        source = open_hf(
-            hf_source, hf_train_split, hf_test_split, text_column, label_column, label_separator, test_share
-        )
-    else:
-        raise ValueError(f"layout={layout!r}, hf_source={hf_source!r}: choose raw, lf, or hf with hf_source")
-    identity = [_CACHE_FORMAT, layout, source.identity, max_len, _tokenizer_identity(tokenizer)]
-    fingerprint_by = functools.partial(_fingerprint, source.files, identity)
+    fingerprint_by = functools.partial(_fingerprint, source, [max_len, _tokenizer_identity(tokenizer)])
     fingerprint = fingerprint_by(xxhash.xxh3_128)  # at the speed of memory, because every start reads all files
 
     def make(part: Path) -> None:
         contents = source.read()
-        _check_num_labels(num_labels, len(contents.labels))
-        _build(part, contents, origin, tokenizer, max_len, progress)
+        check_num_labels(num_labels, len(contents.labels))
+        if contents.split is not None:
+            contents.split._replace(made_for=fingerprint_of(source)).save(part / "split.npz")
+        _build(part, source, contents, tokenizer, max_len, progress)
 
     corpus, notes = _open_or_make(_cache_folder(cache_dir) / fingerprint, make)
-    _check_num_labels(num_labels, corpus.num_labels)
+    check_num_labels(num_labels, corpus.num_labels)
     if progress:
         for note in notes:
             logger.warning("%s", note)
@@ -245,18 +219,22 @@ def _open(folder: Path) -> tuple[Corpus, list[str]]:
     filter_pairs = None
     if (folder / "filter_ids.npy").is_file():
         filter_pairs = Ragged(np.load(folder / "filter_ids.npy"), np.load(folder / "filter_offsets.npy"))
-    return Corpus(train, test, labels, filter_pairs, fingerprint=folder.name, texts=facts["texts"]), facts["notes"]
+    split_file = folder / "split.npz" if (folder / "split.npz").is_file() else None
+    corpus = Corpus(
+        train, test, labels, filter_pairs, fingerprint=folder.name, texts=facts["texts"], split_file=split_file
+    )
+    return corpus, facts["notes"]
 
 
-def _check_num_labels(expected: int | None, found: int) -> None:
-    if expected not in (None, found):
-        raise UserError(f"`num_labels`={expected}: the data have {found} labels; correct it, or set it to null")
+def fingerprint_of(source: Source) -> str:
+    """Return a hash of the source's files and reading options. It reads all files."""
+    return _fingerprint(source, [], xxhash.xxh3_128)
 
 
-def _fingerprint(files: list[Path], identity: list[Any], new_digest: Callable[[], Any]) -> str:
+def _fingerprint(source: Source, use: list[Any], new_digest: Callable[[], Any]) -> str:
     digest = new_digest()
-    digest.update(json.dumps(identity).encode())
-    for path in files:
+    digest.update(json.dumps([_CACHE_FORMAT, source.layout, source.identity, *use]).encode())
+    for path in source.files:
         try:
             with open(path, "rb") as file:
                 digest.update(b"\0%b\0%d\0" % (os.fsencode(path.name), os.fstat(file.fileno()).st_size))
@@ -280,8 +258,8 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 def _build(
     folder: Path,
+    source: Source,
     contents: Contents,
-    origin: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     max_len: int,
     progress: bool,
@@ -292,7 +270,7 @@ def _build(
         with tqdm(desc=f"tokenise {split}", unit="text", disable=not progress) as bar:
             sizes[split] = _write_tokens(folder / f"{split}.arrow", rows, tokenizer, max_len, bar)
         if not sizes[split]:
-            raise UserError(f"{origin}: the {split} set has no texts with labels; check its files")
+            raise no_texts(source, split)
     with _arrow_writer(folder / "labels.arrow", _LABEL_FEATURES.arrow_schema) as writer:
         for start in range(0, len(contents.labels), ROWS_PER_BATCH):
             columns = [pa.array(column) for column in zip(*contents.labels[start : start + ROWS_PER_BATCH])]

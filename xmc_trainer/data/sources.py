@@ -18,13 +18,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from xmc_trainer.data.processes import spread
 from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object, without_marks
 from xmc_trainer.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from xmc_trainer.data.split import Split
 
 # If more than this share of the labels looks comma-separated, warn.
 _COMMA_SHARE = 0.01
@@ -63,17 +66,30 @@ class Contents:
     train: Callable[[], Iterator[Row]]
     test: Callable[[], Iterator[Row]]
     filter_pairs: Ragged | None = None  # labels to exclude from the ranking of each test row
+    split: Split | None = None  # where the source holds texts out
     augmented: int = 0  # training rows made from label texts; they come last
     # Warnings for the user: subject -> one line. Complete after a pass over train and test. They name files without
     # their folders, because the cache may later serve the same content for another folder.
     notes: dict[str, str] = field(default_factory=dict)
 
 
+def check_num_labels(expected: int | None, found: int) -> None:
+    """Raise UserError if another number of labels was expected."""
+    if expected not in (None, found):
+        raise UserError(f"`num_labels`={expected}: the data have {found} labels; correct it, or set it to null")
+
+
+def no_texts(source: Source, split: str) -> UserError:
+    return UserError(f"{source.name}: the {split} set has no texts with labels; check its files")
+
+
 @dataclass(frozen=True)
 class Source:
     """A data set whose files were found but not read."""
 
+    name: str  # for messages
     files: list[Path]  # their content and `identity` together identify the data set
+    layout: str  # "raw", "lf", "sparse" or "hf" (rows with columns)
     identity: str  # the options for reading them
     read: Callable[[], Contents]  # raises UserError; so does a pass over train or test
 
@@ -104,7 +120,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, json_object(line, where)
 
 
-def _find_file(folders: list[Path], names: list[str], layout: str, remedy: str) -> Path:
+def find_file(folders: list[Path], names: list[str], layout: str, remedy: str) -> Path:
     """Return the first existing file, trying all `names` in one folder after the other. UserError if there is none."""
     # Path's methods raise for a name that is too long for the file system; os.path returns False.
     if not os.path.isdir(folders[-1]):
@@ -208,11 +224,11 @@ def raw_source(
     texts, labels = {}, {}
     for split in ("train", test_split):
         remedy = _WRONG_FOLDER if split in ("train", "test") else f"the split is `test_split`={split}"
-        texts[split] = _find_file([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, remedy)
-        labels[split] = _find_file([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, remedy)
+        texts[split] = find_file([folder], [f"{split}_raw_texts.txt", f"{split}_texts.txt"], _RAW_LAYOUT, remedy)
+        labels[split] = find_file([folder], [f"{split}_labels.txt"], _RAW_LAYOUT, remedy)
     files, table_file = [*texts.values(), *labels.values()], None
     if label_text_file is not None:
-        table_file = _find_file(
+        table_file = find_file(
             [folder], [label_text_file], "one label<TAB>text per line", "correct or remove `label_text_file`"
         )
         files.append(table_file)
@@ -233,12 +249,7 @@ def raw_source(
         label_rows = [(number, table[name]) for number, name in enumerate(names) if table.get(name)] if augment else []
 
         def rows(split: str) -> Iterator[NumberedRow]:
-            ids, offsets = found[split].ids, found[split].offsets
-            for part in _cut(texts[split]):
-                bounds = offsets[part.first - 1 : part.first + part.lines]
-                numbers, starts = ids[bounds[0] : bounds[-1]].tolist(), (bounds - bounds[0]).tolist()
-                for line, (text, start, stop) in enumerate(zip(_texts_of(part), starts, starts[1:]), part.first):
-                    yield (texts[split], line), text, numbers[start:stop]
+            return lines_with_labels(texts[split], found[split])
 
         def train() -> Iterator[Row]:
             yield from count_unlabelled(count_empty(rows("train"), "training", notes), notes)
@@ -252,15 +263,10 @@ def raw_source(
             notes=notes,
         )
 
-    return Source(files, json.dumps([augment, test_split]), read)
+    return Source(str(folder), files, "raw", json.dumps([augment, test_split]), read)
 
 
-def _label_names(line: str) -> list[str]:
-    # Without an argument, str.split would also split names at no-break and ideographic spaces.
-    return [name for name in line.replace("\t", " ").split(" ") if name]
-
-
-class _Lines(NamedTuple):
+class Lines(NamedTuple):
     """A part of a file, cut at the ends of lines."""
 
     path: Path
@@ -270,7 +276,23 @@ class _Lines(NamedTuple):
     lines: int
 
 
-def _cut(path: Path) -> Iterator[_Lines]:
+def lines_with_labels(path: Path, labels: Ragged) -> Iterator[NumberedRow]:
+    """Yield each line of a text file with its labels."""
+    for part in cut(path):
+        bounds = labels.offsets[part.first - 1 : part.first + part.lines]
+        numbers, starts = labels.ids[bounds[0] : bounds[-1]].tolist(), (bounds - bounds[0]).tolist()
+        for line, (text, start, stop) in enumerate(zip(texts_of(part), starts, starts[1:]), part.first):
+            yield (path, line), text, numbers[start:stop]
+
+
+def check_lines(texts: Path, labels: Path, rows: int) -> None:
+    """Raise UserError unless a text file has one line for each of the `rows` rows of a label file."""
+    lines = sum(len(texts_of(part)) for part in cut(texts))
+    if lines != rows:
+        raise UserError(f"{texts} has {lines} lines, {labels} has {rows}; write one line of labels for each text")
+
+
+def cut(path: Path) -> Iterator[Lines]:
     """Cut a file into parts of about 4 MiB. Raises UserError if it cannot be read."""
     try:
         with open(path, "rb") as file:
@@ -279,13 +301,13 @@ def _cut(path: Path) -> Iterator[_Lines]:
                 block += file.readline()
                 # As `decoded_lines` counts: a byte order mark without text is no line.
                 lines = 0 if first == 1 and block == codecs.BOM_UTF8 else block.count(b"\n") + (block[-1:] != b"\n")
-                yield _Lines(path, start, start + len(block), first, lines)
+                yield Lines(path, start, start + len(block), first, lines)
                 start, first = start + len(block), first + lines
     except OSError as error:
         raise _cannot_read(path, error) from None
 
 
-def _bytes_of(part: _Lines) -> bytes:
+def _bytes_of(part: Lines) -> bytes:
     try:
         with open(part.path, "rb") as file:
             file.seek(part.start)
@@ -294,7 +316,7 @@ def _bytes_of(part: _Lines) -> bytes:
         raise _cannot_read(part.path, error) from None
 
 
-def _texts_of(part: _Lines) -> list[str]:
+def texts_of(part: Lines) -> list[str]:
     """Return what `decoded_lines` yields, in a tenth of the time."""
     content = _bytes_of(part)
     try:
@@ -317,12 +339,12 @@ class _Found(NamedTuple):
     example: str  # a name with a comma
 
 
-def _names_in(part: _Lines) -> _Found:
+def _names_in(part: Lines) -> _Found:
     numbers: dict[str, int] = {}
     ids, counts = array("i"), array("i")
     total = with_comma = 0
     example = ""
-    for line in _texts_of(part):
+    for line in texts_of(part):
         # Without an argument, str.split would also split names at no-break and ideographic spaces.
         names = [name for name in line.replace("\t", " ").split(" ") if name]
         row = {numbers.setdefault(name, len(numbers)) for name in names}
@@ -345,7 +367,7 @@ def _read_labels(texts: Path, labels: Path, seen: dict[str, int], notes: dict[st
     ids, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     total = with_comma = 0
     example = ""
-    for found, _ in spread(_names_in, ((part, None) for part in _cut(labels))):
+    for found, _ in spread(_names_in, ((part, None) for part in cut(labels))):
         names = found.names.split(" ") if found.names else []
         number = np.fromiter(map(seen.get, names, repeat(-1)), np.int32, len(names))
         for at in np.flatnonzero(number < 0).tolist():
@@ -354,11 +376,7 @@ def _read_labels(texts: Path, labels: Path, seen: dict[str, int], notes: dict[st
         counts.append(found.counts)
         total, with_comma = total + found.total, with_comma + found.with_comma
         example = example or found.example
-    text_lines, label_lines = sum(len(_texts_of(part)) for part in _cut(texts)), sum(map(len, counts))
-    if text_lines != label_lines:
-        raise UserError(
-            f"{texts} has {text_lines} lines, {labels} has {label_lines}; write one line of labels for each text"
-        )
+    check_lines(texts, labels, sum(map(len, counts)))
     if not total:
         raise UserError(f"{labels}: has no labels; write each text's label names on its line")
     if with_comma > _COMMA_SHARE * total:
@@ -435,12 +453,12 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
     """
     folders = [folder / "raw_text", folder]
     paths = {
-        name: _find_file(folders, [f"{name}.json", f"{name}.json.gz"], _LF_LAYOUT, _WRONG_FOLDER)
+        name: find_file(folders, [f"{name}.json", f"{name}.json.gz"], _LF_LAYOUT, _WRONG_FOLDER)
         for name in ("trn", "tst", "lbl")
     }
     files, filter_file = list(paths.values()), None
     if with_filter:
-        filter_file = _find_file(
+        filter_file = find_file(
             folders, ["filter_labels_test.txt"], "one row and label per line", "or set `use_filter_eval`=false"
         )
         files.append(filter_file)
@@ -474,12 +492,12 @@ def lf_source(folder: Path, augment: bool = False, with_filter: bool = False) ->
             labels=[(name, text or name) for name, text in labels],
             train=train,
             test=lambda: rows("tst", "test"),
-            filter_pairs=_filter_pairs(filter_file, paths["tst"], len(labels)) if filter_file else None,
+            filter_pairs=filter_pairs_of(filter_file, count_lines(paths["tst"]), len(labels)) if filter_file else None,
             augmented=texts if augment else 0,
             notes=notes,
         )
 
-    return Source(files, json.dumps([augment, with_filter]), read)
+    return Source(str(folder), files, "lf", json.dumps([augment, with_filter]), read)
 
 
 def _text_field(record: dict[str, Any], name: str, where: str) -> str:
@@ -519,9 +537,12 @@ def _lf_rows(path: Path, label_file: Path, num_labels: int) -> Iterator[Numbered
         yield where, " ".join(part for part in parts if part), sorted(set(target))
 
 
-def _filter_pairs(path: Path, test_file: Path, num_labels: int) -> Ragged:
-    """Read the labels to exclude for each row of the test file, ascending."""
-    num_rows = sum(1 for _ in read_lines(test_file))
+def count_lines(path: Path) -> int:
+    return sum(1 for _ in read_lines(path))
+
+
+def filter_pairs_of(path: Path, num_rows: int, num_labels: int) -> Ragged:
+    """Read the labels to exclude for each of the `num_rows` test rows, ascending."""
     flat = array("q")
     for number, line in read_lines(path):
         words = line.split()

@@ -99,14 +99,14 @@ class ProgressHook(Hook):
 
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
         if self._bar is not None:
-            called = trainer.config.data.evaluated_split if split == "test" else split
+            called = trainer.config.data.test_split if split == "test" else split
             self._bar.write(table({f"epoch {trainer.state.epoch + 1} {called}": metrics}))
 
     def on_train_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
             self._bar.close()
             floor = most_popular(trainer.corpus, trainer.new_metrics())
-            called = trainer.config.data.evaluated_split
+            called = trainer.config.data.test_split
             print(
                 f"\n{called} set, per cent, after {trainer.state.step} steps; model in {trainer.run_folder / 'model'}"
             )

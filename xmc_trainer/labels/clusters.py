@@ -69,16 +69,11 @@ class LabelClusters:
             finally:
                 partial.unlink(missing_ok=True)
 
-    @staticmethod
-    def require(path: Path) -> None:
-        """Raise UserError if there is no file to load."""
-        if not path.is_file():
-            raise UserError(f"{path}: no such label clusters; {_REMEDY}")
-
     @classmethod
     def load(cls, path: Path, label_ids: Iterable[str]) -> LabelClusters:
         """Read a file of `save`. UserError if it is missing, damaged or made for other labels."""
-        cls.require(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such label clusters; {_REMEDY}")
         try:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}

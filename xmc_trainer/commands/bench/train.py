@@ -86,7 +86,7 @@ def main() -> None:
     )
     warm = min(options.steps, 10)
     config = load_config([*settings, f"training.optimization.max_steps={warm + options.steps + _COUNTED}"])
-    generated = config.data.hf_source is None and not config.data_folder.is_dir()
+    generated = config.data.source is None and not config.data_folder.is_dir()
     if generated and config.data.num_labels is None:
         raise UserError(
             f"{config.data_folder}: no such folder; set dataset_path or data.folder, or set data.num_labels to generate data"

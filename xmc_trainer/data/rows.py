@@ -6,15 +6,15 @@ Only these two columns are read. No code of a data set is run: the datasets libr
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,8 @@ from xmc_trainer.data import tables
 from xmc_trainer.data.sources import (
     Contents,
     NamedRow,
+    Ragged,
+    Row,
     Source,
     Vocabulary,
     count_empty,
@@ -31,6 +33,7 @@ from xmc_trainer.data.sources import (
     json_lines,
     known_labels,
 )
+from xmc_trainer.data.split import DEV, TEST, TRAIN, Split, divided
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError, reason, shown
 
@@ -57,72 +60,94 @@ class _Split(NamedTuple):
     class_names: list[str] | None = None  # of the label column, if it holds class labels
 
 
-def hf_source(
+def rows_source(
     name: str,
-    train_split: str,
-    test_split: str,
-    text_column: str,
-    label_column: str,
+    train_split: str = "train",
+    test_split: str = "test",
+    text_column: str = "text",
+    label_column: str = "labels",
     label_separator: str = ";",
+    *,
     test_share: float | None = None,
+    dev_share: float | None = None,
+    group_column: str | None = None,
+    stratify: bool = False,
+    split_file: Path | None = None,
 ) -> Source:
     """Open a file or a data set of rows.
 
-    The label set is that of the training split. For class labels and multi-hot columns it is all classes.
+    The label set is that of the training part. For class labels and multi-hot columns it is all classes.
 
     Args:
         name: a file, a folder with the files of `_find_files`, a folder of `save_to_disk`, or a hub id.
+        test_split: the split to evaluate on; with `dev_share`, "dev" is the part held out.
         label_column: see `_LabelColumn` for the accepted values.
         label_separator: between the labels in a cell of a CSV or TSV file.
-        test_share: hold out this share of the training split's texts as test split, see `_hold_out`. None: 0.1 if
-            `name` is a file, which is all of the data; otherwise read `test_split`.
+        test_share, dev_share: hold out these shares of the training split's texts, see `split.divided`. A `test_share` of
+            None means 0.1 if `name` has only one split; otherwise `test_split` is read.
+        group_column: rows with an equal value in it stay together; None: rows with an equal text.
+        split_file: divide the training split as this file of `Split.save` does, instead of by shares.
     """
-    if text_column == label_column:
-        raise UserError(f"`label_column`={label_column}: is also `text_column`; name the column with the labels")
-    columns = _Columns(text_column, label_column, label_separator)
-    whole = _open_split(name, "hf_train_split", train_split, columns)
-    if test_share is None and os.path.isfile(Path(name).expanduser()):
+    if len({text_column, label_column, group_column}) < 3:
+        one = "`label_column`" if text_column == label_column else "`group_column`"
+        raise UserError(f"{one}: is also the name of another column; name the right one")
+    columns = _Columns(text_column, label_column, label_separator, group_column)
+    whole = _open_split(name, "train_split", train_split, columns)
+    if test_share is None and _is_one_split(name):
         test_share = _TEST_SHARE
-    apart = None if test_share is not None else _open_split(name, "hf_test_split", test_split, columns)
+    evaluated = {"dev": DEV if dev_share else None, "test": TEST if test_share else None}.get(test_split)
+    if evaluated is None and test_share is not None:
+        raise UserError(f"`test_split`={test_split}: no texts are held out for it; set `dev_share`, or choose test")
+    apart = None if evaluated is not None else _open_split(name, "test_split", test_split, columns)
+    holds_out = test_share is not None or dev_share is not None
+    if not holds_out and (group_column is not None or stratify):
+        option = "group_column" if group_column is not None else "stratify"
+        raise UserError(f"`{option}`: no texts are held out; set `test_share` or `dev_share`, or remove it")
 
     def read() -> Contents:
         notes: dict[str, str] = {}
         column = _LabelColumn(label_column, whole.class_names)
         seen = column.scan(whole)
         if not column.rows:
-            raise UserError(f"`hf_source`={name}: {train_split} has no rows; write it again, or set `hf_train_split`")
+            raise UserError(f"`source`={name}: {train_split} has no rows; write it again, or set `train_split`")
         if apart and apart.class_names != whole.class_names:
             raise UserError(
-                f"`hf_source`={name}: the class labels of {label_column!r} in {test_split} differ from those in "
+                f"`source`={name}: the class labels of {label_column!r} in {test_split} differ from those in "
                 f"{train_split}; give both splits the same"
             )
         if apart:
             train_rows = column.rows
             column.scan(apart)
             if column.rows == train_rows:
-                raise UserError(f"`hf_source`={name}: {test_split} has no rows; write it again, or set `hf_test_split`")
-        column.decide(f"`hf_source`={name}", notes)
-        if test_share is not None:
-            train, test, seen = _hold_out(name, whole, test_share, columns, column, notes)
-        else:
-            assert apart
-            train, test = whole, apart
+                raise UserError(f"`source`={name}: {test_split} has no rows; write it again, or set `test_split`")
+        column.decide(f"`source`={name}", notes)
+        split = None
+        if holds_out:
+            given = None if split_file is None else Split.load(split_file)
+            split, seen = _hold_out(name, whole, test_share or 0.0, dev_share or 0.0, columns, column, stratify, given)
+            notes["held out"] = _held_out_note(split, columns, stratify)
         vocabulary = Vocabulary.of(seen) if column.classes is None else Vocabulary(column.classes)
         if not vocabulary.names:
-            raise UserError(f"`hf_source`={name}: {train_split} has no labels in {label_column!r}; set `label_column`")
+            raise UserError(f"`source`={name}: {train_split} has no labels in {label_column!r}; set `label_column`")
 
-        def rows(split: _Split) -> Iterator[NamedRow]:
-            for where, record in split.records(columns[:2]):
-                text = record[text_column]
-                if not isinstance(text, str | None):
-                    raise UserError(f"{where}: column {text_column!r} must hold strings; set `text_column`")
-                check_unicode(text or "", f"{where}: column {text_column!r}")
-                yield where, text or "", column.names(record[label_column], where)
+        def rows(of: _Split, part: int | None) -> Iterator[NamedRow]:
+            records = of.records([text_column, label_column])
+            if split is not None and part is not None:
+                records = itertools.compress(records, split.parts == part)
+            for where, record in records:
+                yield where, _text(record, columns, where), column.names(record[label_column], where)
+
+        def train() -> Iterator[Row]:
+            found = rows(whole, TRAIN if split is not None else None)
+            return count_unlabelled(count_empty(vocabulary.numbered(found), "training", notes), notes)
 
         return Contents(
             labels=[(label, label) for label in vocabulary.names],
-            train=lambda: count_unlabelled(count_empty(vocabulary.numbered(rows(train)), "training", notes), notes),
-            test=lambda: known_labels(vocabulary.numbered(rows(test)), len(vocabulary.names), notes),
+            train=train,
+            test=lambda: known_labels(
+                vocabulary.numbered(rows(apart or whole, evaluated)), len(vocabulary.names), notes
+            ),
+            split=split,
             notes=notes,
         )
 
@@ -139,64 +164,98 @@ def hf_source(
     ]
     # Appended only where they matter, so that caches and checkpoints of earlier versions are found.
     identity += [label_separator] * any(map(tables.is_table, files)) + [test_share] * (test_share is not None)
-    return Source(files, json.dumps(identity), read)
+    more = {"dev_share": dev_share, "group_column": group_column, "stratify": stratify or None}
+    identity += [more] * any(value is not None for value in more.values())
+    if split_file is not None:
+        files.append(split_file)
+    return Source(name, files, "hf", json.dumps(identity), read)
 
 
 def _hold_out(
-    name: str, whole: _Split, share: float, columns: _Columns, column: _LabelColumn, notes: dict[str, str]
-) -> tuple[_Split, _Split, set[str]]:
-    """Divide a split. Returns training part, test part and the label names of the training part. Adds a note.
+    name: str,
+    whole: _Split,
+    test_share: float,
+    dev_share: float,
+    columns: _Columns,
+    column: _LabelColumn,
+    stratify: bool,
+    given: Split | None,
+) -> tuple[Split, set[str]]:
+    """Divide a split. Returns the parts of its rows, and the label names of the training part.
 
-    The texts with the smallest hashes are held out, so equal texts stay together and the order of rows does not matter.
-    A text that is the last one of a label stays in training.
+    Args:
+        given: repeat this division, unless it is of other texts.
     """
+    keys, ids, counts, numbers = array("Q"), array("i"), array("i"), dict[str, int]()
+    for where, record in whole.records(columns.read):
+        value = _text(record, columns, where) if columns.group is None else _group(record, columns.group, where)
+        keys.append(xxhash.xxh3_64_intdigest(value.encode(errors="surrogatepass")))
+        row = {numbers.setdefault(label, len(numbers)) for label in column.names(record[columns.labels], where)}
+        ids.extend(row)
+        counts.append(len(row))
+    labels = Ragged(np.array(ids, np.int32), np.r_[0, np.cumsum(np.array(counts, np.int64))])
+    hashes = np.array(keys, np.uint64)
+    if given is not None and np.isin(hashes, given.keys).any():
+        split = given.repeated(hashes)
+    else:
+        split = divided(hashes, labels, len(numbers), test_share, dev_share, stratify)
+    for part, share, called in ((TEST, test_share, "test"), (DEV, dev_share, "dev"), (TRAIN, 1.0, "training")):
+        if share and not (split.parts == part).any():
+            if part == TRAIN:
+                raise UserError(
+                    f"`source`={name}: no text is left to train on; add texts, or lower the shares held out"
+                )
+            raise UserError(
+                f"`source`={name}: no text can be held out as {called} set, because each is needed for training; add texts, or "
+                f"write a folder with a train and a {called} file"
+            )
+    trained = np.unique(labels.ids[np.repeat(split.parts == TRAIN, np.diff(labels.offsets))])
+    names = np.array(list(numbers), dtype=object)
+    return split, set(names[trained])
 
-    def hashes(wanted: Sequence[str]) -> Iterator[tuple[int, str, Record]]:
-        for where, record in whole.records([*{*wanted, columns.text}]):
-            text = record[columns.text]
-            data = text.encode(errors="surrogatepass") if isinstance(text, str) else b""
-            yield xxhash.xxh3_64_intdigest(data), where, record
 
-    rows = np.fromiter((value for value, _, _ in hashes([])), np.uint64)
-    distinct = np.unique(rows)
-    held = {int(value) for value in distinct[: math.ceil(share * len(distinct))]}
-    covered: set[str] = set()
-    for value, where, record in hashes([columns.labels]):
-        if value not in held:
-            covered.update(column.names(record[columns.labels], where))
-    for value, where, record in hashes([columns.labels]):
-        names = set(column.names(record[columns.labels], where))
-        if value in held and not names <= covered:
-            held.remove(value)
-            covered |= names
-    if not held or len(held) == len(distinct):
-        raise UserError(
-            f"`hf_source`={name}: no text can be held out as test set, because each is needed for training; add texts, or write a "
-            "folder with a train and a test file"
-        )
-
-    def part(test: bool) -> _Split:
-        def records(wanted: Sequence[str]) -> Iterator[tuple[str, Record]]:
-            return ((where, record) for value, where, record in hashes(wanted) if (value in held) == test)
-
-        return _Split(whole.files, records, whole.class_names)
-
-    notes["held out"] = (
-        f"{np.isin(rows, np.array([*held], np.uint64)).sum()} of {len(rows)} texts are held out as test set; to choose "
-        "them yourself, write a folder with a train and a test file"
+def _held_out_note(split: Split, columns: _Columns, stratify: bool) -> str:
+    sizes = np.bincount(split.parts, minlength=3)
+    parts = " and ".join(
+        f"{sizes[part]:,} as {called} set" for part, called in ((TEST, "test"), (DEV, "dev")) if sizes[part]
     )
-    return part(test=False), part(test=True), covered
+    how = f", whole groups of {columns.group!r}" if columns.group is not None else ""
+    how += ", by iterative stratification" if stratify else ""
+    return f"{parts} of {len(split.parts):,} texts are held out{how}; to choose them yourself, write a folder with a file for each split"
+
+
+def _text(record: Record, columns: _Columns, where: str) -> str:
+    text = record[columns.text]
+    if not isinstance(text, str | None):
+        raise UserError(f"{where}: column {columns.text!r} must hold strings; set `text_column`")
+    check_unicode(text or "", f"{where}: column {columns.text!r}")
+    return text or ""
+
+
+def _group(record: Record, column: str, where: str) -> str:
+    group = record[column]
+    if not isinstance(group, str | int) or group == "":
+        found = "nothing" if group in (None, "") else type(group).__name__
+        raise UserError(
+            f"{where}: column {column!r} must hold a name or a whole number, not {found}; set `group_column`"
+        )
+    return str(group)
 
 
 class _Columns(NamedTuple):
     text: str
     labels: str
-    separator: str  # of labels in a cell of a table
+    separator: str = ";"  # of labels in a cell of a table
+    group: str | None = None
+
+    @property
+    def read(self) -> list[str]:
+        return [name for name in (self.text, self.labels, self.group) if name is not None]
 
     def check(self, found: Iterable[str], where: str) -> None:
-        """Raise UserError unless both columns are in `found`."""
-        named = {"text_column": self.text, "label_column": self.labels}
-        if missing := {parameter: name for parameter, name in named.items() if name not in found}:
+        """Raise UserError unless all columns are in `found`."""
+        named = {"text_column": self.text, "label_column": self.labels, "group_column": self.group}
+        if missing := {parameter: name for parameter, name in named.items() if name is not None and name not in found}:
             raise UserError(
                 f"{where}: has no column {' and no column '.join(map(repr, missing.values()))}, only "
                 f"{', '.join(found) or 'none'}; set {' and '.join(f'`{parameter}`' for parameter in missing)}"
@@ -319,23 +378,25 @@ def _open_split(name: str, parameter: str, split: str, columns: _Columns) -> _Sp
     try:
         folder = Path(name).expanduser()
     except RuntimeError as error:  # ~ names an unknown user
-        raise UserError(f"`hf_source`={name}: {error}; name a folder or hub id") from None
+        raise UserError(f"`source`={name}: {error}; name a folder or hub id") from None
     # Path's methods raise for names that are too long; os.path returns False.
     if os.path.isfile(folder):
         if not folder.name.endswith(_EXTENSIONS):
-            raise UserError(f"`hf_source`={name}: cannot be read; {_CONVERT}")
+            raise UserError(f"`source`={name}: cannot be read; {_CONVERT}")
         return _open_files([folder], columns)
+    if os.path.isfile(folder / "state.json"):
+        return _open_saved(folder, split, columns)
     if not os.path.isdir(folder):
         if folder.name.endswith(_EXTENSIONS):
-            raise UserError(f"`hf_source`={name}: no such file; name an existing file or folder, or a hub id")
+            raise UserError(f"`source`={name}: no such file; name an existing file or folder, or a hub id")
         if folder.is_absolute() or not _HUB_ID.fullmatch(name):
-            raise UserError(f"`hf_source`={name}: no such folder; name the folder of the data, or a hub id")
+            raise UserError(f"`source`={name}: no such folder; name the folder of the data, or a hub id")
         return _open_dataset(
-            lambda: datasets.load_dataset(name, split=split),
-            f"`hf_source`={name}",
+            lambda: _datasets().load_dataset(name, split=split),
+            f"`source`={name}",
             split,
             columns,
-            "name an existing folder or a hub id in `hf_source`, correct the split names, or check the connection",
+            "name an existing folder or a hub id in `source`, correct the split names, or check the connection",
         )
     saved = folder / split
     try:
@@ -343,24 +404,41 @@ def _open_split(name: str, parameter: str, split: str, columns: _Columns) -> _Sp
         files = [] if is_saved else _find_files(folder, split)
     except OSError as error:
         raise UserError(
-            f"`hf_source`={name}: {error.filename}: {error.strerror}; check the split names and permissions"
+            f"`source`={name}: {error.filename}: {error.strerror}; check the split names and permissions"
         ) from None
     if is_saved:
-        return _open_dataset(
-            lambda: datasets.load_from_disk(str(saved)),
-            str(saved),
-            split,
-            columns,
-            "save it again, with at least one row",
-        )
+        return _open_saved(saved, split, columns)
     if not files:
-        raise UserError(f"`hf_source`={name}: has no split {split!r}: {_why_missing(folder, parameter, split)}")
+        raise UserError(f"`source`={name}: has no split {split!r}: {_why_missing(folder, parameter, split)}")
     return _open_files(files, columns)
+
+
+def _is_one_split(name: str) -> bool:
+    """Return whether a file, or a folder of `Dataset.save_to_disk`, is all of the data."""
+    path = Path(name).expanduser()
+    return os.path.isfile(path) or os.path.isfile(path / "state.json")
+
+
+def _datasets() -> Any:
+    import datasets  # takes a second, which mistakes in files need not wait for
+
+    return datasets
+
+
+def _open_saved(folder: Path, split: str, columns: _Columns) -> _Split:
+    return _open_dataset(
+        lambda: _datasets().load_from_disk(str(folder)),
+        str(folder),
+        split,
+        columns,
+        "save it again, with at least one row",
+    )
 
 
 def _open_files(files: list[Path], columns: _Columns) -> _Split:
     if files[0].suffix == ".parquet":
         return _open_parquet(files, columns)
+    next(_rows_of_files(files, columns), None)  # refuses wrong columns now
     return _Split(files, lambda _: _rows_of_files(files, columns))
 
 
@@ -372,13 +450,15 @@ def _why_missing(folder: Path, parameter: str, split: str) -> str:
     if not names:
         return f"the folder has no files; write {split}.jsonl there, or name another folder"
     if readable:
+        held_out = ", or set `test_share` to hold texts out" if parameter == "test_split" else ""
         return (
             f"the folder has no {split}.parquet, no {split}.jsonl, no folder {split} and no parts such as "
             f"{split}-00000-of-00002.parquet, only {', '.join(readable[:8])}{' ...' * (len(readable) > 8)}; set "
-            f"`{parameter}`, rename the files, or name their folder"
+            f"`{parameter}`, rename the files, or name their folder{held_out}"
         )
-    if {path.name.removesuffix(".gz") for path in files} & {"train_labels.txt", "trn.json"}:
-        return "the folder has another layout; set `hf_source`=null, and name the folder in `folder`"
+    for path in files:
+        if path.name.removesuffix(".gz") in ("train_labels.txt", "trn.json", "trn_X_Y.txt", "Y.trn.npz"):
+            return f"the data are in {path.parent}; name that folder"
     return f"the folder has only files such as {names[0]}; {_CONVERT}"
 
 
@@ -424,7 +504,7 @@ def _find_files(folder: Path, split: str) -> list[Path]:
     if len(sets) > 1:
         candidates = " or ".join(f"{parent}/*{extension}" for parent, extension in sorted(sets))
         raise UserError(
-            f"`hf_source`={folder}: {split} may be {candidates}; name the folder of one, or move the others away"
+            f"`source`={folder}: {split} may be {candidates}; name the folder of one, or move the others away"
         )
     parts = sorted(next(iter(sets.values()), []), key=lambda part: part[:2])
     counts = {count for *_, count in parts}
@@ -432,16 +512,10 @@ def _find_files(folder: Path, split: str) -> list[Path]:
     if known and (len(counts) > 1 or [number for number, *_ in parts] != list(range(known[0]))):
         present = ", ".join(name for _, name, *_ in parts[:8])
         raise UserError(
-            f"`hf_source`={folder}: {split} is incomplete, it has {present}; fetch the missing parts, or remove "
+            f"`source`={folder}: {split} is incomplete, it has {present}; fetch the missing parts, or remove "
             "those of another set"
         )
     return [path for _, _, path, _ in parts]
-
-
-def _class_names(feature: Any) -> list[str] | None:
-    """Return the class names of a feature that is a class label or a list of class labels, else None."""
-    feature = getattr(feature, "feature", feature)
-    return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _rows_of_files(paths: list[Path], columns: _Columns) -> Iterator[tuple[str, Record]]:
@@ -490,8 +564,9 @@ def _open_parquet(paths: list[Path], columns: _Columns) -> _Split:
 def _class_names_in(schema: pa.Schema, column: str) -> list[str] | None:
     """Return the class names that the datasets library stored in a file's schema for a column, else None."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
-        return _class_names(datasets.Features.from_dict({column: features[column]})[column])
+        feature = json.loads(schema.metadata[b"huggingface"])["info"]["features"][column]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+        return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else None
     except Exception:  # absent, or written by an incompatible version: use the column's Arrow type
         return None
 
@@ -501,7 +576,7 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: _Col
     try:
         dataset = load()
         columns.check(dataset.column_names, f"{where}, split {split}")
-        dataset = dataset.with_format(None).select_columns([columns.text, columns.labels])
+        dataset = dataset.with_format(None).select_columns(columns.read)
         dataset.data.table.validate(full=True)  # a damaged memory-mapped file could crash the process
     except UserError:
         raise
@@ -521,4 +596,7 @@ def _open_dataset(load: Callable[[], Any], where: str, split: str, columns: _Col
             ) from None
 
     files = sorted(Path(file["filename"]) for file in dataset.cache_files)
-    return _Split(files, records, _class_names(dataset.features[columns.labels]))
+    feature = dataset.features[columns.labels]
+    feature = getattr(feature, "feature", feature)  # of a list
+    class_names = feature.names if isinstance(feature, _datasets().ClassLabel) else None
+    return _Split(files, records, class_names)
