@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, TextIO
 from xmc_trainer.checkpoint.folder import MANIFEST, verify_file
 from xmc_trainer.config import Config, flatten, saved_settings, to_yaml
 from xmc_trainer.errors import NothingToDo, UserError
-from xmc_trainer.files import CannotWrite, put_copy, remove, settle, sync, write_text, writing
+from xmc_trainer.files import OLD, PARTIAL, REMOVED, CannotWrite, put_copy, remove, settle, sync, write_text, writing
 
 if TYPE_CHECKING:
     from xmc_trainer.parallel import Ranks
@@ -80,6 +80,56 @@ def differences(config: Config, file: Path) -> list[str]:
     ]
 
 
+def _results(run_folder: Path) -> list[Path]:
+    """Return the folders of saved models."""
+    found = sorted(path.parent for path in run_folder.glob(f"*/{MANIFEST}"))
+    unfinished = (PARTIAL, OLD, REMOVED)
+    return [path for path in found if not _CHECKPOINT.fullmatch(path.name) and path.suffix not in unfinished]
+
+
+def _checkpoint_to_resume(config: Config) -> Path | None:
+    """Return the checkpoint from which a training resumes; None to start from the beginning.
+
+    Raises UserError if another run's results would be lost; NothingToDo if the run is finished and shall be resumed.
+    """
+    path = config.run_folder
+    training, found, results = config.training, find_checkpoint(path), _results(path)
+    existing = found or next((each for each in results if each.name == MODEL), None) or next(iter(results), None)
+    if existing is None:
+        return None
+    what = "a finished run" if existing.name == MODEL else "the best model of an interrupted run"
+    remedies = []
+    if found is not None:
+        what, remedies = f"an interrupted run ({found.name})", ["continue it with training.resume=true"]
+    if training.resume:
+        file = path / "config.yaml"
+        if found is not None:
+            file = verify_file(found, "config.yaml", remedy=f"restore it, or remove {found} to resume without it")
+        differ = differences(config, file)
+        logged = saved_settings(file).get("training.verbose.logging", True)
+        if existing.name == MODEL and not differ and (not logged or _log_has_ended(path / LOG)):
+            raise NothingToDo(
+                f"{path}: this run is finished; to train it again, set training.overwrite=true and leave out "
+                "training.resume"
+            )
+        if not differ:
+            return found  # None: the run was interrupted while finishing, or had no checkpoints
+        what, remedies = f"{what} with {'; '.join(differ)}", ["restore these settings"]
+    if training.overwrite:
+        return None
+    remedies.append(f"choose another name (log_fname={_free_name(path).name})")
+    raise UserError(f"{path}: holds {what}; {', '.join(remedies)}, or replace it with training.overwrite=true")
+
+
+def require_free(config: Config) -> None:
+    """Refuse a start that `RunFolder` would refuse, as far as that is seen without the folder's lock. Raises as it does."""
+    with writing(config.run_folder, ELSEWHERE):
+        if config.run_folder.exists():
+            _checkpoint_to_resume(config)
+        else:
+            _check_can_create(config.run_folder)
+
+
 class RunFolder:
     """The folder of a training, locked from construction (if it exists) to the end of training. Collective.
 
@@ -97,7 +147,7 @@ class RunFolder:
         self.split_file: Path | None = None
         # training.overwrite holds for this start only: a later start from the stored settings must not overwrite.
         self.config = replace(config, training=replace(config.training, overwrite=False))
-        self._overwrite, self._ranks = config.training.overwrite, ranks
+        self._requested, self._ranks = config, ranks
         self._lock: TextIO | None = None
         self._on_main_rank(self._inspect)
         self.checkpoint = ranks.broadcast(self.checkpoint)
@@ -113,7 +163,7 @@ class RunFolder:
             _check_can_create(self.path)  # only a training that was not refused creates the folder
             return
         self._acquire()
-        self.checkpoint = self._checkpoint_to_resume()
+        self.checkpoint = _checkpoint_to_resume(self._requested)
 
     def _acquire(self) -> None:
         # A folder from elsewhere may hold pipes, or links to files outside the run.
@@ -126,39 +176,6 @@ class RunFolder:
         self._lock = _locked(self.path)
         best = re.escape(self.config.training.checkpoint_file)
         settle(self.path, re.compile(rf"model|(checkpoint|replaced)(-\d+)?|{best}"))
-
-    def _results(self) -> list[Path]:
-        """Return the folders of saved models."""
-        found = sorted(path.parent for path in self.path.glob(f"*/{MANIFEST}"))
-        return [path for path in found if not _CHECKPOINT.fullmatch(path.name)]
-
-    def _checkpoint_to_resume(self) -> Path | None:
-        training, found, results = self.config.training, find_checkpoint(self.path), self._results()
-        existing = found or next((path for path in results if path.name == MODEL), None) or next(iter(results), None)
-        if existing is None:
-            return None
-        what = "a finished run" if existing.name == MODEL else "the best model of an interrupted run"
-        remedies = []
-        if found is not None:
-            what, remedies = f"an interrupted run ({found.name})", ["continue it with training.resume=true"]
-        if training.resume:
-            file = self.path / "config.yaml"
-            if found is not None:
-                file = verify_file(found, "config.yaml", remedy=f"restore it, or remove {found} to resume without it")
-            differ = differences(self.config, file)
-            logged = saved_settings(file).get("training.verbose.logging", True)
-            if existing.name == MODEL and not differ and (not logged or _log_has_ended(self.path / LOG)):
-                raise NothingToDo(
-                    f"{self.path}: this run is finished; to train it again, set training.overwrite=true and leave out "
-                    "training.resume"
-                )
-            if not differ:
-                return found  # None: the run was interrupted while finishing, or had no checkpoints
-            what, remedies = f"{what} with {'; '.join(differ)}", ["restore these settings"]
-        if self._overwrite:
-            return None
-        remedies.append(f"choose another name (log_fname={_free_name(self.path).name})")
-        raise UserError(f"{self.path}: holds {what}; {', '.join(remedies)}, or replace it with training.overwrite=true")
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -179,12 +196,12 @@ class RunFolder:
         if self._lock is None:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
-            if self._checkpoint_to_resume() is not None:
+            if _checkpoint_to_resume(self._requested) is not None:
                 raise UserError(f"{self.path}: another training has used it meanwhile; start again")
         if self.checkpoint is None:
             if self.config.training.resume:
                 print(f"{self.path}: no checkpoint to resume from; training from the beginning", flush=True)
-            if existing := [*checkpoints(self.path), *self._results()]:
+            if existing := [*checkpoints(self.path), *_results(self.path)]:
                 self._set_aside(existing)
         write_text(self.path / "config.yaml", to_yaml(self.config))
         if self.split_file is not None:

@@ -137,8 +137,12 @@ def _require_on_hub(name: str, file: str, where: str, kind: str) -> None:
     """
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
+    # The datasets library keeps what it has prepared in a folder of its own.
+    prepared = Path(os.environ.get("HF_DATASETS_CACHE", f"{constants.HF_HOME}/datasets")) / name.replace("/", "___")
     try:
-        if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
+        if isinstance(try_to_load_from_cache(name, file, repo_type=kind), str) or (
+            kind == "dataset" and prepared.is_dir()
+        ):
             return
         if constants.HF_HUB_OFFLINE:
             why = "HF_HUB_OFFLINE is set, and it is not in the local cache"

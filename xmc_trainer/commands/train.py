@@ -1,6 +1,6 @@
 """Train, evaluate and save a model.
 
-xmc-trainer train data.hf_source=tickets.csv                     # a table with the columns text and labels
+xmc-trainer train data.source=tickets.csv                        # a table with the columns text and labels
 xmc-trainer train dataset=wordnet dataset_path=./data --gpus 2   # two processes under DeepSpeed ZeRO 2
 accelerate launch --config_file launchers/accelerate_zero2.yaml launchers/train.py dataset=wordnet dataset_path=./data
 deepspeed launchers/train.py --deepspeed_config ds_configs/zero2.json dataset=wordnet dataset_path=./data
@@ -52,6 +52,14 @@ def main() -> None:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
+    # These take a second; importing torch and the engine takes many.
+    from xmc_trainer.builders.inputs import require_data, require_encoder
+    from xmc_trainer.run_folder import require_free
+
+    if os.environ.get("RANK", "0") == "0":
+        require_free(config)
+    require_data(config)
+    require_encoder(config)
     if arguments.gpus is not None or arguments.zero is not None:
         _launch(arguments)
 
