@@ -3,6 +3,7 @@
 config.yaml       the run's configuration
 split.npz         which texts were held out, if the run did so; see `data.split`
 log.jsonl         the log, one JSON object per line
+run.log           what libraries logged and warned, if anything
 checkpoint-1000/  the training state after step 1000, removed when the run finishes; see `checkpoint.resume`
 model/            the final model; see `checkpoint.saved_model`
 best/             training.checkpoint_file: the best model so far
@@ -31,7 +32,7 @@ from xmc_trainer.files import OLD, PARTIAL, REMOVED, CannotWrite, put_copy, remo
 if TYPE_CHECKING:
     from xmc_trainer.parallel import Ranks
 
-MODEL, LOG, SPLIT = "model", "log.jsonl", "split.npz"
+MODEL, LOG, LIBRARY_LOG, SPLIT = "model", "log.jsonl", "run.log", "split.npz"
 ELSEWHERE = "set output_dir to another folder"  # remedy for `files.writing`
 _CHECKPOINT = re.compile(r"checkpoint(?:-(\d+))?")  # an earlier version wrote no number
 # Settings that may change on resume: paths, and settings that do not affect the result.
@@ -167,7 +168,7 @@ class RunFolder:
 
     def _acquire(self) -> None:
         # A folder from elsewhere may hold pipes, or links to files outside the run.
-        for name in (".lock", LOG, SPLIT, "config.yaml"):
+        for name in (".lock", LOG, LIBRARY_LOG, SPLIT, "config.yaml"):
             if (file := self.path / name).is_symlink() or (file.exists() and not file.is_file()):
                 raise UserError(f"{file}: is not a regular file, but a run writes one there; move it elsewhere")
         for name in (MODEL, self.config.training.checkpoint_file):
@@ -211,7 +212,7 @@ class RunFolder:
         aside = _free_name(self.path / "replaced")
         aside.mkdir()
         sync(self.path)
-        for each in (*existing, self.path / "config.yaml", self.path / LOG, self.path / SPLIT):
+        for each in (*existing, self.path / "config.yaml", self.path / LOG, self.path / LIBRARY_LOG, self.path / SPLIT):
             if each.exists():
                 os.rename(each, aside / each.name)
         sync(aside)

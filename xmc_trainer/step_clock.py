@@ -59,7 +59,3 @@ class StartClock:
         now = time.perf_counter()
         self.parts[part] = self.parts.get(part, 0.0) + now - self._last
         self._last = now
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.parts.items())
-        return f"the training was built in {sum(self.parts.values()):.1f} s: {parts}"

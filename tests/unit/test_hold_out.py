@@ -79,12 +79,16 @@ def test_dev_test_and_training_part_of_a_file(tmp_path):
     def parts(**options):
         shares = {"test_share": 0.2, "dev_share": 0.1} | options
         by_name = {name: read_with_notes(rows_source(path, test_split=name, **shares)) for name in ("test", "dev")}
-        (labels, train, test, notes), (_, again, dev, _) = by_name["test"], by_name["dev"]
+        (_, train, test, notes), (_, again, dev, _) = by_name["test"], by_name["dev"]
         assert train == again and sorted(text for text, _ in train + test + dev) == sorted(row["text"] for row in rows)
         return notes, train, test, dev
 
     notes, *texts = parts()
-    assert [len(each) for each in texts] == [140, 40, 20] and "40 as test set and 20 as dev set of 200 texts" in notes
+    assert [len(each) for each in texts] == [
+        140,
+        40,
+        20,
+    ] and "of 200 texts: 40 texts as test set and 20 texts as dev set" in notes
     notes, *strata = parts(stratify=True)
     assert "by iterative stratification" in notes
     assert [[[labels for _, labels in part].count([n]) for n in range(5)] for part in strata] == [

@@ -21,7 +21,7 @@ ALLOWED = {
     "__main__": {"commands.cli"},
     "commands": {
         "", "builders", "checkpoint", "commands", "config", "data", "encoder", "errors", "evaluation", "files", "head", "labels",
-        "launch", "metrics", "model", "parallel", "plan", "run_folder", "signals",
+        "launch", "library_log", "metrics", "model", "parallel", "plan", "run_folder", "signals",
     },
     "commands.bench.train": {"builders", "commands.cli", "config", "data", "encoder", "engine", "errors", "hooks"},
     "commands.doctor": {"", "errors", "kernels", "version"},
@@ -77,6 +77,7 @@ ALLOWED = {
     "config": {"config", "errors", "schedules"},
     "parallel": {"errors", "launch"},
     "launch": {"errors"},
+    "library_log": set(),
     "files": {"errors"},
     "errors": set(),
     "metrics": set(),

@@ -100,7 +100,7 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
 def test_one_file_is_split_by_text(tmp_path):
     rows = records(200, copies=2)
     labels, train, test, notes = read_with_notes(opened(write_lines(tmp_path / "t.jsonl", rows), test_share=0.25))
-    assert len(labels) == 8 and "100 as test set of 400 texts are held out" in notes
+    assert len(labels) == 8 and "held out of 400 texts: 100 texts as test set" in notes
     assert (len(train), len(test)) == (300, 100)
     assert not {text for text, _ in train} & {text for text, _ in test}  # copies stay together
     random.Random(1).shuffle(rows)

@@ -158,8 +158,6 @@ def build_trainer(
         with naming(SETTINGS):
             resume.restore(folder.checkpoint, trainer)
         clock.mark("checkpoint")
-    if accelerator.is_main_process:
-        print(clock, flush=True)
     return trainer
 
 

@@ -65,9 +65,12 @@ def main() -> None:
 
     from xmc_trainer import signals
     from xmc_trainer.builders.training import build_trainer
+    from xmc_trainer.library_log import libraries_log_to
     from xmc_trainer.plan import explained
+    from xmc_trainer.run_folder import LIBRARY_LOG
 
-    with explained(config):
+    log = config.run_folder / LIBRARY_LOG if os.environ.get("RANK", "0") == "0" else None
+    with libraries_log_to(log), explained(config):
         trainer = build_trainer(config, deepspeed_config=arguments.deepspeed_config)
         with signals.deferred():
             trainer.train()
@@ -100,7 +103,7 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
         where = ["--include", f"localhost:{','.join(numbers[:processes])}"]
     with socket.create_server(("", 0)) as server:  # a free port, so that two trainings fit on a machine
         where += ["--master_port", str(server.getsockname()[1])]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--module"]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *where, "--module"]
     command += ["xmc_trainer.commands.train", "--deepspeed_config", arguments.deepspeed_config or str(shipped)]
     os.execv(sys.executable, [*command, *arguments.settings])
 

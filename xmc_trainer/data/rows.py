@@ -216,12 +216,13 @@ def _hold_out(
 
 def _held_out_note(split: Split, columns: _Columns, stratify: bool) -> str:
     sizes = np.bincount(split.parts, minlength=3)
-    parts = " and ".join(
-        f"{sizes[part]:,} as {called} set" for part, called in ((TEST, "test"), (DEV, "dev")) if sizes[part]
-    )
+    held = [f"{sizes[part]:,} texts as {called} set" for part, called in ((TEST, "test"), (DEV, "dev")) if sizes[part]]
     how = f", whole groups of {columns.group!r}" if columns.group is not None else ""
     how += ", by iterative stratification" if stratify else ""
-    return f"{parts} of {len(split.parts):,} texts are held out{how}; to choose them yourself, write a folder with a file for each split"
+    return (
+        f"held out of {len(split.parts):,} texts{how}: {' and '.join(held)}; to choose them yourself, write a folder with a file for "
+        "each split"
+    )
 
 
 def _text(record: Record, columns: _Columns, where: str) -> str:

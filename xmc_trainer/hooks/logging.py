@@ -37,6 +37,33 @@ def head_kernels(trainer: Trainer) -> list[str]:
     return [part.describe_kernels() for _, part in trainer.head.parts()]
 
 
+def summary(trainer: Trainer) -> str:
+    """Describe a training in a few lines: data, labels, model, head, memory and engine."""
+    config, corpus, batches, size = trainer.config, trainer.corpus, trainer.batches, trainer.ranks.size
+    positives = corpus.label_counts().sum() / corpus.texts
+    held_out = " (held out)" if corpus.split_file is not None else ""
+    lines = {
+        "data": f"{config.data_name}: {batches.train_texts:,} training texts, {len(corpus.test):,} {config.data.test_split} "
+        f"texts{held_out}, up to {corpus.lengths('train').max()} tokens",
+        "labels": f"{corpus.num_labels:,}, {positives:.1f} for a text",
+        "model": f"{config.model.encoder.encoder_model}, {trainer.head.in_features:,} features; "
+        f"head of {head_bytes(trainer) / 2**20:,.1f} MiB{' a process' if size > 1 else ''}",
+        "kernels": "\n         ".join(part.removeprefix("head: ") for part in head_kernels(trainer)),
+        "memory": f"{host_gib():.1f} GiB of this process" + _gpu_memory(trainer.device),
+        "engine": f"{engine_name(trainer.accelerator)}, {size} process{'es' if size > 1 else ''} on {trainer.device.type}, built in "
+        f"{sum(trainer.start_seconds.values()):.0f} s; {trainer.state.total_steps:,} steps of {batches.texts_a_step:,} texts, "
+        f"{trainer.state.steps_per_epoch:,} an epoch",
+    }
+    return "\n".join(f"{name:9}{line}" for name, line in lines.items())
+
+
+def _gpu_memory(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    free, whole = torch.cuda.mem_get_info(device)
+    return f"; GPU: {(whole - free) / 2**30:.1f} of {whole / 2**30:.1f} GiB in use"
+
+
 def host_gib() -> float:
     """Peak memory of this process in GiB, with the pages of memory-mapped data."""
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)
@@ -55,15 +82,8 @@ class ProgressHook(Hook):
 
     def on_train_start(self, trainer: Trainer) -> None:
         if trainer.accelerator.is_main_process:
-            size, steps = trainer.ranks.size, trainer.state.total_steps
-            print(
-                f"{size} process{'es' if size > 1 else ''} on {trainer.device.type}, {engine_name(trainer.accelerator)}: "
-                f"{trainer.batches.train_texts:,} texts, "
-                f"{trainer.corpus.num_labels:,} labels; head: {head_bytes(trainer) / 2**20:,.1f} MiB a process; {steps:,} steps, "
-                f"{trainer.state.steps_per_epoch:,} an epoch",
-                flush=True,
-            )
-            print("\n".join(head_kernels(trainer)), flush=True)
+            steps = trainer.state.total_steps
+            print(summary(trainer), flush=True)
             if trainer.state.step:
                 print(f"resumed after step {trainer.state.step:,}, in epoch {trainer.state.epoch + 1}", flush=True)
             warmup = trainer.config.training.optimization.warmup_steps
