@@ -55,11 +55,13 @@ def libraries_log_to(path: Path | None) -> Iterator[None]:
     before = [(logger.handlers, logger.propagate) for logger in loggers]
     show = warnings.showwarning
 
-    def keep(message: Any, category: Any, filename: str, line: int, *rest: Any) -> None:
+    def keep(
+        message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
+    ) -> None:
         if filename.startswith(_OURS):
-            show(message, category, filename, line, *rest)
+            show(message, category, filename, lineno, file, line)
         else:
-            said = warnings.formatwarning(message, category, filename, line).strip()
+            said = warnings.formatwarning(message, category, filename, lineno, line).strip()
             keeper.handle(logging.makeLogRecord({"name": "warnings", "levelname": "WARNING", "msg": said}))
 
     for logger in loggers:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import warnings
 
+import pytest
+
 from xmc_trainer.library_log import _OURS, libraries_log_to
 
 
@@ -13,7 +15,7 @@ def test_what_libraries_say_is_kept_in_a_file(tmp_path, capsys):
     library, later, ours = (logging.getLogger(name) for name in ("transformers.x", "DeepSpeed", "xmc_trainer.x"))
     top = logging.getLogger("transformers")
     before = list(top.handlers), top.propagate, warnings.showwarning
-    with libraries_log_to(path):
+    with pytest.warns(UserWarning) as shown, libraries_log_to(path):
         library.error("early %d", 1)
         assert not path.exists()
         path.parent.mkdir()
@@ -29,7 +31,9 @@ def test_what_libraries_say_is_kept_in_a_file(tmp_path, capsys):
     assert lines[0].endswith("ERROR transformers.x: early 1") and lines[1].endswith("ERROR DeepSpeed: later")
     assert "a library's warning" in lines[2] and not any("our own" in line or "a note" in line for line in lines)
     said = capsys.readouterr().err
-    assert "our own warning" in said and "library" not in said and "later" not in said
+    assert (
+        [str(each.message) for each in shown] == ["our own warning"] and "library" not in said and "later" not in said
+    )
     with libraries_log_to(None):
         library.error("dropped")
     assert "dropped" not in path.read_text() + capsys.readouterr().err
