@@ -1,6 +1,7 @@
 """Read and tokenise a data set into the cache, so that a training on GPUs starts at once.
 
 xmc-trainer prepare dataset=amazon3m dataset_path=data
+xmc-trainer prepare data.source=tickets.csv --check       # and say what is odd in the data
 
 It takes the settings of a training and needs no GPU. It prints time and peak memory. --csv appends them to a file, from which
 `xmc-trainer plan --rates` takes the rate.
@@ -15,14 +16,14 @@ import re
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from xmc_trainer.builders.data import corpus_of
-from xmc_trainer.builders.encoder import tokenizer_of
-from xmc_trainer.builders.inputs import require_data
+from xmc_trainer.builders.inputs import names_in, require_data, require_encoder, source_of
 from xmc_trainer.commands.bench.data import add_row
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import load_config
+from xmc_trainer.data.check import page
 
 _SECONDS = 0.5  # between two looks at the memory
 
@@ -74,9 +75,19 @@ def main() -> None:
     )
     parser.add_argument("settings", nargs="+", metavar="key=value", help="settings of the training")
     parser.add_argument("--csv", type=Path, help="file to append a row with time and memory to")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print duplicates, labels with few texts, similar label names and histograms of lengths and labels",
+    )
+    options = parser.parse_intermixed_args()
     config = load_config(options.settings)
+    # Mistakes are found before torch is imported, which takes seconds.
     require_data(config)
+    require_encoder(config)
+    from xmc_trainer.builders.data import corpus_of
+    from xmc_trainer.builders.encoder import tokenizer_of
+
     tokenizer = tokenizer_of(config)
     begin = time.perf_counter()
     with PeakMemory() as peak:
@@ -94,3 +105,8 @@ def main() -> None:
             "tokenised_texts_s": round(texts / seconds), "all_peak_mib": peak.bytes >> 20,
         }  # fmt: skip
         add_row(options.csv, row)
+    if options.check:
+        lengths = {"train": corpus.lengths("train")[: corpus.texts], "test": corpus.lengths("test")}
+        plain = replace(config, data=replace(config.data, augment_label_data=False))
+        with names_in(plain):
+            print(page(source_of(plain).read(), lengths, config.data.max_len))
