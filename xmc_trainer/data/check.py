@@ -20,6 +20,7 @@ class _Part(NamedTuple):
     texts: np.ndarray  # uint64 [texts], hash of each text
     rows: np.ndarray  # uint64 [texts], hash of each text and its labels
     counts: np.ndarray  # int64 [L], texts of each label
+    unseen: np.ndarray  # int64, the same of labels that training lacks, which have the numbers from L on
     unlabelled: int
 
 
@@ -30,16 +31,22 @@ def _hash(text: str) -> int:
 def _survey(rows: Iterable[Row], num_labels: int) -> _Part:
     texts, with_labels, ids = array("Q"), array("Q"), array("i")
     counts, unlabelled = np.zeros(num_labels, np.int64), 0
+
+    def count(ids: array, counts: np.ndarray) -> np.ndarray:
+        found = np.bincount(np.array(ids, np.int32), minlength=len(counts))
+        found[: len(counts)] += counts
+        return found
+
     for text, labels in rows:
         texts.append(_hash(text))
         with_labels.append(xxhash.xxh3_64_intdigest(array("i", labels).tobytes(), seed=texts[-1]))
         unlabelled += not labels
         ids.extend(labels)
         if len(ids) >= _AT_ONCE:
-            counts += np.bincount(ids, minlength=num_labels)
-            ids = array("i")
-    counts += np.bincount(np.array(ids, np.int32), minlength=num_labels)
-    return _Part(np.array(texts, np.uint64), np.array(with_labels, np.uint64), counts, unlabelled)
+            counts, ids = count(ids, counts), array("i")
+    counts = count(ids, counts)
+    hashes = np.array(texts, np.uint64), np.array(with_labels, np.uint64)
+    return _Part(*hashes, counts[:num_labels], counts[num_labels:], unlabelled)
 
 
 def page(contents: Contents, lengths: dict[str, np.ndarray], max_len: int) -> str:
@@ -95,8 +102,8 @@ def _dropped(contents: Contents) -> Iterator[str]:
 
 def _labels(names: list[str], train: _Part, test: _Part) -> Iterator[str]:
     yield f"{(train.counts == 1).sum():>10,} labels have a single training text, {(train.counts == 0).sum():,} have none"
-    unseen = (test.counts > 0) & (train.counts == 0)
-    yield f"{unseen.sum():>10,} labels occur in the test set alone, {test.counts[unseen].sum():,} times; they cannot be predicted"
+    unseen = np.concatenate([test.counts[train.counts == 0], test.unseen])
+    yield f"{(unseen > 0).sum():>10,} labels occur in the test set alone, {unseen.sum():,} times; they cannot be predicted"
     # Hashes take a fraction of the memory of a dict of names.
     folded = np.fromiter((_hash(" ".join(name.casefold().split())) for name in names), np.uint64, len(names))
     order = np.argsort(folded, kind="stable")
