@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import nullcontext
@@ -21,7 +22,9 @@ from xmc_trainer.builders.encoder import capture_passes
 from xmc_trainer.builders.saved_model import evaluate_saved
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.checkpoint.model_config import config_of_model
+from xmc_trainer.checkpoint.saved_model import load_model
 from xmc_trainer.config import load_config
+from xmc_trainer.data.split import Split
 from xmc_trainer.encoder import compiling
 from xmc_trainer.encoder.captured import CannotCapture
 from xmc_trainer.encoder.flat import FlatEncoder
@@ -31,6 +34,7 @@ from xmc_trainer.hooks import Hook
 from xmc_trainer.hooks.evaluate import BestModelHook
 from xmc_trainer.model import XMCModel
 from xmc_trainer.parallel import Ranks
+from xmc_trainer.run_folder import SPLIT
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -236,17 +240,37 @@ def test_label_features_augmentation_and_filter(toy_settings, tmp_path):
     assert filtered["P@5"] == 0
 
 
-def test_hugging_face_source(toy_settings, toy_data, tmp_path):
-    for split in ("train", "test"):
-        texts = (toy_data / "toy" / f"{split}_raw_texts.txt").read_text().splitlines()
-        labels = (toy_data / "toy" / f"{split}_labels.txt").read_text().splitlines()
-        rows = (json.dumps({"body": text, "tags": tags.split()}) for text, tags in zip(texts, labels))
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+def test_a_file_is_divided_and_the_run_keeps_how(toy_settings, toy_data, tmp_path, capsys):
+    texts = (toy_data / "toy" / "train_raw_texts.txt").read_text().splitlines()
+    labels = (toy_data / "toy" / "train_labels.txt").read_text().splitlines()
+    rows = [json.dumps({"body": text, "tags": tags.split()}) + "\n" for text, tags in zip(texts, labels)]
+    (tmp_path / "toy.jsonl").write_text("".join(rows))
     trainer, metrics = train(
-        toy_settings, f"data.source={tmp_path}", "data.text_column=body", "data.label_column=tags",
-        "data.label_text_file=null",
+        toy_settings, f"data.source={tmp_path / 'toy.jsonl'}", "data.text_column=body", "data.label_column=tags",
+        "data.test_share=0.2", "data.dev_share=0.1", "data.stratify=true", "data.label_text_file=null",
     )  # fmt: skip
     assert metrics["P@1"] > 0.6 and trainer.corpus.labels[3] == {"id": "tag03", "text": "tag03"}
+    held_out, sizes = trainer.corpus.test["input_ids"][:], np.bincount(Split.load(trainer.run_folder / SPLIT).parts)
+    assert len(held_out) == sizes[1] and sum(sizes) == 611 and abs(sizes[1] - 122) < 12 and abs(sizes[2] - 61) < 12
+    block = re.search(
+        r"^data .*\nlabels .*\nmodel .*\nkernels .*\nmemory .*\nengine .*$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert block is not None and all(
+        part in block[0]
+        for part in (
+            f"{sizes[0]:,} training texts, {sizes[1]} test texts (held out)", "41, ", "32 features", "without DeepSpeed, 1 process"
+        )
+    )  # fmt: skip
+    # Evaluation holds the same texts out, even when the file has changed since.
+    saved = load_model(trainer.run_folder / "model")
+    (tmp_path / "toy.jsonl").write_text(
+        "".join([json.dumps({"body": f"w50 w{n}", "tags": "tag00"}) + "\n" for n in range(90)] + rows[::-1])
+    )
+    for split, size in (("test", sizes[1]), ("dev", sizes[2])):
+        config = config_of_model(trainer.run_folder / "model", [f"data.test_split={split}"])
+        again, corpus = evaluate_saved(saved, config, torch.device("cpu"))
+        assert len(corpus.test) == size and again["P@1"] > 0.6
+        assert (sorted(corpus.test["input_ids"][:]) == sorted(held_out)) == (split == "test")
 
 
 def test_sample_keeps_every_label(toy_settings):

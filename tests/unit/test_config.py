@@ -18,6 +18,7 @@ from xmc_trainer.config.fields import settings_of
 from xmc_trainer.errors import UserError
 from xmc_trainer.head.losses import LOSSES, best_constant
 from xmc_trainer.head.optimizers import optimizer_named
+from xmc_trainer.run_folder import differences
 
 ASSETS = Path(__file__).parents[1] / "assets"
 DOCS = Path(__file__).parents[2] / "docs"
@@ -208,6 +209,32 @@ def test_a_source_of_data_needs_no_settings_file():
         load_config(["dataset=wordnet", "data.test_share=0.2"])
     with pytest.raises(UserError, match="data.test_split: is not read if data.test_share is set"):
         load_config(["data.source=a", "data.test_share=0.2", "data.test_split=valid"])
+
+
+def test_former_names_of_settings_still_work(tmp_path, capsys):
+    # As an earlier version wrote a run's config.yaml: with every setting.
+    data = "data: {dataset: d, hf_source: rows, hf_train_split: fit, hf_test_split: valid, test_split: test}\n"
+    (tmp_path / "rows.yaml").write_text(data)
+    (tmp_path / "raw.yaml").write_text(
+        "data: {dataset: d, hf_source: null, hf_train_split: train, hf_test_split: test, test_split: dev}\n"
+    )
+    rows, raw = (load_config([f"dataset={tmp_path / name}", "dataset_path=x"]) for name in ("rows.yaml", "raw.yaml"))
+    assert (rows.data.source, rows.data.train_split, rows.data.test_split) == ("rows", "fit", "valid")
+    assert (raw.data.source, raw.data.test_split) == (None, "dev")
+    assert (
+        load_config([f"dataset={tmp_path / 'rows.yaml'}", "data.hf_source=null", "dataset_path=x"]).data.source is None
+    )
+    words = load_config(["data.hf_source=a/b.csv", "data.hf_test_split=valid"])
+    assert (words.data.source, words.data.test_split, words.dataset) == ("a/b.csv", "valid", "b")
+    assert capsys.readouterr().err.count("data.hf_source is called data.source now") <= 1  # once in a process
+    # A run of an earlier version resumes with the new names.
+    saved = (
+        to_yaml(words)
+        .replace("  source:", "  hf_source:")
+        .replace("  test_split: valid", "  test_split: test\n  hf_test_split: valid")
+    )
+    (tmp_path / "config.yaml").write_text(saved)
+    assert "hf_source" in saved and differences(words, tmp_path / "config.yaml") == []
 
 
 def test_every_option_is_described():
