@@ -49,7 +49,7 @@ def test_an_unknown_command_lists_the_known_ones(words, message, monkeypatch, ca
     (["--gpus", "4"], "4", "zero2.json"), (["--gpus", "2", "--zero", "3"], "2", "zero3.json"), (["--zero", "0"], "1", "zero0.json"),
     (["--gpus", "2", "--deepspeed_config", "mine.json"], "2", "mine.json"),
 ])  # fmt: skip
-def test_train_starts_the_deepspeed_launcher(words, processes, config, monkeypatch):
+def test_train_starts_the_deepspeed_launcher(words, processes, config, toy_settings, monkeypatch):
     started = []
 
     def execv(path, command):
@@ -60,16 +60,16 @@ def test_train_starts_the_deepspeed_launcher(words, processes, config, monkeypat
     for name in ("RANK", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit, match="0"):
-        call(monkeypatch, "train", "dataset=wordnet", *words, "log_fname=a")
+        call(monkeypatch, "train", *toy_settings, *words, "log_fname=a")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
     with pytest.raises(SystemExit, match="0"):
-        call(monkeypatch, "train", "dataset=wordnet", *words, "log_fname=a")
+        call(monkeypatch, "train", *toy_settings, *words, "log_fname=a")
     chosen = started.pop()
     assert chosen[chosen.index("--include") + 1] == "localhost:" + ",".join("7531"[: int(processes)])
     (command,) = started
     assert command[command.index("--num_gpus") + 1] == processes
     given = Path(command[command.index("--deepspeed_config") + 1])
-    assert given.name == config and command[-2:] == ["dataset=wordnet", "log_fname=a"]
+    assert given.name == config and command[-len(toy_settings) - 1 :] == [*toy_settings, "log_fname=a"]
     if config != "mine.json":
         assert given.read_bytes() == (Path(__file__).parents[2] / "ds_configs" / config).read_bytes()
 

@@ -16,7 +16,6 @@ import os
 import socket
 import sys
 from importlib import resources
-from typing import NoReturn
 
 from xmc_trainer.commands.cli import NOT_STARTED, USAGE, run
 from xmc_trainer.errors import UserError
@@ -52,16 +51,17 @@ def main() -> None:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
+    launcher = _launcher(arguments) if arguments.gpus is not None or arguments.zero is not None else None
     # These take a second; importing torch and the engine takes many.
     from xmc_trainer.builders.inputs import require_data, require_encoder
     from xmc_trainer.run_folder import require_free
 
-    if os.environ.get("RANK", "0") == "0":
+    if "RANK" not in os.environ:  # several ranks decide together, or those that go on would wait for the others
         require_free(config)
     require_data(config)
     require_encoder(config)
-    if arguments.gpus is not None or arguments.zero is not None:
-        _launch(arguments)
+    if launcher is not None:
+        os.execv(sys.executable, launcher)  # replaces this process
 
     from xmc_trainer import signals
     from xmc_trainer.builders.training import build_trainer
@@ -77,8 +77,8 @@ def main() -> None:
             trainer.close()
 
 
-def _launch(arguments: argparse.Namespace) -> NoReturn:
-    """Replace this process by the deepspeed launcher, which runs this module once for each GPU."""
+def _launcher(arguments: argparse.Namespace) -> list[str]:
+    """Return the command of the deepspeed launcher, which runs this module once for each GPU. Raises UserError."""
     if "RANK" in os.environ:
         raise UserError("--gpus, --zero: a launcher has started this process already; remove them")
     if arguments.gpus is not None and arguments.gpus < 1:
@@ -105,7 +105,7 @@ def _launch(arguments: argparse.Namespace) -> NoReturn:
         where += ["--master_port", str(server.getsockname()[1])]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", *where, "--module"]
     command += ["xmc_trainer.commands.train", "--deepspeed_config", arguments.deepspeed_config or str(shipped)]
-    os.execv(sys.executable, [*command, *arguments.settings])
+    return [*command, *arguments.settings]
 
 
 if __name__ == "__main__":
