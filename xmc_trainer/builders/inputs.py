@@ -99,7 +99,7 @@ def require_encoder(config: Config) -> None:
 def _facts_of_model(name: str, where: str) -> dict[str, Any]:
     """Return the content of a model's config.json; {} if only the hub has it."""
     _require_model(name, "config.json", where)
-    file = Path(name).expanduser() / "config.json"
+    file = Path(name) / "config.json"
     if not file.is_file():
         return {}
     if not any(path.name.endswith(_WEIGHTS) for path in file.parent.iterdir()):
@@ -112,11 +112,10 @@ def _facts_of_model(name: str, where: str) -> dict[str, Any]:
 
 
 def _require_model(name: str, file: str, where: str) -> None:
-    path = Path(name).expanduser()
-    if os.path.isdir(path):
-        if file == "config.json" and not os.path.isfile(path / file):
+    if os.path.isdir(name):
+        if file == "config.json" and not os.path.isfile(Path(name) / file):
             raise UserError(f"{where}: the folder has no {file}; name a folder that holds the model, or a hub id")
-    elif os.path.exists(path) or not _is_hub_id(name):
+    elif os.path.exists(name) or not _is_hub_id(name):
         raise UserError(f"{where}: no such folder; name a folder that holds the model, or a hub id")
     else:
         _require_on_hub(name, file, where, "model")
@@ -126,7 +125,7 @@ def _is_hub_id(name: str) -> bool:
     """Return whether a name is not a path: a hub id has at most two parts."""
     path = Path(name)
     return not (
-        os.path.exists(path.expanduser()) or path.suffix in (".csv", ".tsv", ".jsonl", ".parquet", ".gz")
+        os.path.exists(os.path.expanduser(name)) or path.suffix in (".csv", ".tsv", ".jsonl", ".parquet", ".gz")
     ) and not (path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or len(path.parts) > 2)
 
 

@@ -84,7 +84,7 @@ def open_source(
             raise UserError(f"`{name}`: applies to {where} only, but the data have {_WORDS[layout]}; remove it")
     if augment_label_data and layout == "raw" and label_text_file is None:
         raise UserError("`augment_label_data`=true: needs label texts; set `label_text_file`")
-    folder = Path(source).expanduser() if source is not None else folder
+    folder = Path(os.path.expanduser(source)) if source is not None else folder
     if layout == "raw":
         return raw_source(folder, label_text_file, augment_label_data, test_split)
     if layout == "lf":
