@@ -37,7 +37,7 @@ ELSEWHERE = "set output_dir to another folder"  # remedy for `files.writing`
 _CHECKPOINT = re.compile(r"checkpoint(?:-(\d+))?")  # an earlier version wrote no number
 # Settings that may change on resume: paths, and settings that do not affect the result.
 _MAY_CHANGE = (
-    "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.num_workers", "data.cache_dir",
+    "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.source", "data.num_workers", "data.cache_dir",
     "data.test_batch_size", "data.micro_batches", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer",
     "model.encoder.ngame_checkpoint", "model.encoder.use_torch_compile", "model.encoder.gradient_checkpointing",
     "model.ffi.backend", "model.ffi.tile_labels",

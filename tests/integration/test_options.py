@@ -205,7 +205,8 @@ def test_a_training_of_only_warm_up_steps_prints_a_warning_and_its_kernels(toy_s
     said = capsys.readouterr().out
     assert (
         "all 2 steps are warm-up (training.optimization.warmup_steps=2)" in said
-        and "on cpu, without DeepSpeed: " in said
+        and "without DeepSpeed, 1 process on cpu, built in" in said
+        and "\nkernels  reference, tiles of 16 labels\n" in said
     )
     assert log_of(trainer, "start")[0]["engine"] == "without DeepSpeed"
     train(toy_settings, *steps, "training.optimization.warmup_steps=1")
