@@ -84,8 +84,7 @@ def require_encoder(config: Config) -> None:
     where = f"model.encoder.encoder_model={chosen.encoder_model}"
     facts = _facts_of_model(chosen.encoder_model, where)
     if chosen.encoder_tokenizer != chosen.encoder_model:
-        tokenizer = chosen.encoder_tokenizer
-        _require_model(tokenizer, "tokenizer_config.json", f"model.encoder.encoder_tokenizer={tokenizer}")
+        require_tokenizer(config)
     if chosen.use_ngame_encoder_weights and not os.path.isfile(chosen.ngame_checkpoint or ""):
         raise UserError(f"model.encoder.ngame_checkpoint={chosen.ngame_checkpoint}: no such file; correct the path")
     width = next((facts[name] for name in _WIDTHS if isinstance(facts.get(name), int)), None)
@@ -94,6 +93,14 @@ def require_encoder(config: Config) -> None:
     longest = facts.get("max_position_embeddings")
     if isinstance(longest, int) and 0 < longest < config.data.max_len:
         raise UserError(f"data.max_len={config.data.max_len}: the encoder reads at most {longest} tokens; lower it")
+
+
+def require_tokenizer(config: Config) -> None:
+    """Raise UserError if there is no tokenizer."""
+    chosen = config.model.encoder
+    field = "encoder_model" if chosen.encoder_tokenizer == chosen.encoder_model else "encoder_tokenizer"
+    where = f"model.encoder.{field}={chosen.encoder_tokenizer}"
+    _require_model(chosen.encoder_tokenizer, "tokenizer_config.json", where)
 
 
 def _facts_of_model(name: str, where: str) -> dict[str, Any]:

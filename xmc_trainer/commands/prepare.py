@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from xmc_trainer.builders.inputs import names_in, require_data, require_encoder, source_of
+from xmc_trainer.builders.inputs import names_in, require_data, require_tokenizer, source_of
 from xmc_trainer.commands.bench.data import add_row
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import load_config
@@ -84,7 +84,7 @@ def main() -> None:
     config = load_config(options.settings)
     # Mistakes are found before torch is imported, which takes seconds.
     require_data(config)
-    require_encoder(config)
+    require_tokenizer(config)
     from xmc_trainer.builders.data import corpus_of
     from xmc_trainer.builders.encoder import tokenizer_of
 
