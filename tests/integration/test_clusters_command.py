@@ -13,7 +13,7 @@ from transformers import BertModel
 from tests.data_helpers import write_lf
 from xmc_trainer.builders.encoder import in_precision_of
 from xmc_trainer.builders.training import build_trainer
-from xmc_trainer.commands import clusters
+from xmc_trainer.commands import clusters, label_clusters
 from xmc_trainer.config import load_config
 from xmc_trainer.data import sample_rows
 from xmc_trainer.errors import UserError
@@ -47,13 +47,13 @@ def test_vectors_use_the_training_s_weights_and_texts(command, toy_data, tiny_en
             parameter += 0.1 * torch.randn_like(parameter)
     torch.save({f"e.{name}": value for name, value in model.state_dict().items()}, tmp_path / "w.pt")
     seen = {}
-    whole = clusters.balanced_order
+    whole = label_clusters.balanced_order
 
     def watch(rows_of, labels, **more):
         seen["vectors"] = rows_of(np.arange(labels))
         return whole(rows_of, labels, **more)
 
-    monkeypatch.setattr(clusters, "balanced_order", watch)
+    monkeypatch.setattr(label_clusters, "balanced_order", watch)
     ngame = ["model.encoder.use_ngame_encoder_weights=true", f"model.encoder.ngame_checkpoint={tmp_path / 'w.pt'}"]
     ngame += ["model.encoder.ngame_key_prefix=e.", "model.encoder.embed_dropout=0.5", "data.train_sample=70"]
     output = ["--output", str(tmp_path / "made.safetensors")]
@@ -108,8 +108,8 @@ def test_an_unwritable_output_is_an_error_before_the_work(command, tmp_path, mon
     def nothing_else(*arguments):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr(clusters, "compute", nothing_else)
-    monkeypatch.setattr(clusters, "corpus_of", nothing_else)
+    monkeypatch.setattr(label_clusters, "compute", nothing_else)
+    monkeypatch.setattr(label_clusters, "imported", nothing_else)
     for words, said in [
         (["--output", str(tmp_path / "none" / "c.safetensors")], "none: no such folder; create it"),
         (["--output", str(tmp_path)], "is a folder; name a file with --output"),

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tests.fuzz import examples
-from xmc_trainer.commands.clusters import import_npy
+from xmc_trainer.commands.label_clusters import import_npy
 from xmc_trainer.errors import UserError
 from xmc_trainer.labels.clusters import LabelClusters, balanced_order, cluster_bounds
 

@@ -72,6 +72,10 @@ def require_data(config: Config) -> None:
             for split, rows in (("train", contents.train()), ("test", contents.test())):
                 if not sum(1 for _ in rows):
                     raise no_texts(source, split)
+
+
+def require_clusters(config: Config) -> None:
+    """Raise UserError if a training needs label clusters that are missing."""
     if config.needs_clusters and not config.cluster_file.is_file():
         raise UserError(
             f"{config.cluster_file}: no such label clusters; create it by xmc-trainer clusters with the settings of this run"

@@ -53,12 +53,13 @@ def main() -> None:
         return
     launcher = _launcher(arguments) if arguments.gpus is not None or arguments.zero is not None else None
     # These take a second; importing torch and the engine takes many.
-    from xmc_trainer.builders.inputs import require_data, require_encoder
+    from xmc_trainer.builders.inputs import require_clusters, require_data, require_encoder
     from xmc_trainer.run_folder import require_free
 
     if "RANK" not in os.environ:  # several ranks decide together, or those that go on would wait for the others
         require_free(config)
     require_data(config)
+    require_clusters(config)
     require_encoder(config)
     if launcher is not None:
         os.execv(sys.executable, launcher)  # replaces this process
