@@ -266,7 +266,7 @@ def test_errors_in_a_sweep_file_come_before_anything_runs(file, tmp_path):
         plan(Path("missing.yaml"), [])
 
 
-def test_a_row_s_own_settings_come_last(file):
+def test_settings_of_a_row_override_the_common_ones(file):
     runs, grid = plan(file, ["model.ffi.use_sparse_layer=true", "model.ffi.fan_in=7"])
     assert grid.pairs(load_config(runs[0][2])) == []
     assert [(row, seed) for row, seed, _ in runs[:3]] == [("dense", 1), ("F = 12", 1), ("broken", 1)]

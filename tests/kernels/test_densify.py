@@ -68,7 +68,7 @@ def test_errs_no_more_than_eager_bfloat16(number, scale, texts, loss, with_posit
     *((2, optimizer, torch.bfloat16, 100) for optimizer in OPTIMIZERS), (1, "adamw", torch.float32, 129),
     (4, "rowwise", torch.bfloat16, 37), (5, "sgd", torch.float32, 300), (0, "momentum", torch.float32, 700),
 ])  # fmt: skip
-def test_updates_are_the_reference_s(number, optimizer, weight_dtype, texts, device):
+def test_updates_equal_the_reference(number, optimizer, weight_dtype, texts, device):
     features, fan_in, group_size = HEADS[number]
     labels = LABELS
     options = {
@@ -96,7 +96,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, texts, dev
 
 
 @pytest.mark.parametrize("number, optimizer", [(2, "momentum"), (2, "rowwise"), (5, "adamw_8bit")])
-def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
+def test_stochastic_rounding_equals_the_reference(number, optimizer, device):
     # With zero weights the slopes are +-1/2, and with features of +-1 the gradients are exact in bfloat16.
     options = {"weight_dtype": torch.bfloat16}
     heads = [make_head(device, *HEADS[number], optimizer, backend=name, **options) for name in ("triton", "reference")]

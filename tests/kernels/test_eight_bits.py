@@ -67,7 +67,7 @@ def test_what_is_too_large_is_the_largest(state):
 @pytest.mark.parametrize(
     "state, decay, start, end", [(1, 0.9, -0.3, 2e-3), (2, 0.999, 1e-4, 1e-6), (2, 0.999, 0.0, 3e-9)]
 )
-def test_an_average_goes_where_float32_s_does(state, decay, start, end):
+def test_a_moving_average_in_a_byte_converges_as_in_float32(state, decay, start, end):
     # A step changes an average by less than a byte can express. With rounding to nearest, state 2 would never move.
     row, column = torch.arange(1000)[:, None], torch.arange(64)
     byte = encoded(torch.full((1000, 64), start), KEY, row, column, state)

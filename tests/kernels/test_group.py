@@ -69,7 +69,7 @@ def test_errs_no_more_than_eager_bfloat16(number, inputs, with_positives, device
     *((1, optimizer, dtype) for optimizer in BY_ELEMENT for dtype in (torch.float32, torch.bfloat16)),
     (4, "adamw", torch.bfloat16), (5, "adamw", torch.bfloat16), (5, "momentum", torch.float32), (6, "adamw", torch.bfloat16),
 ])  # fmt: skip
-def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
+def test_updates_equal_the_reference(number, optimizer, weight_dtype, device):
     features, fan_in, group_size = GROUPS[number]
     options = {"weight_dtype": weight_dtype, "lr": 1e-3, "text_reduction": "mean"}
     heads = [
@@ -90,7 +90,7 @@ def test_updates_are_the_reference_s(number, optimizer, weight_dtype, device):
 
 
 @pytest.mark.parametrize("number, optimizer", [(1, "sgd"), (1, "adamw"), (3, "momentum"), (4, "adamw")])
-def test_stochastic_rounding_is_the_reference_s(number, optimizer, device):
+def test_stochastic_rounding_equals_the_reference(number, optimizer, device):
     features, fan_in, group_size = GROUPS[number]
     # With zero weights the hinge's slopes are +-2, so the backends differ only in the order of sums.
     options = {"weight_dtype": torch.bfloat16, "loss": "squared_hinge"}

@@ -94,7 +94,7 @@ def noticed(file: str, number: int, change: Change, monkeypatch) -> bool:
 
 
 @pytest.mark.parametrize("file, span", chosen())
-def test_the_emulator_notices(file, span, monkeypatch):
+def test_a_kernel_without_one_synchronisation_fails_or_differs(file, span, monkeypatch):
     kernel = OF_HEADERS.get(file, file)
     assert any(noticed(kernel, number, Change(file, *span), monkeypatch) for number in range(len(HEADS[kernel])))
 

@@ -105,7 +105,7 @@ def test_bfloat16_products_err_no_more_than_eager_ones(fan_in, group_size, scale
     *((12, 1, optimizer, torch.bfloat16) for optimizer in WITH_BYTES), (12, 1, "adamw_8bit", torch.float32),
     (None, 1, "adamw", torch.bfloat16), (None, 1, "adamw_8bit", torch.bfloat16), (12, 40, "adamw_8bit", torch.bfloat16),
 ])  # fmt: skip
-def test_stochastic_rounding_is_the_reference_s(fan_in, group_size, optimizer, weight_dtype, device):
+def test_stochastic_rounding_equals_the_reference(fan_in, group_size, optimizer, weight_dtype, device):
     options = {"fan_in": fan_in, "group_size": group_size, "weight_dtype": weight_dtype}
     heads = [make_head(where, optimizer, backend=name, **options) for where, name in
              [(device, "triton"), ("cpu", "reference")]]  # fmt: skip

@@ -153,7 +153,7 @@ def batch_of(dataset, rows, **options):
 
 
 @pytest.mark.parametrize("chosen", [[5], [5, 5], [100, 0, 50, 50], list(range(101))])
-def test_a_batch(data, chosen):
+def test_a_batch_holds_padded_texts_labels_and_the_sizes_of_all_ranks(data, chosen):
     rows, dataset = data
     batch = batch_of(dataset, chosen)
     ids = [rows["input_ids"][row] for row in chosen]

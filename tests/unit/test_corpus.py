@@ -36,7 +36,7 @@ def entries(cache) -> list[str]:
     return sorted(os.listdir(cache)) if cache.exists() else []
 
 
-def test_content(tmp_path):
+def test_a_corpus_holds_tokens_labels_and_lengths(tmp_path):
     folder = write_raw(
         tmp_path / "d",
         [("w0 w1", "b a"), ("w0 " * 20, "c"), ("other", "")],

@@ -11,7 +11,7 @@ import scipy.sparse as sp
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity, table
 
 
-def test_by_hand():
+def test_metrics_worked_out_by_hand():
     metrics = RankingMetrics(np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), ks=(1, 3))
     # Text 0 has labels 1 and 5: a hit on the second place. Text 1 has label 0: a hit on the first.
     metrics.add(np.array([[2, 5, 0]]), np.array([1, 5]), np.array([2]))
