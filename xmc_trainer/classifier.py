@@ -78,7 +78,7 @@ class XMCClassifier:
                 _write_rows(Path(data, "test.jsonl"), *eval_set)
                 source = Path(data)
             own = {
-                "data.hf_source": source,
+                "data.source": source,
                 "model.encoder.encoder_model": self.encoder,
                 "model.ffi.fan_in": self.fan_in,
                 "output_dir": self.output_dir or temporary.name,
