@@ -62,8 +62,9 @@ def schedule_hook_of(config: Config) -> ScheduleHook:
     optimization = config.training.optimization
 
     def schedule(name: str, total_steps: int, steps_per_epoch: int) -> Schedule:
+        warmup_steps = optimization.warmup_steps
         return SCHEDULES[name](
-            warmup_steps=optimization.warmup_steps,
+            warmup_steps=min(500, total_steps // 10) if warmup_steps is None else warmup_steps,
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             milestones=optimization.lr_milestones,

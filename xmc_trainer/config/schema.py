@@ -470,7 +470,11 @@ class OptimizationConfig(Section, prefix="training.optimization."):
     lr_scheduler_xmc: str = option(
         "CosineScheduleWithWarmup", "Schedule of the head's rate; same choices as lr_scheduler.", choices=SCHEDULES
     )
-    warmup_steps: int = option(500, "Optimizer steps of linear warm-up, for every schedule.", "[0, 2147483647]")
+    warmup_steps: int | None = option(
+        None,
+        "Optimizer steps of linear warm-up, for every schedule; default: a tenth of all steps, and at most 500.",
+        "[0, 2147483647]",
+    )
     lr_milestones: list[int] = option(
         [], "MultiStepLR: epochs after which the rate is multiplied by lr_gamma.", _EPOCHS
     )
