@@ -32,7 +32,7 @@ body {{ font: 16px/1.5 system-ui, sans-serif; background: var(--back); color: va
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }} h3 {{ font-size: 1rem; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; font-size: 0.9rem; }}
 th, td {{ text-align: left; padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--faint); vertical-align: top; }}
-td + td {{ font-variant-numeric: tabular-nums; }}
+th, td:first-child:not(.text) {{ white-space: nowrap; }} td + td {{ font-variant-numeric: tabular-nums; }}
 .charts {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }}
 figure {{ margin: 0; }} figcaption {{ font-weight: 600; font-size: 0.9rem; }}
 svg {{ width: 100%; height: auto; }} svg text {{ fill: var(--text); font-size: 13px; }}
