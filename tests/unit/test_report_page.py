@@ -44,7 +44,13 @@ def runs(toy_settings_in, tmp_path_factory):
         trainer = build_trainer(load_config([*settings, f"model.ffi.fan_in={fan_in}", f"log_fname=<fan-in> {fan_in}"]))
         trainer.train()
         trainer.close()
-    metrics = {"P@1": 0.5, "tail micro-R@5": 0.1234, "head micro-R@5": 0.5, "interval": {"low": 1}}
+    metrics = {
+        "P@1": 0.5,
+        "tail micro-R@5": 0.1234,
+        "head micro-R@5": 0.5,
+        "tail micro-P@1": 0.2,
+        "intervals": {"P@1": [0, 1]},
+    }
     (folder / "out" / "<fan-in> 8" / "evaluation.json").write_text(json.dumps(metrics))
     return folder / "out"
 
@@ -64,7 +70,7 @@ def test_the_page_stands_alone_and_has_every_section(page):
     ]  # fmt: skip
     assert not re.search(r"https?:|<script|<link|@import|url\(|<img", page)
     assert "<fan-in>" not in page and "&lt;fan-in&gt; 12" in page  # what the user named is escaped
-    assert "tail micro-R@5</td><td>12.34</td>" in page and "interval" not in page
+    assert "tail micro-R@5</td><td>12.34</td>" in page and "intervals" not in page and "micro-P" not in page
     assert "<tr><td>model.ffi.fan_in</td><td>12</td><td>8</td></tr>" in page
     assert page.count('<td class="text">') == 2 * 2 * 7 and "✓" in page and "✗" in page
 

@@ -19,7 +19,7 @@ from xmc_trainer.errors import UserError
 
 Lines = dict[str, list[Run]]  # line name -> its runs, which differ only in the seed
 _EVALUATION = "evaluation.json"  # in a run's folder, what `xmc-trainer evaluate --json` prints
-_BUCKETED = re.compile(r"(head|middle|tail) (.+)")
+_BUCKETED = re.compile("(head|middle|tail) (micro-R|micro-F1|macro-F1|coverage)@5")
 _LIGHT = ("#1f6fb4", "#c2540a", "#2a8a3e", "#8b4fb0", "#b3213a", "#6b5b4b", "#00808a", "#7a7a00")
 _DARK = ("#6cb2f0", "#f0a060", "#6fce82", "#c79be6", "#f07f92", "#c4ac94", "#4fd0da", "#d0d050")
 _STYLE = f"""
