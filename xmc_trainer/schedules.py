@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def usual_warmup(total_steps: int) -> int:
+    """Return the steps of warm-up where none are set: a tenth of all steps, and at most 500."""
+    return min(500, total_steps // 10)
+
+
 def cosine_with_warmup(step: int, warmup_steps: int, total_steps: int) -> float:
     """Warm up, then follow half a cosine to 0 at `total_steps`, as transformers' get_cosine_schedule_with_warmup."""
     if step < warmup_steps:

@@ -8,6 +8,7 @@ A comment right above a block changes what the test does with it:
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,11 @@ class Snippet:
 
 
 def snippets_of(page: Path, languages: tuple[str, ...] = ("bash", "python")) -> list[Snippet]:
-    """Return the blocks of a page in these languages, in order. Raises ValueError for an unknown comment."""
+    """Return the blocks of a page in these languages, in order, or the code of a notebook. Raises ValueError for an unknown comment."""
     text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        return [Snippet(page.name, "python", "\n".join("".join(cell["source"]) for cell in cells), None)]
     found = []
     for match in _BLOCK.finditer(text):
         if match["language"] not in languages:

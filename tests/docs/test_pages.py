@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -47,6 +48,12 @@ def test_links_to_files_have_targets(page):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).is_file(), f"{page.name}: no {target}"
+
+
+def test_notebooks_are_stored_without_output():
+    notebooks = [json.loads(path.read_text(encoding="utf-8")) for path in (DOCS / "notebooks").glob("*.ipynb")]
+    cells = [cell for notebook in notebooks for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert cells and not any(cell["outputs"] or cell["execution_count"] for cell in cells)
 
 
 def test_quoted_messages_are_in_the_code():

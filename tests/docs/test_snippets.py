@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 # The blocks of a page run one after another, in a folder of that page.
-PAGES = ("README.md", "docs/getting-started.md", "docs/data.md", "docs/api.md")
+PAGES = ("README.md", "docs/getting-started.md", "docs/data.md", "docs/api.md", "docs/notebooks/first-steps.ipynb")
 EVERY_PAGE = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 
 
@@ -62,8 +62,8 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     server.wait()
 
 
-def repository(folder: Path, encoder: Path) -> Path:
-    """Make `folder` look like a checkout after README's quick start and own data, with smaller data."""
+def repository(folder: Path, encoder: Path, mine: bool) -> Path:
+    """Make `folder` look like a checkout after README's quick start and, with `mine`, its own data, with smaller data."""
     for name in ("launchers", "ds_configs", "docs"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "data").mkdir()
@@ -73,6 +73,8 @@ def repository(folder: Path, encoder: Path) -> Path:
     texts = [instance(f"w{number % 8} w{draw.randrange(8, 90)}", [number % 8]) for number in range(64)]
     inside = write_lf(folder / "data" / "wordnet", train=texts, test=texts[:8], labels=labels)
     (inside / "filter_labels_test.txt").write_text("")
+    if not mine:
+        return folder
     write_raw(
         folder / "data" / "mine",
         train=[(f"w{number}", f"tag{number % 3}") for number in range(9)],
@@ -111,7 +113,7 @@ def script_of(snippets: list[Snippet], folder: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_blocks_of_a_page_run_one_after_another(page, encoder, clients, tmp_path):
-    folder = repository(tmp_path, encoder)
+    folder = repository(tmp_path, encoder, mine=page != "README.md")
     snippets = [snippet for snippet in snippets_of(ROOT / page) if snippet.skipped is None]
     assert snippets
     if page == "README.md":

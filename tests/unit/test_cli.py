@@ -33,16 +33,41 @@ def test_every_command_has_help(name, monkeypatch, capsys):
     assert not inspect.signature(importlib.import_module(COMMANDS[name][0]).main).parameters
     with pytest.raises(SystemExit, match="0"):
         call(monkeypatch, *name.split(), "--help")
-    assert capsys.readouterr().out.startswith(f"usage: xmc-trainer {name} ")
+    usage, _, rest = capsys.readouterr().out.partition("\n\n")
+    assert usage.startswith(f"usage: xmc-trainer {name} ")
+    assert f"xmc-trainer {name}" in rest or f"xmc_trainer {name}" in rest  # an example
 
 
-@pytest.mark.parametrize("words, message", [(["trian"], "no such command 'trian'"), (["bench", "encoder"], "no such command 'bench encoder'"),
-                                         ([], "name a command")])  # fmt: skip
+@pytest.mark.parametrize("words, message", [
+    (["trian"], "no such command 'trian'; write train\n"), (["bench", "haed"], "no such command 'bench haed'; write bench head\n"),
+    (["xyz"], "no such command 'xyz'\n"), ([], "name a command\n"), (["bench"], "name a command of bench\n"),
+])  # fmt: skip
 def test_an_unknown_command_lists_the_known_ones(words, message, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(monkeypatch, *words)
     err = capsys.readouterr().err
-    assert message in err and all(name in err for name in COMMANDS)
+    group = "bench " if words[:1] == ["bench"] else ""
+    assert message in err and all(f"\n  {name} " in err for name in COMMANDS if name.startswith(group))
+    call(monkeypatch, *group.split(), "--help")
+    out = capsys.readouterr().out
+    assert err.endswith(out) and ("train  " in out.replace("bench train", "")) != bool(group)
+
+
+def test_the_shell_completes_commands_options_settings_and_choices(monkeypatch, capsys):
+    call(monkeypatch, "completion", "bash")
+    typed = {
+        "tr": ["train"], "bench h": ["head"], "train --z": ["--zero"], "train dataset=wik": ["wiki31k", "wiki500k"],
+        "train seed=1 model.ffi.fan_": ["model.ffi.fan_in="], "adjust m training.evaluation.eval_p": ["training.evaluation.eval_psp="],
+        "plan model.ffi.index_init=d": ["discriminant"], "train data.is_lf_data=": ["true", "false"], "train my": [], "doctor model.f": [],
+    }  # fmt: skip
+    script = (
+        capsys.readouterr().out
+        + """
+        for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _xmc_trainer; echo ${COMPREPLY[*]}; done"""
+    )
+    words = [f"xmc-trainer {line}" for line in typed]
+    done = subprocess.run(["bash", "-uc", script, "-", *words], text=True, capture_output=True)
+    assert done.stderr == "" and [line.split() for line in done.stdout.splitlines()] == list(typed.values())
 
 
 @pytest.mark.parametrize("words, processes, config", [

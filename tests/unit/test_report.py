@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from xmc_trainer.commands.report import against, curve, find_runs, lines_of, main
+from xmc_trainer.commands.report import against, main
+from xmc_trainer.commands.runs import curve, find_runs, lines_of
 from xmc_trainer.config import load_config, to_yaml
 from xmc_trainer.errors import UserError
 
@@ -105,9 +106,10 @@ def test_runs_that_cannot_be_reported_are_errors(make_run, tmp_path, monkeypatch
     with pytest.raises(UserError, match="no finished run"):
         find_runs([tmp_path])
     make_run("a", scores=())
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
-    with pytest.raises(UserError, match="a: was evaluated without PSP"):
-        main()
+    for words, message in [([], "has no evaluation"), (["--curves", "x.svg"], "a: was evaluated without PSP")]:
+        monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), *words])
+        with pytest.raises(UserError, match=message):
+            main()
     make_run("b")
     for words, message in [(["--against", "model.fan_in", "--picture", "x.svg"], "not every run has this setting")]:
         monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "b"), *words])

@@ -127,6 +127,20 @@ def test_pointer_without_a_target(tmp_path, dictionary):
         wordnet.build(tmp_path / "out", dictionary)
 
 
+def test_a_sample_has_all_labels(tmp_path, dictionary, monkeypatch, capsys):
+    whole = wordnet.build(tmp_path / "whole", dictionary)
+    words = ["wordnet", str(tmp_path / "part"), "--dict", str(dictionary), "--sample"]
+    monkeypatch.setattr(sys, "argv", [*words, "4"])
+    wordnet.main()
+    assert "9 synsets, 2 training texts, 1 test texts, 6 labels" in capsys.readouterr().out
+    files = {name: [(tmp_path / name / "raw_text" / f"{part}.json").read_text().splitlines() for part in ("trn", "lbl")]
+             for name in ("whole", "part")}  # fmt: skip
+    assert whole.train == 6 and files["part"] == [files["whole"][0][::4], files["whole"][1]]
+    monkeypatch.setattr(sys, "argv", [*words, "0"])
+    with pytest.raises(UserError, match="--sample=0: must be at least 1"):
+        wordnet.main()
+
+
 def test_unexpected_counts_write_nothing(tmp_path, dictionary, monkeypatch):
     monkeypatch.setattr(wordnet, "default_dict_folder", lambda: dictionary)
     monkeypatch.setattr(sys, "argv", ["wordnet", str(tmp_path / "out")])

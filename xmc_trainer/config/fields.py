@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -47,14 +47,15 @@ class Domain:
         return above and (value <= self.high if self.text[-1] == "]" else value < self.high)  # nan is in no domain
 
 
-def option(default: Any, help: str, domain: str | None = None) -> Any:
+def option(default: Any, help: str, domain: str | None = None, *, choices: Iterable[str] = ()) -> Any:
     """Declare a dataclass field as a setting.
 
     Args:
         help: one line, listed by `xmc-trainer settings`.
         domain: interval such as "[0, 1)"; required for numbers, with finite bounds.
+        choices: the only values that a text setting takes; none for any text.
     """
-    metadata = {"help": help, "domain": None if domain is None else Domain.parse(domain)}
+    metadata = {"help": help, "domain": None if domain is None else Domain.parse(domain), "choices": tuple(choices)}
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -64,7 +65,7 @@ def option(default: Any, help: str, domain: str | None = None) -> Any:
 class Section:
     """Base class of settings dataclasses.
 
-    Rejects numbers outside their domain, and text that is empty, too long or not UTF-8.
+    Rejects numbers outside their domain, text that is not among the choices, and text that is empty, too long or not UTF-8.
     """
 
     _prefix = ""
@@ -82,6 +83,14 @@ class Section:
             for text in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(text, str):
                     _check_text(name, text, may_be_empty=item.default == "")
+            if choices := item.metadata["choices"]:
+                check_choice(name, value, choices)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError unless the text is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{name}={shown(repr(value))}: choose one of {', '.join(choices)}")
 
 
 def check_domain(name: str, value: Any, domain: Domain | None) -> None:
@@ -110,6 +119,7 @@ class Setting:
     default: Any
     help: str
     domain: Domain | None
+    choices: tuple[str, ...]  # empty: any text
 
 
 @cache
@@ -143,6 +153,7 @@ def _walk(section: type, prefix: str) -> Iterator[Setting]:
             default,
             item.metadata["help"],
             item.metadata["domain"],
+            item.metadata["choices"],
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-from xmc_trainer.config.fields import REQUIRED, Section, option
+from xmc_trainer.config.fields import REQUIRED, Section, check_choice, option
 from xmc_trainer.errors import UserError, shown
 from xmc_trainer.schedules import SCHEDULES
 
@@ -24,11 +24,6 @@ _COUNT, _EPOCHS, _BATCH, _WIDTH, _RATE = "[1, 2147483647]", "[1, 100000]", "[1, 
 # Losses of `xmc_trainer.head.losses` -> meaning of training.optimization.loss_reduction=auto, which Spartex's published
 # learning rates assume.
 LOSS_REDUCTIONS = {"bce": "sum", "squared_hinge": "mean"}
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{name}={shown(repr(value))}: choose one of {', '.join(allowed)}")
 
 
 def _check_folder(name: str, text: str | None) -> None:
@@ -57,7 +52,7 @@ def _check_name(name: str, text: str, reserved: re.Pattern[str] | None = None) -
 class EnvironmentConfig(Section, prefix="environment."):
     running_env: str = option("guest", "Key of `environment.env2path` to use if `dataset_path` is not set.")
     env2path: dict[str, str] = option({"guest": "./data"}, "Root folder of the data sets on each of your machines.")
-    device: str = option("auto", "auto, cuda or cpu. auto uses a GPU if there is one.")
+    device: str = option("auto", "auto, cuda or cpu. auto uses a GPU if there is one.", choices=("auto", "cuda", "cpu"))
     cuda_device_id: int = option(
         0, "GPU of a run without a launcher; launchers assign one to each process.", "[0, 1023]"
     )
@@ -67,7 +62,6 @@ class EnvironmentConfig(Section, prefix="environment."):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("environment.device", self.device, ("auto", "cuda", "cpu"))
         for machine, folder in self.env2path.items():
             _check_folder(f"environment.env2path.{shown(machine)}", folder)
 
@@ -215,6 +209,7 @@ class EncoderConfig(Section, prefix="model.encoder."):
     pool_mode: str = option(
         "last_hidden_avg",
         "last_hidden_avg (mean over tokens), or last_nhidden_conlast (first token of the last feature_layers layers).",
+        choices=("last_hidden_avg", "last_nhidden_conlast"),
     )
     feature_layers: int = option(1, "Number of layers that pool_mode=last_nhidden_conlast concatenates.", "[1, 1000]")
     embed_dropout: float = option(0.3, "Dropout on the pooled embedding.", "[0, 1)")
@@ -222,6 +217,7 @@ class EncoderConfig(Section, prefix="model.encoder."):
         "auto",
         "Compile the encoder with torch.compile, which delays the start by seconds: true, false or auto. "
         "auto compiles on a GPU, except under ZeRO 3, and trains uncompiled if compilation fails.",
+        choices=("auto", "true", "false"),
     )
     gradient_checkpointing: bool = option(
         False,
@@ -237,10 +233,8 @@ class EncoderConfig(Section, prefix="model.encoder."):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.use_torch_compile = self.use_torch_compile.lower()  # YAML writes booleans as True and False, too
-        _one_of("model.encoder.use_torch_compile", self.use_torch_compile, ("auto", "true", "false"))
-        _one_of("model.encoder.pool_mode", self.pool_mode, ("last_hidden_avg", "last_nhidden_conlast"))
+        super().__post_init__()
         if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
             raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
         if self.use_ngame_encoder_weights and not self.ngame_checkpoint:
@@ -255,13 +249,7 @@ class PenultimateConfig(Section, prefix="model.penultimate."):
         False, "Insert a linear layer, with its own learning rate, between encoder and head."
     )
     penultimate_size: int = option(4096, "Width of the penultimate layer, and so of the head's input.", _WIDTH)
-    penultimate_activation: str = option("relu", "relu, gelu, tanh or none.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of(
-            "model.penultimate.penultimate_activation", self.penultimate_activation, ("relu", "gelu", "tanh", "none")
-        )
+    penultimate_activation: str = option("relu", "relu, gelu, tanh or none.", choices=("relu", "gelu", "tanh", "none"))
 
 
 @dataclass
@@ -286,17 +274,20 @@ class FFIConfig(Section, prefix="model.ffi."):
         "float32",
         "Dtype of the head's weights and optimizer state (except that of adamw_8bit): float32, or bfloat16 with "
         "stochastic rounding.",
+        choices=("float32", "bfloat16"),
     )
     bias_init: str = option(
         "prior",
         "prior: the constant logit with the lowest loss at the mean share of positives. frequency: the same for "
         "each label's own share. zero: 0.",
+        choices=("prior", "frequency", "zero"),
     )
     index_init: str = option(
         "random",
         "Initial features of a label. random: any. informed: those in which its training texts deviate most. "
         "discriminant: those that best separate its texts from the others, corrected for correlations "
         "between features.",
+        choices=("random", "informed", "discriminant"),
     )
     discriminant_ridge: float = option(
         0.5,
@@ -304,7 +295,9 @@ class FFIConfig(Section, prefix="model.ffi."):
         "(0, 1]",
     )
     weight_init: str = option(
-        "random", "Initial weights: random, zero, or centroid (along the mean feature of the label's training texts)."
+        "random",
+        "Initial weights: random, zero, or centroid (along the mean feature of the label's training texts).",
+        choices=("random", "zero", "centroid"),
     )
     centroid_scale: float = option(
         0.5, "Norm of the weights for weight_init=centroid, with features scaled to unit deviation.", "(0, 1000]"
@@ -318,6 +311,7 @@ class FFIConfig(Section, prefix="model.ffi."):
     backend: str = option(
         "auto",
         "auto, triton (GPU), reference (PyTorch, CPU and GPU) or torch_sparse (PyG). auto uses triton where it runs.",
+        choices=("auto", "triton", "reference", "torch_sparse"),
     )
     tile_labels: int | None = option(
         None,
@@ -326,7 +320,9 @@ class FFIConfig(Section, prefix="model.ffi."):
         _COUNT,
     )
     prune_mode: str = option(
-        "threshold", "threshold: prune weights with |w| below it. fraction: prune the smallest share of each row."
+        "threshold",
+        "threshold: prune weights with |w| below it. fraction: prune the smallest share of each row.",
+        choices=("threshold", "fraction"),
     )
     rewire_threshold: float = option(0.01, "Initial threshold of prune_mode=threshold.", _RATE)
     rewire_fraction: float = option(0.15, "Initial share of prune_mode=fraction.", "[0, 1]")
@@ -335,11 +331,14 @@ class FFIConfig(Section, prefix="model.ffi."):
         "random",
         "random: draw new features uniformly from those that the row does not read. gradient: take those "
         "with the largest gradient.",
+        choices=("random", "gradient"),
     )
     growth_batches: int = option(
         16, "Number of latest steps over which growth_mode=gradient sums the gradient.", "[1, 10000]"
     )
-    growth_init_mode: str = option("zero", "Value of grown weights: zero, or random like the initial ones.")
+    growth_init_mode: str = option(
+        "zero", "Value of grown weights: zero, or random like the initial ones.", choices=("zero", "random")
+    )
     input_features: int | None = option(
         None, "Width of the head's input; checked against the encoder or the penultimate layer.", _WIDTH
     )
@@ -365,14 +364,6 @@ class FFIConfig(Section, prefix="model.ffi."):
                 f"model.ffi.group_size={self.group_size}: a dense head has no index to share; set it to 1, or "
                 "use_sparse_layer=true"
             )
-        _one_of("model.ffi.weight_dtype", self.weight_dtype, ("float32", "bfloat16"))
-        _one_of("model.ffi.bias_init", self.bias_init, ("prior", "frequency", "zero"))
-        _one_of("model.ffi.index_init", self.index_init, ("random", "informed", "discriminant"))
-        _one_of("model.ffi.weight_init", self.weight_init, ("random", "zero", "centroid"))
-        _one_of("model.ffi.backend", self.backend, ("auto", "triton", "reference", "torch_sparse"))
-        _one_of("model.ffi.prune_mode", self.prune_mode, ("threshold", "fraction"))
-        _one_of("model.ffi.growth_mode", self.growth_mode, ("random", "gradient"))
-        _one_of("model.ffi.growth_init_mode", self.growth_init_mode, ("zero", "random"))
         # Shipped and Spartex files never combine these, so such a setting was made on purpose and must not be ignored.
         if self.use_sparse_layer and self.growth_mode == "gradient" and self.rewire_interval == 0:
             raise UserError(
@@ -408,9 +399,6 @@ class AuxiliaryConfig(Section, prefix="model.auxiliary."):
         0.4, "Initial loss weight w of the meta branch; the label loss has weight 1 - w.", "[0, 1)"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
 
 @dataclass
 class ModelConfig:
@@ -423,11 +411,7 @@ class ModelConfig:
 @dataclass
 class AmpConfig(Section, prefix="training.amp."):
     enabled: bool = option(False, "Mixed precision for the encoder.")
-    dtype: str = option("float16", "float16 or bfloat16.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _one_of("training.amp.dtype", self.dtype, ("float16", "bfloat16"))
+    dtype: str = option("float16", "float16 or bfloat16.", choices=("float16", "bfloat16"))
 
     @property
     def mixed_precision(self) -> str:
@@ -437,17 +421,21 @@ class AmpConfig(Section, prefix="training.amp."):
 
 @dataclass
 class OptimizationConfig(Section, prefix="training.optimization."):
-    loss_fn: str = option("bce", f"{' or '.join(LOSS_REDUCTIONS)}, summed over labels.")
+    loss_fn: str = option("bce", f"{' or '.join(LOSS_REDUCTIONS)}, summed over labels.", choices=LOSS_REDUCTIONS)
     loss_reduction: str = option(
         "auto",
         "Reduction over texts: sum, mean, or auto "
         f"({', '.join(f'{reduction} for {loss}' for loss, reduction in LOSS_REDUCTIONS.items())}).",
+        choices=("auto", "sum", "mean"),
     )
-    encoder_optimizer: str = option("adamw", "adamw, adam, or sgd (with momentum 0.9).")
+    encoder_optimizer: str = option(
+        "adamw", "adamw, adam, or sgd (with momentum 0.9).", choices=("adamw", "adam", "sgd")
+    )
     xmc_optimizer: str = option(
         "sgd",
         "Optimizer of the head: sgd (with xmc_momentum), adamw, adamw_8bit (one-byte states; meant for "
         "weight_dtype=bfloat16), or rowwise_rmsprop (one float of state per label).",
+        choices=("sgd", "adamw", "adamw_8bit", "rowwise_rmsprop"),
     )
     xmc_momentum: float = option(
         0.9, "Momentum of xmc_optimizer=sgd; 0 is plain SGD without optimizer state.", "[0, 1)"
@@ -477,11 +465,16 @@ class OptimizationConfig(Section, prefix="training.optimization."):
         "CosineScheduleWithWarmup",
         "Schedule of the encoder's and penultimate layer's rates: CosineScheduleWithWarmup, MultiStepLR or "
         "ReduceLROnPlateau.",
+        choices=SCHEDULES,
     )
     lr_scheduler_xmc: str = option(
-        "CosineScheduleWithWarmup", "Schedule of the head's rate; same choices as lr_scheduler."
+        "CosineScheduleWithWarmup", "Schedule of the head's rate; same choices as lr_scheduler.", choices=SCHEDULES
     )
-    warmup_steps: int = option(500, "Optimizer steps of linear warm-up, for every schedule.", "[0, 2147483647]")
+    warmup_steps: int | None = option(
+        None,
+        "Optimizer steps of linear warm-up, for every schedule; default: a tenth of all steps, and at most 500.",
+        "[0, 2147483647]",
+    )
     lr_milestones: list[int] = option(
         [], "MultiStepLR: epochs after which the rate is multiplied by lr_gamma.", _EPOCHS
     )
@@ -493,16 +486,11 @@ class OptimizationConfig(Section, prefix="training.optimization."):
     max_grad_norm: float = option(0.0, "Clip the encoder's gradient to this norm; 0 disables clipping.", _RATE)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         section = "training.optimization"
-        _one_of(f"{section}.loss_fn", self.loss_fn, tuple(LOSS_REDUCTIONS))
-        _one_of(f"{section}.loss_reduction", self.loss_reduction, ("auto", "sum", "mean"))
-        _one_of(f"{section}.encoder_optimizer", self.encoder_optimizer, ("adamw", "adam", "sgd"))
         if self.xmc_optimizer == "momentum":
             raise UserError(f"{section}.xmc_optimizer=momentum: write sgd, with {section}.xmc_momentum (default 0.9)")
-        _one_of(f"{section}.xmc_optimizer", self.xmc_optimizer, ("sgd", "adamw", "adamw_8bit", "rowwise_rmsprop"))
+        super().__post_init__()
         for name in ("lr_scheduler", "lr_scheduler_xmc"):
-            _one_of(f"{section}.{name}", getattr(self, name), tuple(SCHEDULES))
             if getattr(self, name) == "MultiStepLR" and not self.lr_milestones:
                 raise UserError(f"{section}.{name}=MultiStepLR: needs epochs; list them in {section}.lr_milestones")
         if self.lr_milestones and "MultiStepLR" not in (self.lr_scheduler, self.lr_scheduler_xmc):
@@ -552,7 +540,7 @@ class EvaluationConfig(Section, prefix="training.evaluation."):
         super().__post_init__()
         kinds = ("P", "nDCG", "R", "PSP", "PSnDCG") if self.eval_psp else ("P", "nDCG", "R")
         names = tuple(f"{kind}@{k}" for kind in kinds for k in (1, 3, 5))
-        _one_of("training.evaluation.early_stop_metric", self.early_stop_metric, names)
+        check_choice("training.evaluation.early_stop_metric", self.early_stop_metric, names)
 
 
 @dataclass

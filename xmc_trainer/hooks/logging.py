@@ -87,7 +87,7 @@ class ProgressHook(Hook):
             if trainer.state.step:
                 print(f"resumed after step {trainer.state.step:,}, in epoch {trainer.state.epoch + 1}", flush=True)
             warmup = trainer.config.training.optimization.warmup_steps
-            if steps <= warmup:
+            if warmup is not None and steps <= warmup:
                 print(
                     f"warning: all {steps:,} steps are warm-up (training.optimization.warmup_steps={warmup}), so the learning "
                     "rates never reach their peaks; lower it",
