@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import sys
 from pathlib import Path
 
 import datasets
@@ -25,6 +26,7 @@ from sklearn.utils import estimator_checks
 from sklearn.utils.validation import check_is_fitted
 
 from xmc_trainer import XMCClassifier, XMCModel
+from xmc_trainer.commands import extend
 from xmc_trainer.errors import UserError
 
 SETTINGS = {
@@ -208,6 +210,25 @@ def test_labels_of_one_name_keep_their_own_columns(fitted):
     )
     assert np.array_equal(twin.predict_scores(texts, k=8).toarray(), before)
     assert twin.predict(texts, k=2) == [["same", "same"]] * 10
+
+
+def test_labels_added_later_are_predicted(fitted, tmp_path, monkeypatch):
+    """Words that the training did not have name the new labels."""
+    new = [(f"w{n} w{n + 10}", f"label {n}") for n in (20, 30, 40) for _ in range(8)]
+    old_texts, old_labels = rows(60, seed=7)
+    table, old = tmp_path / "new.csv", tmp_path / "old.csv"
+    table.write_text("text,labels\n" + "".join(f"{text},{name};label 1\n" for text, name in new))
+    old.write_text("text,labels\n" + "".join(f"{text},\n" for text in old_texts))
+    words = [fitted.model_.saved.folder, table, "--output", tmp_path / "more", "--background", old]
+    monkeypatch.setattr(sys, "argv", ["xmc-trainer extend", *map(str, words)])
+    extend.main()
+    more = XMCClassifier.from_pretrained(tmp_path / "more", "cpu")
+    assert more.classes_.tolist() == [*fitted.classes_, "label 20", "label 30", "label 40"]
+    before = fitted.predict_scores(old_texts, k=8).toarray()
+    assert np.array_equal(more.predict_scores(old_texts, k=11).toarray()[:, :8], before)
+    assert more.score([text for text, _ in new], [name for _, name in new]) == 1.0
+    assert more.score(old_texts, old_labels) > fitted.score(old_texts, old_labels) - 0.05
+    assert "3 labels from 24 texts" in (tmp_path / "more/README.md").read_text()
 
 
 def test_progress_is_shown_on_request(fitted, capfd):
