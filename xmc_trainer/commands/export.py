@@ -149,11 +149,12 @@ def write_onnx(saved: SavedModel, out: Path, k: int, int8: bool) -> None:
             scores, labels = self.linear(self.encoder(input_ids, attention_mask)).topk(k, dim=1)
             return scores.sigmoid() if saved.head.loss_name == "bce" else scores, labels
 
-    ids = torch.ones(2, 8, dtype=torch.int64)
+    ids, mask = torch.ones(2, 2, 8, dtype=torch.int64)
+    mask[1, 4:] = 0  # for a batch without padding, transformers leaves the mask out of the graph
     size = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=saved.max_len)}
     torch.onnx.export(
         Whole().eval(),
-        (ids, ids),
+        (ids, mask),
         out / "model.onnx",
         input_names=["input_ids", "attention_mask"],
         output_names=["scores", "labels"],
