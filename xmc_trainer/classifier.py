@@ -16,6 +16,7 @@ from scipy.sparse import csr_matrix
 
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
+from xmc_trainer.data.tables import names_in_cell
 from xmc_trainer.errors import UserError, reason, shown
 from xmc_trainer.model import XMCModel, checked_texts, device_of
 
@@ -71,7 +72,7 @@ class XMCClassifier:
         Args:
             texts: the texts. Without `labels`: a frame with the columns data.text_column and data.label_column of `settings`
                 (default text and labels), or an iterable of (text, labels) pairs. In a frame, a string in the column of labels
-                is split at data.label_separator (default ;), and a missing value means no labels.
+                is split at data.label_separator (default ;) unless it is a JSON list, and a missing value means no labels.
             eval_set: data to evaluate on: a pair (texts, labels), or a frame. None: a tenth of the texts is held out.
         """
         settings = self.settings or {}
@@ -87,7 +88,7 @@ class XMCClassifier:
                 _write_rows(Path(data, "test.jsonl"), *self._texts_and_labels(*held_out))
                 source = Path(data)
             own = {
-                "data.hf_source": source,
+                "data.source": source,
                 "data.text_column": "text",
                 "data.label_column": "labels",
                 "model.encoder.encoder_model": self.encoder,
@@ -295,7 +296,7 @@ def _is_frame(data: Any) -> bool:
 def _names_in_cell(cell: Any, separator: str) -> Any:
     """Return the label names in a cell of a frame."""
     if isinstance(cell, str):
-        return [name.strip() for name in cell.split(separator) if name.strip()]
+        return names_in_cell(cell, separator)
     is_missing = cell is None or type(cell).__name__ == "NAType" or (isinstance(cell, float) and cell != cell)
     return [] if is_missing else cell
 

@@ -26,8 +26,6 @@ def examples_on_path(monkeypatch):
 
 @pytest.mark.parametrize("name", ["accelerate_loop", "hf_trainer", "lightning_module"])
 def test_an_example_learns(name, fresh_accelerator):
-    if name == "lightning_module":
-        pytest.importorskip("lightning")
     assert importlib.import_module(name).main(epochs=2) > 0.4
 
 

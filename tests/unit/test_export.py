@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pyarrow.parquet
 import pytest
 import scipy.sparse
 import torch
 from datasets import Dataset
+from fastapi.testclient import TestClient
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 from tests.data_helpers import tiny_tokenizer
@@ -101,24 +104,17 @@ def test_the_encoder_as_sentence_transformers_stores_one(model, tmp_path, monkey
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(out)(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     mask = batch["attention_mask"][:, :, None]
-    dense = export_tensors(out / "2_Dense/model.safetensors")
+    dense = load_file(out / "2_Dense/model.safetensors")
     features = torch.tanh((hidden * mask).sum(1) / mask.sum(1) @ dense["linear.weight"].T + dense["linear.bias"])
     assert features.numpy() == pytest.approx(model.embed(TEXTS), abs=1e-5)
 
 
-def export_tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
 def test_the_whole_in_onnx(model, tmp_path, monkeypatch):
-    runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     run(monkeypatch, export, model.saved.folder, tmp_path / "onnx", "--format", "onnx", "-k", "5", "--int8")
     scores, labels = model.topk(TEXTS, k=5)
     for name, tolerance in (("model.onnx", 1e-4), ("model.int8.onnx", 0.2)):
-        session = runtime.InferenceSession(tmp_path / "onnx" / name)
+        session = onnxruntime.InferenceSession(tmp_path / "onnx" / name)
         for start, stop in ((0, 1), (1, 40), (40, 61)):
             batch = batch_of_texts(model.saved.tokenizer, TEXTS[start:stop], 20)
             found, numbers = session.run(None, {key: value.numpy() for key, value in batch.items()})
@@ -167,11 +163,10 @@ def test_files_that_cannot_extend_a_model_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_served_model_predicts_and_refuses(model, monkeypatch):
-    testclient = pytest.importorskip("fastapi.testclient")
     monkeypatch.setenv("XMC_MODEL", str(model.saved.folder))
     monkeypatch.syspath_prepend(str(ROOT / "launchers/examples"))
     app = importlib.import_module("serve_fastapi").app
-    with testclient.TestClient(app) as client:
+    with TestClient(app) as client:
         assert client.get("/health").json() == {"labels": 13}
         answer = client.post("/predict", json={"texts": TEXTS[:3], "k": 2}).json()
         expected = [[label._asdict() for label in labels] for labels in model.predict(TEXTS[:3], k=2)]
