@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,21 +155,33 @@ def write_onnx(saved: SavedModel, out: Path, k: int, int8: bool) -> None:
     ids, mask = torch.ones(2, 2, 8, dtype=torch.int64)
     mask[1, 4:] = 0  # for a batch without padding, transformers leaves the mask out of the graph
     size = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=saved.max_len)}
-    torch.onnx.export(
-        Whole().eval(),
-        (ids, mask),
-        out / "model.onnx",
-        input_names=["input_ids", "attention_mask"],
-        output_names=["scores", "labels"],
-        dynamic_shapes={"input_ids": size, "attention_mask": size},
-        dynamo=True,
-        external_data=weight.shape[0] * weight.shape[1] > 1 << 28,  # one file holds 2 GiB
-        verbose=False,
-    )
-    if int8:
-        quantize_dynamic(out / "model.onnx", out / "model.int8.onnx", weight_type=QuantType.QInt8)
+    with _quiet():
+        torch.onnx.export(
+            Whole().eval(),
+            (ids, mask),
+            out / "model.onnx",
+            input_names=["input_ids", "attention_mask"],
+            output_names=["scores", "labels"],
+            dynamic_shapes={"input_ids": size, "attention_mask": size},
+            dynamo=True,
+            external_data=weight.shape[0] * weight.shape[1] > 1 << 28,  # one file holds 2 GiB
+            verbose=False,
+        )
+        if int8:
+            quantize_dynamic(out / "model.onnx", out / "model.int8.onnx", weight_type=QuantType.QInt8)
     saved.tokenizer.padding_side = "right"
     saved.tokenizer.save_pretrained(out / "tokenizer")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporters' warnings, which users cannot act on."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _write_json(path: Path, content: object) -> None:
