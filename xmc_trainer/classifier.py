@@ -1,12 +1,13 @@
-"""XMCClassifier: train and use a model from Python, in the manner of scikit-learn."""
+"""XMCClassifier: train and use a model from Python, in the manner of scikit-learn and transformers."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,11 +16,12 @@ from scipy.sparse import csr_matrix
 
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
-from xmc_trainer.errors import UserError, shown
-from xmc_trainer.model import Prediction, XMCModel, checked_texts
+from xmc_trainer.data.tables import names_in_cell
+from xmc_trainer.errors import UserError, reason, shown
+from xmc_trainer.model import XMCModel, checked_texts, device_of
 
 _ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-_Labels = Iterable[str | Sequence[str]]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class XMCClassifier:
@@ -29,8 +31,12 @@ class XMCClassifier:
     model.predict(["how to descale a kettle"], k=3)
 
     `fit` trains in this process, without DeepSpeed; for several GPUs use `xmc-trainer train`. Parameters follow
-    scikit-learn's rules: the constructor stores them unchanged, and `get_params`, `set_params` and `score` mean what
-    they mean there.
+    scikit-learn's rules: the constructor stores them unchanged, and `get_params`, `set_params`, `clone` and `score` mean what
+    they mean there. A classifier can be the last step of a Pipeline and the estimator of a GridSearchCV.
+
+    Texts are any iterable of strings: list, generator, numpy array, pandas or polars Series, column of a data set ... Labels are,
+    for each text, a list of label names or a single name. A frame (pandas, polars, or a Hugging Face data set) holds both: see
+    `fit`.
 
     Args:
         encoder: Hugging Face model: hub id or folder.
@@ -38,10 +44,12 @@ class XMCClassifier:
         settings: more settings of a training, name -> value, for example {"training.optimization.epochs": 5}.
         output_dir: folder for the run, `output_dir/run`. An earlier run there is replaced only with training.overwrite in `settings`.
             None: a temporary folder, deleted with this object; see `save_pretrained`.
+        device: cpu, cuda, cuda:1 ...; None for the GPU if there is one.
 
     Attributes, after `fit` or `from_pretrained`:
         model_: XMCModel.
-        classes_: label names, object [L], in the order of the columns of `predict_scores`.
+        classes_: label names, object [L], in the order of the columns of `predict_scores`. A name that several labels of
+            the data have occurs several times.
         metrics_: metrics on the texts held out, as fractions; after `fit` alone.
     """
 
@@ -51,20 +59,21 @@ class XMCClassifier:
         fan_in: int = 64,
         settings: dict[str, Any] | None = None,
         output_dir: str | Path | None = None,
+        device: str | None = None,
     ) -> None:
-        self.encoder, self.fan_in, self.settings, self.output_dir = encoder, fan_in, settings, output_dir
+        self.encoder, self.fan_in, self.settings = encoder, fan_in, settings
+        self.output_dir, self.device = output_dir, device
 
-    def fit(
-        self,
-        texts: Iterable[str],
-        labels: _Labels,
-        eval_set: tuple[Iterable[str], _Labels] | None = None,
-    ) -> Self:
+    # Training -------------------------------------------------------------------------------------------------------
+
+    def fit(self, texts: Any, labels: Iterable[Any] | None = None, eval_set: Any = None) -> Self:
         """Train on texts and their labels. Raises UserError for data and settings that do not fit.
 
         Args:
-            labels: for each text a list of label names, or a single name.
-            eval_set: texts and labels to evaluate on. None: a tenth of the texts is held out.
+            texts: the texts. Without `labels`: a frame with the columns data.text_column and data.label_column of `settings`
+                (default text and labels), or an iterable of (text, labels) pairs. In a frame, a string in the column of labels
+                is split at data.label_separator (default ;) unless it is a JSON list, and a missing value means no labels.
+            eval_set: data to evaluate on: a pair (texts, labels), or a frame. None: a tenth of the texts is held out.
         """
         settings = self.settings or {}
         if eval_set is not None and settings.get("data.test_share") is not None:
@@ -73,55 +82,74 @@ class XMCClassifier:
             )
         temporary = tempfile.TemporaryDirectory()
         with tempfile.TemporaryDirectory() as data:
-            source = _write_rows(Path(data, "train.jsonl"), texts, labels)
+            source = _write_rows(Path(data, "train.jsonl"), *self._texts_and_labels(texts, labels))
             if eval_set is not None:
-                _write_rows(Path(data, "test.jsonl"), *eval_set)
+                held_out = (eval_set, None) if _is_frame(eval_set) else eval_set
+                _write_rows(Path(data, "test.jsonl"), *self._texts_and_labels(*held_out))
                 source = Path(data)
             own = {
                 "data.source": source,
+                "data.text_column": "text",
+                "data.label_column": "labels",
                 "model.encoder.encoder_model": self.encoder,
                 "model.ffi.fan_in": self.fan_in,
                 "output_dir": self.output_dir or temporary.name,
                 "log_fname": "run",
             }
-            words = [f"{name}={'null' if value is None else value}" for name, value in (own | settings).items()]
+            if self.device is not None:
+                device = device_of(self.device)
+                own |= {"environment.device": device.type, "environment.cuda_device_id": device.index or 0}
+            more = {name: value for name, value in settings.items() if not name.endswith(_COLUMNS)}
+            words = [f"{name}={'null' if value is None else value}" for name, value in (own | more).items()]
             trainer = build_trainer(load_config(words))
             try:
                 trainer.train()
                 metrics, saved = trainer.metrics["test"], trainer.run_folder / "model"
             finally:
                 trainer.close()
-        self._use(XMCModel.load(saved))
+        self._use(XMCModel.load(saved, self.device))
         self.metrics_, self._temporary = metrics, temporary  # the folder is deleted with this object
         return self
 
+    # Prediction -----------------------------------------------------------------------------------------------------
+
     def predict(
-        self, texts: Iterable[str], k: int = 5, threshold: float | None = None, batch_size: int = 256
+        self,
+        texts: Any,
+        k: int = 5,
+        threshold: float | None = None,
+        batch_size: int = 256,
+        show_progress: bool = False,
     ) -> list[list[str]]:
         """Return the names of the k best labels of each text, best first; with `threshold` those that score at least that."""
-        return [
-            [label.id for label in found if threshold is None or label.score >= threshold]
-            for found in self._best(texts, k, batch_size)
-        ]
+        scores, labels = self._topk(texts, k, batch_size, show_progress)
+        kept = scores >= (-np.inf if threshold is None else threshold)
+        return [self.classes_[found[chosen]].tolist() for found, chosen in zip(labels, kept)]
 
-    def predict_scores(self, texts: Iterable[str], k: int = 100, batch_size: int = 256) -> csr_matrix:
+    def predict_scores(
+        self, texts: Any, k: int = 100, batch_size: int = 256, show_progress: bool = False
+    ) -> csr_matrix:
         """Return the scores of the k best labels of each text, float32 [texts, L], sparse."""
-        found = self._best(texts, k, batch_size)
-        scores = [label.score for labels in found for label in labels]
-        columns = [self._column[label.id] for labels in found for label in labels]
-        offsets = np.cumsum([0, *map(len, found)])
-        return csr_matrix((np.array(scores, np.float32), columns, offsets), (len(found), len(self.classes_)))
+        scores, labels = self._topk(texts, k, batch_size, show_progress)
+        offsets = np.arange(len(scores) + 1) * scores.shape[1]
+        return csr_matrix((scores.ravel(), labels.ravel(), offsets), (len(scores), len(self.classes_)))
 
-    def score(self, texts: Iterable[str], labels: _Labels) -> float:
-        """Return P@1: the share of texts whose best label is right."""
-        wanted = [set(_names(row, number)) for number, row in enumerate(labels, start=1)]
-        best = self.predict(texts, k=1)
-        if len(best) != len(wanted):
-            raise UserError(f"labels: there are {len(wanted)} for {len(best)} texts; give one for each text")
-        return float(np.mean([found[0] in names for found, names in zip(best, wanted)]))
+    def embed(self, texts: Any, batch_size: int = 256, show_progress: bool = False) -> np.ndarray:
+        """Return the encoder's features of each text, float32 [texts, d]."""
+        return self._fitted().embed(self._texts(texts), batch_size, show_progress)
+
+    def score(self, texts: Any, labels: Iterable[Any] | None = None) -> float:
+        """Return P@1: the share of texts whose best label is right. Without `labels`, `texts` is as in `fit`."""
+        found, wanted = self._texts_and_labels(texts, labels)
+        return float(np.mean([best[0] in names for best, names in zip(self.predict(found, k=1), wanted)]))
+
+    # Files and the hub ----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copy the model to a new folder, for `from_pretrained`, `XMCModel.load` and the commands of xmc-trainer."""
+        """Copy the model to a new folder, for `from_pretrained`, `XMCModel.load` and the commands of xmc-trainer.
+
+        The folder's README.md is a model card, written from the run.
+        """
         try:
             shutil.copytree(self._fitted().saved.folder, folder)
         except FileExistsError:
@@ -131,10 +159,56 @@ class XMCClassifier:
                 f"{error.filename}: no such file; the model's folder was removed or replaced; fit again"
             ) from None
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload model",
+    ) -> str:
+        """Upload the model to the Hugging Face hub, and return its address there.
+
+        Args:
+            repo_id: "owner/name". The repository is created if there is none.
+            private: of a new repository.
+            token: default: of `hf auth login`.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        folder = self._fitted().saved.folder
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        return str(address)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str | None = None) -> Self:
-        """Load a model folder, of `save_pretrained` or of a training."""
-        return cls()._use(XMCModel.load(folder, device))
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str | None = None,
+        dtype: Any = "float32",
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> Self:
+        """Load a model: a folder of `save_pretrained` or of a training, or a hub id. Raises UserError.
+
+        Args:
+            device, dtype: as in `XMCModel.load`.
+            revision: branch, tag or commit of a hub id.
+        """
+        folder = name
+        if _HUB_ID.fullmatch(str(name)) and not Path(name).exists():
+            from huggingface_hub import snapshot_download
+
+            try:
+                folder = snapshot_download(str(name), revision=revision, token=token)
+            except OSError as error:  # the base of huggingface_hub's errors
+                raise UserError(
+                    f"{name}: is no folder, and not to be had from the Hugging Face hub ({reason(error)}); correct the name"
+                ) from None
+        return cls(device=device)._use(XMCModel.load(folder, device, dtype))
+
+    # scikit-learn's conventions -------------------------------------------------------------------------------------
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return the constructor's parameters."""
@@ -148,20 +222,83 @@ class XMCClassifier:
             setattr(self, name, value)
         return self
 
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "model_")
+
+    def __sklearn_tags__(self) -> Any:
+        from sklearn.utils import InputTags, Tags, TargetTags
+
+        return Tags(
+            # Not "classifier": scikit-learn's splitters then expect one class for each row, not a list of names.
+            estimator_type=None,
+            target_tags=TargetTags(required=True, multi_output=True),
+            input_tags=InputTags(two_d_array=False, string=True),
+        )
+
+    def __repr__(self) -> str:
+        defaults = inspect.signature(type(self)).parameters
+        changed = (f"{k}={v!r}" for k, v in self.get_params().items() if v != defaults[k].default)
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+    # Details --------------------------------------------------------------------------------------------------------
+
     def _use(self, model: XMCModel) -> Self:
         self.model_ = model
         self.classes_ = np.array(model.saved.label_ids.to_pylist(), dtype=object)
-        self._column = {name: column for column, name in enumerate(self.classes_)}
         return self
-
-    def _best(self, texts: Iterable[str], k: int, batch_size: int) -> list[list[Prediction]]:
-        model = self._fitted()
-        return model.predict(texts, min(k, len(self.classes_)), batch_size)
 
     def _fitted(self) -> XMCModel:
         if not hasattr(self, "model_"):
             raise UserError("this XMCClassifier has no model; call fit or from_pretrained first")
         return self.model_
+
+    def _topk(self, texts: Any, k: int, batch_size: int, show_progress: bool) -> tuple[np.ndarray, np.ndarray]:
+        model = self._fitted()
+        return model.topk(self._texts(texts), min(k, len(self.classes_)), batch_size, show_progress)
+
+    def _column(self, frame: Any, setting: str, default: str) -> Iterable[Any]:
+        """Return the column of a frame that a setting names. Raises UserError if there is none."""
+        name = (self.settings or {}).get(setting, default)
+        columns = list(frame.columns if hasattr(frame, "columns") else frame.column_names)
+        if name not in columns:
+            raise UserError(f"the frame has no column {name!r}, only {', '.join(map(str, columns))}; set {setting}")
+        return frame[name]
+
+    def _texts(self, texts: Any) -> Iterable[str]:
+        return self._column(texts, "data.text_column", "text") if _is_frame(texts) else texts
+
+    def _texts_and_labels(self, texts: Any, labels: Iterable[Any] | None) -> tuple[list[str], list[list[str]]]:
+        """Return texts and, for each, its label names. For the arguments see `fit`."""
+        if labels is None and _is_frame(texts):
+            separator = (self.settings or {}).get("data.label_separator", ";")
+            cells = self._column(texts, "data.label_column", "labels")
+            labels = [_names_in_cell(cell, separator) for cell in cells]
+        elif labels is None:
+            pairs = list(texts)
+            if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+                raise UserError("labels: are missing; give them, or (text, labels) pairs, or a frame with both")
+            texts, labels = [text for text, _ in pairs], [names for _, names in pairs]
+        checked = checked_texts(self._texts(texts))
+        names = [_names(row, number) for number, row in enumerate(labels, start=1)]
+        if len(names) != len(checked):
+            raise UserError(f"labels: there are {len(names)} for {len(checked)} texts; give one for each text")
+        return checked, names
+
+
+_COLUMNS = ("text_column", "label_column", "label_separator")  # settings of a frame, which `fit` writes to a file
+
+
+def _is_frame(data: Any) -> bool:
+    """Whether `data` is a table: a pandas or polars frame, or a data set."""
+    return hasattr(data, "columns") or hasattr(data, "column_names")
+
+
+def _names_in_cell(cell: Any, separator: str) -> Any:
+    """Return the label names in a cell of a frame."""
+    if isinstance(cell, str):
+        return names_in_cell(cell, separator)
+    is_missing = cell is None or type(cell).__name__ == "NAType" or (isinstance(cell, float) and cell != cell)
+    return [] if is_missing else cell
 
 
 def _names(row: Any, number: int) -> list[str]:
@@ -176,13 +313,9 @@ def _names(row: Any, number: int) -> list[str]:
     return [str(name) for name in names]
 
 
-def _write_rows(path: Path, texts: Iterable[str], labels: _Labels) -> Path:
-    """Write texts and labels as JSON lines. Raises UserError unless each text has its labels."""
-    checked = checked_texts(texts)
-    names = [_names(row, number) for number, row in enumerate(labels, start=1)]
-    if len(names) != len(checked):
-        raise UserError(f"labels: there are {len(names)} for {len(checked)} texts; give one for each text")
+def _write_rows(path: Path, texts: list[str], labels: list[list[str]]) -> Path:
+    """Write texts and labels as JSON lines."""
     with open(path, "w", encoding="utf-8") as file:
-        for text, row in zip(checked, names):
-            file.write(json.dumps({"text": text, "labels": row}) + "\n")
+        for text, names in zip(texts, labels):
+            file.write(json.dumps({"text": text, "labels": names}) + "\n")
     return path

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from xmc_trainer.checkpoint.saved_model import SavedModel, load_model
-from xmc_trainer.data import batch_of_texts
-from xmc_trainer.data.texts import check_unicode
+from xmc_trainer.data.batches import padded_texts
+from xmc_trainer.data.texts import check_unicode, encode_texts
 from xmc_trainer.errors import UserError
+
+_BATCHES_A_BLOCK = 16  # texts are tokenised, and sorted by their number of tokens, in blocks of this many batches
+# The encoder's intermediate results of this many tokens nearly fit into a CPU's cache; 32,768 take a third longer.
+_CPU_TOKENS = 4096
 
 
 class Prediction(NamedTuple):
@@ -51,61 +58,123 @@ class XMCModel:
 
     In a process group (`torch.distributed`), each rank loads a share of the labels. Every rank must then predict the
     same texts; the ranks share the work, and each receives all predictions.
+
+    `embed`, `topk` and `predict` take:
+        texts: any iterable of strings: list, tuple, generator, numpy array, pandas or polars Series, column of a data
+            set ... Empty texts are allowed.
+        batch_size: texts per batch. Results do not depend on it.
+        show_progress: show a progress bar on stderr.
+    They raise UserError for an item that is not a string, with its position, and for arguments out of range.
     """
 
     def __init__(self, saved: SavedModel, device: torch.device) -> None:
         self.saved, self.device = saved, device
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device | None = None) -> XMCModel:
-        """Load a model folder onto `device` (default: the GPU if there is one). Raises UserError."""
-        chosen = device_of(device)
-        return cls(load_model(folder, chosen), chosen)
+    def load(
+        cls, folder: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "float32"
+    ) -> XMCModel:
+        """Load a model folder. Raises UserError.
+
+        Args:
+            device: cpu, cuda, cuda:1 ...; None for the GPU if there is one.
+            dtype: of the encoder's weights: float32, bfloat16 or float16. The head computes in float32.
+        """
+        chosen, precision = device_of(device), _dtype_of(dtype)
+        saved = load_model(folder, chosen)
+        saved.encoder.to(precision)
+        return cls(saved, chosen)
 
     @torch.no_grad()
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Compute features, float32 [b, d], from token ids and mask, int64 [b, T], on the model's device."""
-        return self.saved.encoder(input_ids, attention_mask)
+        return self.saved.encoder(input_ids, attention_mask).float()
 
-    def predict(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> list[list[Prediction]]:
-        """Return the k best labels of each text, best first, in the order of the texts.
+    def embed(self, texts: Iterable[str], batch_size: int = 256, show_progress: bool = False) -> np.ndarray:
+        """Return the features that the head reads, float32 [texts, d], in the order of the texts."""
+        checked = checked_texts(texts)
+        out = np.empty((len(checked), self.saved.encoder.out_features), np.float32)
+        for rows, own, sizes in self._features(checked, batch_size, show_progress):
+            out[rows] = self.saved.head.ranks.gather_rows(own, sizes).cpu().numpy()
+        return out
+
+    def topk(
+        self, texts: Iterable[str], k: int = 5, batch_size: int = 256, show_progress: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k best labels of each text, best first. Equal scores are in label order.
 
         Args:
-            texts: any iterable of strings: list, tuple, generator, numpy array, pandas Series, column of a data set ...
-                Empty texts are allowed.
             k: 1 to the number of labels.
-            batch_size: texts per batch. Scores do not depend on it.
-        Raises UserError for an item that is not a string, with its position, and for arguments out of range.
+        Returns: scores, float32 [texts, k], as in `Prediction`; numbers of the labels, int64 [texts, k], which are rows of
+            labels.parquet.
         """
-        k = _whole_number("k", k, highest=self.saved.head.num_labels, meaning=", the number of labels")
-        batch_size = _whole_number("batch_size", batch_size)
-        texts = checked_texts(texts)
-        ranks = self.saved.head.ranks
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
-        out: list[list[Prediction]] = [[] for _ in texts]
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = batch_of_texts(self.saved.tokenizer, [texts[row] for row in rows], self.saved.max_len)
-            # Pad before splitting, so that a text's padding does not depend on the number of ranks. A rank without
-            # texts encodes the first one and drops the result.
-            parts = np.array_split(np.arange(len(rows)), ranks.size)
-            own_rows, sizes = parts[ranks.rank], [len(part) for part in parts]
-            encoded_rows = torch.from_numpy(own_rows if len(own_rows) else np.zeros(1, np.int64))
-            inputs = {name: value[encoded_rows].to(self.device) for name, value in batch.items()}
-            features = self.encode(**inputs)[: len(own_rows)]
-            scores, labels = (ranks.gather_rows(x, sizes) for x in self.saved.head.topk(features, k))
-            if not scores.isfinite().all():
+        head = self.saved.head
+        k = _whole_number("k", k, highest=head.num_labels, meaning=", the number of labels")
+        checked = checked_texts(texts)
+        scores, labels = np.empty((len(checked), k), np.float32), np.empty((len(checked), k), np.int64)
+        for rows, own, sizes in self._features(checked, batch_size, show_progress):
+            found, numbers = (head.ranks.gather_rows(x, sizes) for x in head.topk(own, k))
+            if not found.isfinite().all():
                 raise UserError(
                     f"{self.saved.folder}: gives scores that are not finite; train it again with lower learning rates"
                 )
-            if self.saved.head.loss_name == "bce":
-                scores = scores.sigmoid()
-            for row, row_scores, row_labels in zip(rows, scores.tolist(), labels.tolist()):
-                out[row] = [self._prediction(label, score) for label, score in zip(row_labels, row_scores)]
-        return out
+            scores[rows] = (found.sigmoid() if head.loss_name == "bce" else found).cpu().numpy()
+            labels[rows] = numbers.cpu().numpy()
+        return scores, labels
 
-    def _prediction(self, label: int, score: float) -> Prediction:
-        return Prediction(self.saved.label_ids[label].as_py(), self.saved.label_texts[label].as_py(), score)
+    def predict(
+        self, texts: Iterable[str], k: int = 5, batch_size: int = 256, show_progress: bool = False
+    ) -> list[list[Prediction]]:
+        """Return the k best labels of each text, best first, in the order of the texts; see `topk`."""
+        scores, labels = self.topk(texts, k, batch_size, show_progress)
+        return self.predictions(scores, labels, np.ones(labels.shape, bool))
+
+    def predictions(self, scores: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> list[list[Prediction]]:
+        """Return the labels of each text that `kept`, bool [texts, k], marks in a result of `topk`."""
+        numbers = pyarrow.array(labels[kept])
+        columns = (column.take(numbers).to_pylist() for column in (self.saved.label_ids, self.saved.label_texts))
+        found = map(Prediction, *columns, scores[kept].tolist())
+        return [list(islice(found, count)) for count in kept.sum(1)]
+
+    def _features(
+        self, texts: list[str], batch_size: int, show_progress: bool
+    ) -> Iterator[tuple[list[int], Tensor, list[int]]]:
+        """Yield, for each batch: its rows of `texts`, the features of this rank's share of them, and every rank's share."""
+        batch_size = _whole_number("batch_size", batch_size)
+        ranks, tokenizer, longest = self.saved.head.ranks, self.saved.tokenizer, self.saved.max_len
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
+        with tqdm(total=len(texts), desc="texts", unit="text", disable=not show_progress or ranks.rank > 0) as bar:
+            for start in range(0, len(order), batch_size * _BATCHES_A_BLOCK):
+                block = order[start : start + batch_size * _BATCHES_A_BLOCK]
+                tokens = dict(zip(block, encode_texts(tokenizer, [texts[row] for row in block], longest)))
+                block.sort(key=lambda row: len(tokens[row]))
+                for first in range(0, len(block), batch_size):
+                    rows = block[first : first + batch_size]
+                    sizes = [len(part) for part in np.array_split(rows, ranks.size)]
+                    own = range(sum(sizes[: ranks.rank]), sum(sizes[: ranks.rank + 1]))
+                    yield rows, self._encode_share([tokens[row] for row in rows], own), sizes
+                    bar.update(len(rows))
+
+    def _encode_share(self, tokens: list[list[int]], own: range) -> Tensor:
+        """Return the features of the texts `own` of a batch, float32 [len(own), d]. `tokens` are in order of length."""
+        step = len(tokens)
+        if self.device.type == "cpu":
+            step = max(1, _CPU_TOKENS // len(tokens[-1]))
+        features = [torch.empty(0, self.saved.encoder.out_features, device=self.device)]
+        for start in range(0, len(tokens), step):
+            # Pad before selecting this rank's texts, so that a text's padding does not depend on the number of ranks.
+            inputs = padded_texts(tokens[start : start + step], self.saved.tokenizer, self.saved.max_len)
+            share = slice(max(own.start - start, 0), max(own.stop - start, 0))
+            if inputs["input_ids"][share].shape[0]:
+                features.append(self.encode(**{name: value[share].to(self.device) for name, value in inputs.items()}))
+        return torch.cat(features)
+
+
+def _dtype_of(name: str | torch.dtype) -> torch.dtype:
+    precision = getattr(torch, name, None) if isinstance(name, str) else name
+    if precision not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype {name}: is not valid; choose float32, bfloat16 or float16")
+    return precision
 
 
 def _whole_number(name: str, value: Any, highest: int | None = None, meaning: str = "") -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from xmc_trainer.errors import UserError, reason
 from xmc_trainer.launch import launched_processes
@@ -174,6 +175,12 @@ def largest_of_ranks(x: Tensor) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
+
+
+def broadcast_by_ddp(buffer: Tensor) -> bool:
+    """Whether a DistributedDataParallel module, whose forward pass this is, overwrites `buffer` with rank 0's."""
+    active = DistributedDataParallel._get_active_ddp_module()
+    return active is not None and any(buffer is each for each in active.modules_buffers)
 
 
 def use_gpu(number: int) -> None:

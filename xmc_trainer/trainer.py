@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from xmc_trainer import signals
 from xmc_trainer.checkpoint.finite import require_finite
 from xmc_trainer.checkpoint.saved_model import save_model
-from xmc_trainer.config import SETTINGS, Config, portable_yaml
+from xmc_trainer.config import SETTINGS, Config, model_card, portable_yaml
 from xmc_trainer.data import Batches, Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.encoder_step import EncoderStep
@@ -228,8 +228,7 @@ class Trainer:
         Raises UserError, on all ranks, if weights are not finite.
         """
         state = self.accelerator.get_state_dict(self.encoder)  # under ZeRO 3 on the main rank alone
-        own = (*(state or {}).items(), *self.head_tensors())
-        require_finite(own, self.ranks, self.device, self.state.step, folder)
+        require_finite((*(state or {}).items(), *self.head_tensors()), self.ranks, self.device, self.state.step, folder)
         save_model(
             folder,
             encoder=self.encoder_module,
@@ -240,6 +239,7 @@ class Trainer:
             max_len=self.config.data.max_len,
             step=self.state.step,
             config_yaml=portable_yaml(self.config),
+            card=model_card(self.config, self.metrics, self.corpus.num_labels, self.corpus.texts, self.state.step),
         )
         self.dispatch("on_save", folder)
 

@@ -39,7 +39,9 @@ def by_hand(model, text):
         return model(torch.tensor([ids])).last_hidden_state[0].mean(0)
 
 
-def test_clusters_are_computed_from_the_encoder_and_texts_of_the_training(command, toy_data, tiny_encoder, tmp_path, monkeypatch):
+def test_clusters_are_computed_from_the_encoder_and_texts_of_the_training(
+    command, toy_data, tiny_encoder, tmp_path, monkeypatch
+):
     model = BertModel.from_pretrained(tiny_encoder).eval()
     torch.manual_seed(1)
     with torch.no_grad():

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from xmc_trainer.parallel import Ranks
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # for people, who edit it: it has no checksum
 _DIGEST = "manifest_sha256"
 # Relative paths without . and .. parts: they cannot leave the folder.
 _NAME = re.compile(r"(?!\.\.?(/|$))[^/\\\x00-\x1f]+(/(?!\.\.?(/|$))[^/\\\x00-\x1f]+)*")
@@ -168,6 +169,7 @@ def _seal(partial: Path, kind: Kind, manifest: dict[str, Any]) -> None:
         sums = {path: pool.submit(_sha256, path) for path in files}
         sync_tree(partial)  # the disk writes while files are hashed
     checksums = {path.relative_to(partial).as_posix(): found.result() for path, found in sums.items()}
+    checksums.pop(CARD, None)
     # The digest must match what a reader sees: JSON turns tuples into lists and keys into strings.
     manifest = json.loads(json.dumps({"format": kind.formats[-1]} | manifest | {"sha256": checksums}))
     text = json.dumps(manifest | {_DIGEST: _digest(manifest)}, indent=1)
@@ -261,7 +263,10 @@ def verify_file(
         raise UserError(f"{folder / MANIFEST}: has no checksum for {name}; {remedy}")
     if not path.is_file():
         raise UserError(f"{path}: is missing; {remedy}")
-    if not path.resolve().is_relative_to(folder.resolve()):
+    root = folder.resolve()
+    if root.parent.name == "snapshots":
+        root = root.parents[1]  # in the cache of the Hugging Face hub, a snapshot is links to ../../blobs
+    if not path.resolve().is_relative_to(root):
         raise UserError(f"{path}: is a link out of the folder; replace it by the file itself")
     try:
         found = _sha256(path)

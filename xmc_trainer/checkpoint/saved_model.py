@@ -6,6 +6,7 @@ encoder/                   Hugging Face layout, plus penultimate.safetensors if 
 tokenizer/                 Hugging Face layout
 head-00000-of-00001.safetensors   one per rank: weight, index, bias of its labels; frequent.weight ... in a split head
 labels.parquet             id and text of each label
+README.md                  the model card, if the model has one; not in the manifest, because people edit it
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import xmc_trainer
 from xmc_trainer.checkpoint.folder import (
+    CARD,
     NAME,
     SHA256,
     TEXT,
@@ -116,6 +118,7 @@ def save_model(
     max_len: int,
     step: int,
     config_yaml: str,
+    card: str | None = None,
 ) -> None:
     """Write a model folder atomically. Collective; all ranks must share the file system.
 
@@ -123,6 +126,7 @@ def save_model(
         encoder_state: the full state dict of `encoder`, on rank 0.
         labels: columns id and text, in label order.
         max_len: maximal number of tokens per text.
+        card: content of README.md.
     Raises CannotWrite on all ranks if a write of any rank fails.
     """
     ranks, parts = head.ranks, head.parts()
@@ -142,6 +146,8 @@ def save_model(
         tokenizer.save_pretrained(partial / "tokenizer")
         pyarrow.parquet.write_table(labels.with_format("arrow")[:], partial / "labels.parquet")
         (partial / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        if card is not None:
+            (partial / CARD).write_text(card, encoding="utf-8")
         return {
             "xmc_trainer": xmc_trainer.__version__,
             "step": step,

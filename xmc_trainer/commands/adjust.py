@@ -25,7 +25,7 @@ from torch import Tensor
 
 from xmc_trainer.builders.data import metrics_of
 from xmc_trainer.builders.saved_model import corpus_of_saved, loader_of_test_set
-from xmc_trainer.checkpoint.folder import MANIFEST, read_folder, save_folder
+from xmc_trainer.checkpoint.folder import CARD, MANIFEST, read_folder, save_folder
 from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
 from xmc_trainer.checkpoint.saved_model import MODEL, SavedModel, save_tensors
 from xmc_trainer.config import Config, portable_yaml
@@ -88,9 +88,9 @@ def write_strength(saved: SavedModel, config: Config, corpus: Corpus, strength: 
     foreign = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() not in manifest["sha256"]
+        if path.is_file() and path.relative_to(folder).as_posix() not in {*manifest["sha256"], MANIFEST, CARD}
     ]
-    if foreign := [path for path in foreign if path != folder / MANIFEST]:
+    if foreign:
         raise UserError(
             f"{foreign[0]}: does not belong to the model, whose folder is replaced; move it elsewhere first"
         )

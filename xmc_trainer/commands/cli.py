@@ -28,6 +28,11 @@ COMMANDS = {
     "train": ("xmc_trainer.commands.train", "train, evaluate and save a model"),
     "evaluate": ("xmc_trainer.commands.evaluate", "measure a saved model on a test set"),
     "predict": ("xmc_trainer.commands.predict", "predict the labels of texts with a saved model"),
+    "export": (
+        "xmc_trainer.commands.export",
+        "write a saved model for sentence-transformers, scipy, torch or ONNX",
+    ),
+    "extend": ("xmc_trainer.commands.extend", "add labels to a saved model from texts, without training it again"),
     "settings": ("xmc_trainer.commands.settings", "list every setting with its default and meaning"),
     "clusters": ("xmc_trainer.commands.clusters", "compute label clusters for the meta branch and semantic groups"),
     "sweep": ("xmc_trainer.commands.sweep", "train a table of configurations with several seeds"),

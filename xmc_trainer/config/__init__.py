@@ -2,6 +2,7 @@
 
 from xmc_trainer.config.fields import names_of_parameters
 from xmc_trainer.config.load import load_config, saved_settings, shipped_configs
+from xmc_trainer.config.model_card import model_card
 from xmc_trainer.config.schema import Config
 from xmc_trainer.config.write import flatten, portable, portable_yaml, to_yaml
 
@@ -13,6 +14,7 @@ __all__ = [
     "Config",
     "flatten",
     "load_config",
+    "model_card",
     "portable",
     "portable_yaml",
     "saved_settings",

@@ -131,9 +131,13 @@ def padded(tokens: Ragged, *, longest: int, pad_token_id: int | None, least_rows
 
 def batch_of_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> dict[str, Tensor]:
     """Tokenise, truncate to `max_len` tokens and pad one or more texts outside a corpus; see `padded`."""
-    ids = encode_texts(tokenizer, texts, max_len)
-    tokens = Ragged(np.concatenate(ids), np.cumsum([0, *map(len, ids)]))
-    return padded(tokens, longest=max_len, pad_token_id=tokenizer.pad_token_id)
+    return padded_texts(encode_texts(tokenizer, texts, max_len), tokenizer, max_len)
+
+
+def padded_texts(tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase, max_len: int) -> dict[str, Tensor]:
+    """Pad one or more texts that `encode_texts` has tokenised; see `padded`."""
+    ragged = Ragged(np.concatenate(tokens), np.cumsum([0, *map(len, tokens)]))
+    return padded(ragged, longest=max_len, pad_token_id=tokenizer.pad_token_id)
 
 
 def _list_lengths(dataset: Dataset, column: str) -> np.ndarray:

@@ -53,7 +53,7 @@ def table_records(path: Path, label_column: str, separator: str) -> Iterator[tup
                     )
                 record: dict[str, Any] = dict(zip(header, cells))
                 if label_column in record:
-                    record[label_column] = _labels(record[label_column], separator)
+                    record[label_column] = names_in_cell(record[label_column], separator)
                 yield where, record
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after row {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
@@ -67,7 +67,8 @@ def _open(path: Path) -> TextIO:
     return opened(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def _labels(cell: str, separator: str) -> list[Any]:
+def names_in_cell(cell: str, separator: str) -> list[Any]:
+    """Return the labels in a cell: a JSON list as it is, anything else split at `separator`; see `table_records`."""
     if cell.lstrip().startswith("["):
         try:
             listed = json.loads(cell)

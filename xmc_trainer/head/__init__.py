@@ -2,7 +2,7 @@
 
 from xmc_trainer.head.layer import FixedFanInHead
 from xmc_trainer.head.optimizers import SGD, AdamW, RowwiseRMSprop
-from xmc_trainer.head.protocol import Head
+from xmc_trainer.head.protocol import Head, exclude_from_ddp
 from xmc_trainer.head.rewire import RewireReport, RewireRule
 from xmc_trainer.head.split import SplitHead
 from xmc_trainer.head.step import HeadTerm, feature_gradient, multi_head_step
@@ -17,7 +17,7 @@ __all__ = [
     "RewireRule",
     "RowwiseRMSprop",
     "SplitHead",
-    "feature_gradient",
+    "exclude_from_ddp",
     "feature_gradient",
     "multi_head_step",
 ]

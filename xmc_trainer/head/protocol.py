@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from xmc_trainer.head.rewire import RewireReport, RewireRule
 from xmc_trainer.head.step import HeadTerm, check_batch, multi_head_step
-from xmc_trainer.parallel import Ranks
+from xmc_trainer.parallel import Ranks, broadcast_by_ddp
 
 if TYPE_CHECKING:
     from xmc_trainer.head.layer import FixedFanInHead
@@ -73,8 +73,14 @@ class Head(nn.Module, ABC):
                 ranks exchange them, and the host waits for the device.
         Returns: float32 scalar, the same on all ranks. With "mean" it is divided by texts_in_step, so that the losses
             of a step's micro-batches add up to the step's loss.
-        Raises ValueError if the arguments do not fit each other or the head.
+        Raises ValueError if the arguments do not fit each other or the head, and in a DistributedDataParallel module that
+            overwrites the labels of all ranks but 0; see `exclude_from_ddp`.
         """
+        if self.ranks.size > 1 and any(broadcast_by_ddp(part.weight) for _, part in self.parts()):
+            raise ValueError(
+                "DistributedDataParallel has overwritten this rank's labels with rank 0's: call exclude_from_ddp(module) before "
+                "it wraps the module, or leave the head outside"
+            )
         check_batch(feat_bd, label_ids, label_counts, self.in_features, self.num_labels)
         return multi_head_step(
             self.terms(loss_weight),
@@ -153,3 +159,14 @@ class Head(nn.Module, ABC):
 
         Raises ValueError if the head is dense, or if growth by gradient finds no recent steps.
         """
+
+
+def exclude_from_ddp(module: nn.Module) -> None:
+    """Make a later DistributedDataParallel(module) leave the heads inside `module` alone.
+
+    It would otherwise overwrite their buffers, which belong to other labels on each rank, with rank 0's.
+    """
+    heads = [(prefix, each) for prefix, each in module.named_modules() if isinstance(each, Head)]
+    names = {f"{prefix}.{name}" for prefix, head in heads for name, _ in head.named_buffers()}
+    ignored = names.union(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+    module._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]

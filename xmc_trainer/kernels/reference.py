@@ -190,6 +190,12 @@ def head_topk(
             score_BT += head.bias_L[start:stop]
         if skip_label_P.numel():
             score_BT.masked_fill_(pair_mask(skip_label_P, skip_row_P, start, stop, rows), -torch.inf)
-        label = torch.arange(start, stop, device=feat.device) + head.label_start
+        label = (torch.arange(start, stop, device=feat.device) + head.label_start).expand_as(score_BT)
+        if k < stop - start:
+            # Pack the k best alone: packing all takes as long as the products. topk orders ties at random, so it may choose
+            # only if the k-th is better than the next.
+            top, column = score_BT.topk(k + 1, dim=1)
+            if not (top[:, k - 1] == top[:, k]).any():
+                score_BT, label = top[:, :k], label.gather(1, column[:, :k])
         best = torch.cat([best, pack_candidates(score_BT, label)], 1).topk(k, dim=1).values
     return best
