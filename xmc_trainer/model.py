@@ -68,7 +68,12 @@ class XMCModel:
         return self.saved.encoder(input_ids, attention_mask)
 
     def predict(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> list[list[Prediction]]:
-        """Return the k best labels of each text, best first, in the order of the texts.
+        """Return the k best labels of each text, best first, in the order of the texts; for arguments and errors see `topk`."""
+        found = zip(*(array.tolist() for array in self.topk(texts, k, batch_size)))
+        return [[self.prediction(label, score) for score, label in zip(*row)] for row in found]
+
+    def topk(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
+        """Rank labels: return scores, float32 [texts, k], and numbers of labels, int64 [texts, k], best first.
 
         Args:
             texts: any iterable of strings: list, tuple, generator, numpy array, pandas Series, column of a data set ...
@@ -82,7 +87,7 @@ class XMCModel:
         texts = checked_texts(texts)
         ranks = self.saved.head.ranks
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
-        out: list[list[Prediction]] = [[] for _ in texts]
+        best_scores, best_labels = np.empty((len(texts), k), np.float32), np.empty((len(texts), k), np.int64)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = batch_of_texts(self.saved.tokenizer, [texts[row] for row in rows], self.saved.max_len)
@@ -100,11 +105,11 @@ class XMCModel:
                 )
             if self.saved.head.loss_name == "bce":
                 scores = scores.sigmoid()
-            for row, row_scores, row_labels in zip(rows, scores.tolist(), labels.tolist()):
-                out[row] = [self._prediction(label, score) for label, score in zip(row_labels, row_scores)]
-        return out
+            best_scores[rows], best_labels[rows] = scores.cpu(), labels.cpu()
+        return best_scores, best_labels
 
-    def _prediction(self, label: int, score: float) -> Prediction:
+    def prediction(self, label: int, score: float) -> Prediction:
+        """Return a label, by its number, with id and text."""
         return Prediction(self.saved.label_ids[label].as_py(), self.saved.label_texts[label].as_py(), score)
 
 
