@@ -69,8 +69,8 @@ class XMCModel:
 
     def predict(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> list[list[Prediction]]:
         """Return the k best labels of each text, best first, in the order of the texts; for arguments and errors see `topk`."""
-        found = zip(*(array.tolist() for array in self.topk(texts, k, batch_size)))
-        return [[self.prediction(label, score) for score, label in zip(*row)] for row in found]
+        scores, labels = self.topk(texts, k, batch_size)
+        return self.predictions(scores, labels, np.ones(labels.shape, bool))
 
     def topk(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Rank labels: return scores, float32 [texts, k], and numbers of labels, int64 [texts, k], best first.
@@ -108,9 +108,16 @@ class XMCModel:
             best_scores[rows], best_labels[rows] = scores.cpu(), labels.cpu()
         return best_scores, best_labels
 
-    def prediction(self, label: int, score: float) -> Prediction:
-        """Return a label, by its number, with id and text."""
-        return Prediction(self.saved.label_ids[label].as_py(), self.saved.label_texts[label].as_py(), score)
+    def predictions(self, scores: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> list[list[Prediction]]:
+        """Return the labels of each text that `kept`, bool [texts, k], marks in a result of `topk`."""
+        ids, names = self.saved.label_ids, self.saved.label_texts
+        return [
+            [
+                Prediction(ids[n].as_py(), names[n].as_py(), score)
+                for score, n in zip(score_k[kept_k].tolist(), label_k[kept_k].tolist())
+            ]
+            for score_k, label_k, kept_k in zip(scores, labels, kept)
+        ]
 
 
 def _whole_number(name: str, value: Any, highest: int | None = None, meaning: str = "") -> int:
