@@ -85,7 +85,7 @@ def _adding(metrics: RankingMetrics, *batch: Tensor) -> Callable[[], None]:
 def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
     """Compute the metrics of always predicting the most frequent training labels: a floor for every model."""
     popular = np.argsort(-corpus.label_counts(), kind="stable")[: metrics.k]
-    relevant = corpus.test_labels()
+    relevant = corpus.test_labels().rows(corpus.test_rows())
     counts = np.diff(relevant.offsets)
     metrics.add(np.broadcast_to(popular, (len(counts), len(popular))), relevant.ids, counts)
     return metrics.result()

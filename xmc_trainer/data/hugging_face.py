@@ -29,7 +29,7 @@ from xmc_trainer.data.sources import (
     count_empty,
     count_unlabelled,
     json_lines,
-    known_labels,
+    labelled,
 )
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError, reason, shown
@@ -122,7 +122,7 @@ def hf_source(
         return Contents(
             labels=[(label, label) for label in vocabulary.names],
             train=lambda: count_unlabelled(count_empty(vocabulary.numbered(rows(train)), "training", notes), notes),
-            test=lambda: known_labels(vocabulary.numbered(rows(test)), len(vocabulary.names), notes),
+            test=lambda: labelled(vocabulary.numbered(rows(test)), len(vocabulary.names), notes),
             notes=notes,
         )
 
