@@ -21,7 +21,7 @@ class Prediction(NamedTuple):
 
     id: str
     text: str
-    score: float  # a probability for models trained with bce, a margin for squared_hinge
+    score: float  # a probability for calibrated models and those trained with bce, a margin for squared_hinge
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
@@ -67,10 +67,16 @@ class XMCModel:
         """Compute features, float32 [b, d], from token ids and mask, int64 [b, T], on the model's device."""
         return self.saved.encoder(input_ids, attention_mask)
 
-    def predict(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> list[list[Prediction]]:
-        """Return the k best labels of each text, best first, in the order of the texts; for arguments and errors see `topk`."""
+    def predict(
+        self, texts: Iterable[str], k: int = 5, batch_size: int = 256, threshold: float | str | None = None
+    ) -> list[list[Prediction]]:
+        """Return the k best labels of each text, best first, in the order of the texts; for arguments and errors see `topk`.
+
+        Args:
+            threshold: leave out labels with a lower score; "fitted" for the thresholds of `xmc-trainer calibrate`.
+        """
         scores, labels = self.topk(texts, k, batch_size)
-        return self.predictions(scores, labels, np.ones(labels.shape, bool))
+        return self.predictions(scores, labels, self.saved.chosen(scores, labels, threshold))
 
     def topk(self, texts: Iterable[str], k: int = 5, batch_size: int = 256) -> tuple[np.ndarray, np.ndarray]:
         """Rank labels: return scores, float32 [texts, k], and numbers of labels, int64 [texts, k], best first.
@@ -103,9 +109,7 @@ class XMCModel:
                 raise UserError(
                     f"{self.saved.folder}: gives scores that are not finite; train it again with lower learning rates"
                 )
-            if self.saved.head.loss_name == "bce":
-                scores = scores.sigmoid()
-            best_scores[rows], best_labels[rows] = scores.cpu(), labels.cpu()
+            best_scores[rows], best_labels[rows] = self.saved.scores(scores.cpu().numpy()), labels.cpu()
         return best_scores, best_labels
 
     def predictions(self, scores: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> list[list[Prediction]]:

@@ -2,6 +2,7 @@
 
     xmc-trainer predict outputs/wordnet/model texts.txt > predictions.jsonl
     echo "a small domesticated carnivore" | xmc-trainer predict outputs/wordnet/model
+    xmc-trainer predict outputs/wordnet/model texts.txt -k 20 --threshold 0.3
     xmc-trainer predict outputs/wordnet/model products.csv --text-column title --output scores.npz
     torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # the processes share the labels
 
@@ -26,9 +27,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-import numpy as np
-
-from xmc_trainer.commands.prediction_files import EXTENSIONS, Writer, read_texts
+from xmc_trainer.commands.prediction_files import EXTENSIONS, Writer, read_texts, threshold
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import replacing
 
@@ -80,6 +79,11 @@ def main() -> None:
     )
     parser.add_argument("--text-column", default="text", help="column or field of the texts (default text)")
     parser.add_argument("-k", type=int, default=5, help="labels per text (default 5)")
+    parser.add_argument(
+        "--threshold",
+        type=threshold,
+        help="of the -k best labels only those that score at least this; `fitted`: what xmc-trainer calibrate has stored",
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="texts per batch (default 256)")
     parser.add_argument("--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: a GPU if there is one")
     arguments = parser.parse_intermixed_args()
@@ -131,7 +135,7 @@ def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
     try:
         with opened(arguments.output) as out, Writer(out, form, model) as writer:
             for texts, scores, labels in chain([first] if first else [], predictions):
-                writer.write(texts, scores, labels, np.ones(labels.shape, bool))
+                writer.write(texts, scores, labels, model.saved.chosen(scores, labels, arguments.threshold))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and arguments.output == "-":
             raise  # the reader has closed the pipe

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import itertools
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -93,6 +95,16 @@ def _parquet_rows(path: str, text_column: str) -> Iterator[tuple[str, dict[str, 
                     yield f"{path}, row {number}", {text_column: text}
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}, after row {number}: cannot be read ({reason(error)}); name another file") from None
+
+
+def threshold(word: str) -> float | str:
+    """Parse the argument --threshold: a number, or "fitted"."""
+    try:
+        if word == "fitted" or math.isfinite(float(word)):
+            return word if word == "fitted" else float(word)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{word!r} must be a number or fitted")
 
 
 # Writing ---------------------------------------------------------------------------------------------------------------
