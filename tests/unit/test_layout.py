@@ -28,7 +28,7 @@ ALLOWED = {
     "builders": {"builders", "config", "data", "encoder", "engine", "errors", "parallel"},
     "builders.data": {"config", "data", "errors", "labels", "metrics"},
     "builders.head": {"builders", "config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "labels", "parallel"},
-    "builders.hooks": {"config", "head", "hooks", "schedules"},
+    "builders.hooks": {"config", "errors", "head", "hooks", "schedules"},
     "builders.saved_model": {"builders.data", "checkpoint", "config", "data", "errors", "evaluation", "measures"},
     "builders.training": {
         "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",

@@ -23,7 +23,7 @@ from xmc_trainer.builders.encoder import (
 )
 from xmc_trainer.builders.engine import accelerator_of, micro_batches_of
 from xmc_trainer.builders.head import head_of, meta_branch_of, require_backend, start_head_from_texts
-from xmc_trainer.builders.hooks import default_hooks
+from xmc_trainer.builders.hooks import default_hooks, require_tracker
 from xmc_trainer.checkpoint import resume
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Batches, Corpus
@@ -48,6 +48,7 @@ class Inputs(NamedTuple):
 def load_inputs(config: Config, accelerator: Accelerator, ranks: Ranks) -> Inputs:
     """Load tokenizer, encoder and data of a configuration. Raises UserError if they cannot be read."""
     require_data(config)
+    require_tracker(config)
     tokenizer = tokenizer_of(config)
     encoder = encoder_of(config, backbone_of(config, tokenizer, accelerator.device))
     with ranks.one_a_machine_first():

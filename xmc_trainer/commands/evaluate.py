@@ -111,7 +111,7 @@ def main() -> None:
     if arguments.labels:
         _write_labels(arguments.labels, first, corpus)
     if arguments.json:
-        print(json.dumps(first.values() | {"intervals": intervals}))
+        print(json.dumps(first.values() | ({"intervals": intervals} if intervals else {})))
         return
     _print_metrics(title, first, intervals, most_popular(corpus, metrics_of(config, corpus), unseen))
 
