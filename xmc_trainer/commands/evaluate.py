@@ -26,6 +26,9 @@ from xmc_trainer.errors import UserError
 from xmc_trainer.files import replacing
 
 if TYPE_CHECKING:
+    import torch
+
+    from xmc_trainer.config import Config
     from xmc_trainer.data import Corpus
     from xmc_trainer.measures import Difference, Interval, Measures
 
@@ -82,20 +85,21 @@ def main() -> None:
     unseen = arguments.gold == "all"
     config = configs[0]
     device, timeout = torch.device(config.environment.device_name()), config.environment.timeout
-    found: list[tuple[Measures, Corpus]] = []
+
+    def measured(folder: Path, config: Config, device: torch.device) -> tuple[Measures, Corpus]:
+        saved = XMCModel.load(folder, device).saved
+        limit = arguments.threshold if saved.calibration is None else arguments.threshold or "fitted"
+        corpus = corpus_of_saved(saved, config)
+        k = 5 if limit is None else max(arguments.k, 5)
+        best = best_of_saved(saved, config, corpus, k, device, unseen)
+        chosen = None if limit is None else saved.chosen(saved.scores(best.logits), best.labels, limit)
+        return measures_of(config, corpus, best, unseen, chosen), corpus
+
     with joined_ranks(device, timeout, "environment.timeout_minutes") as own_device:
-        for folder, config in zip(folders, configs):
-            model = XMCModel.load(folder, own_device)
-            saved = model.saved
-            limit = arguments.threshold if saved.calibration is None else arguments.threshold or "fitted"
-            corpus = corpus_of_saved(saved, config)
-            k = 5 if limit is None else max(arguments.k, 5)
-            best = best_of_saved(saved, config, corpus, k, model.device, unseen)
-            chosen = None if limit is None else saved.chosen(saved.scores(best.logits), best.labels, limit)
-            found.append((measures_of(config, corpus, best, unseen, chosen), corpus))
+        found = [measured(folder, config, own_device) for folder, config in zip(folders, configs)]
     if os.environ.get("RANK", "0") != "0":
         return
-    (first, corpus), config = found[0], configs[0]
+    first, corpus = found[0]
     title = f"{config.data.evaluated_split}: {first.texts} texts, {corpus.num_labels} labels, per cent"
     if corpus.unseen_labels:
         lost = len(corpus.test_labels(unseen=True).ids) - len(corpus.test_labels().ids)
