@@ -122,45 +122,45 @@ class Measures:
     def _numbered(self, labels: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.label_numbers, labels).astype(np.int32)
 
-    def label_counts(self, point: str, weights: np.ndarray | None = None) -> LabelCounts:
-        """Count for each of `label_numbers`. Args: weights: float64 [texts], how often each text counts; None for once."""
+    def label_counts(self, weights: np.ndarray | None = None) -> dict[str, LabelCounts]:
+        """Return decision point -> counts of `label_numbers`. Args: weights: float64 [texts], how often each text counts; None for once."""
 
         def count(labels: np.ndarray, rows: np.ndarray) -> np.ndarray:
             return np.bincount(labels, None if weights is None else weights[rows], len(self.label_numbers))
 
-        return LabelCounts(*(count(*pair) for pair in (*self._pairs[point], self._relevant)))
+        relevant = count(*self._relevant)
+        return {
+            point: LabelCounts(count(*correct), count(*predicted), relevant)
+            for point, (correct, predicted) in self._pairs.items()
+        }
 
     def values(self, weights: np.ndarray | None = None) -> dict[str, float]:
-        """Return every metric, 0 to 1. Args: weights: as in `label_counts`."""
+        """Return every metric, 0 to 1, but those over labels of which none is relevant. Args: weights: as in `label_counts`."""
         weights_of_sums = np.ones(self.texts) if weights is None else weights
         out: dict[str, float] = {}
         for name, (above, below) in self._terms.items():
             out[name] = float(_ratio(weights_of_sums @ above, weights_of_sums @ below))
-        for point in self.points:
-            counts = self.label_counts(point, weights)
-            out |= _label_metrics(counts, np.ones(len(self.label_numbers), bool), point)
-            for number, bucket in enumerate(BUCKETS):
-                members = self.buckets == number
+        groups = {"": np.ones(len(self.label_numbers), bool)}
+        groups |= {f"{bucket} ": self.buckets == number for number, bucket in enumerate(BUCKETS)}
+        for point, counts in self.label_counts(weights).items():
+            for group, members in groups.items():
                 if counts.relevant[members].any():
-                    found = _label_metrics(counts, members, point)
-                    out |= {f"{bucket} {name}": value for name, value in found.items()}
+                    found = _label_metrics(LabelCounts(*(count[members] for count in counts)))
+                    out |= {f"{group}{name}@{point}": value for name, value in found.items()}
         return out
 
     def bucket_sizes(self) -> dict[str, tuple[int, int]]:
         """Return bucket -> (its relevant labels, their pairs with texts)."""
-        relevant = self.label_counts("1").relevant
+        relevant = np.bincount(self._relevant[0], minlength=len(self.label_numbers))
         groups = {name: relevant[(self.buckets == number) & (relevant > 0)] for number, name in enumerate(BUCKETS)}
         return {name: (len(group), int(group.sum())) for name, group in groups.items()}
 
 
-def _label_metrics(counts: LabelCounts, members: np.ndarray, point: str) -> dict[str, float]:
-    counts = LabelCounts(*(count[members] for count in counts))
-    relevant = counts.relevant > 0
-    micro = p_r_f1(*(count.sum() for count in counts))
-    macro = p_r_f1(*(count[relevant] for count in counts))
-    out = {f"micro-{kind}@{point}": float(value) for kind, value in micro.items()}
-    out |= {f"macro-{kind}@{point}": float(value.mean()) for kind, value in macro.items()}
-    return out | {f"coverage@{point}": float((counts.correct[relevant] > 0).mean())}
+def _label_metrics(counts: LabelCounts) -> dict[str, float]:
+    of_relevant = LabelCounts(*(count[counts.relevant > 0] for count in counts))
+    out = {f"micro-{kind}": float(value) for kind, value in p_r_f1(*(count.sum() for count in counts)).items()}
+    out |= {f"macro-{kind}": float(value.mean()) for kind, value in p_r_f1(*of_relevant).items()}
+    return out | {"coverage": float((of_relevant.correct > 0).mean())}
 
 
 # Bootstrap -------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def _resamples(texts: int, number: int) -> Iterator[np.ndarray]:
 def _bootstrap(
     texts: int, number: int, values: Callable[[np.ndarray], dict[str, float]], names: list[str]
 ) -> dict[str, np.ndarray]:
-    """Return name -> values over `number` samples. A bucket without relevant labels in a sample counts as 0."""
+    """Return name -> values over `number` samples. A metric that a sample has none of counts as 0."""
     found = [values(weights) for weights in _resamples(texts, number)]
     return {name: np.array([each.get(name, 0.0) for each in found]) for name in names}
 

@@ -144,7 +144,7 @@ def _write_labels(path: Path, measured: Measures, corpus: Corpus) -> None:
     """Write a row for each label of training that is relevant for a text, or predicted."""
     from xmc_trainer.measures import BUCKETS, p_r_f1
 
-    points = {point: measured.label_counts(point) for point in measured.points}
+    points = measured.label_counts()
     columns: dict[str, np.ndarray] = {"relevant": points["1"].relevant}
     for point, counts in points.items():
         columns |= {f"predicted@{point}": counts.predicted, f"correct@{point}": counts.correct}
