@@ -44,7 +44,13 @@ def test_fuzzed_files_are_predicted_or_refused(model, content, end, front, name,
     source, out = folder / name, folder / "out.jsonl"
     out.unlink(missing_ok=True)
     words = SimpleNamespace(
-        input="-" if name == "-" else str(source), output=str(out), k=k, batch_size=2, format=None, text_column="text"
+        input="-" if name == "-" else str(source),
+        output=str(out),
+        k=k,
+        batch_size=2,
+        format=None,
+        text_column="text",
+        threshold=None,
     )
     with pytest.MonkeyPatch.context() as patch:
         if name == "-":
