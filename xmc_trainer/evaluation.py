@@ -1,10 +1,10 @@
-"""Evaluation: rank the labels of every text, over all ranks, and compute the ranking metrics."""
+"""Evaluation: rank the labels of every text, over all ranks, and keep the best ones or their metrics."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,13 @@ from xmc_trainer.metrics import RankingMetrics
 from xmc_trainer.step_clock import StepClock
 
 
-@torch.no_grad()
+class Best(NamedTuple):
+    """The k best labels of each text."""
+
+    labels: np.ndarray  # int32 [texts, k], best first; -1 where there are fewer
+    logits: np.ndarray  # float32 [texts, k]
+
+
 def evaluate(
     encode: Callable[[Tensor, Tensor], Tensor],
     head: Head,
@@ -37,55 +43,103 @@ def evaluate(
         timed: gets the seconds of the evaluation: "took_s", and of its parts "data_s", "encoder_s" and "ranking_s".
     Raises UserError, on every rank, if features or scores are not finite, because their ranking would look like a result.
     """
-    ranks, clock, begin = head.ranks, StepClock(device), time.monotonic()
+
+    def add(rows: np.ndarray, logits: np.ndarray, labels: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> None:
+        metrics.add(labels, ids, counts)
+
+    _rank(encode, head, batches, metrics.k, device, add, progress, timed)
+    return metrics.result()
+
+
+def best_labels(
+    encode: Callable[[Tensor, Tensor], Tensor],
+    head: Head,
+    batches: Iterable[dict[str, Any]],
+    rows: np.ndarray,
+    k: int,
+    device: torch.device,
+    progress: bool = False,
+) -> Best:
+    """Find the k best labels of the texts `rows`, int64 ascending, of a data set, the same on every rank; see `evaluate`.
+
+    8 k bytes a text.
+    """
+    best = Best(np.full((len(rows), k), -1, np.int32), np.full((len(rows), k), -np.inf, np.float32))
+
+    def add(found: np.ndarray, logits: np.ndarray, labels: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> None:
+        places = np.searchsorted(rows, found)
+        best.labels[places], best.logits[places] = labels, logits
+
+    _rank(encode, head, batches, k, device, add, progress)
+    return best
+
+
+@torch.no_grad()
+def _rank(
+    encode: Callable[[Tensor, Tensor], Tensor],
+    head: Head,
+    batches: Iterable[dict[str, Any]],
+    k: int,
+    device: torch.device,
+    add: Callable[..., None],
+    progress: bool,
+    timed: Callable[[dict[str, float]], None] | None = None,
+) -> None:
+    """Call `add` with each batch of all ranks: rows, logits and labels of the k best, relevant labels and their counts."""
+    ranks, clock, begin, texts = head.ranks, StepClock(device), time.monotonic(), 0
     not_finite = torch.zeros((), dtype=torch.int64, device=device)  # texts
-    add: Callable[[], None] = lambda: None
+    add_previous: Callable[[], None] = lambda: None
     clock.mark(None)
     for batch in tqdm(batches, desc="evaluate", unit="batch", disable=not progress, leave=False):
-        rows, pairs = batch["rank_sizes"]
+        sizes, pairs = batch["rank_sizes"]
+        texts += sum(sizes)
         batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, Tensor)}
         clock.mark("data")
         counts = batch["label_counts"]
         features = encode(batch["input_ids"], batch["attention_mask"])[: counts.shape[0]]
         clock.mark("encoder")
-        scores, predicted = head.topk(features, metrics.k, batch.get("filter_ids"), batch.get("filter_counts"))
-        not_finite += (scores.isnan().any(1) | ~features.isfinite().all(1)).sum()
+        logits, labels = head.topk(features, k, batch.get("filter_ids"), batch.get("filter_counts"))
+        not_finite += (logits.isnan().any(1) | ~features.isfinite().all(1)).sum()
+        of_texts = (ranks.gather_rows(x, sizes) for x in (batch["rows"], logits, labels, counts))
+        rows, logits, labels, counts = of_texts
         label_ids = ranks.gather_rows(batch["label_ids"], pairs)
-        predicted, counts = ranks.gather_rows(predicted, rows), ranks.gather_rows(counts, rows)
         clock.mark("ranking")
-        add()  # the previous batch, while the device computes this one
-        add = _adding(metrics, predicted, label_ids, counts)
-    add()
+        add_previous()  # while the device computes this batch
+        add_previous = _adding(add, rows, logits, labels, label_ids, counts)
+    add_previous()
     if ranks.sum(not_finite):
         raise UserError(
-            f"evaluation: {int(not_finite)} of {metrics.texts} texts have features or scores that are not finite; train again "
+            f"evaluation: {int(not_finite)} of {texts} texts have features or scores that are not finite; train again "
             "with a lower `encoder_lr` or `lr`, or `dtype`=bfloat16 in place of float16"
         )
     if timed is not None:
         parts = {f"{part}_s": ms / 1000 for part, ms in clock.read().items()}
         timed({name: round(seconds, 3) for name, seconds in ({"took_s": time.monotonic() - begin} | parts).items()})
-    return metrics.result()
 
 
-def _adding(metrics: RankingMetrics, *batch: Tensor) -> Callable[[], None]:
-    """Start to copy a batch to the host. The returned function waits for the copy and adds it to the metrics."""
+def _adding(add: Callable[..., None], *batch: Tensor) -> Callable[[], None]:
+    """Start to copy a batch to the host. The returned function waits for the copy and calls `add` with it."""
     copied = [tensor.to("cpu", non_blocking=True) for tensor in batch]
     done = torch.cuda.Event() if batch[0].is_cuda else None
     if done is not None:
         done.record()
 
-    def add() -> None:
+    def wait_and_add() -> None:
         if done is not None:
             done.synchronize()
-        metrics.add(*(tensor.numpy() for tensor in copied))
+        add(*(tensor.numpy() for tensor in copied))
 
-    return add
+    return wait_and_add
 
 
-def most_popular(corpus: Corpus, metrics: RankingMetrics) -> dict[str, float]:
-    """Compute the metrics of always predicting the most frequent training labels: a floor for every model."""
+def most_popular(corpus: Corpus, metrics: RankingMetrics, unseen: bool = False) -> dict[str, float]:
+    """Compute the metrics of always predicting the most frequent training labels: a floor for every model.
+
+    Args:
+        unseen: count labels that training lacks as missed; see `Corpus.test_rows`.
+    """
     popular = np.argsort(-corpus.label_counts(), kind="stable")[: metrics.k]
-    relevant = corpus.test_labels()
+    relevant = corpus.test_labels(unseen).rows(corpus.test_rows(unseen))
     counts = np.diff(relevant.offsets)
     metrics.add(np.broadcast_to(popular, (len(counts), len(popular))), relevant.ids, counts)
     return metrics.result()

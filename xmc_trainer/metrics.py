@@ -34,15 +34,78 @@ def inverse_propensity(label_counts: np.ndarray, texts: int, a: float, b: float)
     return 1 + c * (np.asarray(label_counts, dtype=np.float64) + b) ** -a
 
 
+def correct(predicted: np.ndarray, label_ids: np.ndarray, label_counts: np.ndarray) -> np.ndarray:
+    """Tell which predictions are relevant, bool [B, n].
+
+    Args:
+        predicted: int64 [B, n], label ids; -1 for no prediction.
+        label_ids: int64 [sum of label_counts], the relevant labels, text by text.
+        label_counts: int64 [B].
+    """
+    rows = np.arange(len(label_counts))
+    width = max(label_ids.max(initial=0), predicted.max(initial=0)) + 1
+    keys = label_ids + np.repeat(rows, label_counts) * width
+    return np.isin(predicted + rows[:, None] * width, keys) & (predicted >= 0)
+
+
+def ranking_terms(
+    predicted: np.ndarray,
+    label_ids: np.ndarray,
+    label_counts: np.ndarray,
+    ks: tuple[int, ...] = (1, 3, 5),
+    inverse_propensity: np.ndarray | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the terms of each ranking metric: name -> two arrays, float64 [B]. The metric is the ratio of their sums.
+
+    Args:
+        predicted: int [B, n], label ids, best first; -1 for no prediction. Columns after the largest k are ignored, missing
+            ones count as no prediction.
+        label_ids: int [sum of label_counts], the distinct relevant labels, text by text.
+        label_counts: int [B], the number of relevant labels of each text.
+        inverse_propensity: float64 [labels], for PSP and PSnDCG; None leaves them out.
+    """
+    k, rows = max(ks), len(label_counts)
+    predicted = np.asarray(predicted, dtype=np.int64)[:, :k]
+    predicted = np.pad(predicted, ((0, 0), (0, k - predicted.shape[1])), constant_values=-1)
+    label_ids, counts = np.asarray(label_ids, dtype=np.int64), np.asarray(label_counts, dtype=np.int64)
+    relevant = correct(predicted, label_ids, counts)
+    discount = 1 / np.log2(np.arange(k) + 2)
+    ideal = np.concatenate([[1.0], np.cumsum(discount)])  # [n]: best DCG of n labels; 1 for n = 0 avoids 0 / 0
+    norm = ideal[np.minimum(counts[:, None], np.arange(1, k + 1))]
+    ones = np.ones((rows, k))
+    found = {
+        "P": (np.cumsum(relevant, 1) / np.arange(1, k + 1), ones),
+        "nDCG": (np.cumsum(relevant * discount, 1) / norm, ones),
+        "R": (np.cumsum(relevant, 1) / np.maximum(counts, 1)[:, None], ones),
+    }
+    if inverse_propensity is not None:
+        gain = relevant * inverse_propensity[np.maximum(predicted, 0)]
+        best = _best_gains(inverse_propensity[label_ids], counts, k)
+        found["PSP"] = np.cumsum(gain, 1), np.cumsum(best, 1)
+        found["PSnDCG"] = np.cumsum(gain * discount, 1) / norm, np.cumsum(best * discount, 1) / norm
+    return {f"{name}@{k}": (above[:, k - 1], below[:, k - 1]) for name, (above, below) in found.items() for k in ks}
+
+
+def _best_gains(weight: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
+    """Return the k largest weights of each text's relevant labels, float64 [B, k], descending, padded with 0."""
+    row_of = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((-weight, row_of))
+    place = np.arange(len(weight)) - np.repeat(np.cumsum(counts) - counts, counts)
+    best = np.zeros((len(counts), k))
+    kept = place < k
+    best[row_of[kept], place[kept]] = weight[order][kept]
+    return best
+
+
 class RankingMetrics:
     """Accumulates batches of predictions. `result` returns the metrics as fractions in [0, 1].
 
     Args:
-        inverse_propensity: float64 [L], for PSP and PSnDCG; None leaves them out.
+        inverse_propensity: float64 [labels], for PSP and PSnDCG; None leaves them out.
     """
 
     def __init__(self, inverse_propensity: np.ndarray | None = None, ks: tuple[int, ...] = (1, 3, 5)) -> None:
-        self.ks, self._weight = ks, inverse_propensity
+        self.ks, self.inverse_propensity = ks, inverse_propensity
         self.texts = 0
         self._sums: dict[str, np.ndarray] = {}
 
@@ -52,66 +115,17 @@ class RankingMetrics:
         return max(self.ks)
 
     def add(self, predicted: np.ndarray, label_ids: np.ndarray, label_counts: np.ndarray) -> None:
-        """Add one batch.
-
-        Args:
-            predicted: int [B, n], label ids, best first; -1 for no prediction. Columns after k are ignored; n may be
-                below k.
-            label_ids: int [sum of label_counts], the distinct relevant labels, text by text.
-            label_counts: int [B], the number of relevant labels of each text.
-        """
-        predicted = np.asarray(predicted, dtype=np.int64)[:, : self.k]
-        # With fewer than k labels, the remaining positions have no prediction.
-        predicted = np.pad(predicted, ((0, 0), (0, self.k - predicted.shape[1])), constant_values=-1)
-        label_ids, counts = np.asarray(label_ids, dtype=np.int64), np.asarray(label_counts, dtype=np.int64)
-        rows = len(counts)
-        self.texts += rows
-        row_of = np.repeat(np.arange(rows), counts)
-        width = max(label_ids.max(initial=0), predicted.max(initial=0)) + 1
-        relevant = np.isin(predicted + np.arange(rows)[:, None] * width, label_ids + row_of * width) & (predicted >= 0)
-
-        discount = 1 / np.log2(np.arange(self.k) + 2)
-        ideal = np.concatenate([[1.0], np.cumsum(discount)])  # [n]: best DCG of n labels; 1 for n = 0 avoids 0 / 0
-        norm = ideal[np.minimum(counts[:, None], np.arange(1, self.k + 1))]
-        self._add("P", np.cumsum(relevant, 1))
-        self._add("R", np.cumsum(relevant, 1) / np.maximum(counts, 1)[:, None])
-        self._add("nDCG", np.cumsum(relevant * discount, 1) / norm)
-        if self._weight is None:
-            return
-        gain = relevant * self._weight[np.maximum(predicted, 0)]
-        best = self._best_gains(self._weight[label_ids], row_of, counts)
-        for name, value in (("", gain), ("best ", best)):
-            self._add(f"{name}PSP", np.cumsum(value, 1))
-            self._add(f"{name}PSnDCG", np.cumsum(value * discount, 1) / norm)
-
-    def _best_gains(self, weight: np.ndarray, row_of: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Return the k largest weights of each text's relevant labels, float64 [B, k], descending, padded with 0."""
-        order = np.lexsort((-weight, row_of))
-        place = np.arange(len(weight)) - np.repeat(np.cumsum(counts) - counts, counts)
-        best = np.zeros((len(counts), self.k))
-        kept = place < self.k
-        best[row_of[kept], place[kept]] = weight[order][kept]
-        return best
-
-    def _add(self, name: str, value: np.ndarray) -> None:
-        self._sums[name] = self._sums.get(name, 0) + value.sum(0)
+        """Add one batch; for the arguments see `ranking_terms`."""
+        self.texts += len(label_counts)
+        terms = ranking_terms(predicted, label_ids, label_counts, self.ks, self.inverse_propensity)
+        for name, (above, below) in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + np.array([above.sum(), below.sum()])
 
     def result(self) -> dict[str, float]:
         """Return {"P@1": ..., "nDCG@1": ..., "R@1": ..., "PSP@1": ..., "PSnDCG@1": ..., ...} for every k."""
         if not self.texts:
             raise ValueError("no texts were added")
-        out: dict[str, float] = {}
-        for k in self.ks:
-            out[f"P@{k}"] = float(self._sums["P"][k - 1] / k / self.texts)
-        for name in ("nDCG", "R"):
-            for k in self.ks:
-                out[f"{name}@{k}"] = float(self._sums[name][k - 1] / self.texts)
-        if self._weight is not None:
-            for name in ("PSP", "PSnDCG"):
-                for k in self.ks:
-                    best = self._sums[f"best {name}"][k - 1]
-                    out[f"{name}@{k}"] = float(self._sums[name][k - 1] / best) if best else 0.0
-        return out
+        return {name: float(above / below) if below else 0.0 for name, (above, below) in self._sums.items()}
 
 
 def table(rows: dict[str, dict[str, float]], columns: tuple[str, ...] = ()) -> str:

@@ -28,7 +28,7 @@ class Prediction(NamedTuple):
 
     id: str
     text: str
-    score: float  # a probability for models trained with bce, a margin for squared_hinge
+    score: float  # a probability for calibrated models and those trained with bce, a margin for squared_hinge
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
@@ -118,16 +118,25 @@ class XMCModel:
                 raise UserError(
                     f"{self.saved.folder}: gives scores that are not finite; train it again with lower learning rates"
                 )
-            scores[rows] = (found.sigmoid() if head.loss_name == "bce" else found).cpu().numpy()
+            scores[rows] = self.saved.scores(found.cpu().numpy())
             labels[rows] = numbers.cpu().numpy()
         return scores, labels
 
     def predict(
-        self, texts: Iterable[str], k: int = 5, batch_size: int = 256, show_progress: bool = False
+        self,
+        texts: Iterable[str],
+        k: int = 5,
+        batch_size: int = 256,
+        threshold: float | str | None = None,
+        show_progress: bool = False,
     ) -> list[list[Prediction]]:
-        """Return the k best labels of each text, best first, in the order of the texts; see `topk`."""
+        """Return the k best labels of each text, best first, in the order of the texts; see `topk`.
+
+        Args:
+            threshold: leave out labels with a lower score; "fitted" for the thresholds of `xmc-trainer calibrate`.
+        """
         scores, labels = self.topk(texts, k, batch_size, show_progress)
-        return self.predictions(scores, labels, np.ones(labels.shape, bool))
+        return self.predictions(scores, labels, self.saved.chosen(scores, labels, threshold))
 
     def predictions(self, scores: np.ndarray, labels: np.ndarray, kept: np.ndarray) -> list[list[Prediction]]:
         """Return the labels of each text that `kept`, bool [texts, k], marks in a result of `topk`."""

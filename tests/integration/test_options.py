@@ -194,7 +194,7 @@ def test_the_run_name_in_wandb(toy_settings, monkeypatch, name, expected):
         f"training.verbose.wandb_runname={name}",
         "training.optimization.max_steps=2",
     )
-    assert calls[0]["name"] == expected and calls[0]["config"]["data"]["dataset"] == "toy"
+    assert calls[0]["name"] == expected and calls[0]["config"]["data.dataset"] == "toy"
     assert [step for step, values in logged[:-1] if "train/loss" in values] == [1, 2] and logged[-1] == "finished"
     assert any("test/P@1" in values for _, values in logged[:-1])
 

@@ -43,7 +43,15 @@ def test_fuzzed_files_are_predicted_or_refused(model, content, end, front, name,
     folder = model.saved.folder.parent
     source, out = folder / name, folder / "out.jsonl"
     out.unlink(missing_ok=True)
-    words = SimpleNamespace(input="-" if name == "-" else str(source), output=str(out), k=k, batch_size=2)
+    words = SimpleNamespace(
+        input="-" if name == "-" else str(source),
+        output=str(out),
+        k=k,
+        batch_size=2,
+        format=None,
+        text_column="text",
+        threshold=None,
+    )
     with pytest.MonkeyPatch.context() as patch:
         if name == "-":
             patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(front + content + end)))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.integration.test_launchers import run_here
 from tests.integration.test_training import BY_THE_CLOCK, log_of, train
@@ -317,6 +318,17 @@ def test_a_wandb_run_is_resumed_too(toy_settings, monkeypatch):
     new_process()
     train([*settings, "training.resume=true", "training.verbose.logging=false"])
     assert calls == [(None, "allow"), ("run1", "allow")]
+
+
+def test_tensorboard_has_every_step_of_a_resumed_run_once(toy_settings):
+    settings = settings_of(toy_settings, "cut", "training.verbose.tracker=tensorboard")
+    with pytest.raises(PowerCut):
+        train(settings, hooks=[CutAfter(9)])  # after the checkpoint
+    new_process()
+    trainer, _ = train([*settings, "training.resume=true"])
+    events = EventAccumulator(str(trainer.run_folder / "tensorboard")).Reload().Scalars("train/loss")
+    logged = [(record["step"], pytest.approx(record["loss"])) for record in log_of(trainer, "step")]
+    assert [(event.step, event.value) for event in events] == logged
 
 
 def test_without_a_checkpoint_the_run_starts_over_and_says_so(toy_settings, capsys):

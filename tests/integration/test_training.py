@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import RobertaConfig, RobertaModel
 
 from xmc_trainer.builders.encoder import capture_passes
@@ -284,6 +285,22 @@ def test_wandb_offline(toy_settings, monkeypatch):
     (log,) = (trainer.run_folder / "wandb").glob("offline-run-*/*.wandb")
     for folder in (trainer.run_folder, trainer.config.dataset_path, Path(__file__).parent):
         assert str(folder).encode() not in log.read_bytes()  # no paths of this machine leave it
+
+
+def test_tensorboard(toy_settings, monkeypatch):
+    trainer, _ = train(toy_settings, "training.verbose.tracker=tensorboard", "training.optimization.epochs=1")
+    events = EventAccumulator(str(trainer.run_folder / "tensorboard")).Reload()
+    losses, logged = events.Scalars("train/loss"), log_of(trainer, "step")
+    assert [event.step for event in losses] == [record["step"] for record in logged]
+    assert [event.value for event in losses] == pytest.approx([record["loss"] for record in logged])
+    assert events.Scalars("test/P@1")[-1].value == pytest.approx(trainer.metrics["test"]["P@1"])
+    (settings,) = (trainer.run_folder / "tensorboard").glob("*/hparams.yml")
+    assert "data.dataset: toy" in settings.read_text() and str(trainer.run_folder) not in settings.read_text()
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(UserError, match=r"tracker=mlflow: is not installed; run pip install 'xmc_trainer\[mlflow\]'"):
+        train(toy_settings, "training.verbose.tracker=mlflow")
+    with pytest.raises(UserError, match="use_wandb=true: contradicts tracker=mlflow"):
+        train(toy_settings, "training.verbose.tracker=mlflow", "training.verbose.use_wandb=true")
 
 
 def test_printed_metrics_name_the_split(toy_settings, toy_data, tmp_path, capsys):

@@ -11,11 +11,13 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import processors
 
 from tests.data_helpers import CLS, SEP, UNK, instance, json_lines, real_data, tiny_tokenizer, write_lf, write_raw
-from xmc_trainer.data import Corpus, corpus, load_corpus, open_source, tokenise
+from xmc_trainer.data import Corpus, batch_loader, corpus, load_corpus, open_source, plan_eval, tokenise
+from xmc_trainer.data.cache import seal, unseal
 from xmc_trainer.data.corpus import flatten_lists
 from xmc_trainer.errors import UserError
 
@@ -50,11 +52,15 @@ def test_a_corpus_holds_tokens_labels_and_lengths(tmp_path):
         "labels": [[0, 1], [2], []],
         "length": [4, 8, 3],
     }
-    assert found.test[:] == {"input_ids": [[CLS, 7, SEP], [CLS, 9, SEP]], "labels": [[0], [1, 2]], "length": [3, 3]}
+    assert found.test[:] == {
+        "input_ids": [[CLS, 7, SEP], [CLS, 13, SEP], [CLS, 9, SEP]],
+        "labels": [[0, 3], [3], [1, 2]],
+        "length": [3, 3, 3],
+    }
     assert found.labels[:] == {"id": ["a", "b", "c"], "text": ["a", "b", "c"]}
     assert (found.num_labels, found.filter_pairs) == (3, None)
-    assert found.lengths("train").tolist() == [4, 8, 3] and found.lengths("test").tolist() == [3, 3]
-    assert found.test_labels().ids.tolist() == [0, 1, 2] and found.test_labels().offsets.tolist() == [0, 1, 3]
+    assert found.lengths("train").tolist() == [4, 8, 3] and found.lengths("test").tolist() == [3, 3, 3]
+    assert found.test_labels().ids.tolist() == [0, 1, 2] and found.test_labels().offsets.tolist() == [0, 1, 1, 3]
     assert entries(tmp_path / "cache") == [found.fingerprint]
     assert sorted(os.listdir(tmp_path / "cache" / found.fingerprint)) == [
         "labels.arrow",
@@ -395,6 +401,35 @@ def test_a_damaged_cache_that_cannot_be_made_again(tmp_path, monkeypatch):
         load(folder, tmp_path / "c")
 
 
+def test_labels_that_training_lacks_are_kept_apart(tmp_path):
+    folder = write_raw(
+        tmp_path / "d", [("w0", "b a"), ("w1", "c")], [("w3", "a z"), ("w4", "z y"), ("w5", "c"), ("w6", "y")]
+    )
+    found = load(folder, tmp_path / "c")
+    for each, a, c in ((found, 0, 2), (found.reordered(np.array([2, 0, 1])), 1, 0)):
+        every, known = each.test_labels(unseen=True), each.test_labels()
+        # z and y, in the order of their first lines
+        assert every.ids.tolist() == [a, 3, 3, 4, c, 4] and every.offsets.tolist() == [0, 2, 4, 5, 6]
+        assert known.ids.tolist() == [a, c] and known.offsets.tolist() == [0, 1, 1, 2, 2]
+        assert each.test_rows().tolist() == [0, 2] and each.test_rows(unseen=True).tolist() == [0, 1, 2, 3]
+        assert each.unseen_labels == 2 and each.label_counts().sum() == 3
+        plan = plan_eval(each.lengths("test"), batch_size=4, world_size=1, rows=each.test_rows())
+        options = {"rank": 0, "pad_token_id": 0, "workers": 0, "device": torch.device("cpu")}
+        (batch,) = batch_loader(each, "test", plan, **options)
+        assert batch["label_ids"].tolist() == [a, c] and batch["label_counts"].tolist() == [1, 1]
+        assert [*batch["rank_sizes"]] == [[2], [2]]
+
+
+def test_an_entry_of_an_earlier_version_is_made_again(tmp_path, caplog):
+    folder = write_raw(tmp_path / "d", [("w0", "a")], [("w3", "a z")])
+    entry = load(folder, tmp_path / "c").fingerprint
+    facts = unseal(tmp_path / "c" / entry)
+    (tmp_path / "c" / entry / "manifest.json").unlink()
+    seal(tmp_path / "c" / entry, {name: value for name, value in facts.items() if name != "unseen_labels"})
+    assert load(folder, tmp_path / "c").unseen_labels == 1
+    assert "was written by an earlier version; the texts are tokenised again" in caplog.text
+
+
 def test_notes_of_the_source_are_logged_at_every_start(tmp_path, caplog):
     folder = write_raw(tmp_path / "d", [("w0", "a"), ("", "b")], [("w3", "a z")])
     (folder / "names.tsv").write_text("a\tA\n")
@@ -408,7 +443,7 @@ def test_notes_of_the_source_are_logged_at_every_start(tmp_path, caplog):
     assert (
         "1 of 2 labels have a text" in said[1][0]
         and "1 texts are empty" in said[1][1]
-        and "dropped 1 labels" in said[1][2]
+        and "1 labels are never seen in training" in said[1][2]
     )
 
 

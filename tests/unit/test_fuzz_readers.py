@@ -91,7 +91,8 @@ def check(make_source, folder: Path, train_rows: int | None = None) -> None:
         (name + text).encode()
     for row in train + test:
         row.text.encode()
-        assert row.labels == sorted(set(row.labels)) and all(0 <= label < len(contents.labels) for label in row.labels)
+        assert row.labels == sorted(set(row.labels)) and all(label >= 0 for label in row.labels)
+    assert all(label < len(contents.labels) for row in train for label in row.labels)
     assert train_rows in (None, len(train) - contents.augmented)
     for note in contents.notes.values():
         assert note

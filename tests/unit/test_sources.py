@@ -79,11 +79,14 @@ def test_raw_second_file_name_and_fresh_passes(tmp_path):
     assert list(contents.train()) == list(contents.train()) != []
 
 
-def test_raw_drops_unseen_test_labels_and_counts_them(tmp_path):
-    folder = write_raw(tmp_path, [("t", "a")], [("kept", "a new"), ("gone", "new other"), ("bare", "")])
+def test_raw_numbers_unseen_test_labels_after_all_others(tmp_path):
+    folder = write_raw(
+        tmp_path, [("t", "a")], [("both", "a new"), ("only", "new other"), ("bare", ""), ("more", "other")]
+    )
     _, _, test, notes = read_with_notes(raw_source(folder))
-    assert test == [("kept", [0])]
-    assert "dropped 3 labels never seen in training and 2 texts" in notes
+    assert test == [("both", [0, 1]), ("only", [1, 2]), ("more", [2])]
+    assert "4 labels are never seen in training, and 2 texts have no other" in notes
+    assert "dropped 1 texts without labels" in notes
 
 
 def test_raw_keeps_training_texts_without_labels_and_counts_them(tmp_path):
@@ -414,7 +417,7 @@ def test_a_file_that_cannot_be_read(tmp_path):
 
 TRAIN = {"text": ["one", "two"], "labels": [["b", "a", "b"], ["c"]]}
 TEST = {"text": ["three", "four"], "labels": [["c", "new"], ["new"]]}
-EXPECTED = ([(n, n) for n in "abc"], [("one", [0, 1]), ("two", [2])], [("three", [2])])
+EXPECTED = ([(n, n) for n in "abc"], [("one", [0, 1]), ("two", [2])], [("three", [2, 3]), ("four", [3])])
 
 
 def read_hf(folder, **options):
@@ -446,7 +449,7 @@ def test_hf_integers_are_names_in_numerical_order(tmp_path, kind):
     write_hf(tmp_path, kind, {"t": ["one", "two"], "y": [[10, 9], [100]]}, {"t": ["three"], "y": [[100, 7]]})
     labels, train, test = read_hf(tmp_path, text_column="t", label_column="y")
     assert labels == [("9", "9"), ("10", "10"), ("100", "100")]
-    assert train == [("one", [0, 1]), ("two", [2])] and test == [("three", [2])]
+    assert train == [("one", [0, 1]), ("two", [2])] and test == [("three", [2, 3])]
 
 
 @pytest.mark.parametrize("kind", ["saved", "parquet"])

@@ -29,8 +29,8 @@ def test_a_folder_of_csv_files(tmp_path):
     (tmp_path / "test.csv").write_text("text,labels\nsix,a;c\n")
     labels, train, test, notes = read_with_notes(opened(tmp_path))
     assert labels == [("a", "a"), ("b", "b")]
-    assert train == [('one, two\nthree "four"', [0, 1]), ("five", [])] and test == [("six", [0])]
-    assert "dropped 1 labels never seen in training" in notes
+    assert train == [('one, two\nthree "four"', [0, 1]), ("five", [])] and test == [("six", [0, 2])]
+    assert "1 labels are never seen in training" in notes
 
 
 @pytest.mark.parametrize(

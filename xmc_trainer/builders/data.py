@@ -91,4 +91,5 @@ def metrics_of(config: Config, corpus: Corpus) -> RankingMetrics:
     evaluation = config.training.evaluation
     if not evaluation.eval_psp:
         return RankingMetrics()
-    return RankingMetrics(inverse_propensity(corpus.label_counts(), corpus.texts, evaluation.A, evaluation.B))
+    counts = np.pad(corpus.label_counts(), (0, corpus.unseen_labels))
+    return RankingMetrics(inverse_propensity(counts, corpus.texts, evaluation.A, evaluation.B))

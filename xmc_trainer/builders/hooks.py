@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict
 from functools import partial
 
-from xmc_trainer.config import Config, portable
+from xmc_trainer.config import Config, flatten, portable
+from xmc_trainer.errors import UserError
 from xmc_trainer.head import RewireRule
 from xmc_trainer.hooks.base import Hook
 from xmc_trainer.hooks.checkpoint import CheckpointHook
 from xmc_trainer.hooks.evaluate import BestModelHook, EarlyStopHook, EvaluateHook
-from xmc_trainer.hooks.logging import JsonLogHook, ProgressHook, WandbHook
+from xmc_trainer.hooks.logging import JsonLogHook, ProgressHook, TrackerHook
 from xmc_trainer.hooks.rewire import RewireHook, SparsifyHook
 from xmc_trainer.hooks.schedule import ScheduleHook
 from xmc_trainer.schedules import SCHEDULES, Schedule, usual_warmup
@@ -51,10 +53,20 @@ def default_hooks(config: Config) -> list[Hook]:
     hooks.append(ProgressHook(training.verbose.print_iter if training.verbose.show_iter else None))
     if training.verbose.logging:
         hooks.append(JsonLogHook())
-    if training.verbose.use_wandb:
+    if (tracker := training.verbose.chosen_tracker) is not None:
         name = training.verbose.wandb_runname
-        hooks.append(WandbHook(None if name == "none" else name, portable(asdict(config))))
+        settings = flatten(portable(asdict(config)))
+        hooks.append(TrackerHook(tracker, None if name == "none" else name, settings))
     return hooks
+
+
+def require_tracker(config: Config) -> None:
+    """Raise UserError if the package of the chosen tracker is not installed."""
+    tracker = config.training.verbose.chosen_tracker
+    if tracker is not None and importlib.util.find_spec(tracker) is None:
+        raise UserError(
+            f"training.verbose.tracker={tracker}: is not installed; run pip install 'xmc_trainer[{tracker}]'"
+        )
 
 
 def schedule_hook_of(config: Config) -> ScheduleHook:

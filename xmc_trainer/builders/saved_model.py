@@ -11,7 +11,8 @@ from xmc_trainer.checkpoint.saved_model import SavedModel
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Corpus, batch_loader, plan_eval
 from xmc_trainer.errors import UserError, naming
-from xmc_trainer.evaluation import evaluate
+from xmc_trainer.evaluation import Best, best_labels, evaluate
+from xmc_trainer.measures import Measures, buckets_of
 from xmc_trainer.run_folder import SPLIT
 
 
@@ -37,10 +38,17 @@ def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
     return corpus.reordered(np.array([place[name] for name in model_ids]))
 
 
-def loader_of_test_set(saved: SavedModel, corpus: Corpus, config: Config, device: torch.device) -> DataLoader:
-    """Build the loader of this rank's batches of the test set."""
+def loader_of_test_set(
+    saved: SavedModel, corpus: Corpus, config: Config, device: torch.device, unseen: bool = False
+) -> DataLoader:
+    """Build the loader of this rank's batches of the test rows. Args: unseen: as in `Corpus.test_rows`."""
     ranks = saved.head.ranks
-    plan = plan_eval(corpus.lengths("test"), batch_size=config.data.test_batch_size, world_size=ranks.size)
+    plan = plan_eval(
+        corpus.lengths("test"),
+        batch_size=config.data.test_batch_size,
+        world_size=ranks.size,
+        rows=corpus.test_rows(unseen),
+    )
     return batch_loader(
         corpus,
         "test",
@@ -53,7 +61,7 @@ def loader_of_test_set(saved: SavedModel, corpus: Corpus, config: Config, device
 
 
 def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> tuple[dict[str, float], Corpus]:
-    """Compute the metrics of a saved model on the test set, equal on every rank. Returns them and the data set.
+    """Compute the metrics of a saved model as its training does, equal on every rank. Returns them and the data set.
 
     Raises UserError if the labels of the data set are not the model's.
     """
@@ -61,3 +69,31 @@ def evaluate_saved(saved: SavedModel, config: Config, device: torch.device) -> t
     loader, metrics = loader_of_test_set(saved, corpus, config, device), metrics_of(config, corpus)
     with naming(SETTINGS):
         return evaluate(saved.encoder, saved.head, loader, metrics, device, progress=saved.head.ranks.rank == 0), corpus
+
+
+def best_of_saved(
+    saved: SavedModel, config: Config, corpus: Corpus, k: int, device: torch.device, unseen: bool
+) -> Best:
+    """Find the k best labels of the test rows, equal on every rank. Args: unseen: as in `Corpus.test_rows`."""
+    loader, rows = loader_of_test_set(saved, corpus, config, device, unseen), corpus.test_rows(unseen)
+    k = min(k, saved.head.num_labels)
+    with naming(SETTINGS):
+        return best_labels(saved.encoder, saved.head, loader, rows, k, device, progress=saved.head.ranks.rank == 0)
+
+
+def measures_of(config: Config, corpus: Corpus, best: Best, unseen: bool, chosen: np.ndarray | None = None) -> Measures:
+    """Compare the best labels of the test rows with the relevant ones.
+
+    Args:
+        best: of the rows `corpus.test_rows(unseen)`.
+        chosen: as in `Measures`.
+    """
+    relevant = corpus.test_labels(unseen).rows(corpus.test_rows(unseen))
+    return Measures(
+        best.labels,
+        relevant.ids,
+        np.diff(relevant.offsets),
+        buckets=buckets_of(corpus.label_counts()),
+        inverse_propensity=metrics_of(config, corpus).inverse_propensity,
+        chosen=chosen,
+    )

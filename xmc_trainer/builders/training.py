@@ -23,7 +23,7 @@ from xmc_trainer.builders.encoder import (
 )
 from xmc_trainer.builders.engine import accelerator_of, micro_batches_of
 from xmc_trainer.builders.head import head_of, meta_branch_of, require_backend, start_head_from_texts
-from xmc_trainer.builders.hooks import default_hooks
+from xmc_trainer.builders.hooks import default_hooks, require_tracker
 from xmc_trainer.builders.inputs import require_clusters, require_data, require_encoder
 from xmc_trainer.checkpoint import resume
 from xmc_trainer.config import SETTINGS, Config
@@ -51,6 +51,7 @@ def load_inputs(config: Config, accelerator: Accelerator, ranks: Ranks) -> Input
     require_data(config)
     require_clusters(config)
     require_encoder(config)
+    require_tracker(config)
     tokenizer = tokenizer_of(config)
     encoder = encoder_of(config, backbone_of(config, tokenizer, accelerator.device))
     with ranks.one_a_machine_first():

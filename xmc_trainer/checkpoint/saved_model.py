@@ -7,25 +7,31 @@ tokenizer/                 Hugging Face layout
 head-00000-of-00001.safetensors   one per rank: weight, index, bias of its labels; frequent.weight ... in a split head
 labels.parquet             id and text of each label
 README.md                  the model card, if the model has one; not in the manifest, because people edit it
+calibration.safetensors    only after `xmc-trainer calibrate`: probabilities and thresholds; see `xmc_trainer.calibration`
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow.parquet
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy.special import expit
 from torch import Tensor
 
 import xmc_trainer
+from xmc_trainer import calibration
 from xmc_trainer.checkpoint.folder import (
     CARD,
+    MANIFEST,
     NAME,
     SHA256,
     TEXT,
@@ -223,6 +229,49 @@ class SavedModel:
     label_texts: Any
     max_len: int
     folder: Path
+    calibration: calibration.Calibration | None = None
+
+    def scores(self, logits: np.ndarray) -> np.ndarray:
+        """Return the scores of predictions, float32, for logits of any shape: calibrated, or the sigmoid for bce, or the margin itself."""
+        if self.calibration is not None:
+            return self.calibration.scores(logits)
+        return expit(logits) if self.head.loss_name == "bce" else logits
+
+    def chosen(self, scores: np.ndarray, labels: np.ndarray, threshold: float | str | None) -> np.ndarray:
+        """Tell which of the k best labels a threshold lets through, bool [texts, k].
+
+        Args:
+            scores, labels: [texts, k].
+            threshold: a score, "fitted" for those of `xmc-trainer calibrate`, or None for no threshold. Raises UserError if the model has
+                no fitted ones.
+        """
+        if isinstance(threshold, str):
+            if threshold != "fitted":
+                raise UserError(f"threshold={threshold}: must be a number or 'fitted'")
+            if self.calibration is None:
+                raise UserError(f"{self.folder}: has no fitted thresholds; run xmc-trainer calibrate on it")
+            return self.calibration.chosen(scores, labels)
+        return np.full(scores.shape, True) if threshold is None else scores >= np.float32(threshold)
+
+
+def replace_model(saved: SavedModel, change: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
+    """Replace a model's folder, atomically, by a changed copy.
+
+    Args:
+        change: gets the copy and its manifest, edits the files, and returns entries of the manifest to replace.
+    Raises UserError if the folder contains a file that does not belong to the model.
+    """
+    folder = saved.folder
+    manifest = read_folder(folder, MODEL)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in {*manifest["sha256"], MANIFEST, CARD}:
+            raise UserError(f"{path}: does not belong to the model, whose folder is replaced; move it elsewhere first")
+
+    def write(partial: Path) -> dict[str, Any]:
+        shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        return {name: manifest[name] for name in MODEL.shape} | change(partial, manifest)
+
+    save_folder(folder, saved.head.ranks, MODEL, write)
 
 
 def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedModel:
@@ -242,7 +291,10 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
             raise UserError(f"{folder / name}: may hold code; a saved encoder has only .json and .safetensors files")
     try:
         _check_heads(folder, manifest)
-        labels = _read_labels(folder / "labels.parquet", sum(each["arguments"]["num_labels"] for each in described))
+        num_labels = sum(each["arguments"]["num_labels"] for each in described)
+        labels = _read_labels(folder / "labels.parquet", num_labels)
+        calibrated = calibration.FILE in manifest["sha256"]
+        found = calibration.Calibration.load(folder / calibration.FILE, num_labels) if calibrated else None
     except ValueError as error:
         raise UserError(f"{folder}: {error}; save the model again") from None
     backbone, tokenizer = (
@@ -270,6 +322,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
         label_texts=labels["text"],
         max_len=manifest["max_len"],
         folder=folder,
+        calibration=found,
     )
 
 

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from xmc_trainer import calibration
 from xmc_trainer.builders.data import metrics_of
 from xmc_trainer.builders.saved_model import corpus_of_saved, loader_of_test_set
-from xmc_trainer.checkpoint.folder import CARD, MANIFEST, read_folder, save_folder
 from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
-from xmc_trainer.checkpoint.saved_model import MODEL, SavedModel, save_tensors
+from xmc_trainer.checkpoint.saved_model import SavedModel, replace_model, save_tensors
 from xmc_trainer.config import Config, portable_yaml
 from xmc_trainer.data import Corpus
 from xmc_trainer.encoder.text_encoder import TextEncoder
@@ -79,40 +78,28 @@ def _add_to_biases(saved: SavedModel, added: Tensor) -> None:
 
 
 def write_strength(saved: SavedModel, config: Config, corpus: Corpus, strength: float) -> None:
-    """Replace the model's folder, atomically, by one with the biases of that strength.
+    """Replace the model's folder, atomically, by one with the biases of that strength. A calibration is dropped: it fits other scores.
 
     Raises UserError if the folder contains a file that does not belong to the model.
     """
-    folder = saved.folder
-    manifest = read_folder(folder, MODEL)
-    foreign = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).as_posix() not in {*manifest["sha256"], MANIFEST, CARD}
-    ]
-    if foreign:
-        raise UserError(
-            f"{foreign[0]}: does not belong to the model, whose folder is replaced; move it elsewhere first"
-        )
     added = (config.model.ffi.logit_adjustment - strength) * torch.from_numpy(corpus.log_frequency())
     ffi = dataclasses.replace(config.model.ffi, logit_adjustment=strength)
     yaml = portable_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
 
-    def write(partial: Path) -> dict[str, Any]:
-        shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+    def change(copy: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         first = 0  # first label of the head
         for head in manifest["heads"]:
             for shard in head["shards"]:
-                tensors = load_file(partial / shard["file"])
+                tensors = load_file(copy / shard["file"])
                 start, stop = (first + label for label in shard["labels"])
                 tensors[head["prefix"] + "bias"] += added[start:stop]
-                save_tensors(tensors, partial / shard["file"])
+                save_tensors(tensors, copy / shard["file"])
             first += head["arguments"]["num_labels"]
-        (partial / "config.yaml").write_text(yaml, encoding="utf-8")
-        own = {name: manifest[name] for name in MODEL.shape}
-        return own | {"config_sha256": hashlib.sha256(yaml.encode()).hexdigest()}
+        (copy / "config.yaml").write_text(yaml, encoding="utf-8")
+        (copy / calibration.FILE).unlink(missing_ok=True)
+        return {"config_sha256": hashlib.sha256(yaml.encode()).hexdigest()}
 
-    save_folder(folder, saved.head.ranks, MODEL, write)
+    replace_model(saved, change)
 
 
 def main() -> None:
@@ -145,7 +132,8 @@ def main() -> None:
     corpus = corpus_of_saved(saved, config)
     if options.keep is not None:
         write_strength(saved, config_of_model(options.model, []), corpus, options.keep)
-        print(f"{options.model}: logit_adjustment {config.model.ffi.logit_adjustment:g} -> {options.keep:g}")
+        dropped = "; its calibration is removed, run xmc-trainer calibrate again" * (saved.calibration is not None)
+        print(f"{options.model}: logit_adjustment {config.model.ffi.logit_adjustment:g} -> {options.keep:g}{dropped}")
         return
     by_strength = evaluate_strengths(saved, config, corpus, strengths, device)
     if options.json:

@@ -40,6 +40,10 @@ COMMANDS = {
         "xmc_trainer.commands.adjust",
         "rank rare labels of a saved model higher: evaluate strengths, or write one",
     ),
+    "calibrate": (
+        "xmc_trainer.commands.calibrate",
+        "fit probabilities and thresholds of a saved model on held-out texts, and store them",
+    ),
     "report": ("xmc_trainer.commands.report", "compare runs: a table, and a page with charts"),
     "doctor": (
         "xmc_trainer.commands.doctor",

@@ -2,27 +2,32 @@
 
     xmc-trainer predict outputs/wordnet/model texts.txt > predictions.jsonl
     echo "a small domesticated carnivore" | xmc-trainer predict outputs/wordnet/model
+    xmc-trainer predict outputs/wordnet/model texts.txt -k 20 --threshold 0.3
+    xmc-trainer predict outputs/wordnet/model products.csv --text-column title --output scores.npz
     torchrun --nproc_per_node 2 launchers/predict.py outputs/wordnet/model texts.txt    # the processes share the labels
 
-Input, in UTF-8: a text file with one text per line, JSON lines with a field "text" (.jsonl or .json), or standard input
-with one text per line. An empty line is an empty text. Output: JSON lines in UTF-8, labels by descending score:
+Input, in UTF-8: a .csv, .tsv, .jsonl, .json or .parquet file with a column or field of texts (--text-column), or any other
+file or standard input with one text per line. An empty line is an empty text. The extension of --output, or --format,
+chooses the format:
 
-    {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]}
+    jsonl      {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]} on each line, best labels first
+    tsv, csv   a row for each predicted label: row (number of the text, from 1), rank, label, label_text, score, text
+    npz        a sparse matrix of scores for scipy.sparse.load_npz: texts x labels, labels as in the model's labels.parquet
+    parquet    the columns text and labels, as in jsonl
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import IO, TYPE_CHECKING, cast
 
+from xmc_trainer.commands.prediction_files import EXTENSIONS, Writer, read_texts, threshold
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import replacing
 
@@ -34,29 +39,9 @@ if TYPE_CHECKING:
 _CHUNK = 4096
 
 
-def read_texts(path: str) -> Iterator[str]:
-    """Yield the texts of the input, decoded like training files. Raises UserError that names a faulty line."""
-    from xmc_trainer.data.texts import check_unicode, decoded_lines, json_object
-
-    name = "standard input" if path == "-" else path
-    try:
-        with sys.stdin.buffer if path == "-" else open(path, "rb") as file:
-            for number, line in decoded_lines(file, name):
-                text: Any = line
-                where = f"{name}, line {number}"
-                if path.endswith((".jsonl", ".json")):
-                    text = json_object(line, where).get("text")
-                    if not isinstance(text, str):
-                        raise UserError(f'{where}: write an object with a string field "text"')
-                    check_unicode(text, where)
-                yield text
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}); name another file") from None
-
-
-def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
+def read_chunks(path: str, text_column: str, ranks: Ranks) -> Iterator[list[str]]:
     """Yield the texts that rank 0 reads, in chunks, on every rank. A faulty line raises UserError on all of them."""
-    texts = read_texts(path)
+    texts = read_texts(path, text_column)
     while True:
         chunk: list[str] | UserError = []
         if ranks.rank == 0:
@@ -73,14 +58,13 @@ def read_chunks(path: str, ranks: Ranks) -> Iterator[list[str]]:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[TextIO]:
-    """Open the output in UTF-8. A regular file is replaced atomically at the end; pipes and devices are written to."""
+def opened(path: str) -> Iterator[IO[bytes]]:
+    """Open the output. A regular file is replaced atomically at the end; pipes and devices are written to."""
     if path == "-":
-        cast(TextIOWrapper, sys.stdout).reconfigure(encoding="utf-8")
-        yield sys.stdout
+        yield sys.stdout.buffer
     else:
         with replacing(Path(path)) as out:
-            yield out
+            yield cast(IO[bytes], out.buffer)
 
 
 def main() -> None:
@@ -88,7 +72,18 @@ def main() -> None:
     parser.add_argument("model", help="folder of a saved model")
     parser.add_argument("input", nargs="?", default="-", help="file with the texts; - (the default) is standard input")
     parser.add_argument("--output", default="-", help="file to write; - (the default) is standard output")
+    parser.add_argument(
+        "--format",
+        choices=sorted({*EXTENSIONS.values()}),
+        help="format of the output; default: by its extension, else jsonl",
+    )
+    parser.add_argument("--text-column", default="text", help="column or field of the texts (default text)")
     parser.add_argument("-k", type=int, default=5, help="labels per text (default 5)")
+    parser.add_argument(
+        "--threshold",
+        type=threshold,
+        help="of the -k best labels only those that score at least this; `fitted`: what xmc-trainer calibrate has stored",
+    )
     parser.add_argument("--batch_size", type=int, default=256, help="texts per batch (default 256)")
     parser.add_argument("--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: a GPU if there is one")
     arguments = parser.parse_intermixed_args()
@@ -128,21 +123,19 @@ def _check_streams(source: str, output: str) -> None:
 def predict(model: XMCModel, arguments: argparse.Namespace) -> None:
     """Predict the input's labels on all ranks; rank 0 reads and writes."""
     ranks = model.saved.head.ranks
-    chunks = read_chunks(arguments.input, ranks)
-    predictions = ((chunk, model.predict(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
+    chunks = read_chunks(arguments.input, arguments.text_column, ranks)
+    predictions = ((chunk, *model.topk(chunk, arguments.k, arguments.batch_size)) for chunk in chunks)
     if ranks.rank:
         deque(predictions, maxlen=0)
         return
     first = next(predictions, None)  # before the output is opened, so that a faulty input leaves no empty file
     if first is None:
         print(f"{'standard input' if arguments.input == '-' else arguments.input}: no texts", file=sys.stderr)
+    form = arguments.format or EXTENSIONS.get(Path(arguments.output).suffix, "jsonl")
     try:
-        with opened(arguments.output) as out:
-            for texts, labels_of_texts in chain([first] if first else [], predictions):
-                for text, labels in zip(texts, labels_of_texts, strict=True):
-                    record = {"text": text, "labels": [label._asdict() for label in labels]}
-                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
-                out.flush()
+        with opened(arguments.output) as out, Writer(out, form, model) as writer:
+            for texts, scores, labels in chain([first] if first else [], predictions):
+                writer.write(texts, scores, labels, model.saved.chosen(scores, labels, arguments.threshold))
     except OSError as error:
         if isinstance(error, BrokenPipeError) and arguments.output == "-":
             raise  # the reader has closed the pipe

@@ -543,23 +543,37 @@ class EvaluationConfig(Section, prefix="training.evaluation."):
         check_choice("training.evaluation.early_stop_metric", self.early_stop_metric, names)
 
 
+TRACKERS = ("wandb", "tensorboard", "mlflow")
+
+
 @dataclass
 class VerboseConfig(Section, prefix="training.verbose."):
     show_iter: bool = option(False, "Print the loss every print_iter steps, besides the progress bar.")
     print_iter: int = option(2000, "Optimizer steps between printed lines.", _COUNT)
-    use_wandb: bool = option(False, "Also log to Weights & Biases.")
-    wandb_runname: str = option("none", "Run name in Weights & Biases.")
+    tracker: str = option(
+        "none", "Also log to none, wandb (Weights & Biases), tensorboard or mlflow.", choices=("none", *TRACKERS)
+    )
+    use_wandb: bool = option(False, "Same as tracker=wandb.")
+    wandb_runname: str = option("none", "Run name in Weights & Biases or MLflow; none lets them choose.")
     logging: bool = option(True, "Write log.jsonl: one line per optimizer step and evaluation.")
     log_fname: str = option("run", "Name of the run, and of its folder in `output_dir`.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_name("training.verbose.log_fname", self.log_fname)
+        if self.use_wandb and self.tracker not in ("none", "wandb"):
+            raise UserError(f"training.verbose.use_wandb=true: contradicts tracker={self.tracker}; set one of them")
+
+    @property
+    def chosen_tracker(self) -> str | None:
+        """The tracker's name, one of TRACKERS."""
+        return "wandb" if self.use_wandb else self.tracker if self.tracker != "none" else None
 
 
 # Names in a run's folder besides training.checkpoint_file, including temporary ones during writes and removals.
 _RUN_FILES = re.compile(
-    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|run\.log|split\.npz|figures\.json|wandb|.*\.(partial|old|removed)",
+    r"\..*|model|(checkpoint|replaced)(-\d+)?|config\.yaml|log\.jsonl|run\.log|split\.npz|figures\.json|wandb|tensorboard|"
+    r".*\.(partial|old|removed)",
     re.DOTALL,
 )
 

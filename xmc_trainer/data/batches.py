@@ -155,7 +155,7 @@ class TextBatches(torch.utils.data.Dataset):
         rows_in_step: int, texts of the whole optimizer step.
         rank_sizes: (texts, labels) of every rank's part of the micro-batch, two lists of int.
 
-    Batches of fewer than `least_rows` texts (default 1) are filled up with texts of one padding token; use features[:b]. So
+    Label numbers from `labels` on are left out. Batches of fewer than `least_rows` texts (default 1) are filled up with texts of one padding token; use features[:b]. So
     the encoder can run on a rank without rows (b = 0), and a compiled encoder sees a constant number of rows.
     """
 
@@ -166,6 +166,7 @@ class TextBatches(torch.utils.data.Dataset):
         *,
         rank: int,
         pad_token_id: int | None,
+        labels: int | None = None,
         places: np.ndarray | None = None,
         filter_pairs: Ragged | None = None,
         least_rows: int = 1,
@@ -173,7 +174,9 @@ class TextBatches(torch.utils.data.Dataset):
         self._least_rows = least_rows
         self._dataset = dataset.with_format("arrow")
         self._plan, self._rank = plan, rank
-        self._label_lengths = _list_lengths(dataset, "labels")
+        self._labels = labels
+        every = flatten_lists(dataset.data.column("labels"))
+        self._label_lengths = np.diff((every if labels is None else every.below(labels)).offsets)
         self._longest = int(_list_lengths(dataset, "input_ids").max(initial=1))
         self._pad_token_id, self._places, self._filter_pairs = pad_token_id, places, filter_pairs
 
@@ -189,6 +192,8 @@ class TextBatches(torch.utils.data.Dataset):
         else:
             tokens = Ragged(np.zeros(0, dtype=np.int64), np.zeros(1, dtype=np.int64))
             labels = Ragged(np.zeros(0, dtype=np.int32), np.zeros(1, dtype=np.int64))
+        if self._labels is not None:
+            labels = labels.below(self._labels)
         if self._places is not None:
             labels = Ragged(self._places[labels.ids], labels.offsets)
         batch = padded(tokens, longest=self._longest, pad_token_id=self._pad_token_id, least_rows=self._least_rows) | {

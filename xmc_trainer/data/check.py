@@ -95,8 +95,8 @@ def _repetitions(contents: Contents, train: _Part, test: _Part) -> Iterator[str]
 
 
 def _dropped(contents: Contents) -> Iterator[str]:
-    """Some layouts leave out what only the test set has, before it is counted here."""
-    if note := contents.notes.get("test labels"):
+    """Test texts without labels are left out before they are counted here."""
+    if note := contents.notes.get("unlabelled test texts"):
         yield f"{'':>10} {note}"
 
 

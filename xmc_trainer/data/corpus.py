@@ -46,14 +46,17 @@ class Corpus:
 
     Attributes:
         train, test: columns input_ids (int32, with special tokens, truncated to max_len, unpadded), labels (int32,
-            ascending; see `places`) and length (int32, tokens).
+            ascending; see `places`) and length (int32, tokens). In `test`, labels that training lacks have the numbers
+            from `num_labels` on.
         labels: columns id and text, one row per label, in the head's label order.
         filter_pairs: labels to exclude from the ranking of each test row, or None.
         fingerprint: hash of the source files' content, the reading options and the tokenizer.
+        unseen_labels: labels of `test` that training lacks.
         texts: training texts. The rows of `train` after them are made from label texts.
         split_file: which rows of the source are in which part, as `data.split.Split.save` writes it; None if its files say that.
         former_fingerprint: computes the fingerprint that checkpoints until November 2026 have, by a slower hash.
-        places: int32 [L], label number in `train` and `test` -> row of `labels`. None: they are equal.
+        places: int32 [L + unseen_labels], label number in `train` and `test` -> row of `labels`, or the same number from L
+            on. None: they are equal.
     """
 
     train: Dataset
@@ -62,6 +65,7 @@ class Corpus:
     filter_pairs: Ragged | None
     fingerprint: str
     texts: int
+    unseen_labels: int = 0
     places: np.ndarray | None = None
     split_file: Path | None = None
     former_fingerprint: Callable[[], str] | None = None
@@ -92,7 +96,7 @@ class Corpus:
         if self.places is None:
             return counts
         placed = np.empty_like(counts)
-        placed[self.places] = counts
+        placed[self.places[: self.num_labels]] = counts
         return placed
 
     def log_frequency(self) -> np.ndarray:
@@ -104,16 +108,22 @@ class Corpus:
         """Return the labels of each training row, as rows of `labels`."""
         return self._placed(flatten_lists(self.train.data.column("labels")))
 
-    def test_labels(self) -> Ragged:
-        """Return the labels of each test row, as rows of `labels`."""
-        return self._placed(flatten_lists(self.test.data.column("labels")))
+    def test_labels(self, unseen: bool = False) -> Ragged:
+        """Return the labels of each test row, as rows of `labels`. Args: unseen: with the numbers of labels that training lacks."""
+        labels = self._placed(flatten_lists(self.test.data.column("labels")))
+        return labels if unseen else labels.below(self.num_labels)
+
+    def test_rows(self, unseen: bool = False) -> np.ndarray:
+        """Return the rows of `test` to evaluate, int64. Without `unseen`, rows that have only labels that training lacks are left out."""
+        every = np.diff(self.test_labels(unseen=True).offsets)
+        return np.flatnonzero(unseen | (every == 0) | (np.diff(self.test_labels().offsets) > 0))
 
     def _placed(self, labels: Ragged) -> Ragged:
         return labels if self.places is None else Ragged(self.places[labels.ids], labels.offsets)
 
     def reordered(self, order: np.ndarray) -> Corpus:
         """Return the same data with the labels reordered: new label i is the old label order[i]. `order`: int [L]."""
-        new_place = np.empty(len(order), dtype=np.int32)
+        new_place = np.arange(len(order) + self.unseen_labels, dtype=np.int32)
         new_place[order] = np.arange(len(order), dtype=np.int32)
         pairs = self.filter_pairs
         return dataclasses.replace(
@@ -215,13 +225,22 @@ def _open_or_make(target: Path, make: Callable[[Path], None]) -> tuple[Corpus, l
 def _open(folder: Path) -> tuple[Corpus, list[str]]:
     """Open an entry that `_build` wrote. Raises Damaged if it is missing or differs from what was written."""
     facts = unseal(folder)
+    if "unseen_labels" not in facts:
+        raise Damaged(f"{folder} was written by an earlier version")
     train, test, labels = (Dataset.from_file(str(folder / f"{name}.arrow")) for name in ("train", "test", "labels"))
     filter_pairs = None
     if (folder / "filter_ids.npy").is_file():
         filter_pairs = Ragged(np.load(folder / "filter_ids.npy"), np.load(folder / "filter_offsets.npy"))
     split_file = folder / "split.npz" if (folder / "split.npz").is_file() else None
     corpus = Corpus(
-        train, test, labels, filter_pairs, fingerprint=folder.name, texts=facts["texts"], split_file=split_file
+        train,
+        test,
+        labels,
+        filter_pairs,
+        fingerprint=folder.name,
+        texts=facts["texts"],
+        unseen_labels=facts["unseen_labels"],
+        split_file=split_file,
     )
     return corpus, facts["notes"]
 
@@ -269,8 +288,10 @@ def _build(
     for split, rows in (("train", contents.train()), ("test", contents.test())):
         with tqdm(desc=f"tokenise {split}", unit="text", disable=not progress) as bar:
             sizes[split] = _write_tokens(folder / f"{split}.arrow", rows, tokenizer, max_len, bar)
-        if not sizes[split]:
+        labels = flatten_lists(Dataset.from_file(str(folder / f"{split}.arrow")).data.column("labels"))
+        if not sizes[split] or not len(labels.below(len(contents.labels)).ids):
             raise no_texts(source, split)
+    unseen = int(labels.ids.max(initial=0)) + 1 - len(contents.labels)  # of the test set
     with _arrow_writer(folder / "labels.arrow", _LABEL_FEATURES.arrow_schema) as writer:
         for start in range(0, len(contents.labels), ROWS_PER_BATCH):
             columns = [pa.array(column) for column in zip(*contents.labels[start : start + ROWS_PER_BATCH])]
@@ -278,7 +299,8 @@ def _build(
     if contents.filter_pairs is not None:
         np.save(folder / "filter_ids.npy", contents.filter_pairs.ids)
         np.save(folder / "filter_offsets.npy", contents.filter_pairs.offsets)
-    seal(folder, {"texts": sizes["train"] - contents.augmented, "notes": list(contents.notes.values())})
+    facts = {"texts": sizes["train"] - contents.augmented, "unseen_labels": max(unseen, 0)}
+    seal(folder, facts | {"notes": list(contents.notes.values())})
 
 
 @contextmanager

@@ -37,6 +37,7 @@ def batch_loader(
         plan,
         rank=rank,
         pad_token_id=pad_token_id,
+        labels=corpus.num_labels if corpus.unseen_labels and split == "test" else None,
         places=corpus.places,
         filter_pairs=corpus.filter_pairs if split == "test" else None,
         least_rows=least_rows,
@@ -100,10 +101,9 @@ class Batches:
         return self._load("train", [micro for step in steps for micro in step], self.texts_a_step // self.micro_batches)
 
     def evaluate(self, split: str) -> DataLoader:
-        """Load the batches of all texts of "test", or of as many texts of "train"."""
-        lengths, rows = self.corpus.lengths(split), None
-        if split == "train":
-            rows = sample_rows(len(lengths), min(len(self.corpus.test), len(lengths)), self.seed)
+        """Load the batches of the test rows that have labels of training, or of as many texts of "train"."""
+        lengths, test_rows = self.corpus.lengths(split), self.corpus.test_rows()
+        rows = test_rows if split == "test" else sample_rows(len(lengths), min(len(test_rows), len(lengths)), self.seed)
         plan = plan_eval(lengths, batch_size=self.eval_texts, world_size=self.world_size, rows=rows)
         return self._load(split, plan, self.eval_texts)
 

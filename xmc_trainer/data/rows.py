@@ -31,7 +31,7 @@ from xmc_trainer.data.sources import (
     count_empty,
     count_unlabelled,
     json_lines,
-    known_labels,
+    labelled,
 )
 from xmc_trainer.data.split import DEV, TEST, TRAIN, Split, divided
 from xmc_trainer.data.texts import check_unicode
@@ -144,9 +144,7 @@ def rows_source(
         return Contents(
             labels=[(label, label) for label in vocabulary.names],
             train=train,
-            test=lambda: known_labels(
-                vocabulary.numbered(rows(apart or whole, evaluated)), len(vocabulary.names), notes
-            ),
+            test=lambda: labelled(vocabulary.numbered(rows(apart or whole, evaluated)), len(vocabulary.names), notes),
             split=split,
             notes=notes,
         )

@@ -57,6 +57,11 @@ class Ragged:
         positions = np.arange(offsets[-1]) + np.repeat(self.offsets[indices] - offsets[:-1], counts)
         return Ragged(self.ids[positions], offsets)
 
+    def below(self, limit: int) -> Ragged:
+        """Keep the ids below `limit`."""
+        kept = self.ids < limit
+        return Ragged(self.ids[kept], np.concatenate([[0], np.cumsum(kept)])[self.offsets])
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -64,7 +69,7 @@ class Contents:
 
     labels: list[tuple[str, str]]  # (id, text) in label order
     train: Callable[[], Iterator[Row]]
-    test: Callable[[], Iterator[Row]]
+    test: Callable[[], Iterator[Row]]  # labels that `labels` lacks, because training has none, have numbers after it
     filter_pairs: Ragged | None = None  # labels to exclude from the ranking of each test row
     split: Split | None = None  # where the source holds texts out
     augmented: int = 0  # training rows made from label texts; they come last
@@ -152,11 +157,14 @@ class Vocabulary:
         return cls(ordered)
 
     def numbered(self, rows: Iterable[NamedRow]) -> Iterator[NumberedRow]:
-        """Replace label names by numbers, ascending and distinct. Each unknown name gets a number after all labels."""
+        """Replace label names by numbers, ascending and distinct. Unknown names get numbers after all labels."""
+        unknown: dict[str, int] = {}
         for where, text, names in rows:
-            known = {self.numbers[name] for name in names if name in self.numbers}
-            unknown = len({name for name in names if name not in self.numbers})
-            yield where, text, [*sorted(known), *range(len(self.names), len(self.names) + unknown)]
+            numbers = {
+                self.numbers[name] if name in self.numbers else len(self.names) + unknown.setdefault(name, len(unknown))
+                for name in names
+            }
+            yield where, text, sorted(numbers)
 
 
 Where = tuple[Path, int] | str  # file and line, or both in words
@@ -177,20 +185,24 @@ def count_empty(rows: Iterable[NumberedRow], split: str, notes: dict[str, str]) 
         notes[f"{split} texts"] = f"{split} set: {empty} texts are empty, the first at {first!r}; they are kept"
 
 
-def known_labels(rows: Iterable[NumberedRow], labels: int, notes: dict[str, str]) -> Iterator[Row]:
-    """Yield the test rows without label numbers from `labels` on, and without texts left with no label. Adds notes."""
-    unseen = dropped = 0
-    for text, numbers in count_empty(rows, "test", notes):
-        known = numbers[: bisect_left(numbers, labels)]
-        unseen += len(numbers) - len(known)
-        if known:
-            yield Row(text, known)
+def labelled(rows: Iterable[NumberedRow], labels: int, notes: dict[str, str]) -> Iterator[Row]:
+    """Yield the test rows that have labels. Adds a note about those without, and about label numbers from `labels` on."""
+    unseen = only_unseen = dropped = 0
+    for row in count_empty(rows, "test", notes):
+        known = bisect_left(row.labels, labels)
+        unseen += len(row.labels) - known
+        only_unseen += known == 0 < len(row.labels)
+        if row.labels:
+            yield row
         else:
             dropped += 1
-    if unseen or dropped:
+    if unseen:
         notes["test labels"] = (
-            f"test set: dropped {unseen} labels never seen in training and {dropped} texts without one"
+            f"test set: {unseen} labels are never seen in training, and {only_unseen} texts have no other; only "
+            "`xmc-trainer evaluate` counts them"
         )
+    if dropped:
+        notes["unlabelled test texts"] = f"test set: dropped {dropped} texts without labels"
 
 
 def count_unlabelled(rows: Iterable[Row], notes: dict[str, str]) -> Iterator[Row]:
@@ -258,7 +270,7 @@ def raw_source(
         return Contents(
             labels=[(name, table.get(name) or name) for name in names],
             train=train,
-            test=lambda: known_labels(rows(test_split), len(names), notes),
+            test=lambda: labelled(rows(test_split), len(names), notes),
             augmented=len(label_rows),
             notes=notes,
         )

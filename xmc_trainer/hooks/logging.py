@@ -1,4 +1,4 @@
-"""Report a training's progress on the terminal, in log.jsonl and to Weights & Biases."""
+"""Report a training's progress on the terminal, in log.jsonl and to a tracker."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tqdm import tqdm
 
 from xmc_trainer import __version__
@@ -222,17 +223,24 @@ class JsonLogHook(Hook):
         self.write({"event": "interrupt", "step": trainer.state.step})
 
 
-class WandbHook(Hook):
-    """Sends losses, learning rates and metrics to Weights & Biases. WANDB_MODE=offline works.
+class TrackerHook(Hook):
+    """Sends losses, learning rates and metrics to a tracker of accelerate: wandb, tensorboard or mlflow.
+
+    A resumed training continues its run. TensorBoard's files are in <run folder>/tensorboard. Weights & Biases gets no console output, host
+    or git data; WANDB_MODE=offline works. MLflow writes where MLFLOW_TRACKING_URI says.
 
     Args:
-        run_name: None lets Weights & Biases choose one.
+        run_name: None lets the tracker choose one; TensorBoard has none.
         settings: stored with the run; they leave this machine.
     """
 
-    def __init__(self, run_name: str | None, settings: dict[str, Any]) -> None:
-        self._run_name, self._settings = run_name, settings
-        self._run: Any = None
+    def __init__(self, tracker: str, run_name: str | None, settings: dict[str, Any]) -> None:
+        self.name, self._run_name = tracker, run_name
+        self._settings = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in settings.items()
+        }
+        self._tracker: Any = None
         self._id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -244,33 +252,51 @@ class WandbHook(Hook):
     def on_train_start(self, trainer: Trainer) -> None:
         if not trainer.accelerator.is_main_process:
             return
-        import wandb
+        resumed = trainer.state.step > 0
+        make = LOGGER_TYPE_TO_CLASS[self.name]
+        if self.name == "tensorboard":
+            # Events after the checkpoint that the training resumes from are dropped.
+            after = trainer.state.step + 1 if resumed else None
+            self._tracker = make("tensorboard", logging_dir=str(trainer.run_folder), purge_step=after)
+        elif self.name == "mlflow":
+            self._tracker = make("xmc_trainer", run_id=self._id, run_name=self._run_name)
+        else:
+            import wandb
 
-        self._run = wandb.init(
-            project="xmc_trainer",
-            name=self._run_name,
-            id=self._id,  # None, or that of the resumed run
-            resume="allow",
-            dir=str(trainer.run_folder),
-            config=self._settings,
-            # Console output and metadata name folders of this machine.
-            settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
-        )
-        self._id = self._run.id
+            self._tracker = make(
+                "xmc_trainer",
+                name=self._run_name,
+                id=self._id,  # None, or that of the resumed run
+                resume="allow",
+                dir=str(trainer.run_folder),
+                config=self._settings,
+                # Console output and metadata name folders of this machine.
+                settings=wandb.Settings(console="off", disable_git=True, x_disable_meta=True),
+            )
+        self._tracker.start()
+        if self.name == "wandb":
+            self._id = self._tracker.tracker.id
+        elif not resumed:
+            self._tracker.store_init_configuration(self._settings)
+        if self.name == "mlflow":
+            self._id = self._tracker.tracker.info.run_id
+
+    def _log(self, values: dict[str, float], step: int) -> None:
+        if self.name == "mlflow":  # whose names may not have an @
+            values = {name.replace("@", "_at_"): value for name, value in values.items()}
+        self._tracker.log(values, step=step)
 
     def on_losses(self, trainer: Trainer, records: list[dict[str, Any]]) -> None:
-        if self._run is not None:
+        if self._tracker is not None:
             for record in records:
-                self._run.log(
-                    {f"train/{key}": record[key] for key in ("loss", "lr", "encoder_lr")}, step=record["step"]
-                )
+                self._log({f"train/{key}": record[key] for key in ("loss", "lr", "encoder_lr")}, record["step"])
 
     def on_evaluate(self, trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-        if self._run is not None:
-            self._run.log({f"{split}/{name}": value for name, value in metrics.items()}, step=trainer.state.step)
+        if self._tracker is not None:
+            self._log({f"{split}/{name}": value for name, value in metrics.items()}, trainer.state.step)
 
     def on_train_end(self, trainer: Trainer) -> None:
-        if self._run is not None:
-            self._run.finish()
+        if self._tracker is not None:
+            self._tracker.finish()
 
     on_interrupt = on_train_end
