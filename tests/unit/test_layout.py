@@ -30,7 +30,7 @@ ALLOWED = {
     "builders.inputs": {"config", "data.layouts", "data.sources", "errors"},
     "builders.head": {"builders", "config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "labels", "parallel"},
     "builders.hooks": {"config", "errors", "head", "hooks", "schedules"},
-    "builders.saved_model": {"builders.data", "checkpoint", "config", "data", "errors", "evaluation", "measures"},
+    "builders.saved_model": {"builders.data", "checkpoint", "config", "data", "errors", "evaluation", "measures", "run_folder"},
     "builders.training": {
         "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",
         "step_clock", "trainer",
