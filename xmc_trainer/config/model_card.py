@@ -22,7 +22,7 @@ def model_card(config: Config, metrics: dict[str, dict[str, float]], labels: int
     """
     settings, encoder = flatten(portable_settings(config)), config.model.encoder.encoder_model
     defaults = flatten(dataclasses.asdict(Config()))
-    changed = [name for name, value in settings.items() if value != defaults[name]]
+    changed = [name for name, value in settings.items() if value != defaults.get(name)]
     is_on_hub = _HUB_ID.fullmatch(encoder) and not Path(encoder).exists()
     lines = [
         "---",
