@@ -73,7 +73,8 @@ class XMCClassifier:
             texts: the texts. Without `labels`: a frame with the columns data.text_column and data.label_column of `settings`
                 (default text and labels), or an iterable of (text, labels) pairs. In a frame, a string in the column of labels
                 is split at data.label_separator (default ;) unless it is a JSON list, and a missing value means no labels.
-            eval_set: data to evaluate on: a pair (texts, labels), or a frame. None: a tenth of the texts is held out.
+            eval_set: data to evaluate on: a tuple (texts, labels), or else as `texts` without `labels`. None: a tenth of the texts
+                is held out.
         """
         settings = self.settings or {}
         if eval_set is not None and settings.get("data.test_share") is not None:
@@ -84,7 +85,7 @@ class XMCClassifier:
         with tempfile.TemporaryDirectory() as data:
             source = _write_rows(Path(data, "train.jsonl"), *self._texts_and_labels(texts, labels))
             if eval_set is not None:
-                held_out = (eval_set, None) if _is_frame(eval_set) else eval_set
+                held_out = eval_set if isinstance(eval_set, tuple) else (eval_set, None)
                 _write_rows(Path(data, "test.jsonl"), *self._texts_and_labels(*held_out))
                 source = Path(data)
             own = {

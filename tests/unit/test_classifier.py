@@ -106,6 +106,8 @@ def test_files_of_others_are_left_alone(tiny_encoder, tmp_path):
     with pytest.raises(UserError, match="training.overwrite"):
         model.fit(*rows(60, seed=1))
     assert len(model.predict(["w1"], k=1)) == 1  # the model of before
+    with pytest.raises(UserError, match="text 1 is None"):  # an eval_set may be pairs
+        model.fit(*rows(60), eval_set=[(None, "label 1")])
     with pytest.raises(UserError, match="give only one of them"):
         model.set_params(settings=settings | {"data.test_share": 0.5}).fit(*rows(60), eval_set=rows(5))
 
