@@ -118,13 +118,17 @@ class XMCClassifier:
         self,
         texts: Any,
         k: int = 5,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         batch_size: int = 256,
         show_progress: bool = False,
     ) -> list[list[str]]:
-        """Return the names of the k best labels of each text, best first; with `threshold` those that score at least that."""
+        """Return the names of the k best labels of each text, best first.
+
+        Args:
+            threshold: leave out labels with a lower score; "fitted" for the thresholds of `xmc-trainer calibrate`.
+        """
         scores, labels = self._topk(texts, k, batch_size, show_progress)
-        kept = scores >= (-np.inf if threshold is None else threshold)
+        kept = self._fitted().saved.chosen(scores, labels, threshold)
         return [self.classes_[found[chosen]].tolist() for found, chosen in zip(labels, kept)]
 
     def predict_scores(

@@ -64,6 +64,8 @@ def test_it_learns_and_predicts(fitted):
     scores = fitted.predict_scores(texts, k=3)
     assert scores.shape == (40, 8) and scores.nnz == 120
     assert [fitted.classes_[row] for row in scores.toarray().argmax(1)] == [found[0] for found in best]
+    with pytest.raises(UserError, match="has no fitted thresholds"):
+        fitted.predict(texts, threshold="fitted")
     with_threshold = fitted.predict(texts, k=8, threshold=0.5)
     dense = fitted.predict_scores(texts, k=8).toarray()
     assert [len(found) for found in with_threshold] == (dense >= 0.5).sum(1).tolist()

@@ -1,18 +1,20 @@
 """Write a saved model in forms that other software reads.
 
-xmc-trainer export outputs/mine/model mine-st --format sentence-transformers    # SentenceTransformer("mine-st").encode(texts)
+xmc-trainer export outputs/mine/model mine-st --format sentence-transformers
 xmc-trainer export outputs/mine/model mine-head --format scipy
 xmc-trainer export outputs/mine/model mine-head --format torch
 xmc-trainer export outputs/mine/model mine-onnx --format onnx -k 10 --int8      # pip install 'xmc_trainer[export]'
 
-sentence-transformers  the encoder: tokenizer, transformer, pooling and penultimate layer
-scipy                  the head: weight.npz (CSR, float32 [labels, features]) and bias.npy; scores = features @ weight.T + bias
+sentence-transformers  the encoder; SentenceTransformer("mine-st").encode(texts) gives the features
+scipy                  the head: weight.npz (CSR, float32 [labels, features]) and bias.npy;
+                       logits = features @ weight.T + bias
 torch                  the head: head.safetensors and head.py, which needs torch and safetensors alone
-onnx                   all but the tokenizer: model.onnx takes input_ids and attention_mask, int64 [texts, tokens], padded on the
-                       right, and returns scores, float32 [texts, k], and labels, int64 [texts, k]; the tokenizer lies beside it
+onnx                   all but the tokenizer, which lies beside it: model.onnx takes input_ids and attention_mask, int64
+                       [texts, tokens], padded on the right, and returns scores, float32 [texts, k], and labels, int64
+                       [texts, k]
 
-labels.parquet names the labels, in the order of the head's rows. Scores are probabilities for a model trained with bce, except
-those of scipy, which are logits.
+labels.parquet names the labels, in the order of the head's rows. Scores of torch and onnx are probabilities for a model
+trained with bce. A calibration of `xmc-trainer calibrate` is not exported.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def write_sentence_transformers(saved: SavedModel, out: Path) -> None:
     encoder = saved.encoder
     if encoder.feature_layers > 1:
         raise UserError(
-            f"{saved.folder}: concatenates {encoder.feature_layers} layers, which sentence-transformers cannot; use --format onnx"
+            f"{saved.folder}: concatenates {encoder.feature_layers} layers, which sentence-transformers cannot; "
+            "use --format onnx"
         )
     encoder.backbone.save_pretrained(out)
     saved.tokenizer.padding_side = "right"
@@ -128,7 +131,7 @@ def write_torch(saved: SavedModel, out: Path) -> None:
 
 
 def write_onnx(saved: SavedModel, out: Path, k: int, int8: bool) -> None:
-    """Write encoder, head and the choice of the k best labels as an ONNX graph. Raises UserError if packages are missing."""
+    """Write encoder, head and choice of the k best labels as an ONNX graph. Raises UserError if packages are missing."""
     import torch
 
     try:

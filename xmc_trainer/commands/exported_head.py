@@ -1,4 +1,4 @@
-"""The head of a model of xmc_trainer in plain torch: a copy of this file lies beside head.safetensors and needs nothing else.
+"""The head of a model of xmc_trainer in plain torch. `xmc-trainer export` puts a copy beside head.safetensors.
 
 head = Head("head.safetensors")
 scores, labels = head.topk(features, k=5)  # features: float32 [texts, d] of the encoder
@@ -43,7 +43,7 @@ class Head(torch.nn.Module):
         self.register_buffer("bias", torch.cat(biases))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the score of every label, float32 [texts, labels]: a probability for a model trained with bce, else a margin."""
+        """Return every label's score, float32 [texts, labels]: a probability for a model trained with bce, or a margin."""
         logits = torch.nn.functional.linear(features.float(), self.weight, self.bias)
         return logits.sigmoid() if self.is_probability else logits
 

@@ -3,13 +3,14 @@
 xmc-trainer extend outputs/mine/model new.csv --output outputs/mine/more
 xmc-trainer extend outputs/mine/model new.csv --output outputs/mine/more --background old.csv
 
-new.csv (or .tsv) has a column of texts and one of labels, as data.source takes them. Labels that the model does not have are
-appended; all others keep their weights and scores. Each new label reads the features that set its texts apart from the background
-best, with the weights of a linear discriminant. Its scores are scaled so that on the average of its texts it scores as the best
-known label does on a background text, and on the average background text as an average label does.
+new.csv (or .tsv) has a column of texts and one of labels, as data.source takes them. Labels that the model does not
+have are appended; all others keep their weights. Each new label reads the features that set its texts apart from the
+background best, with the weights of a linear discriminant. It scores on the average of its texts as the best known
+label does on a background text, and on the average background text as an average label does. The new model has no
+calibration; run `xmc-trainer calibrate` on it.
 
---background names texts of the known labels, such as a part of the training data; its column of labels is ignored. Without it the
-texts of new.csv are the background: name it if they are few or all alike.
+--background names texts of the known labels, such as a part of the training data; its column of labels is ignored.
+Without it the texts of new.csv are the background: name it if they are few or all alike.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _records(path: Path, columns: argparse.Namespace) -> Iterator[tuple[str, dic
 
 
 def extended_part(model: XMCModel, new: NewLabels, background: list[str]) -> FixedFanInHead:
-    """Return the head's last part with the new labels behind its own. Raises UserError for too small a background."""
+    """Return the head's last part with the new labels behind its own. UserError if the background is too small."""
     features_of = torch.from_numpy(model.embed(new.texts + background, show_progress=True))
     of_background = features_of[len(new.texts) :] if background else features_of
     if len(of_background) < _FEWEST_BACKGROUND:
@@ -137,7 +138,8 @@ def write_extended(model: XMCModel, new: NewLabels, background: list[str], out: 
     parts = [part for _, part in saved.head.parts()]
     head = head_of_parts([*parts[:-1], extended_part(model, new, background)])
     card = saved.folder / CARD
-    about = f"\n## Labels added later\n\n{len(new.names):,} labels from {len(new.texts):,} texts, by `xmc-trainer extend`.\n"
+    counts = f"{len(new.names):,} labels from {len(new.texts):,} texts"
+    about = f"\n## Labels added later\n\n{counts}, by `xmc-trainer extend`.\n"
     save_model(
         out,
         encoder=saved.encoder,
