@@ -15,7 +15,8 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
 else
     data=wordnet-sample sample=8
     settings="data.max_len=24 data.num_workers=0 model.ffi.weight_init=centroid model.ffi.index_init=informed"
-    settings+=" model.ffi.logit_adjustment=0 training.optimization.epochs=1 training.optimization.max_steps=30 training.optimization.warmup_steps=3"
+    settings+=" model.ffi.logit_adjustment=0 training.optimization.lr=5.0e-4 training.optimization.encoder_lr=1.0e-5"
+    settings+=" training.optimization.epochs=1 training.optimization.max_steps=30 training.optimization.warmup_steps=3"
 fi
 [ -f data/$data/raw_text/filter_labels_test.txt ] || xmc-trainer wordnet data/$data --sample $sample
 # A short path to use in commands.
@@ -42,7 +43,7 @@ for row, labels in zip(chosen, model.predict([row["content"] for row in chosen],
     print("\n" + row["content"][:110])
     right = {names[number] for number in row["target_ind"]}
     for label in [label for label in labels if label.id != row["uid"]][:5]:  # most test synsets are labels too
-        print(f"  {'✓' if label.id in right else ' '} {label.text} ({label.score:.2f})")
+        print(f"  {'✓' if label.id in right else ' '} {label.text}")
 PYTHON
 echo
 echo "the model is in outputs/quickstart/model; try:"
