@@ -34,10 +34,10 @@ struct Shared {
 static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
 // The block's part of dX. `lanes` thread blocks share a part and its labels; this is the `lane`-th of them.
-struct Part {
+struct BlockShare {
     int text_tile, block, blocks, lane, lanes;  // block: which of the `blocks` runs of FEATURES features
 
-    __device__ __forceinline__ explicit Part(const Arguments& a) {
+    __device__ __forceinline__ explicit BlockShare(const Arguments& a) {
         blocks = (a.columns_of_64 + PARTS - 1) / PARTS;
         const int parts = a.text_tiles * blocks, part = blockIdx.x % parts;
         text_tile = a.first_text_tile + part / blocks, block = part % blocks;
@@ -56,7 +56,7 @@ struct Items {
         run.load(weight, weights_of(a, label));
     }
 
-    __device__ __forceinline__ void spread(const DenseRow<>& to, const LabelRun& run) const {
+    __device__ __forceinline__ void densify(const DenseRow<>& to, const LabelRun& run) const {
 #pragma unroll
         for (int k = 0; k < CHUNKS; ++k)
 #pragma unroll
@@ -67,7 +67,7 @@ struct Items {
 
 __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
     const int thread = threadIdx.x - CONSUMERS, warp = thread / 32, lane = thread % 32, row = thread / LANES;
-    const Part part(a);
+    const BlockShare part(a);
     const int first_feature = part.block * FEATURES;
     const bool fetches = blockIdx.x % (a.text_tiles * part.blocks) == 0;  // one block for all that take the same tiles
     Pipeline<BUFFERS>::Turn turn;
@@ -98,10 +98,10 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
         for (int i = 0; i < PARTS; ++i) clear_rows<ROWS_A_WARP / 8>(shared.w[turn.buffer][i] + warp * (ROWS_A_WARP * ROW_SIZE), lane);
         __syncwarp();
         const DenseRow<> to(shared.w[turn.buffer][0], row, first_feature);
-        now.spread(to, run);
+        now.densify(to, run);
         while (run.next()) {
             now.load(a, tile, row, run);
-            now.spread(to, run);
+            now.densify(to, run);
         }
         publish_shared();
         __syncwarp();
@@ -112,7 +112,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
 
 __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    const Part part(a);
+    const BlockShare part(a);
     float dx[PARTS * 8][4] = {};
     Pipeline<BUFFERS>::Turn turn;
     int before = -1;  // the buffer whose products are pending

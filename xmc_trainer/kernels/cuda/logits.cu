@@ -98,7 +98,7 @@ struct Item {
     Chunk<Index> index;
     Chunk<Stored> weight;
 
-    __device__ __forceinline__ void spread(bfloat16* w, const Arguments& a, uint32_t row) const {
+    __device__ __forceinline__ void densify(bfloat16* w, const Arguments& a, uint32_t row) const {
         const DenseRow<> to(w, row);
 #pragma unroll
         for (int i = 0; i < CHUNK; ++i) {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void produce(Shared& shared, const Arguments& a) {
             if (place + WINDOW * 32 >= ROUNDS * 32) stream = Stream(a, after, thread);
             stream.read(a, items, [&](int i) {
                 const uint32_t here = place + i * 32 + thread % 32;
-                if (here < end) items[i].spread(shared.w[turn.buffer][0], a, thread / 32 * OWN + here / CHUNKS);
+                if (here < end) items[i].densify(shared.w[turn.buffer][0], a, thread / 32 * OWN + here / CHUNKS);
             });
         }
         publish_shared();

@@ -38,22 +38,22 @@ struct Shared {
 static_assert(sizeof(Shared) <= 227 << 10, "a block has no more shared memory");
 
 // block: which run of FEATURES features the thread block has. `lanes` thread blocks share it; this is the `lane`-th of them.
-struct Part {
+struct BlockShare {
     int block, lane, lanes;
 
-    __device__ __forceinline__ explicit Part(const Arguments& a) {
+    __device__ __forceinline__ explicit BlockShare(const Arguments& a) {
         const int blocks = (a.columns_of_64 + PARTS - 1) / PARTS;
         block = blockIdx.x % blocks, lane = blockIdx.x / blocks, lanes = gridDim.x / blocks;
     }
 };
 
 // The tiles of one warpgroup: every second tile of the block.
-__device__ __forceinline__ Tiles tiles_of(const Arguments& a, const Part& part, int warpgroup) {
+__device__ __forceinline__ Tiles tiles_of(const Arguments& a, const BlockShare& part, int warpgroup) {
     return Tiles(a, part.lane + warpgroup * part.lanes, 2 * part.lanes);
 }
 
 __device__ __forceinline__ void produce(Shared& shared, const Arguments& a, int warpgroup) {
-    const Part part(a);
+    const BlockShare part(a);
     Pipeline<BUFFERS>& pipeline = shared.tiles[warpgroup];
     Pipeline<BUFFERS>::Turn turn;
     Tiles ahead = tiles_of(a, part, warpgroup);
@@ -112,7 +112,7 @@ struct Items {
 
 __device__ __forceinline__ void consume(Shared& shared, const Arguments& a) {
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), thread = threadIdx.x % 128, lane = thread % 32;
-    const Part part(a);
+    const BlockShare part(a);
     const int first_feature = part.block * FEATURES, pitch = (a.columns_of_64 + PARTS - 1) / PARTS * FEATURES;
     for (int i = threadIdx.x; i < a.text_tiles * TEXTS * (PARTS * ROW); i += CONSUMERS) {
         const int text = i / (PARTS * ROW), chunk = i % (PARTS * ROW);
