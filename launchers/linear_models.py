@@ -1,7 +1,7 @@
 """Linear and nearest-neighbour models on TF-IDF, by other tools, with this trainer's data and metrics.
 
 pip install scikit-learn omikuji==0.5.2
-python launchers/examples/linear_models.py data/SID-GND-EN knn omikuji
+python launchers/linear_models.py data/SID-GND-EN knn omikuji
 """
 
 from __future__ import annotations
