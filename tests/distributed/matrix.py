@@ -17,7 +17,7 @@ from xmc_trainer.head import SGD, AdamW, FixedFanInHead, Head, RewireRule, Rowwi
 from xmc_trainer.head.cluster_branch import MetaBranch
 from xmc_trainer.parallel import Ranks
 
-LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 9
+LABELS, INPUTS, FEATURES, TEXTS, STEPS = 101, 20, 24, 17, 6
 OPTIMIZERS = {
     "sgd": SGD(),
     "momentum": SGD(momentum=0.9),
@@ -84,7 +84,7 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
     branch = None
     if case.auxiliary:
         branch = MetaBranch.build(
-            FEATURES, np.arange(LABELS) % 11, scaling=0.4, last_step=6, loss=case.loss, text_reduction="mean", seed=4,
+            FEATURES, np.arange(LABELS) % 11, scaling=0.4, last_step=4, loss=case.loss, text_reduction="mean", seed=4,
             lr=0.02, tile_labels=13, ranks=ranks,
         )  # fmt: skip
     rng = np.random.default_rng(7)
@@ -122,7 +122,7 @@ def train(case: Case) -> dict[str, torch.Tensor | list[float]]:
         encoder_optimizer.step()
         encoder_optimizer.zero_grad()
         curve.append(total)
-        if step % 4 == 0 and case.rewires:
+        if step % 3 == 0 and case.rewires:
             moved += head.rewire(
                 RewireRule("fraction", 0.3, "random", "gradient" if case.variant == "gradient" else "random")
             ).moved

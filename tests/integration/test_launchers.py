@@ -177,12 +177,11 @@ def short(toy_settings):
 
 
 @pytest.mark.slow
-def test_every_way_of_starting_gives_the_same_curve(short):
+def test_accelerate_gives_the_curve_of_plain_python(short):
+    # deepspeed launches this script in distributed/test_nodes; other stages and more processes: distributed/test_engines.
     plain = curve(short, "here")
     assert len(plain) == 20 and plain[-1] < plain[0]
-    # Other stages and more processes: distributed/test_engines.
-    for how in ("accelerate-3", "deepspeed-2"):
-        assert curve(short, how) == pytest.approx(plain, rel=1e-5), how
+    assert curve(short, "accelerate-3") == pytest.approx(plain, rel=1e-5)
 
 
 def outcome(settings: list[str], how: str, processes: int = 1) -> dict:

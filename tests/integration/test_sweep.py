@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.test_launchers import ROOT, launch
+from tests.integration.test_launchers import ROOT
 from xmc_trainer.commands.sweep import (
     EvaluationGrid,
     check_splits,
@@ -66,9 +66,9 @@ def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path, monkeypatch, capsys,
     )  # without its last line, so the run is trained again
     sweep["seeds"], sweep["rows"] = [1, 2], {"F = 12": []}
     file.write_text(json.dumps(sweep))
-    done = launch(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 runs, 0 already finished" in done.stdout and "2 of 2 runs" in done.stdout
+    main()
+    said = capsys.readouterr().out
+    assert "2 runs, 0 already finished" in said and "2 of 2 runs" in said
     with (tmp_path / "toy.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [(row["row"], row["seed"]) for row in rows] == [("F = 12", "1"), ("F = 12", "2")]
@@ -79,14 +79,15 @@ def test_a_sweep_runs_resumes_and_tabulates(file, tmp_path, monkeypatch, capsys,
         # AdamW: weights and two states, biases too; a counter of skipped steps; the index is int16.
         assert float(row["head_mib"]) * 2**20 == pytest.approx(12 * 41 * 13 + 2 * 41 * 12 + 8)
     values = [100 * float(row["PSP@3"]) for row in rows]
-    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in done.stdout
+    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in said
 
     # Finished runs are not repeated, and --table only reads them.
     monkeypatch.setattr(subprocess, "Popen", None)
-    for more, said in [([], "2 runs, 2 already finished"), (["--table"], "2 of 2 runs")]:
+    last_row = said.strip().splitlines()[-3]
+    for more, expected in [([], "2 runs, 2 already finished"), (["--table"], "2 of 2 runs")]:
         monkeypatch.setattr(sys, "argv", [*words[1:], *more])
         main()
-        assert said in (out := capsys.readouterr().out) and done.stdout.strip().splitlines()[-3] in out
+        assert expected in (out := capsys.readouterr().out) and last_row in out
     monkeypatch.setattr(sys, "argv", [*words[1:], "--table", "training.optimization.max_steps=7"])
     with pytest.raises(UserError, match="none of its 2 runs in .* is finished"):
         main()

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import processors
 
-from tests.data_helpers import CLS, SEP, UNK, instance, json_lines, real_data, tiny_tokenizer, write_lf, write_raw
+from tests.data_helpers import CLS, SEP, UNK, instance, json_lines, tiny_tokenizer, write_lf, write_raw
 from xmc_trainer.data import Corpus, batch_loader, corpus, load_corpus, open_source, plan_eval, tokenise
 from xmc_trainer.data.cache import seal, unseal
 from xmc_trainer.data.corpus import flatten_lists
@@ -445,15 +445,3 @@ def test_notes_of_the_source_are_logged_at_every_start(tmp_path, caplog):
         and "1 texts are empty" in said[1][1]
         and "1 labels are never seen in training" in said[1][2]
     )
-
-
-# Real data ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_real_data(tmp_path):
-    folder = real_data("SID-GND-EN")
-    found = load(folder, tmp_path, tokenizer=tiny_tokenizer(), max_len=32, label_text_file="label_texts.tsv")
-    assert (len(found.train), len(found.test), found.num_labels) == (41_333, 9_220, 22_625)
-    assert found.label_counts().min() == 1 and found.label_counts().max() == 715
-    assert found.lengths("train").max() == 32

@@ -45,7 +45,7 @@ class Layers(nn.Module):
 @pytest.mark.skipif(
     shutil.which("g++") is None and not torch.cuda.is_available(), reason="torch.compile needs g++ on a CPU"
 )
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.gpu)])
 def test_compiled_code_that_recomputes_does_not_draw_again(recompute, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     device = "cuda" if torch.cuda.is_available() else "cpu"
