@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from xmc_trainer import calibration
 from xmc_trainer.builders.inputs import require_data
+from xmc_trainer.checkpoint.folder import CARD
 from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
 from xmc_trainer.checkpoint.model_manifest import facts_of_model, require_replaceable
-from xmc_trainer.config import Config, portable_yaml
+from xmc_trainer.config import Config, changed_card, portable_yaml
 from xmc_trainer.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,6 +107,10 @@ def write_strength(saved: SavedModel, config: Config, corpus: Corpus, strength: 
             first += head["arguments"]["num_labels"]
         (copy / "config.yaml").write_text(yaml, encoding="utf-8")
         (copy / calibration.FILE).unlink(missing_ok=True)
+        if (card := copy / CARD).is_file():
+            was = config.model.ffi.logit_adjustment
+            said = f"`xmc-trainer adjust` changed `model.ffi.logit_adjustment` from {was:g} to {strength:g}."
+            card.write_text(changed_card(card.read_text(encoding="utf-8"), said), encoding="utf-8")
         return {"config_sha256": hashlib.sha256(yaml.encode()).hexdigest()}
 
     replace_model(saved, change)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xmc_trainer.checkpoint.folder import CARD, read_manifest
 from xmc_trainer.checkpoint.model_manifest import MODEL, facts_of_model, read_label_ids
+from xmc_trainer.config import changed_card
 from xmc_trainer.data.tables import is_table, table_records
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import require_new_folder
@@ -147,8 +148,8 @@ def write_extended(model: XMCModel, new: NewLabels, background: list[str], out: 
     parts = [part for _, part in saved.head.parts()]
     head = head_of_parts([*parts[:-1], extended_part(model, new, background)])
     card = saved.folder / CARD
-    counts = f"{len(new.names):,} labels from {len(new.texts):,} texts"
-    about = f"\n## Labels added later\n\n{counts}, by `xmc-trainer extend`.\n"
+    counts = f"{len(new.names):,} labels from {len(new.texts):,} texts, {saved.head.num_labels + len(new.names):,} labels in all"
+    said = f"`xmc-trainer extend` added {counts}."
     save_model(
         out,
         encoder=saved.encoder,
@@ -161,7 +162,7 @@ def write_extended(model: XMCModel, new: NewLabels, background: list[str], out: 
         max_len=saved.max_len,
         step=read_manifest(saved.folder, MODEL)["step"],
         config_yaml=(saved.folder / "config.yaml").read_text(encoding="utf-8"),
-        card=card.read_text(encoding="utf-8") + about if card.exists() else None,
+        card=changed_card(card.read_text(encoding="utf-8"), said) if card.is_file() else None,
     )
 
 
