@@ -172,6 +172,14 @@ def test_frames_hold_texts_and_labels(fitted):
         [],
         [],
     ]
+    lists = polars.DataFrame({"text": ["a"] * 3, "labels": [["x", "y"], None, []]})
+    assert fitted._texts_and_labels(lists, None)[1] == [["x", "y"], [], []]
+    with pytest.raises(UserError, match=r"labels of text 1: must be .* not \['x', None\]"):
+        fitted.score(polars.DataFrame({"text": ["a"], "labels": [["x", None]]}))
+    with pytest.raises(UserError, match="text 2 is None, not a string"):
+        fitted.predict(polars.Series(["a", None]))
+    with pytest.raises(UserError, match="the frame is lazy"):
+        fitted.predict(lists.lazy())
     with pytest.raises(UserError, match="no column 'text', only body; set data.text_column"):
         fitted.predict(pd.DataFrame({"body": texts}))
     with pytest.raises(UserError, match="labels: are missing"):

@@ -47,7 +47,7 @@ ALLOWED = {
     "hooks.base": {"head"},
     "hooks.checkpoint": {"checkpoint.resume", "hooks.base", "signals"},
     "hooks.evaluate": {"hooks.base"},
-    "hooks.logging": {"", "engine", "evaluation", "files", "head", "hooks.base", "metrics", "run_folder", "version"},
+    "hooks.logging": {"", "engine", "errors", "evaluation", "files", "head", "hooks.base", "metrics", "run_folder", "version"},
     "hooks.rewire": {"head", "hooks.base"},
     "hooks.schedule": {"hooks.base", "schedules"},
     "classifier": {"builders.training", "config", "data.tables", "errors", "model"},
