@@ -263,6 +263,8 @@ class XMCClassifier:
 
     def _column(self, frame: Any, setting: str, default: str) -> Iterable[Any]:
         """Return the column of a frame that a setting names. Raises UserError if there is none."""
+        if hasattr(frame, "collect"):
+            raise UserError("the frame is lazy; pass what its collect() returns")
         name = (self.settings or {}).get(setting, default)
         columns = list(frame.columns if hasattr(frame, "columns") else frame.column_names)
         if name not in columns:
@@ -295,7 +297,7 @@ _COLUMNS = ("text_column", "label_column", "label_separator")  # settings of a f
 
 def _is_frame(data: Any) -> bool:
     """Whether `data` is a table: a pandas or polars frame, or a data set."""
-    return hasattr(data, "columns") or hasattr(data, "column_names")
+    return any(hasattr(data, name) for name in ("collect", "columns", "column_names"))
 
 
 def _names_in_cell(cell: Any, separator: str) -> Any:
@@ -314,6 +316,7 @@ def _names(row: Any, number: int) -> list[str]:
         or not isinstance(names, Iterable)
         or not all(isinstance(name, str) for name in names)
     ):
+        row = row.to_list() if hasattr(row, "to_list") else row  # a Series would be shown over several lines
         raise UserError(f"labels of text {number}: must be a list of label names or a single name, not {shown(row)}")
     return [str(name) for name in names]
 

@@ -11,7 +11,8 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -115,6 +116,47 @@ def _is_open_file(path: Path) -> bool:
             return True
         path = path.parent / path.readlink()
     return False
+
+
+def check_can_create(folder: Path) -> None:
+    """Create a folder and remove it again. Raises the error that creating it raises."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        try:
+            path.rmdir()
+        except OSError:
+            return  # another process uses it already
+
+
+def require_writable(path: Path, option: str, endings: Collection[str] = ()) -> None:
+    """Raise UserError if a command cannot write a file, as far as this is seen before its work.
+
+    Args:
+        option: the command's option that names the file, for messages, such as --output.
+        endings: that the file's name may have, besides none; empty for any. Devices and pipes have none.
+    """
+    where = f"{option}={path}"
+    try:
+        if path.is_dir():
+            raise UserError(f"{where}: is a folder; name a file in it")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{where}: its folder does not exist; create it")
+        if (not path.exists() or path.is_file()) and not _is_open_file(path):
+            if endings and path.suffix and path.suffix not in endings:
+                raise UserError(f"{where}: unknown ending {path.suffix}; use {', '.join(endings)}")
+            with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
+                pass
+    except OSError as error:
+        raise UserError(f"{where}: cannot be written ({error.strerror}); name another file") from None
+
+
+def require_new_folder(path: Path) -> None:
+    """Raise UserError if a command cannot make a folder, as far as this is seen before its work."""
+    if os.path.lexists(path):
+        raise UserError(f"{path}: exists already; name a new folder")
+    with writing(path):
+        check_can_create(path)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -27,7 +27,19 @@ from typing import TYPE_CHECKING, TextIO
 from xmc_trainer.checkpoint.folder import MANIFEST, verify_file
 from xmc_trainer.config import Config, flatten, saved_settings, to_yaml
 from xmc_trainer.errors import NothingToDo, UserError
-from xmc_trainer.files import OLD, PARTIAL, REMOVED, CannotWrite, put_copy, remove, settle, sync, write_text, writing
+from xmc_trainer.files import (
+    OLD,
+    PARTIAL,
+    REMOVED,
+    CannotWrite,
+    check_can_create,
+    put_copy,
+    remove,
+    settle,
+    sync,
+    write_text,
+    writing,
+)
 
 if TYPE_CHECKING:
     from xmc_trainer.parallel import Ranks
@@ -128,7 +140,7 @@ def require_free(config: Config) -> None:
         if config.run_folder.exists():
             _checkpoint_to_resume(config)
         else:
-            _check_can_create(config.run_folder)
+            check_can_create(config.run_folder)
 
 
 class RunFolder:
@@ -161,7 +173,7 @@ class RunFolder:
 
     def _inspect(self) -> None:
         if not self.path.exists():
-            _check_can_create(self.path)  # only a training that was not refused creates the folder
+            check_can_create(self.path)  # only a training that was not refused creates the folder
             return
         self._acquire()
         self.checkpoint = _checkpoint_to_resume(self._requested)
@@ -223,17 +235,6 @@ class RunFolder:
         # Checkpoints go last: if this is interrupted, a resumed run finishes again from the last one.
         remove([path for path in sorted(self.path.iterdir()) if re.fullmatch(r"replaced(-\d+)?", path.name)])
         remove_checkpoints(self.path, kept=0)
-
-
-def _check_can_create(folder: Path) -> None:
-    """Create a folder and remove it again. Raises the error that creating it raises."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        try:
-            path.rmdir()
-        except OSError:
-            return  # another process uses it already
 
 
 def _locked(folder: Path) -> TextIO:

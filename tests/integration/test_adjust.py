@@ -53,7 +53,13 @@ def test_a_kept_strength_equals_training_with_it(toy_settings, command, head_rat
     with pytest.raises(UserError, match="notes.txt: does not belong to the model"):
         command(link, "--keep", "2")
     notes.unlink()
+    assert "## Metrics" in (link / "README.md").read_text()
     assert "logit_adjustment 0 -> 2" in command(link, "--keep", "2")
+    card = (link / "README.md").read_text()
+    assert (
+        card.endswith("- `xmc-trainer adjust` changed `model.ffi.logit_adjustment` from 0 to 2.\n")
+        and "## Metrics" not in card
+    )
     assert link.readlink() == folders[0.0] and {path.name for path in link.parent.iterdir()} == {
         "link",
         "out",

@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.test_launchers import ROOT, free_port, launch
 from xmc_trainer.commands import cli
-from xmc_trainer.commands.bench import head as bench_head
+from xmc_trainer.commands.bench.head_times import slower_rows
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +35,9 @@ def test_head_benchmark_writes_its_table(bench, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 10 and all(row["what"] in output for row in rows)
     assert all(float(row["ms"]) > 0 and row["device"] and row["torch"] for row in rows)
-    slow = bench_head.slower_rows(tmp_path / "head.csv", [row | {"ms": 1.04 * float(row["ms"])} for row in rows[:2]])
+    slow = slower_rows(tmp_path / "head.csv", [row | {"ms": 1.04 * float(row["ms"])} for row in rows[:2]])
     assert len(slow) == 2 and rows[0]["what"] in slow[0]
-    assert not bench_head.slower_rows(
+    assert not slower_rows(
         tmp_path / "head.csv", [row | {"ms": 1.02 * float(row["ms"])} for row in rows] + [rows[0] | {"batch": "17"}]
     )
     with pytest.raises(SystemExit, match="2"):

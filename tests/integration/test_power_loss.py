@@ -15,8 +15,8 @@ from tests.fuzz import examples
 from tests.integration.test_resume import new_process
 from tests.integration.test_training import log_of, train
 from xmc_trainer.checkpoint.folder import read_folder
+from xmc_trainer.checkpoint.model_manifest import MODEL
 from xmc_trainer.checkpoint.resume import CHECKPOINT
-from xmc_trainer.checkpoint.saved_model import MODEL
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import NothingToDo, UserError
 from xmc_trainer.hooks import Hook

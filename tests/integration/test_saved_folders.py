@@ -27,8 +27,9 @@ from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.checkpoint import resume
 from xmc_trainer.checkpoint.folder import read_folder
 from xmc_trainer.checkpoint.model_config import config_of_model
+from xmc_trainer.checkpoint.model_manifest import MODEL
 from xmc_trainer.checkpoint.resume import CHECKPOINT, restore
-from xmc_trainer.checkpoint.saved_model import MODEL, load_model
+from xmc_trainer.checkpoint.saved_model import load_model
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import CannotWrite

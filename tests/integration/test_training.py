@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import RobertaConfig, RobertaModel
 
@@ -292,6 +293,13 @@ def test_tensorboard(toy_settings, monkeypatch):
     assert events.Scalars("test/P@1")[-1].value == pytest.approx(trainer.metrics["test"]["P@1"])
     (settings,) = (trainer.run_folder / "tensorboard").glob("*/hparams.yml")
     assert "data.dataset: toy" in settings.read_text() and str(trainer.run_folder) not in settings.read_text()
+
+    def refused(*_, **more):
+        raise RuntimeError("no disk\nis there")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", refused)
+    with pytest.raises(UserError, match=r"tracker=tensorboard: cannot be started \(no disk\); correct that"):
+        train(toy_settings, "training.verbose.tracker=tensorboard")
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(UserError, match=r"tracker=mlflow: is not installed; run pip install 'xmc_trainer\[mlflow\]'"):
         train(toy_settings, "training.verbose.tracker=mlflow")

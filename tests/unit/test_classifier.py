@@ -172,6 +172,14 @@ def test_frames_hold_texts_and_labels(fitted):
         [],
         [],
     ]
+    lists = polars.DataFrame({"text": ["a"] * 3, "labels": [["x", "y"], None, []]})
+    assert fitted._texts_and_labels(lists, None)[1] == [["x", "y"], [], []]
+    with pytest.raises(UserError, match=r"labels of text 1: must be .* not \['x', None\]"):
+        fitted.score(polars.DataFrame({"text": ["a"], "labels": [["x", None]]}))
+    with pytest.raises(UserError, match="text 2 is None, not a string"):
+        fitted.predict(polars.Series(["a", None]))
+    with pytest.raises(UserError, match="the frame is lazy"):
+        fitted.predict(lists.lazy())
     with pytest.raises(UserError, match="no column 'text', only body; set data.text_column"):
         fitted.predict(pd.DataFrame({"body": texts}))
     with pytest.raises(UserError, match="labels: are missing"):
@@ -232,7 +240,11 @@ def test_labels_added_later_are_predicted(fitted, tmp_path, monkeypatch):
     assert more.predict_scores(old_texts, k=11).toarray()[:, :8] == pytest.approx(before, rel=1e-5)
     assert more.score([text for text, _ in new], [name for _, name in new]) == 1.0
     assert more.score(old_texts, old_labels) > fitted.score(old_texts, old_labels) - 0.05
-    assert "3 labels from 24 texts" in (tmp_path / "more/README.md").read_text()
+    card = (tmp_path / "more/README.md").read_text()
+    assert card.endswith(
+        "## Changes after training\n\n- `xmc-trainer extend` added 3 labels from 24 texts, 11 labels in all.\n"
+    )
+    assert "## Use" in card and "## Metrics" not in card  # those are of the model before
 
 
 def test_progress_is_shown_on_request(fitted, capfd):

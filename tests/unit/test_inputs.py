@@ -1,8 +1,9 @@
-"""Mistakes in data, encoder and run folder are refused before torch is imported, which takes seconds."""
+"""Mistakes in arguments, data, models and output files are refused before torch is imported, which takes seconds."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,24 +12,48 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from tests.encoders import save_untrained
 from xmc_trainer.builders.inputs import require_data, require_encoder
-from xmc_trainer.config import load_config
+from xmc_trainer.checkpoint.model_manifest import ModelFacts, facts_of_model
+from xmc_trainer.config import load_config, to_yaml
 from xmc_trainer.errors import UserError
 
-# Runs `train` once for each list of words in one process. Prints the errors, and what was imported meanwhile.
+# Runs a command for each list of words in one process. Prints the errors, and what was imported meanwhile.
 REFUSED = """
-import json, sys
-from xmc_trainer.commands.train import main
+import contextlib, importlib, io, json, sys
+from xmc_trainer.commands.cli import COMMANDS
 from xmc_trainer.errors import UserError
 said = []
-for words in json.loads(sys.stdin.read()):
-    sys.argv = ["train", *words]
+for command, *words in json.loads(sys.stdin.read()):
+    sys.argv = [f"xmc-trainer {command}", *words]
+    usage = io.StringIO()
     try:
-        main()
+        with contextlib.redirect_stderr(usage):
+            importlib.import_module(COMMANDS[command][0]).main()
     except UserError as error:
         said.append(str(error))
+    except SystemExit:
+        said.append(usage.getvalue())
 print(json.dumps([said, [name for name in ("torch", "transformers", "datasets", "deepspeed") if name in sys.modules]]))
 """
+
+
+def refusals(commands: list[list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run commands in `folder`; return their errors."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    said, imported = json.loads(done.stdout)
+    assert len(said) == len(commands) and not imported
+    return said
 
 
 @pytest.fixture
@@ -66,18 +91,100 @@ def test_refusals_import_neither_torch_nor_the_libraries_on_it(data, tiny_encode
     }
     plain = {"data.source": "t.jsonl", "model.encoder.encoder_model": str(tiny_encoder), "data.max_len": "16", "model.ffi.fan_in": "8",
              "output_dir": "new", "data.cache_dir": "cache"}  # fmt: skip
-    words = [[f"{name}={value}" for name, value in (plain | dict([case.split("=")])).items()] for case in cases]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    done = subprocess.run(
-        [sys.executable, "-c", REFUSED], input=json.dumps(words), capture_output=True, text=True, cwd=data
-    )
-    assert done.returncode == 0, done.stderr
-    said, imported = json.loads(done.stdout)
-    assert len(said) == len(cases) and not imported
-    for error, expected in zip(said, cases.values()):
+    words = [
+        ["train", *(f"{name}={value}" for name, value in (plain | dict([case.split("=")])).items())] for case in cases
+    ]
+    for error, expected in zip(refusals(words, data, monkeypatch), cases.values()):
         assert expected in error and "`" not in error
     assert not (data / "new").exists()
+
+
+def test_the_other_commands_refuse_before_these_imports_too(data, monkeypatch):
+    model = save_untrained("bert", data)
+    assert facts_of_model(model) == ModelFacts(labels=7, has_biases=True, is_calibrated=False, feature_layers=1)
+    lacking = shutil.copytree(model, data / "lacking")
+    (lacking / "encoder" / "model.safetensors").unlink()
+    littered = shutil.copytree(model, data / "littered")
+    (littered / "notes.txt").write_text("mine")
+    (data / "new.csv").write_text("text,labels\nw1,tag1\n")
+    (data / "few.csv").write_text("text,labels\nw1,new\n")
+    config = load_config(["data.source=t.jsonl", "log_fname=r", f"output_dir={data}"])
+    (data / "r").mkdir()
+    (data / "r" / "config.yaml").write_text(to_yaml(config))
+    metrics = {"P@1": 0.5, "PSP@1": 0.5, "seconds": 1, "step": 1}
+    events = [
+        {"event": "start", "head_bytes": 1, "device": "cpu", "torch": "2", "version": "1", "commit": "c"},
+        {"event": "evaluate", "split": "test"} | metrics,
+        {"event": "end", "seconds": 1},
+    ]
+    (data / "r" / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    source = "data.source=t.jsonl"
+    cases = {
+        "evaluate none": "none/manifest.json: No such file or directory; name the folder of a saved model",
+        "evaluate model data.source=none.csv": "data.source=none.csv: no such file",
+        "evaluate model model.ffi.fan_in=3": "model.ffi.fan_in=3: cannot be changed for a saved model",
+        f"evaluate model {source}": "has 1 labels, the model 7; set data.source to the data set that it was trained on",
+        f"evaluate model {source} --threshold fitted": "model: has no fitted thresholds",
+        f"evaluate model {source} -k 0": "-k must be at least 1",
+        "evaluate lacking": "encoder/model.safetensors: is missing",
+        "predict none t.jsonl": "none/manifest.json: No such file or directory",
+        "predict lacking t.jsonl": "encoder/model.safetensors: is missing",
+        "predict model none.txt": "none.txt: cannot be read (No such file or directory); name another file",
+        "predict model new.csv --text-column body": "new.csv, row 1: has no column 'body'",
+        "predict model t.jsonl -k 8": "-k=8: the model has 7 labels; lower it",
+        "predict model t.jsonl --device gpu": "--device=gpu: is not valid",
+        "predict model t.jsonl --threshold fitted": "model: has no fitted thresholds",
+        "predict model t.jsonl --output x.xlsx": "--output=x.xlsx: unknown ending .xlsx; use .jsonl, .json, .tsv, .csv",
+        "predict model t.jsonl --output no/x.csv": "--output=no/x.csv: its folder does not exist",
+        "predict model t.jsonl --output /proc/x.csv": "--output=/proc/x.csv: cannot be written",
+        "adjust none": "none/manifest.json: No such file",
+        "adjust model --strength x": "--strengths='x': must be comma-separated numbers",
+        "adjust model data.source=none.csv": "data.source=none.csv: no such file",
+        f"adjust littered {source} --keep 0.1": "littered/notes.txt: does not belong to the model",
+        "calibrate none": "none/manifest.json: No such file",
+        f"calibrate model {source} -k 0": "-k and --fewest: must be at least 1",
+        f"calibrate model {source}": "has 1 labels, the model 7",
+        f"calibrate littered {source}": "littered/notes.txt: does not belong to the model",
+        "extend none new.csv --output out": "none/manifest.json: No such file",
+        "extend model new.csv --output model": "model: exists already",
+        "extend model none.csv --output out": "none.csv",
+        "extend model new.csv --output out": "new.csv: has no label that the model does not have",
+        "extend model few.csv --output out": "the background has 1 texts",
+        "export none out --format torch": "none/manifest.json: No such file",
+        "export model model --format torch": "model: exists already",
+        "export model /proc/out --format torch": "/proc/out: cannot be written",
+        "export model out --format onnx -k 8": "-k=8: must be 1 to 7, the number of labels",
+        "report none": "none: no finished run",
+        "report r --output r.pdf": "--output=r.pdf: unknown ending .pdf; use .html, .htm",
+        "report r --curves c.docx": "--curves=c.docx: unknown ending .docx; use ",
+        "report r --output r.html --samples 2": "r/model/manifest.json: No such file",
+        "plan dataset=none": "none",
+        "plan dataset=wordnet --rates none.csv": "--rates=none.csv: no such file",
+        "plan dataset=wordnet --chart c.docx": "--chart=c.docx: unknown ending .docx",
+        "sweep none.yaml": "none.yaml",
+        "prepare data.source=none.csv": "data.source=none.csv: no such file",
+        f"prepare {source} --csv no/p.csv": "--csv=no/p.csv: its folder does not exist",
+        "clusters data.source=none.csv": "data.source=none.csv: no such file",
+        "bench data out --texts 5": "--test-texts: is missing",
+        "bench head --batch 0": "'0' must be a whole number of at least 1",
+        "bench head --csv no/h.csv": "--csv=no/h.csv: its folder does not exist",
+        "bench head --compare none.csv": "--compare=none.csv: no such file",
+        "bench ranks --labels 5,x": "'x' must be a whole number of at least 1",
+        "bench train data.source=none.csv": "data.source=none.csv: no such file",
+        "bench train --steps x": "'x' must be a whole number",
+    }  # fmt: skip
+    pairs = (
+        ("bench " + case[6:].split()[0], case[6:].split()[1:])
+        if case.startswith("bench ")
+        else (case.split()[0], case.split()[1:])
+        for case in cases
+    )
+    said = refusals([[command, *words] for command, words in pairs], data, monkeypatch)
+    wrong = {
+        case: error for (case, expected), error in zip(cases.items(), said) if expected not in error or "`" in error
+    }
+    assert not wrong
+    assert not (data / "out").exists() and not list(data.glob("*.partial"))
 
 
 def test_good_inputs_pass(data, tiny_encoder):

@@ -40,7 +40,18 @@ def written(model, tmp_path, monkeypatch):
     def call(name, *words):
         out = tmp_path / name
         monkeypatch.setattr(
-            sys, "argv", ["predict", "model", str(source), "-k", "3", "--text-column=title", f"--output={out}", *words]
+            sys,
+            "argv",
+            [
+                "predict",
+                str(model.saved.folder),
+                str(source),
+                "-k",
+                "3",
+                "--text-column=title",
+                f"--output={out}",
+                *words,
+            ],
         )
         predict.main()
         return out

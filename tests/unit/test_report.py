@@ -91,7 +91,7 @@ def test_the_command_prints_and_plots(make_run, tmp_path, monkeypatch, capsys):
     assert "| fan_in=64 | 2 | 40.00 ± 14.14 |" in out
     assert "<svg" in files[0].read_text() and files[1].read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--curves", str(tmp_path / "curves.docx")])
-    with pytest.raises(UserError, match="curves.docx: cannot be written"):
+    with pytest.raises(UserError, match="curves.docx: unknown ending .docx; use"):
         main()
     make_run("d", "training.seed=1", "model.ffi.index_init=informed")
     words = [str(tmp_path), "--against", "model.ffi.index_init", "--picture", str(tmp_path / "words.svg")]

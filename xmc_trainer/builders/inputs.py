@@ -1,4 +1,4 @@
-"""Find what a training reads, and refuse mistakes in it within seconds.
+"""Find what a training or the evaluation of a model reads, and refuse mistakes in it within seconds.
 
 Importing torch and transformers takes many times as long as these checks, so this module does without.
 """
@@ -11,10 +11,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from xmc_trainer.checkpoint.model_manifest import facts_of_model
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data.layouts import open_source
 from xmc_trainer.data.sources import Source, check_num_labels, no_texts
 from xmc_trainer.errors import UserError, naming, reason
+from xmc_trainer.run_folder import SPLIT
 
 # Parameter of the data package -> its setting, for error messages.
 NAMES = SETTINGS | {"folder": "dataset_path or data.folder", "layout": "data.is_lf_data"}
@@ -60,15 +62,39 @@ def source_of(config: Config, split_file: Path | None = None) -> Source:
         )
 
 
-def require_data(config: Config) -> None:
-    """Raise UserError if the data of a training are missing or wrong. Small data are read whole, large ones are only opened."""
+def held_out_file(model: Path) -> Path | None:
+    """Return the file that says which texts the run of a saved model held out; None if there is none."""
+    file = model.resolve().parent / SPLIT
+    return file if file.is_file() else None
+
+
+def check_number_of_labels(config: Config, found: int, of_model: int) -> None:
+    """Raise UserError if the data have another number of labels than a saved model."""
+    if found != of_model:
+        raise UserError(f"{config.data_name}: has {found} labels, the model {of_model}; {set_the_data_of(config)}")
+
+
+def set_the_data_of(config: Config) -> str:
+    """Return the remedy for data that are not those of the model."""
+    name = "data.source" if config.data.source else "dataset_path or data.folder"
+    return f"set {name} to the data set that it was trained on"
+
+
+def require_data(config: Config, model: Path | None = None) -> None:
+    """Raise UserError if data are missing or wrong. Small data are read whole, large ones are only opened.
+
+    Args:
+        model: folder of a saved model that shall be evaluated on the data; None for a training.
+    """
     if config.data.source is not None and _is_hub_id(config.data.source):
         _require_on_hub(config.data.source, "README.md", f"data.source={config.data.source}", "dataset")
-    source = source_of(config)
+    source = source_of(config, None if model is None else held_out_file(model))
     if source.files and sum(map(os.path.getsize, source.files)) <= _SMALL:
         with names_in(config):
             contents = source.read()
             check_num_labels(config.data.num_labels, len(contents.labels))
+            if model is not None:
+                check_number_of_labels(config, len(contents.labels), facts_of_model(model).labels)
             for split, rows in (("train", contents.train()), ("test", contents.test())):
                 if not sum(1 for _ in rows):
                     raise no_texts(source, split)

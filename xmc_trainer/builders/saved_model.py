@@ -7,34 +7,28 @@ import torch
 from torch.utils.data import DataLoader
 
 from xmc_trainer.builders.data import corpus_of, metrics_of
+from xmc_trainer.builders.inputs import check_number_of_labels, held_out_file, set_the_data_of
 from xmc_trainer.checkpoint.saved_model import SavedModel
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Corpus, batch_loader, plan_eval
 from xmc_trainer.errors import UserError, naming
 from xmc_trainer.evaluation import Best, best_labels, evaluate
 from xmc_trainer.measures import Measures, buckets_of
-from xmc_trainer.run_folder import SPLIT
 
 
 def corpus_of_saved(saved: SavedModel, config: Config) -> Corpus:
     """Load the data set with its labels in the model's order. Raises UserError if its labels are not the model's."""
     ranks = saved.head.ranks
     with ranks.one_a_machine_first():
-        held_out = saved.folder.resolve().parent / SPLIT
-        split_file = held_out if held_out.is_file() else None
+        split_file = held_out_file(saved.folder)
         corpus = corpus_of(config, saved.tokenizer, progress=ranks.rank == 0, split_file=split_file)
-    name = "data.source" if config.data.source else "dataset_path or data.folder"
-    remedy = f"set {name} to the data set that it was trained on"
-    if corpus.num_labels != saved.head.num_labels:
-        raise UserError(
-            f"{config.data_name}: has {corpus.num_labels} labels, the model {saved.head.num_labels}; {remedy}"
-        )
+    check_number_of_labels(config, corpus.num_labels, saved.head.num_labels)
     ids, model_ids = corpus.label_ids(), saved.label_ids.to_pylist()
     if ids == model_ids:
         return corpus
     place = {name: number for number, name in enumerate(ids)}
     if len(place) != len(ids) or place.keys() != set(model_ids):
-        raise UserError(f"{config.data_name}: its labels differ from the model's; {remedy}")
+        raise UserError(f"{config.data_name}: its labels differ from the model's; {set_the_data_of(config)}")
     return corpus.reordered(np.array([place[name] for name in model_ids]))
 
 

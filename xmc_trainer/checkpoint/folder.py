@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 CARD = "README.md"  # for people, who edit it: it has no checksum
 _DIGEST = "manifest_sha256"
+_REMEDY = "copy or save the whole folder again"
 # Relative paths without . and .. parts: they cannot leave the folder.
 _NAME = re.compile(r"(?!\.\.?(/|$))[^/\\\x00-\x1f]+(/(?!\.\.?(/|$))[^/\\\x00-\x1f]+)*")
 
@@ -194,8 +195,8 @@ def _sha256(path: Path) -> str:
 # Reading.
 
 
-def read_folder(folder: Path, kind: Kind, remedy: str = "copy or save the whole folder again") -> dict[str, Any]:
-    """Verify a folder and return its manifest. UserError names the file that is missing, damaged or not listed.
+def read_manifest(folder: Path, kind: Kind, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Return a folder's manifest, after a check of its content, and that the files it lists exist. Raises UserError.
 
     Manifests of formats before `kind.signed` have no digest; only their shape is checked.
     """
@@ -216,6 +217,15 @@ def read_folder(folder: Path, kind: Kind, remedy: str = "copy or save the whole 
         raise UserError(f"{path}: does not describe {kind.name}: {wrong}; {remedy}")
     if missing := [name for name in kind.files(manifest) if name not in manifest["sha256"]]:
         raise UserError(f"{path}: has no checksum for {missing[0]}; {remedy}")
+    for name in manifest["sha256"]:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is missing; {remedy}")
+    return manifest
+
+
+def read_folder(folder: Path, kind: Kind, remedy: str = _REMEDY) -> dict[str, Any]:
+    """Verify a folder and return its manifest. UserError names the file that is missing, damaged or not listed."""
+    manifest = read_manifest(folder, kind, remedy)
     for name in manifest["sha256"]:
         verify_file(folder, name, manifest, remedy)
     # transformers reads an inner folder as a whole and would also read files that are not listed.
@@ -249,9 +259,7 @@ def _manifest(folder: Path, remedy: str) -> dict[str, Any]:
     return manifest
 
 
-def verify_file(
-    folder: Path, name: str, manifest: dict[str, Any] | None = None, remedy: str = "copy or save the whole folder again"
-) -> Path:
+def verify_file(folder: Path, name: str, manifest: dict[str, Any] | None = None, remedy: str = _REMEDY) -> Path:
     """Verify one file of a saved folder and return its path. UserError if it is missing or damaged.
 
     Args:

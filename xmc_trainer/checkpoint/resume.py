@@ -37,8 +37,8 @@ from xmc_trainer.checkpoint.folder import (
     tensor_header,
     whole,
 )
+from xmc_trainer.checkpoint.model_manifest import SHARDS
 from xmc_trainer.checkpoint.saved_model import (
-    SHARDS,
     STORED_DTYPES,
     check_index,
     check_shards,

@@ -29,25 +29,11 @@ from torch import Tensor
 
 import xmc_trainer
 from xmc_trainer import calibration
-from xmc_trainer.checkpoint.folder import (
-    CARD,
-    MANIFEST,
-    NAME,
-    SHA256,
-    TEXT,
-    Kind,
-    ListOf,
-    one_of,
-    or_null,
-    read_folder,
-    save_folder,
-    tensor_header,
-    whole,
-)
+from xmc_trainer.checkpoint.folder import CARD, MANIFEST, read_folder, save_folder, tensor_header
+from xmc_trainer.checkpoint.model_manifest import MODEL, require_replaceable
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import sync
 from xmc_trainer.head import SGD, FixedFanInHead, Head
-from xmc_trainer.head.losses import LOSSES
 from xmc_trainer.head.rewire import index_dtype
 from xmc_trainer.head.split import FREQUENT, head_of_parts
 from xmc_trainer.parallel import Ranks
@@ -64,46 +50,6 @@ STORED_DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
     torch.int16: "I16", torch.int32: "I32", torch.uint8: "U8", torch.int8: "I8",
 }  # fmt: skip
-SHARDS = ListOf({"file": NAME, "labels": (whole(0), whole(1))})
-_HEAD = {
-    "prefix": one_of("", FREQUENT),
-    "arguments": {
-        "in_features": whole(1, 1 << 16),
-        "num_labels": whole(1),
-        "fan_in": or_null(whole(1, 1 << 16)),
-        "group_size": whole(1),
-        "bias": one_of(True, False),
-        "loss": one_of(*LOSSES),
-        "weight_dtype": one_of("float32", "bfloat16"),
-    },
-    "shards": SHARDS,
-}
-MODEL = Kind(
-    name="a saved model",
-    formats=(3, 4),  # 3: a list of heads, index rows ascending; 4: a digest of the manifest
-    signed=4,
-    shape={
-        "xmc_trainer": TEXT,
-        "step": whole(0),
-        "max_len": whole(1),
-        "config_sha256": SHA256,
-        "encoder": {
-            "pool_mode": one_of("last_hidden_avg", "last_nhidden_conlast"),
-            "feature_layers": whole(1),
-            "penultimate_size": or_null(whole(1, 1 << 16)),
-            "penultimate_activation": one_of("relu", "gelu", "tanh", "none"),
-        },
-        "heads": ListOf(_HEAD),
-    },
-    files=lambda manifest: [
-        "config.yaml",
-        "labels.parquet",
-        "encoder/config.json",
-        "tokenizer/tokenizer_config.json",
-        *(["encoder/penultimate.safetensors"] if manifest["encoder"]["penultimate_size"] else []),
-        *(shard["file"] for head in manifest["heads"] for shard in head["shards"]),
-    ],
-)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, rank: int = 0) -> None:
@@ -259,13 +205,11 @@ def replace_model(saved: SavedModel, change: Callable[[Path, dict[str, Any]], di
 
     Args:
         change: gets the copy and its manifest, edits the files, and returns entries of the manifest to replace.
-    Raises UserError if the folder contains a file that does not belong to the model.
+    Raises UserError if the folder contains a file that does not belong to the model, or cannot be replaced.
     """
     folder = saved.folder
+    require_replaceable(folder)
     manifest = read_folder(folder, MODEL)
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).as_posix() not in {*manifest["sha256"], MANIFEST, CARD}:
-            raise UserError(f"{path}: does not belong to the model, whose folder is replaced; move it elsewhere first")
 
     def write(partial: Path) -> dict[str, Any]:
         shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))

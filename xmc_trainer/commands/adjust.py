@@ -16,30 +16,35 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from xmc_trainer import calibration
-from xmc_trainer.builders.data import metrics_of
-from xmc_trainer.builders.saved_model import corpus_of_saved, loader_of_test_set
+from xmc_trainer.builders.inputs import require_data
+from xmc_trainer.checkpoint.folder import CARD
 from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
-from xmc_trainer.checkpoint.saved_model import SavedModel, replace_model, save_tensors
-from xmc_trainer.config import Config, portable_yaml
-from xmc_trainer.data import Corpus
-from xmc_trainer.encoder.text_encoder import TextEncoder
+from xmc_trainer.checkpoint.model_manifest import facts_of_model, require_replaceable
+from xmc_trainer.config import Config, changed_card, portable_yaml
 from xmc_trainer.errors import UserError
-from xmc_trainer.evaluation import evaluate
-from xmc_trainer.metrics import table
-from xmc_trainer.model import XMCModel
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from xmc_trainer.checkpoint.saved_model import SavedModel
+    from xmc_trainer.data import Corpus
+    from xmc_trainer.encoder.text_encoder import TextEncoder
 
 
 def evaluate_strengths(
     saved: SavedModel, config: Config, corpus: Corpus, strengths: list[float], device: torch.device
 ) -> dict[float, dict[str, float]]:
     """Evaluate on the test set of `corpus`: strength -> metrics (0 to 1). The model is unchanged afterwards."""
+    import torch
+
+    from xmc_trainer.builders.data import metrics_of
+    from xmc_trainer.builders.saved_model import loader_of_test_set
+    from xmc_trainer.evaluation import evaluate
+
     shift = -torch.from_numpy(corpus.log_frequency()).to(device)
     encode = _CachedEncoder(saved.encoder)
     by_strength: dict[float, dict[str, float]] = {}
@@ -82,6 +87,11 @@ def write_strength(saved: SavedModel, config: Config, corpus: Corpus, strength: 
 
     Raises UserError if the folder contains a file that does not belong to the model.
     """
+    import torch
+    from safetensors.torch import load_file
+
+    from xmc_trainer.checkpoint.saved_model import replace_model, save_tensors
+
     added = (config.model.ffi.logit_adjustment - strength) * torch.from_numpy(corpus.log_frequency())
     ffi = dataclasses.replace(config.model.ffi, logit_adjustment=strength)
     yaml = portable_yaml(dataclasses.replace(config, model=dataclasses.replace(config.model, ffi=ffi)))
@@ -97,6 +107,10 @@ def write_strength(saved: SavedModel, config: Config, corpus: Corpus, strength: 
             first += head["arguments"]["num_labels"]
         (copy / "config.yaml").write_text(yaml, encoding="utf-8")
         (copy / calibration.FILE).unlink(missing_ok=True)
+        if (card := copy / CARD).is_file():
+            was = config.model.ffi.logit_adjustment
+            said = f"`xmc-trainer adjust` changed `model.ffi.logit_adjustment` from {was:g} to {strength:g}."
+            card.write_text(changed_card(card.read_text(encoding="utf-8"), said), encoding="utf-8")
         return {"config_sha256": hashlib.sha256(yaml.encode()).hexdigest()}
 
     replace_model(saved, change)
@@ -125,10 +139,21 @@ def main() -> None:
     if not all(0 <= strength < float("inf") for strength in (*strengths, options.keep or 0.0)):
         parser.error("--strengths and --keep: must be finite numbers from 0")
     config = config_of_model(options.model, options.settings)
+    if not facts_of_model(options.model).has_biases:
+        raise UserError(f"{options.model}: its head has no biases, which an adjustment changes; name another model")
+    if options.keep is not None:
+        require_replaceable(options.model)
+    require_data(config, options.model)
+
+    # torch and transformers import slowly; the checks above do not wait for them.
+    import torch
+
+    from xmc_trainer.builders.saved_model import corpus_of_saved
+    from xmc_trainer.metrics import table
+    from xmc_trainer.model import XMCModel
+
     device = torch.device(config.environment.device_name())
     saved = XMCModel.load(options.model, device).saved
-    if any(head.bias is None for _, head in saved.head.parts()):
-        raise UserError(f"{options.model}: its head has no biases, which an adjustment changes; name another model")
     corpus = corpus_of_saved(saved, config)
     if options.keep is not None:
         write_strength(saved, config_of_model(options.model, []), corpus, options.keep)

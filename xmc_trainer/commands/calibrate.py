@@ -16,20 +16,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from scipy.special import expit
 
 from xmc_trainer import calibration
-from xmc_trainer.builders.saved_model import best_of_saved, corpus_of_saved, measures_of
+from xmc_trainer.builders.inputs import require_data
 from xmc_trainer.calibration import Calibration
 from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
-from xmc_trainer.checkpoint.saved_model import replace_model
+from xmc_trainer.checkpoint.model_manifest import require_replaceable
 from xmc_trainer.errors import UserError
-from xmc_trainer.evaluation import Best
-from xmc_trainer.model import XMCModel
+
+if TYPE_CHECKING:
+    from xmc_trainer.evaluation import Best
 
 _FITS = {"temperature": calibration.fit_temperature, "isotonic": calibration.fit_isotonic}
 
@@ -73,6 +73,17 @@ def main() -> None:
     if options.k < 1 or options.fewest < 1:
         parser.error("-k and --fewest: must be at least 1")
     config = config_of_model(options.model, options.settings)
+    require_replaceable(options.model)
+    require_data(config, options.model)
+
+    # torch and transformers import slowly; the checks above do not wait for them.
+    import torch
+
+    from xmc_trainer.builders.saved_model import best_of_saved, corpus_of_saved, measures_of
+    from xmc_trainer.checkpoint.saved_model import replace_model
+    from xmc_trainer.evaluation import Best
+    from xmc_trainer.model import XMCModel
+
     device = torch.device(config.environment.device_name())
     saved = XMCModel.load(options.model, device).saved
     corpus = corpus_of_saved(saved, config)

@@ -21,9 +21,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from xmc_trainer.commands.prediction_files import threshold
+from xmc_trainer.builders.inputs import require_data
+from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
+from xmc_trainer.checkpoint.model_manifest import facts_of_model
+from xmc_trainer.commands.prediction_files import require_thresholds, threshold
 from xmc_trainer.errors import UserError
-from xmc_trainer.files import replacing
+from xmc_trainer.files import replacing, require_writable
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +42,6 @@ _BUCKET_METRICS = ("micro-R", "micro-F1", "macro-F1", "coverage")
 
 
 def main() -> None:
-    from xmc_trainer.checkpoint.model_config import MODEL_SETTINGS, config_of_model
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a saved model")
     parser.add_argument(
@@ -71,8 +72,13 @@ def main() -> None:
     if arguments.k < 1 or arguments.samples < 0 or (len(folders) == 2 and not arguments.samples):
         parser.error("-k must be at least 1, and --samples at least 0; a comparison needs samples")
     configs = [config_of_model(folder, settings) for folder in folders]
+    for folder, config in zip(folders, configs):
+        require_thresholds(folder, facts_of_model(folder), arguments.threshold)
+        require_data(config, folder)
+    if arguments.labels:
+        require_writable(arguments.labels, "--labels", [".csv"])
 
-    # torch and transformers import slowly; the checks above must not wait for them.
+    # torch and transformers import slowly; the checks above do not wait for them.
     import torch
 
     from xmc_trainer import measures

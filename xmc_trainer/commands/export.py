@@ -20,6 +20,7 @@ trained with bce. A calibration of `xmc-trainer calibrate` is not exported.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -31,7 +32,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xmc_trainer.checkpoint.model_manifest import facts_of_model
 from xmc_trainer.errors import UserError
+from xmc_trainer.files import require_new_folder
 
 if TYPE_CHECKING:
     import torch
@@ -49,15 +52,10 @@ _ACTIVATIONS = {
 
 
 def write_sentence_transformers(saved: SavedModel, out: Path) -> None:
-    """Write the encoder as a folder of sentence-transformers. Raises UserError for poolings that it does not have."""
+    """Write the encoder as a folder of sentence-transformers, which has no pooling of several layers."""
     from safetensors.torch import save_file
 
     encoder = saved.encoder
-    if encoder.feature_layers > 1:
-        raise UserError(
-            f"{saved.folder}: concatenates {encoder.feature_layers} layers, which sentence-transformers cannot; "
-            "use --format onnx"
-        )
     encoder.backbone.save_pretrained(out)
     saved.tokenizer.padding_side = "right"
     saved.tokenizer.save_pretrained(out)
@@ -131,16 +129,9 @@ def write_torch(saved: SavedModel, out: Path) -> None:
 
 
 def write_onnx(saved: SavedModel, out: Path, k: int, int8: bool) -> None:
-    """Write encoder, head and choice of the k best labels as an ONNX graph. Raises UserError if packages are missing."""
+    """Write encoder, head and choice of the k best labels as an ONNX graph."""
     import torch
 
-    try:
-        import onnxscript  # noqa: F401, torch's exporter needs it
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError as error:
-        raise UserError(f"--format onnx: needs the package {error.name}; pip install 'xmc_trainer[export]'") from None
-    if not 1 <= k <= saved.head.num_labels:
-        raise UserError(f"-k={k}: must be 1 to {saved.head.num_labels}, the number of labels")
     weight, bias = sparse_head(saved)
 
     class Whole(torch.nn.Module):
@@ -171,6 +162,8 @@ def write_onnx(saved: SavedModel, out: Path, k: int, int8: bool) -> None:
             verbose=False,
         )
         if int8:
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
             quantize_dynamic(out / "model.onnx", out / "model.int8.onnx", weight_type=QuantType.QInt8)
     saved.tokenizer.padding_side = "right"
     saved.tokenizer.save_pretrained(out / "tokenizer")
@@ -191,6 +184,21 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _check(model: Path, form: str, k: int | None) -> None:
+    """Raise UserError if a model cannot be written in a format, or the format's packages are missing."""
+    facts = facts_of_model(model)
+    if form == "sentence-transformers" and facts.feature_layers > 1:
+        raise UserError(
+            f"{model}: concatenates {facts.feature_layers} layers, which sentence-transformers cannot; use --format onnx"
+        )
+    if form == "onnx":
+        missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise UserError(f"--format onnx: needs the package {missing[0]}; pip install 'xmc_trainer[export]'")
+        if k is not None and not 1 <= k <= facts.labels:
+            raise UserError(f"-k={k}: must be 1 to {facts.labels}, the number of labels")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a saved model")
@@ -201,8 +209,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.format != "onnx" and (options.k is not None or options.int8):
         parser.error("-k and --int8 apply to --format onnx only")
-    if options.out.exists():
-        raise UserError(f"{options.out}: exists already; name a new folder")
+    require_new_folder(options.out)
+    _check(options.model, options.format, options.k)
 
     from xmc_trainer.checkpoint.saved_model import load_model
 
@@ -210,7 +218,7 @@ def main() -> None:
         "sentence-transformers": write_sentence_transformers,
         "scipy": write_scipy,
         "torch": write_torch,
-        "onnx": lambda saved, out: write_onnx(saved, out, options.k or 5, options.int8),
+        "onnx": lambda saved, out: write_onnx(saved, out, options.k or min(5, saved.head.num_labels), options.int8),
     }
     saved = load_model(options.model)
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -18,21 +18,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
-from datasets import Dataset
-from torch import Tensor
-
-from xmc_trainer.checkpoint.folder import CARD, read_folder
-from xmc_trainer.checkpoint.saved_model import MODEL, save_model
-from xmc_trainer.commands.export import sparse_head
+from xmc_trainer.checkpoint.folder import CARD, read_manifest
+from xmc_trainer.checkpoint.model_manifest import MODEL, facts_of_model, read_label_ids
+from xmc_trainer.config import changed_card
 from xmc_trainer.data.tables import is_table, table_records
 from xmc_trainer.errors import UserError
-from xmc_trainer.head import SGD, FixedFanInHead
-from xmc_trainer.head.split import head_of_parts
-from xmc_trainer.model import XMCModel
+from xmc_trainer.files import require_new_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xmc_trainer.head import FixedFanInHead
+    from xmc_trainer.model import XMCModel
 
 _RIDGE = 0.1  # model.ffi.discriminant_ridge's default
 _FEWEST_BACKGROUND = 20  # texts; fewer say too little of the features' spread
@@ -73,15 +72,16 @@ def _records(path: Path, columns: argparse.Namespace) -> Iterator[tuple[str, dic
 
 
 def extended_part(model: XMCModel, new: NewLabels, background: list[str]) -> FixedFanInHead:
-    """Return the head's last part with the new labels behind its own. UserError if the background is too small."""
+    """Return the head's last part with the new labels behind its own."""
+    import torch
+
+    from xmc_trainer.head import SGD, FixedFanInHead
+
     features_of = torch.from_numpy(model.embed(new.texts + background, show_progress=True))
     of_background = features_of[len(new.texts) :] if background else features_of
-    if len(of_background) < _FEWEST_BACKGROUND:
-        raise UserError(
-            f"the background has {len(of_background)} texts; name at least {_FEWEST_BACKGROUND} with --background"
-        )
     mean_d, deviation_d = of_background.mean(0), of_background.std(0)
-    inverse_d = torch.where(deviation_d > 0, 1 / deviation_d, 0.0)
+    varies_d = deviation_d > 1e-6 * deviation_d.max()  # encoders have features that are 0 but for rounding
+    inverse_d = torch.where(varies_d, 1 / deviation_d, 0.0)
     z = ((of_background - mean_d) * inverse_d).double()
     shrunk_dd = (1 - _RIDGE) * z.T @ z / len(z) + _RIDGE * torch.eye(z.shape[1])
     label_P = torch.tensor([label for labels in new.labels for label in labels])
@@ -127,6 +127,11 @@ def extended_part(model: XMCModel, new: NewLabels, background: list[str]) -> Fix
 
 def _typical_logits(model: XMCModel, features: Tensor) -> tuple[float, float]:
     """Return, over texts, the mean logit of the best label and the mean logit of all labels."""
+    import numpy as np
+    import torch
+
+    from xmc_trainer.commands.export import sparse_head
+
     best = torch.cat([model.saved.head.topk(part, 1)[0] for part in features.split(256)]).mean()
     weight, bias = sparse_head(model.saved)
     return float(best), float(np.asarray(weight.mean(0)).ravel() @ features.mean(0).numpy() + float(bias.mean()))
@@ -134,12 +139,17 @@ def _typical_logits(model: XMCModel, features: Tensor) -> tuple[float, float]:
 
 def write_extended(model: XMCModel, new: NewLabels, background: list[str], out: Path) -> None:
     """Save the model with the new labels. Raises UserError if it cannot be written."""
+    from datasets import Dataset
+
+    from xmc_trainer.checkpoint.saved_model import save_model
+    from xmc_trainer.head.split import head_of_parts
+
     saved = model.saved
     parts = [part for _, part in saved.head.parts()]
     head = head_of_parts([*parts[:-1], extended_part(model, new, background)])
     card = saved.folder / CARD
-    counts = f"{len(new.names):,} labels from {len(new.texts):,} texts"
-    about = f"\n## Labels added later\n\n{counts}, by `xmc-trainer extend`.\n"
+    counts = f"{len(new.names):,} labels from {len(new.texts):,} texts, {saved.head.num_labels + len(new.names):,} labels in all"
+    said = f"`xmc-trainer extend` added {counts}."
     save_model(
         out,
         encoder=saved.encoder,
@@ -150,9 +160,9 @@ def write_extended(model: XMCModel, new: NewLabels, background: list[str], out: 
             {"id": saved.label_ids.to_pylist() + new.names, "text": saved.label_texts.to_pylist() + new.names}
         ),
         max_len=saved.max_len,
-        step=read_folder(saved.folder, MODEL)["step"],
+        step=read_manifest(saved.folder, MODEL)["step"],
         config_yaml=(saved.folder / "config.yaml").read_text(encoding="utf-8"),
-        card=card.read_text(encoding="utf-8") + about if card.exists() else None,
+        card=changed_card(card.read_text(encoding="utf-8"), said) if card.is_file() else None,
     )
 
 
@@ -166,18 +176,24 @@ def main() -> None:
     parser.add_argument("--label-column", default="labels", help="default: labels")
     parser.add_argument("--label-separator", default=";", help="between the labels of a text; default ;")
     options = parser.parse_args()
-    if options.output.exists():
-        raise UserError(f"--output={options.output}: exists already; name a new folder")
-    model = XMCModel.load(options.model, "cpu")
-    if model.saved.head.parts()[-1][1].bias is None:
+    require_new_folder(options.output)
+    if not facts_of_model(options.model).has_biases:
         raise UserError(
             f"{options.model}: its head has no biases, which set the scores of new labels; name another model"
         )
-    new = read_new_labels(options.texts, set(model.saved.label_ids.to_pylist()), options)
+    new = read_new_labels(options.texts, set(read_label_ids(options.model)), options)
     background = (
         [record[options.text_column] for _, record in _records(options.background, options)]
         if options.background
         else []
     )
+    if len(background or new.texts) < _FEWEST_BACKGROUND:
+        raise UserError(
+            f"the background has {len(background or new.texts)} texts; name at least {_FEWEST_BACKGROUND} with --background"
+        )
+
+    from xmc_trainer.model import XMCModel  # imports torch and transformers, for which the checks above do not wait
+
+    model = XMCModel.load(options.model, "cpu")
     write_extended(model, new, background, options.output)
     print(f"{options.output}: {len(new.names)} new labels behind {model.saved.head.num_labels}")

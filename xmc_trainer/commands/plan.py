@@ -53,6 +53,13 @@ def main() -> None:
         if value is not None and not 0 < value < 1e10:
             raise UserError(f"--{name.replace('_', '-')}={value}: must be above 0 and below 1e10")
     config = load_config(options.settings)
+    for path in options.rates or ():
+        if not path.is_file():
+            raise UserError(f"--rates={path}: no such file; name a CSV file of xmc-trainer bench or prepare")
+    if options.chart is not None:
+        from xmc_trainer.commands.report import require_picture
+
+        require_picture(options.chart, "--chart")
     if options.chart is not None:
         chart(config, options)
         return

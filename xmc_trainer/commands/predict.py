@@ -8,7 +8,7 @@
 
 Input, in UTF-8: a .csv, .tsv, .jsonl, .json or .parquet file with a column or field of texts (--text-column), or any other
 file or standard input with one text per line. An empty line is an empty text. The extension of --output, or --format,
-chooses the format:
+chooses the format; standard output, or a file without an extension, is jsonl:
 
     jsonl      {"text": ..., "labels": [{"id": ..., "text": ..., "score": ...}, ...]} on each line, best labels first
     tsv, csv   a row for each predicted label: row (number of the text, from 1), rank, label, label_text, score, text
@@ -19,6 +19,9 @@ chooses the format:
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import re
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -27,9 +30,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-from xmc_trainer.commands.prediction_files import EXTENSIONS, Writer, read_texts, threshold
+from xmc_trainer.checkpoint.model_manifest import facts_of_model
+from xmc_trainer.commands.prediction_files import EXTENSIONS, Writer, read_texts, require_thresholds, threshold
 from xmc_trainer.errors import UserError
-from xmc_trainer.files import replacing
+from xmc_trainer.files import replacing, require_writable
 
 if TYPE_CHECKING:
     from xmc_trainer.model import XMCModel
@@ -75,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--format",
         choices=sorted({*EXTENSIONS.values()}),
-        help="format of the output; default: by its extension, else jsonl",
+        help="format of the output; default: by its extension",
     )
     parser.add_argument("--text-column", default="text", help="column or field of the texts (default text)")
     parser.add_argument("-k", type=int, default=5, help="labels per text (default 5)")
@@ -87,12 +91,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256, help="texts per batch (default 256)")
     parser.add_argument("--device", help="cpu, cuda, or cuda:N for one of several GPUs; default: a GPU if there is one")
     arguments = parser.parse_intermixed_args()
-    for name in ("k", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"{'-k' if name == 'k' else '--batch_size'}={getattr(arguments, name)}: must be at least 1")
-    _check_streams(arguments.input, arguments.output)
+    _check(arguments)
 
-    # torch and transformers import slowly; the checks above must not wait for them.
+    # torch and transformers import slowly; the checks above do not wait for them.
     from xmc_trainer.model import XMCModel, device_of
     from xmc_trainer.parallel import joined_ranks
 
@@ -100,24 +101,33 @@ def main() -> None:
         predict(XMCModel.load(arguments.model, own_device), arguments)
 
 
-def _check_streams(source: str, output: str) -> None:
-    """Raise UserError if an input or output stream is closed, or the output cannot be written or is the input."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise UserError for mistakes in the arguments: numbers, device, streams, model, thresholds."""
+    for name, value in (("-k", arguments.k), ("--batch_size", arguments.batch_size)):
+        if value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    if arguments.device and not re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device):
+        raise UserError(
+            f"--device={arguments.device}: is not valid; choose cpu, cuda, or a GPU by its number, such as cuda:1"
+        )
+    source, output = arguments.input, arguments.output
     if source == "-" and sys.stdin is None:
         raise UserError("standard input: is closed; name a file with the texts")
     if output == "-" and sys.stdout is None:
         raise UserError("standard output: is closed; name a file with --output")
-    if output == "-":
-        return
-    try:
-        path = Path(output)
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"--output={output}: its folder does not exist; create it")
-        if path.is_dir():
-            raise UserError(f"--output={output}: is a folder; name a file in it")
-        if source != "-" and path.is_file() and Path(source).is_file() and path.samefile(source):
+    if output != "-":
+        if os.path.isfile(output) and os.path.isfile(source) and os.path.samefile(source, output):
             raise UserError(f"--output={output}: is the input file; name another")
-    except OSError as error:
-        raise UserError(f"--output={output}: cannot be written ({error.strerror}); name another file") from None
+        require_writable(Path(output), "--output", () if arguments.format else EXTENSIONS)
+    facts = facts_of_model(Path(arguments.model))
+    if arguments.k > facts.labels:
+        raise UserError(f"-k={arguments.k}: the model has {facts.labels} labels; lower it")
+    require_thresholds(Path(arguments.model), facts, arguments.threshold)
+    if source != "-" and "RANK" not in os.environ:  # of several ranks only the first reads it
+        if not os.path.exists(source):
+            raise UserError(f"{source}: cannot be read ({os.strerror(errno.ENOENT)}); name another file")
+        if os.path.isfile(source):  # reading a pipe would take texts out of it
+            next(read_texts(source, arguments.text_column), None)
 
 
 def predict(model: XMCModel, arguments: argparse.Namespace) -> None:

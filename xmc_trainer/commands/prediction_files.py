@@ -22,10 +22,11 @@ import numpy as np
 from xmc_trainer.errors import UserError, reason
 
 if TYPE_CHECKING:
+    from xmc_trainer.checkpoint.model_manifest import ModelFacts
     from xmc_trainer.model import XMCModel
 
 _ROWS_PER_READ = 2000
-# Extension -> format of the output. Others are written as JSON lines.
+# Extension -> format of the output.
 EXTENSIONS = {".jsonl": "jsonl", ".json": "jsonl", ".tsv": "tsv", ".csv": "csv", ".npz": "npz", ".parquet": "parquet"}
 
 
@@ -105,6 +106,12 @@ def threshold(word: str) -> float | str:
     except ValueError:
         pass
     raise argparse.ArgumentTypeError(f"{word!r} must be a number or fitted")
+
+
+def require_thresholds(folder: Path, facts: ModelFacts, limit: float | str | None) -> None:
+    """Raise UserError if a model lacks the thresholds that --threshold asks for."""
+    if limit == "fitted" and not facts.is_calibrated:
+        raise UserError(f"{folder}: has no fitted thresholds; run xmc-trainer calibrate on it")
 
 
 # Writing ---------------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from xmc_trainer.commands.bench.data import add_row
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import load_config
 from xmc_trainer.data.check import page
+from xmc_trainer.files import require_writable
 
 _SECONDS = 0.5  # between two looks at the memory
 
@@ -82,6 +83,8 @@ def main() -> None:
     )
     options = parser.parse_intermixed_args()
     config = load_config(options.settings)
+    if options.csv is not None:
+        require_writable(options.csv, "--csv")
     # Mistakes are found before torch is imported, which takes seconds.
     require_data(config)
     require_tokenizer(config)

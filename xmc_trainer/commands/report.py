@@ -28,11 +28,13 @@ from typing import Any
 
 import numpy as np
 
+from xmc_trainer.builders.inputs import require_data
+from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.commands.report_page import page
 from xmc_trainer.commands.runs import Run, curve, find_runs, lines_of
 from xmc_trainer.commands.sweep import log_summary, table, table_cells
 from xmc_trainer.errors import UserError
-from xmc_trainer.files import write_text
+from xmc_trainer.files import require_writable, write_text, writing
 
 _METRICS = ("P@1", "PSP@1")
 
@@ -69,10 +71,17 @@ def picture(
     save_figure(file, len(_METRICS), draw_all)
 
 
+def require_picture(file: Path, option: str) -> None:
+    """Raise UserError if a figure cannot be saved. Args: option: the command's option that names the file."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{option}={file}: plots need matplotlib; pip install 'xmc_trainer[report]'")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    require_writable(file, option, [f".{ending}" for ending in FigureCanvasBase.get_supported_filetypes()])
+
+
 def save_figure(file: Path, panels: int, draw: Callable[[Any], None]) -> None:
     """Save a figure with `panels` panels in a row, which `draw` fills, and one legend."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"{file}: plots need matplotlib; pip install matplotlib")
     from matplotlib.figure import Figure  # unlike pyplot, needs no display
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -83,10 +92,8 @@ def save_figure(file: Path, panels: int, draw: Callable[[Any], None]) -> None:
     handles, names = axes[0].get_legend_handles_labels()
     columns = 1 if len(max(names, key=len, default="")) > 60 else 2
     figure.legend(handles, names, loc="outside lower center", fontsize="small", ncols=columns)
-    try:
+    with writing(file, "name another file"):
         figure.savefig(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be written ({error}); name another file") from None
     print(f"written to {file}")
 
 
@@ -115,13 +122,32 @@ def main() -> None:
         parser.error("--samples: must be at least 0")
     if (options.against is None) != (options.picture is None):
         parser.error("--against and --picture: give both or neither")
+    if options.output:
+        require_writable(options.output, "--output", (".html", ".htm"))
+    for option in ("curves", "picture"):
+        if (file := getattr(options, option)) is not None:
+            require_picture(file, f"--{option}")
     runs = find_runs(options.folders)
     missing = [run.folder for run in runs if not run.evaluations() or _METRICS[-1] not in run.evaluations()[-1]]
     if missing and (options.curves or options.picture):
         raise UserError(
             f"{missing[0]}: was evaluated without PSP; train it with training.evaluation.eval_psp=true, or leave it out"
         )
+    if options.against:
+        if any(options.against not in run.settings for run in runs):
+            raise UserError(
+                f"--against={options.against}: not every run has this setting; xmc-trainer settings lists the names"
+            )
+        if len({run.settings[options.against] for run in runs}) == 1:
+            raise UserError(
+                f"--against={options.against}: is {runs[0].settings[options.against]} in every run; name a setting "
+                "that differs"
+            )
     lines = lines_of(runs)
+    if options.samples:
+        for members in lines.values():
+            model = members[0].folder / "model"
+            require_data(config_of_model(model, []), model)
     summaries = [
         (name, run.settings["training.seed"], log_summary(run.log))
         for name, members in lines.items()
@@ -136,25 +162,11 @@ def main() -> None:
             samples = {
                 name: samples_of(members[0].folder / "model", options.samples) for name, members in lines.items()
             }
-        try:
-            write_text(options.output, page(lines, table_cells(summaries), samples))
-        except OSError as error:
-            raise UserError(
-                f"--output={options.output}: cannot be written ({error.strerror}); name another file"
-            ) from None
+        write_text(options.output, page(lines, table_cells(summaries), samples))
         print(f"written to {options.output}")
     if options.curves:
         picture(options.curves, lines, "minutes", _draw_curve)
     if options.against:
-        if any(options.against not in run.settings for run in runs):
-            raise UserError(
-                f"--against={options.against}: not every run has this setting; xmc-trainer settings lists the names"
-            )
-        if len({run.settings[options.against] for run in runs}) == 1:
-            raise UserError(
-                f"--against={options.against}: is {runs[0].settings[options.against]} in every run; name a setting "
-                "that differs"
-            )
 
         def draw(panel: Any, name: str, members: list[Run], metric: str) -> None:
             values, mean, (low, high) = against(members, options.against, metric)

@@ -47,7 +47,7 @@ from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import Config, flatten, load_config, saved_settings, yaml_nodes
 from xmc_trainer.config.fields import settings_of
 from xmc_trainer.errors import UserError, shown
-from xmc_trainer.files import replacing, write_text
+from xmc_trainer.files import replacing, require_writable, write_text
 from xmc_trainer.run_folder import find_checkpoint
 
 METRICS = ("P@1", "P@3", "P@5", "nDCG@5", "PSP@1", "PSP@3", "PSP@5")
@@ -369,6 +369,8 @@ def main() -> None:
         return
     if options.jobs < 1:
         parser.error("--jobs: must be at least 1")
+    target = options.csv or Path(options.file.with_suffix(".csv").name)
+    require_writable(target, "--csv")
     runs, grid = plan(options.file, options.settings)
     if not options.table:
         every = [words for _, _, words in runs]
@@ -385,7 +387,6 @@ def main() -> None:
             f"{options.file}: none of its {len(runs)} runs in {where} is finished with these settings; give "
             "the settings they were trained with"
         )
-    target = options.csv or Path(options.file.with_suffix(".csv").name)
     lines: list[dict[str, Any]] = [
         {"row": row, "seed": seed, "settings": " ".join(words)} | entry
         for row, seed, words, entries in done

@@ -2,7 +2,7 @@
 
 from xmc_trainer.config.fields import names_of_parameters
 from xmc_trainer.config.load import load_config, saved_settings, shipped_configs
-from xmc_trainer.config.model_card import model_card
+from xmc_trainer.config.model_card import changed_card, model_card
 from xmc_trainer.config.schema import Config
 from xmc_trainer.config.write import flatten, portable, portable_yaml, to_yaml
 
@@ -12,6 +12,7 @@ SETTINGS = names_of_parameters(Config)
 __all__ = [
     "SETTINGS",
     "Config",
+    "changed_card",
     "flatten",
     "load_config",
     "model_card",

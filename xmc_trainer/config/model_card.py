@@ -9,6 +9,7 @@ from pathlib import Path
 from xmc_trainer.config.schema import Config
 from xmc_trainer.config.write import flatten, portable_settings
 
+_CHANGES = "## Changes after training"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -72,6 +73,18 @@ def model_card(config: Config, metrics: dict[str, dict[str, float]], labels: int
             for split, found in metrics.items()
         ]
     return "\n".join(lines) + "\n"
+
+
+def changed_card(card: str, change: str) -> str:
+    """Return the card of a model that was changed after its training.
+
+    Args:
+        card: of the model before; its metrics are removed, because the changed model does not have them.
+        change: a sentence.
+    """
+    card = re.sub(r"\n## Metrics\n.*?(?=\n## |\Z)", "", card, flags=re.DOTALL).rstrip()
+    heading = "" if _CHANGES in card else f"\n{_CHANGES}\n\n"
+    return f"{card}\n{heading}- {change}\n"
 
 
 def _cell(value: object) -> str:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from xmc_trainer import __version__
 from xmc_trainer.engine.accelerator import engine_name
+from xmc_trainer.errors import UserError, reason
 from xmc_trainer.evaluation import most_popular
 from xmc_trainer.files import sync, writing
 from xmc_trainer.head import RewireReport
@@ -250,8 +251,15 @@ class TrackerHook(Hook):
         self._id = state["id"]
 
     def on_train_start(self, trainer: Trainer) -> None:
-        if not trainer.accelerator.is_main_process:
-            return
+        if trainer.accelerator.is_main_process:
+            try:
+                self._start(trainer)
+            except Exception as error:  # trackers have no exception in common
+                raise UserError(
+                    f"training.verbose.tracker={self.name}: cannot be started ({reason(error)}); correct that, or set it to none"
+                ) from None
+
+    def _start(self, trainer: Trainer) -> None:
         resumed = trainer.state.step > 0
         make = LOGGER_TYPE_TO_CLASS[self.name]
         if self.name == "tensorboard":

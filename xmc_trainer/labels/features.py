@@ -26,6 +26,7 @@ from xmc_trainer.parallel import Ranks
 ROWS_AT_ONCE = 1 << 17
 _SEGMENT = 256
 _ROUNDING = 2**-11  # relative rounding error of float16
+_STEP = 2**-24  # float16's smallest number, and its step near 0
 
 
 def array_on_disk(file: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -176,7 +177,7 @@ class LabelSums:
             squares += part.square().sum(0)
         mean = total / len(self._rows)
         deviation = (squares / len(self._rows) - mean.square()).clamp(min=0).sqrt()
-        deviation[deviation < mean.abs() * _ROUNDING] = 0
+        deviation[deviation < (mean.abs() * _ROUNDING).clamp(min=_STEP)] = 0
         return mean.float(), deviation.float()
 
     def correlations(self) -> Tensor:

@@ -34,7 +34,7 @@ import numpy as np
 from xmc_trainer.data.generated import PUBLISHED, Shape, block, made_up_words
 from xmc_trainer.data.sources import Ragged
 from xmc_trainer.errors import UserError
-from xmc_trainer.files import replacing, writing
+from xmc_trainer.files import replacing, require_writable, writing
 
 _FILES = tuple(f"{split}_{kind}.txt" for split in ("train", "test") for kind in ("raw_texts", "labels"))
 # Option -> field of Shape.
@@ -168,6 +168,8 @@ def _cpu_seconds() -> float:
 
 def main() -> None:
     options = parse()
+    if options.csv is not None:
+        require_writable(options.csv, "--csv")
     words = words_of(options.vocabulary)
     shape = shape_of(options, len(words))
     begin, cpu = time.perf_counter(), _cpu_seconds()

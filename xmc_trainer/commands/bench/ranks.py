@@ -11,135 +11,26 @@ scattered tensors, 2 (N - 1) / N times summed ones.
 from __future__ import annotations
 
 import argparse
-import csv
-import itertools
-import math
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from xmc_trainer.files import replacing
-from xmc_trainer.head import SGD, FixedFanInHead
-from xmc_trainer.parallel import Ranks, joined_ranks
-
-
-class CountingRanks(Ranks):
-    """Counts the bytes that this rank sends."""
-
-    sent = 0.0
-
-    def sizes(self, length: int, device: torch.device) -> list[int]:
-        self.sent += 8 * (self.size - 1)
-        return super().sizes(length, device)
-
-    def gather_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
-        self.sent += (self.size - 1) * max(sizes) * x.element_size() * math.prod(x.shape[1:])
-        return super().gather_rows(x, sizes)
-
-    def gather_rows_of(self, tensors: list[Tensor], sizes: list[list[int]]) -> list[Tensor]:
-        for x, each in zip(tensors, sizes):
-            self.sent += (self.size - 1) * max(each) * x.element_size() * math.prod(x.shape[1:])
-        return super().gather_rows_of(tensors, sizes)
-
-    def scatter_sum_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
-        self.sent += (self.size - 1) * max(sizes) * x.element_size() * math.prod(x.shape[1:])
-        return super().scatter_sum_rows(x, sizes)
-
-    def sum(self, x: Tensor) -> Tensor:
-        self.sent += 2 * (self.size - 1) / self.size * x.nbytes
-        return super().sum(x)
-
-
-def milliseconds(step: Callable[[], None], ranks: Ranks, gpu: bool) -> float:
-    ranks.barrier()
-    begin = time.perf_counter()
-    step()
-    if gpu:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - begin)
+from xmc_trainer.commands.bench.arguments import count, counts
+from xmc_trainer.files import require_writable
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", default="20000,80000", help="comma-separated")
-    parser.add_argument("--batch", default="64,128", help="texts over all ranks, comma-separated")
-    parser.add_argument("--features", default="384,768")
-    parser.add_argument("--fan-in", type=int, default=32)
-    parser.add_argument("--positives", type=int, default=5, help="labels per text")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--csv", default="bench_ranks.csv", help="file to write")
-    options = parser.parse_args()
-    with joined_ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu")) as device:
-        measure(options, device)
-
-
-def measure_shape(
-    options: argparse.Namespace, ranks: CountingRanks, device: torch.device, labels: int, batch: int, features: int
-) -> dict[str, Any]:
-    """Measure one row of the table."""
-    gpu = device.type == "cuda"
-    head = FixedFanInHead(
-        features, labels, fan_in=options.fan_in, optimizer=SGD(), lr=1e-3, first_bias=-9.0, ranks=ranks, device=device
+    parser.add_argument("--labels", type=counts, default=[20000, 80000], help="comma-separated; default: 20000,80000")
+    parser.add_argument(
+        "--batch", type=counts, default=[64, 128], help="texts over all ranks, comma-separated; default: 64,128"
     )
-    texts = batch // ranks.size
-    feat = torch.randn(texts, features, device=device, requires_grad=True)
-    ids = torch.randint(labels, (texts * options.positives,), device=device)
-    counts = torch.full((texts,), options.positives, device=device)
-    known = [texts] * ranks.size, [len(ids)] * ranks.size
+    parser.add_argument("--features", type=counts, default=[384, 768], help="default: 384,768")
+    parser.add_argument("--fan-in", type=count, default=32)
+    parser.add_argument("--positives", type=count, default=5, help="labels per text")
+    parser.add_argument("--repeat", type=count, default=5)
+    parser.add_argument("--csv", type=Path, default=Path("bench_ranks.csv"), help="file to write")
+    options = parser.parse_args()
+    require_writable(options.csv, "--csv")
 
-    def step() -> None:
-        head(feat, ids, counts, rank_sizes=known).backward()
+    from xmc_trainer.commands.bench.rank_times import measure  # imports torch, for which the checks above do not wait
 
-    def exchange() -> None:
-        gathered, _, _ = ranks.gather_rows_of([feat.detach(), ids, counts], [known[0], known[1], known[0]])
-        ranks.scatter_sum_rows(gathered, known[0])
-        ranks.sum(torch.zeros((), device=device))
-
-    times, alone, sent = [], [], 0.0
-    for _ in range(options.repeat + 1):
-        ranks.sent = 0.0
-        times.append(milliseconds(step, ranks, gpu))
-        sent = ranks.sent
-        alone.append(milliseconds(exchange, ranks, gpu))
-    return {
-        "labels": labels,
-        "batch": batch,
-        "features": features,
-        "fan_in": options.fan_in,
-        "positives": options.positives,
-        "sent_bytes": round(sent),
-        "head_mib": round(sum(buffer.nbytes for buffer in head.buffers()) / 2**20, 3),
-        "ms": round(statistics.median(times[1:]), 2),
-        "exchange_ms": round(statistics.median(alone[1:]), 3),
-    }
-
-
-def measure(options: argparse.Namespace, device: torch.device) -> None:
-    gpu, ranks = device.type == "cuda", CountingRanks()
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads per rank"
-    if ranks.rank == 0:
-        print(f"{ranks.size} ranks; {name}; torch {torch.__version__}")
-        print("   labels   batch  features    sent, bytes per step  head, MiB per rank      ms  exchange, ms")
-    rows = []
-    settings = (map(int, value.split(",")) for value in (options.labels, options.batch, options.features))
-    for shape in itertools.product(*settings):
-        row = measure_shape(options, ranks, device, *shape)
-        rows.append({"ranks": ranks.size, "device": name, "torch": torch.__version__} | row)
-        if ranks.rank == 0:
-            print(
-                "{labels:9,d}{batch:8d}{features:10d}{sent_bytes:22,d}{head_mib:20.2f}{ms:8.1f}{exchange_ms:14.2f}".format(
-                    **row
-                ),
-                flush=True,
-            )
-    if ranks.rank == 0:
-        with replacing(Path(options.csv), newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        print(f"written to {options.csv}")
+    measure(options)
