@@ -62,6 +62,8 @@ def main() -> None:
     require_clusters(config)
     require_encoder(config)
     if launcher is not None:
+        if config.environment.device == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for a GPU, and warns that there is none
         os.execv(sys.executable, launcher)  # replaces this process
 
     from xmc_trainer import signals
