@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from scipy.optimize import isotonic_regression, minimize_scalar
 from scipy.special import expit
 
 FILE = "calibration.safetensors"
@@ -67,6 +66,7 @@ class Calibration:
 
 def fit_temperature(logits: np.ndarray, correct: np.ndarray) -> dict[str, np.ndarray]:
     """Fit the temperature with the largest likelihood. Args: logits, correct (bool): [pairs]."""
+    from scipy.optimize import minimize_scalar  # slow, and needed to fit alone
 
     def loss(log_temperature: float) -> float:
         z = logits / np.exp(log_temperature)
@@ -78,6 +78,8 @@ def fit_temperature(logits: np.ndarray, correct: np.ndarray) -> dict[str, np.nda
 
 def fit_isotonic(logits: np.ndarray, correct: np.ndarray) -> dict[str, np.ndarray]:
     """Fit the ascending step function with the least squared error; its steps become points at their mean logits."""
+    from scipy.optimize import isotonic_regression  # slow, and needed to fit alone
+
     order = np.argsort(logits, kind="stable")
     found = isotonic_regression(correct[order].astype(np.float64))
     starts = found.blocks[:-1]

@@ -6,9 +6,6 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
 from xmc_trainer import calibration
 from xmc_trainer.checkpoint.folder import (
     CARD,
@@ -106,6 +103,8 @@ def require_replaceable(folder: Path) -> None:
 
 def read_label_ids(folder: Path) -> list[str]:
     """Return the names of a model's labels, in order. Raises UserError if their file is damaged."""
+    import pyarrow.parquet
+
     path = verify_file(folder, "labels.parquet")
     try:
         return pyarrow.parquet.read_table(path, columns=["id"])["id"].to_pylist()
