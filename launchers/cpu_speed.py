@@ -5,7 +5,7 @@ python launchers/cpu_speed.py data/SID-GND-EN onnx exported/onnx/model.onnx
 python launchers/cpu_speed.py data/SID-GND-EN onnx exported/onnx/model.int8.onnx
 pip install omikuji==0.5.2 scikit-learn
 python launchers/cpu_speed.py data/SID-GND-EN omikuji            # trains it first, in another process
-pip install libpecos "scipy<1.14" "numpy<2" scikit-learn         # an environment of its own
+pip install libpecos "scipy<1.14" "numpy<2" "pyarrow<19" scikit-learn xxhash    # in an environment of its own
 PYTHONPATH=. python launchers/cpu_speed.py data/SID-GND-EN pecos
 
 --save FILE.npy keeps the five best labels; --compare FILE.npy says how far they agree with earlier ones.
