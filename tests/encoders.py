@@ -56,10 +56,12 @@ READ = {
     ),
     "big bird": (hf.BigBirdModel, hf.BigBirdConfig, _BERT | {"block_size": 1, "num_random_blocks": 1}),
 }
-REFUSED = {
+DECODERS = {
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, {"vocab_size": _VOCABULARY, "n_embd": 16, "n_layer": 1, "n_head": 2}),
     "llama": (hf.LlamaModel, hf.LlamaConfig, _BERT),
-    "bert decoder": (hf.BertLMHeadModel, hf.BertConfig, _BERT | {"is_decoder": True}),
+    "bert decoder": (hf.BertModel, hf.BertConfig, _BERT | {"is_decoder": True}),
+}
+REFUSED = {
     "bart decoder": (hf.BartForCausalLM, hf.BartConfig, _BART),
     "fnet": (hf.FNetModel, hf.FNetConfig, {name: _BERT[name] for name in _BERT if name != "num_attention_heads"}),
     "vit": (
@@ -77,7 +79,7 @@ REFUSED = {
 
 def save_encoder(name: str, folder: Path, **more: Any) -> Path:
     """Save an encoder without a tokenizer. Its weights are large, so that every token influences every feature."""
-    model, config, arguments = (READ | REFUSED)[name]
+    model, config, arguments = (READ | DECODERS | REFUSED)[name]
     torch.manual_seed(0)
     made = model(config(**arguments | more))
     with torch.no_grad():

@@ -52,6 +52,7 @@ _MAY_CHANGE = (
     "dataset", "dataset_path", "log_fname", "output_dir", "environment", "data.folder", "data.source", "data.num_workers", "data.cache_dir",
     "data.test_batch_size", "data.micro_batches", "model.encoder.encoder_model", "model.encoder.encoder_tokenizer",
     "model.encoder.ngame_checkpoint", "model.encoder.use_torch_compile", "model.encoder.gradient_checkpointing",
+    "model.encoder.attn_implementation",
     "model.ffi.backend", "model.ffi.tile_labels",
     "training.verbose", "training.resume", "training.overwrite", "training.checkpoint_interval",
     "training.checkpoint_minutes", "training.checkpoints_kept", "training.use_checkpoint", "training.checkpoint_file",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.data_helpers import tiny_tokenizer
-from tests.encoders import READ, REFUSED, WORDS, save_encoder
+from tests.encoders import DECODERS, READ, REFUSED, WORDS, save_encoder
 from xmc_trainer.builders.encoder import tokenizer_of
 from xmc_trainer.config import load_config
 from xmc_trainer.encoder.loading import (
@@ -21,6 +21,7 @@ from xmc_trainer.encoder.loading import (
     load_backbone,
     load_state_dict_file,
     load_tokenizer,
+    sees_later_tokens,
 )
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
@@ -28,11 +29,12 @@ from xmc_trainer.errors import UserError
 # Architectures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", READ | DECODERS)
 def test_an_encoder_loads_completely_and_survives_saving(name, tmp_path):
     backbone = load_backbone(str(save_encoder(name, tmp_path / "a")), for_cpu=True)
     encoder = TextEncoder(backbone, pool_mode="last_nhidden_conlast", feature_layers=2)
     check_padding_is_hidden(encoder, 16, name)
+    assert sees_later_tokens(backbone) == (name in READ)
     encoder.save_pretrained(tmp_path / "b", encoder.state_dict())
     again = load_backbone(str(tmp_path / "b"), saved=True)
     assert type(again) is type(backbone) and "decoder" not in " ".join(again.state_dict())
@@ -46,13 +48,14 @@ def test_an_encoder_loads_completely_and_survives_saving(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_models_that_are_not_masked_encoders_are_refused(name, tmp_path):
+def test_models_that_do_not_read_masked_texts_are_refused(name, tmp_path):
     said = {
         "fnet": "takes no attention_mask",
         "vit": "takes no input_ids",
         "convbert": "padding changes a text.s features",
+        "bart decoder": "lack .* of the encoder.s",
     }
-    with pytest.raises(UserError, match=said.get(name, "a decoder .*name an encoder")):
+    with pytest.raises(UserError, match=said[name]):
         encoder = TextEncoder(load_backbone(str(save_encoder(name, tmp_path))))
         check_padding_is_hidden(encoder, 16, name)
 

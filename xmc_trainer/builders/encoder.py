@@ -16,15 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Batches, Corpus, padded_width
+from xmc_trainer.data.texts import encode_texts, set_instruction
 from xmc_trainer.encoder.captured import CannotCapture
 from xmc_trainer.encoder.compiling import compile_encoder, layer_lists, undo, warm_up
 from xmc_trainer.encoder.flat import FlatEncoder
 from xmc_trainer.encoder.loading import (
+    attend_both_ways,
     check_padding_is_hidden,
     check_tokens_fit,
+    choose_attention,
     load_backbone,
     load_state_dict_file,
     load_tokenizer,
+    sees_later_tokens,
 )
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.accelerator import whole_weights, zero_stage
@@ -46,11 +50,18 @@ def tokenizer_of(config: Config) -> PreTrainedTokenizerBase:
     chosen = config.model.encoder
     # If both are equal, the tokenizer comes from the encoder's setting.
     field = "encoder_model" if chosen.encoder_tokenizer == chosen.encoder_model else "encoder_tokenizer"
-    return load_tokenizer(
+    tokenizer = load_tokenizer(
         chosen.encoder_tokenizer,
         where=f"model.encoder.{field}={chosen.encoder_tokenizer}",
         trust_remote_code=chosen.trust_remote_code,
     )
+    set_instruction(tokenizer, chosen.instruction)
+    tokens = len(encode_texts(tokenizer, [""], config.data.max_len)[0])
+    if chosen.instruction and tokens == config.data.max_len:
+        raise UserError(
+            f"model.encoder.instruction: leaves no room for a text in the {tokens} tokens of data.max_len; shorten it, or raise that"
+        )
+    return tokenizer
 
 
 @naming(SETTINGS)
@@ -78,6 +89,8 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
     if chosen.use_ngame_encoder_weights:
         assert chosen.ngame_checkpoint is not None  # the settings are refused without
         load_state_dict_file(backbone, chosen.ngame_checkpoint, chosen.ngame_key_prefix)
+    if chosen.bidirectional:
+        attend_both_ways(backbone)
     if chosen.encoder_ftr_dim not in (None, backbone.config.hidden_size):
         raise UserError(
             f"model.encoder.encoder_ftr_dim={chosen.encoder_ftr_dim}: the encoder has a hidden size of "
@@ -98,6 +111,18 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
     )
     with whole_weights(encoder):
         check_padding_is_hidden(encoder, config.data.max_len, where)
+        both_ways = sees_later_tokens(backbone)
+    if chosen.bidirectional and not both_ways:
+        raise UserError(
+            f"model.encoder.bidirectional=true: {type(backbone).__name__} of {where} cannot attend to later tokens; set it to false"
+        )
+    if chosen.pool_mode == "last_nhidden_conlast" and not both_ways:
+        raise UserError(
+            f"model.encoder.pool_mode=last_nhidden_conlast: the first token of {type(backbone).__name__}, a decoder, sees none of "
+            "the others; set it to last_token or last_hidden_avg"
+        )
+    if chosen.attn_implementation != "auto":
+        choose_attention(backbone, chosen.attn_implementation, "model.encoder.attn_implementation")
     if chosen.gradient_checkpointing:
         try:
             encoder.recompute_layers(True)

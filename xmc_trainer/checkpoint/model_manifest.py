@@ -49,7 +49,7 @@ MODEL = Kind(
         "max_len": whole(1),
         "config_sha256": SHA256,
         "encoder": {
-            "pool_mode": one_of("last_hidden_avg", "last_nhidden_conlast"),
+            "pool_mode": one_of("last_hidden_avg", "last_nhidden_conlast", "last_token"),
             "feature_layers": whole(1),
             "penultimate_size": or_null(whole(1, 1 << 16)),
             "penultimate_activation": one_of("relu", "gelu", "tanh", "none"),

@@ -51,20 +51,36 @@ _ACTIVATIONS = {
 }
 
 
+# pool_mode -> the name that sentence-transformers knows it by
+_POOLINGS = {
+    "last_nhidden_conlast": "cls_token",
+    "last_hidden_avg": "mean_tokens",
+    "last_token": "lasttoken",
+}
+
+
 def write_sentence_transformers(saved: SavedModel, out: Path) -> None:
-    """Write the encoder as a folder of sentence-transformers, which has no pooling of several layers."""
+    """Write the encoder as a folder of sentence-transformers, which has no pooling of several layers.
+
+    Raises UserError for a decoder with bidirectional attention.
+    """
     from safetensors.torch import save_file
 
+    from xmc_trainer.data.texts import instruction_of
+
     encoder = saved.encoder
+    if getattr(encoder.backbone.config, "is_causal", None) is False:
+        raise UserError(
+            f"{saved.folder}: is a decoder with bidirectional attention, which sentence-transformers would not keep; use --format onnx"
+        )
     encoder.backbone.save_pretrained(out)
     saved.tokenizer.padding_side = "right"
     saved.tokenizer.save_pretrained(out)
     modules = ["", "1_Pooling"]
     hidden = encoder.pooled_features
-    is_mean = encoder.pool_mode == "last_hidden_avg"
     _write_json(out / "sentence_bert_config.json", {"max_seq_length": saved.max_len, "do_lower_case": False})
     (out / "1_Pooling").mkdir()
-    pooling = {"pooling_mode_cls_token": not is_mean, "pooling_mode_mean_tokens": is_mean}
+    pooling = {f"pooling_mode_{name}": mode == encoder.pool_mode for mode, name in _POOLINGS.items()}
     _write_json(out / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden} | pooling)
     if encoder.penultimate is not None:
         modules.append("2_Dense")
@@ -79,6 +95,11 @@ def write_sentence_transformers(saved: SavedModel, out: Path) -> None:
         for number, (path, kind) in enumerate(zip(modules, ("Transformer", "Pooling", "Dense")))
     ]
     _write_json(out / "modules.json", listed)
+    if instruction := instruction_of(saved.tokenizer):
+        _write_json(
+            out / "config_sentence_transformers.json",
+            {"prompts": {"instruction": instruction}, "default_prompt_name": "instruction"},
+        )
 
 
 def write_scipy(saved: SavedModel, out: Path) -> None:

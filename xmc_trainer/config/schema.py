@@ -208,11 +208,24 @@ class EncoderConfig(Section, prefix="model.encoder."):
     encoder_ftr_dim: int | None = option(None, "Hidden size of the encoder; checked against the model.", _WIDTH)
     pool_mode: str = option(
         "last_hidden_avg",
-        "last_hidden_avg (mean over tokens), or last_nhidden_conlast (first token of the last feature_layers layers).",
-        choices=("last_hidden_avg", "last_nhidden_conlast"),
+        "last_hidden_avg (mean over tokens), last_nhidden_conlast (first token of the last feature_layers layers; not for "
+        "decoders), or last_token (last token of the last layer; for decoders).",
+        choices=("last_hidden_avg", "last_nhidden_conlast", "last_token"),
     )
     feature_layers: int = option(1, "Number of layers that pool_mode=last_nhidden_conlast concatenates.", "[1, 1000]")
+    bidirectional: bool = option(
+        False, "Let each token of a decoder such as Qwen or Llama see the tokens after it, too, as in an encoder."
+    )
+    instruction: str = option(
+        "", "Text put before every text, in training and in prediction. Its tokens count towards data.max_len."
+    )
     embed_dropout: float = option(0.3, "Dropout on the pooled embedding.", "[0, 1)")
+    attn_implementation: str = option(
+        "auto",
+        "How transformers computes attention while training: eager, sdpa, flash_attention_2 (needs a GPU, training.amp and the "
+        "package flash-attn), or auto, which is transformers' choice on a GPU, and eager on a CPU.",
+        choices=("auto", "eager", "sdpa", "flash_attention_2"),
+    )
     use_torch_compile: str = option(
         "auto",
         "Compile the encoder with torch.compile, which delays the start by seconds: true, false or auto. "
@@ -235,8 +248,8 @@ class EncoderConfig(Section, prefix="model.encoder."):
     def __post_init__(self) -> None:
         self.use_torch_compile = self.use_torch_compile.lower()  # YAML writes booleans as True and False, too
         super().__post_init__()
-        if self.pool_mode == "last_hidden_avg" and self.feature_layers != 1:
-            raise UserError("model.encoder.feature_layers: must be 1 with pool_mode=last_hidden_avg")
+        if self.pool_mode != "last_nhidden_conlast" and self.feature_layers != 1:
+            raise UserError(f"model.encoder.feature_layers: must be 1 with pool_mode={self.pool_mode}")
         if self.use_ngame_encoder_weights and not self.ngame_checkpoint:
             raise UserError(
                 "model.encoder.use_ngame_encoder_weights=true: needs a file; set model.encoder.ngame_checkpoint"
@@ -639,6 +652,11 @@ class Config(Section):
             raise UserError(
                 f"environment.running_env={env.running_env!r}: is not a key of environment.env2path; add it there, or "
                 "set dataset_path=FOLDER"
+            )
+        if self.model.encoder.attn_implementation == "flash_attention_2" and not self.training.amp.enabled:
+            raise UserError(
+                "model.encoder.attn_implementation=flash_attention_2: computes in 16 bits only; set training.amp.enabled=true, or "
+                "attn_implementation=auto"
             )
         if ffi.use_sparse_layer and opt.dense_epochs >= opt.epochs:
             raise UserError(

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from xmc_trainer.data.cache import Damaged, locked, making, seal, unseal
 from xmc_trainer.data.sources import Contents, Ragged, Row, Source, check_num_labels, no_texts
+from xmc_trainer.data.texts import instruction_of
 from xmc_trainer.data.tokenise import ROWS_PER_BATCH, tokenised
 from xmc_trainer.errors import UserError, reason
 
@@ -272,7 +273,8 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     else:
         # Truncation and padding are left over from the last call.
         content = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-    return [type(tokenizer).__name__, tokenizer.truncation_side, content]
+    instruction = instruction_of(tokenizer)
+    return [type(tokenizer).__name__, tokenizer.truncation_side, content, *([instruction] if instruction else [])]
 
 
 def _build(

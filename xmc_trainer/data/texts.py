@@ -17,6 +17,7 @@ MOST_CHARACTERS = 1 << 19
 _CHARACTERS_PER_CALL = 1 << 18
 _CHARACTERS_PER_TOKEN = 6  # above the average of most texts
 _MARGIN = 256  # tokens
+_INSTRUCTION = "instruction"  # entry of tokenizer_config.json
 
 
 def decoded_lines(lines: Iterable[bytes], name: str, first: int = 1) -> Iterator[tuple[int, str]]:
@@ -69,8 +70,20 @@ def cut_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text[-MOST_CHARACTERS:] if tokenizer.truncation_side == "left" else text[:MOST_CHARACTERS]
 
 
+def instruction_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text that `encode_texts` puts before every text; "" for none."""
+    return tokenizer.init_kwargs.get(_INSTRUCTION, "")
+
+
+def set_instruction(tokenizer: PreTrainedTokenizerBase, instruction: str) -> None:
+    """Put a text before every text that is tokenised from now on. The tokenizer's `save_pretrained` stores it."""
+    tokenizer.init_kwargs.pop(_INSTRUCTION, None)
+    if instruction:
+        tokenizer.init_kwargs[_INSTRUCTION] = instruction
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: int) -> list[list[int]]:
-    """Return the token ids of each text, with special tokens, truncated to `max_len` and not padded.
+    """Return the token ids of each text, with instruction and special tokens, truncated to `max_len` and not padded.
 
     Every text has at least one token, because a mean over no tokens is undefined: where the tokenizer gives none, the
     unknown token, the padding token or id 0 takes its place.
@@ -78,7 +91,10 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len: 
     The ids equal those of the whole text after `cut_text`, but only as much of a long text is tokenised as is needed.
     To bound memory, one call of the tokenizer gets at most 262,144 characters or one text.
     """
-    prefixes = _sufficient_prefixes(tokenizer, [cut_text(tokenizer, text) for text in texts], max_len)
+    instruction = instruction_of(tokenizer)
+    prefixes = _sufficient_prefixes(
+        tokenizer, [cut_text(tokenizer, instruction + without_marks(text)) for text in texts], max_len
+    )
     fallback = next((i for i in (tokenizer.unk_token_id, tokenizer.pad_token_id) if i is not None), 0)
     return [ids or [fallback] for ids in _tokenise(tokenizer, prefixes, max_len)]
 

@@ -21,10 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES,
 )
@@ -36,6 +33,10 @@ from xmc_trainer.errors import UserError, reason
 # Entries that a state dict may hold and the encoder ignores: a pooler, because TextEncoder pools, and constant buffers
 # that older versions of transformers saved.
 _LEFT_OUT = re.compile(r"^pooler\.|(^|\.)(position_ids|token_type_ids|inv_freq)$")
+
+
+# Relative difference of a token's states, in float32, that rounding does not reach.
+_SAME = 1e-6
 
 
 def _load(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bool, **options: Any) -> Any:
@@ -63,7 +64,7 @@ def _load(loader: Any, name: str, where: str, trust_remote_code: bool, saved: bo
 def load_backbone(
     name: str, *, for_cpu: bool = False, trust_remote_code: bool = False, saved: bool = False
 ) -> PreTrainedModel:
-    """Load the encoder of a folder or hub id in float32; for an encoder-decoder, only its encoder.
+    """Load the encoder or decoder of a folder or hub id in float32; for an encoder-decoder, only its encoder.
 
     Args:
         for_cpu: whether it is going to be trained on a CPU.
@@ -73,7 +74,6 @@ def load_backbone(
     """
     where = name if saved else f"`encoder_model`={name}"
     config = _load(AutoConfig, name, where, trust_remote_code, saved)
-    _check_reads_both_ways(config, where)
     loader = _encoder_class(config) or AutoModel
     backbone = _load_whole(loader, name, where, trust_remote_code, saved)
     backbone = _encoder_part(backbone, loader, config, where)
@@ -92,7 +92,6 @@ def backbone_without_weights(
     """
     where = f"`encoder_model`={name}"
     config = _load(AutoConfig, name, where, trust_remote_code, False)
-    _check_reads_both_ways(config, where)
     loader = _encoder_class(config) or AutoModel
     make = loader._from_config if hasattr(loader, "_from_config") else loader.from_config
     backbone = make(config, dtype=dtype)
@@ -110,26 +109,53 @@ def _encoder_part(backbone: Any, loader: Any, config: PreTrainedConfig, where: s
     if getattr(backbone, "pooler", None) is not None:
         # TextEncoder pools, so the pooler never gets a gradient. It is kept, so that saved models are complete.
         backbone.pooler.requires_grad_(False)
+    backbone.config.use_cache = False  # a decoder would keep its keys and values for a next token
+    if getattr(backbone.config, "is_causal", None) is False:
+        attend_both_ways(backbone)
     return backbone
 
 
-def _check_reads_both_ways(config: PreTrainedConfig, where: str) -> None:
-    """Raise UserError for a decoder-only model, whose attention is causal."""
-    kind = config.model_type
-    listed = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
-        kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        or kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-        or kind in ("xlnet", "bert-generation")
-    )
-    # For an architecture that transformers does not know, only the class name tells.
-    named = kind not in CONFIG_MAPPING_NAMES and any("CausalLM" in name for name in config.architectures or ())
-    told = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
-    both_ways = getattr(config, "use_bidirectional_attention", None) or getattr(config, "is_causal", None) is False
-    if (listed or named or told) and not both_ways:
-        raise UserError(
-            f"{where}: a decoder ({kind}), whose words do not see the words after them; name an encoder, such as a BERT, "
-            "or an encoder-decoder, such as a T5, whose encoder is used"
-        )
+def attend_both_ways(backbone: PreTrainedModel) -> None:
+    """Let each token of a decoder see those after it, too. The setting is stored in the config.json of a saved model.
+
+    An architecture may ignore it; see `sees_later_tokens`.
+    """
+    backbone.config.is_causal = False  # transformers builds the mask from it
+    for module in backbone.modules():
+        if hasattr(module, "is_causal"):  # read where a batch without padding has no mask
+            module.is_causal = False
+
+
+@torch.no_grad()
+def sees_later_tokens(backbone: PreTrainedModel) -> bool:
+    """Measure whether a token's states depend on the tokens after it, as in an encoder but not in a decoder.
+
+    Under ZeRO 3 gather the weights first.
+    """
+    training = backbone.training
+    backbone.eval()
+    tokens = torch.tensor([[1, 2, 3], [1, 2, 1]], device=backbone.device)
+    first, other = backbone(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state[:, 0].float()
+    backbone.train(training)
+    return bool((first - other).norm() > _SAME * first.norm())
+
+
+def choose_attention(backbone: PreTrainedModel, name: str, field: str) -> None:
+    """Let a backbone compute attention by transformers' implementation `name`.
+
+    Args:
+        field: start of the error message.
+    Raises UserError if this machine or the backbone lacks it.
+    """
+    why = "it has another of its own"
+    try:
+        if name.startswith("flash") and not torch.cuda.is_available():
+            raise ValueError("it needs a GPU")
+        backbone.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        why = reason(error)
+    if backbone.config._attn_implementation != name:
+        raise UserError(f"{field}={name}: {type(backbone).__name__} cannot use it here ({why}); set it to auto")
 
 
 def _encoder_class(config: PreTrainedConfig) -> Any:

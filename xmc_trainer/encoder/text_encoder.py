@@ -21,7 +21,8 @@ class TextEncoder(nn.Module):
     Args:
         backbone: as `load_backbone` returns it.
         pool_mode: "last_hidden_avg": the mean of the last layer over the text's tokens. "last_nhidden_conlast": the first
-            token's states in the last `feature_layers` layers, concatenated, last layer first.
+            token's states in the last `feature_layers` layers, concatenated, last layer first. "last_token": the last layer's
+            states of the text's last token, on whichever side the padding is.
         penultimate_size: width of a linear layer with `penultimate_activation` after the dropout; None for no such layer.
     """
 
@@ -58,6 +59,11 @@ class TextEncoder(nn.Module):
             hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             mask = attention_mask[:, :, None].to(hidden.dtype)
             return (hidden * mask).sum(1) / mask.sum(1)
+        if self.pool_mode == "last_token":
+            hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+            last = (attention_mask * places).argmax(1)
+            return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
         if self.feature_layers == 1:
             # output_hidden_states makes transformers install hooks, which torch.compile cannot trace.
             return self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
