@@ -27,7 +27,9 @@ ALLOWED = {
     "commands.doctor": {"", "errors", "kernels", "version"},
     "builders": {"builders", "config", "data", "encoder", "engine", "errors", "parallel"},
     "builders.data": {"builders.inputs", "config", "data", "errors", "labels", "metrics"},
-    "builders.inputs": {"checkpoint.model_manifest", "config", "data.layouts", "data.sources", "errors", "run_folder"},
+    "builders.inputs": {
+        "checkpoint.model_manifest", "config", "data.layouts", "data.sources", "encoder.adapters", "errors", "run_folder",
+    },
     "builders.head": {"builders", "config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "labels", "parallel"},
     "builders.hooks": {"config", "errors", "head", "hooks", "schedules"},
     "builders.saved_model": {"builders", "checkpoint", "config", "data", "errors", "evaluation", "measures"},

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Batches, Corpus, padded_width
 from xmc_trainer.data.texts import encode_texts, set_instruction
+from xmc_trainer.encoder.adapters import add_adapters
 from xmc_trainer.encoder.captured import CannotCapture
 from xmc_trainer.encoder.compiling import compile_encoder, layer_lists, undo, warm_up
 from xmc_trainer.encoder.flat import FlatEncoder
@@ -100,6 +101,14 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
         raise UserError(
             f"model.encoder.feature_layers={chosen.feature_layers}: the encoder has only "
             f"{backbone.config.num_hidden_layers} layers; lower it"
+        )
+    if chosen.lora_rank:
+        add_adapters(
+            backbone,
+            rank=chosen.lora_rank,
+            alpha=chosen.lora_alpha,
+            dropout=chosen.lora_dropout,
+            target=chosen.lora_target,
         )
     encoder = TextEncoder(
         backbone,

@@ -15,6 +15,7 @@ from xmc_trainer.checkpoint.model_manifest import facts_of_model
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data.layouts import open_source
 from xmc_trainer.data.sources import Source, check_num_labels, no_texts
+from xmc_trainer.encoder.adapters import require_peft
 from xmc_trainer.errors import UserError, naming, reason
 from xmc_trainer.run_folder import SPLIT
 
@@ -112,6 +113,9 @@ def require_encoder(config: Config) -> None:
     """Raise UserError if encoder or tokenizer are missing, or if the encoder's config.json contradicts the settings."""
     chosen = config.model.encoder
     where = f"model.encoder.encoder_model={chosen.encoder_model}"
+    if chosen.lora_rank:
+        with naming(SETTINGS):
+            require_peft()
     facts = _facts_of_model(chosen.encoder_model, where)
     if chosen.encoder_tokenizer != chosen.encoder_model:
         require_tokenizer(config)

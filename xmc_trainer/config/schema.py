@@ -237,6 +237,17 @@ class EncoderConfig(Section, prefix="model.encoder."):
         "Keep only each layer's input for the backward pass, which computes the layer again: less memory, a third more "
         "computation in the encoder.",
     )
+    lora_rank: int = option(
+        0,
+        "Train adapters of this rank beside the encoder's frozen weights (LoRA; needs the package peft); 0: train all weights.",
+        "[0, 4096]",
+    )
+    lora_alpha: float = option(16.0, "Adapters' products are multiplied by lora_alpha / lora_rank.", "(0, 1e6]")
+    lora_dropout: float = option(0.0, "Dropout on the adapters' input.", "[0, 1)")
+    lora_target: str = option(
+        "all-linear",
+        "Layers with adapters: all-linear, or ends of their names, separated by commas, such as q_proj,v_proj.",
+    )
     use_ngame_encoder_weights: bool = option(False, "Initialise the encoder from ngame_checkpoint.")
     ngame_checkpoint: str | None = option(None, "Encoder state dict: a torch.save file, or .safetensors.")
     ngame_key_prefix: str = option(
@@ -250,6 +261,11 @@ class EncoderConfig(Section, prefix="model.encoder."):
         super().__post_init__()
         if self.pool_mode != "last_nhidden_conlast" and self.feature_layers != 1:
             raise UserError(f"model.encoder.feature_layers: must be 1 with pool_mode={self.pool_mode}")
+        for name, default in (("lora_alpha", 16.0), ("lora_dropout", 0.0), ("lora_target", "all-linear")):
+            if not self.lora_rank and getattr(self, name) != default:
+                raise UserError(
+                    f"model.encoder.{name}={shown(getattr(self, name))}: has no effect with model.encoder.lora_rank=0; set that too"
+                )
         if self.use_ngame_encoder_weights and not self.ngame_checkpoint:
             raise UserError(
                 "model.encoder.use_ngame_encoder_weights=true: needs a file; set model.encoder.ngame_checkpoint"

@@ -121,9 +121,10 @@ def attend_both_ways(backbone: PreTrainedModel) -> None:
     An architecture may ignore it; see `sees_later_tokens`.
     """
     backbone.config.is_causal = False  # transformers builds the mask from it
-    for module in backbone.modules():
-        if hasattr(module, "is_causal"):  # read where a batch without padding has no mask
-            module.is_causal = False
+    layer: Any
+    for layer in backbone.modules():
+        if hasattr(layer, "is_causal"):  # read where a batch without padding has no mask
+            layer.is_causal = False
 
 
 @torch.no_grad()

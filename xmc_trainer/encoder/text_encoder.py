@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from xmc_trainer.encoder.adapters import merged
 from xmc_trainer.errors import UserError, reason
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "none": nn.Identity}
@@ -105,14 +106,14 @@ class TextEncoder(nn.Module):
         return groups
 
     def save_pretrained(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """Write the backbone (Hugging Face layout) and the penultimate layer as safetensors.
+        """Write the backbone (Hugging Face layout, adapters merged) and the penultimate layer as safetensors.
 
         Args:
             state: this module's full state dict. Under ZeRO 3 the module itself holds only a part of it.
         """
         prefix = "backbone."
         backbone = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        self.backbone.save_pretrained(folder, state_dict=backbone)
+        self.backbone.save_pretrained(folder, state_dict=merged(self.backbone, backbone))
         rest = {name: value.contiguous() for name, value in state.items() if not name.startswith(prefix)}
         if rest:
             save_file(rest, folder / "penultimate.safetensors")

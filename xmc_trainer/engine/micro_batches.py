@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-# 16-bit weights and gradients, each twice while the engine builds its buffers; float32 weights and two optimizer states.
+# Of a trained parameter: 16-bit weights and gradients, each twice while the engine builds its buffers; float32 weights and two optimizer states.
 BYTES_A_PARAMETER = 20
 # Share of the GPU's memory for the head's working memory, the collectives' buffers and the allocator's fragmentation.
 SPARED = 0.15
@@ -31,7 +31,9 @@ def free_bytes(encoder: nn.Module, device: torch.device) -> int:
     """Return the bytes of GPU memory that will be left for texts once the engine holds the encoder. The head must exist already."""
     free, total = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + unused - SPARED * total) - BYTES_A_PARAMETER * sum(p.numel() for p in encoder.parameters())
+    return int(free + unused - SPARED * total) - BYTES_A_PARAMETER * sum(
+        p.numel() for p in encoder.parameters() if p.requires_grad
+    )
 
 
 def fewest_parts(texts: int, ranks: int, text_bytes: int, free: int) -> int:
