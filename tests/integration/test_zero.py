@@ -9,14 +9,58 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from tests.integration.test_training import log_of
 from xmc_trainer.builders import encoder as builder
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
+from xmc_trainer.encoder.flat import named_parts
 from xmc_trainer.engine import accelerator as engine
 
 ROOT = Path(__file__).parents[2]
+
+
+def as_launched(monkeypatch):
+    """Let the next training of this process run under DeepSpeed."""
+    import deepspeed
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)  # both keep the process group of the training before
+    monkeypatch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_train_and_merge_under_zero(toy_settings, tiny_encoder, stage, monkeypatch, fresh_accelerator):
+    settings = [*toy_settings, "model.encoder.lora_rank=2", "training.optimization.encoder_lr=0.1", "training.optimization.max_steps=4",
+                "training.optimization.warmup_steps=1", "model.encoder.pool_mode=last_token"]  # fmt: skip
+    found = []
+    for json_file in (None, str(ROOT / f"ds_configs/zero{stage}.json")):
+        if json_file is not None:
+            as_launched(monkeypatch)
+        trainer = build_trainer(
+            load_config([*settings, f"log_fname=lora-{json_file is None}"]), deepspeed_config=json_file
+        )
+        named = [
+            name for _, members in named_parts(trainer.accelerator.unwrap_model(trainer.encoder)) for name, _ in members
+        ]
+        assert all(".lora_" in name for name in named)
+        trainer.train()
+        losses = [record["loss"] for record in log_of(trainer, "step")]
+        found.append((losses, load_file(trainer.run_folder / "model/encoder/model.safetensors")))
+        trainer.close()
+    (losses, weights), (others, other_weights) = found
+    assert others == pytest.approx(losses, rel=1e-4)
+    assert weights.keys() == other_weights.keys() and not any("lora" in name for name in weights)
+    before = load_file(tiny_encoder / "model.safetensors")
+    assert sum(not torch.equal(value, before[name]) for name, value in weights.items()) == 2 * 6  # linear layers
+    for name, value in weights.items():
+        torch.testing.assert_close(other_weights[name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -26,7 +70,6 @@ def test_float16_overflows_are_skipped_as_by_deepspeed(
 ):
     # This CPU may multiply float16 slowly, but it does.
     monkeypatch.setattr(engine, "_cpu_takes_fp16", lambda: True)
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
@@ -36,13 +79,7 @@ def test_float16_overflows_are_skipped_as_by_deepspeed(
     (tmp_path / "zero2.json").write_text(json.dumps(settings))
     trained = []
     for shortened in (False, True):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)  # both keep the process group of the training before
-        monkeypatch.setattr(deepspeed.utils.groups, "_WORLD_GROUP", None)
-        with socket.create_server(("", 0)) as server:
-            port = str(server.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
+        as_launched(monkeypatch)
         words = [
             "training.amp.enabled=true", "training.amp.dtype=float16", "training.optimization.max_steps=12",
             f"data.micro_batches={accumulation}", f"log_fname=shortened-{shortened}",

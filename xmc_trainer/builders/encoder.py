@@ -161,6 +161,9 @@ def prepare_encoder(config: Config, accelerator: Accelerator, encoder: TextEncod
         for _, layers in layer_lists(encoder.backbone):
             for layer in layers:
                 set_z3_leaf_module(layer, True)
+        if config.model.encoder.lora_rank:
+            # It empties a layer's parameters when the gradient of the layer's input is known. Frozen embeddings have none.
+            encoder.backbone.enable_input_require_grads()
     else:
         flat = FlatEncoder(encoder, groups)
     optimizer = _ENCODER_OPTIMIZERS[optimization.encoder_optimizer](
