@@ -34,6 +34,12 @@ def as_launched(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
+def weights_of(folder):
+    """Read a backbone's weights. Under ZeRO 3 transformers writes a BERT's norms by their old names, which it reads, too."""
+    state = load_file(folder / "model.safetensors")
+    return {name.replace("gamma", "weight").replace("beta", "bias"): value for name, value in state.items()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_adapters_train_and_merge_under_zero(toy_settings, tiny_encoder, stage, monkeypatch, fresh_accelerator):
@@ -52,12 +58,12 @@ def test_adapters_train_and_merge_under_zero(toy_settings, tiny_encoder, stage, 
         assert all(".lora_" in name for name in named)
         trainer.train()
         losses = [record["loss"] for record in log_of(trainer, "step")]
-        found.append((losses, load_file(trainer.run_folder / "model/encoder/model.safetensors")))
+        found.append((losses, weights_of(trainer.run_folder / "model/encoder")))
         trainer.close()
     (losses, weights), (others, other_weights) = found
     assert others == pytest.approx(losses, rel=1e-4)
     assert weights.keys() == other_weights.keys() and not any("lora" in name for name in weights)
-    before = load_file(tiny_encoder / "model.safetensors")
+    before = weights_of(tiny_encoder)
     assert sum(not torch.equal(value, before[name]) for name, value in weights.items()) == 2 * 6  # linear layers
     for name, value in weights.items():
         torch.testing.assert_close(other_weights[name], value, rtol=1e-3, atol=1e-4)
