@@ -1,21 +1,22 @@
 """Plan a training before anything is loaded: GPU memory, host memory, disk and time, each term from one formula.
 
-Symbols: P trained parameters of the encoder, U frozen ones (a pooler), w bytes per weight (2 under DeepSpeed with fp16 or bf16, else
+Symbols: P trained parameters of the encoder, U frozen ones (a pooler, or all but the adapters of LoRA), w bytes per weight (2 under DeepSpeed with fp16 or bf16, else
 4), s optimizer states per parameter (Adam 2, SGD 1), N GPUs, B texts per step, b texts of a GPU's micro-batch, d features.
 
 GPU memory of a process, in bytes that the allocator counts (`torch.cuda.max_memory_allocated`):
 
-    weights             w (P + U). ZeRO 3: w (P + U) / N, and w (P + U) more while layers are gathered
+    weights             w (P + U). ZeRO 3: w (P + U) / N, and w (P + U) more while layers are gathered, but at most w 1e9 (DeepSpeed's
+                        stage3_max_live_parameters). Offloaded: what is gathered alone
     optimizer           ZeRO 1, 2, 3: (4 + 4 s) P / N for float32 weights and states. ZeRO 0 with 16-bit weights: (4 + 4 s) P.
-                        Without DeepSpeed: 4 s P (the weights themselves are float32)
+                        Without DeepSpeed: 4 s P (the weights themselves are float32). Offloaded: 0
     gradients           kept between micro-batches: w P. ZeRO 2: w P / N. ZeRO 3: w P / N and a bucket of 5e8 numbers
-                        (DeepSpeed's reduce_bucket_size). With one micro-batch per step none are kept during the forward pass.
+                        (DeepSpeed's reduce_bucket_size); offloaded, the bucket alone. With one micro-batch per step none are kept during the forward pass.
                         CUDA graphs write to one more flat gradient, w P
     activations         what autograd saves for b texts of `data.max_len` tokens, measured by a forward pass on fake tensors. A BERT
                         with h features saves about 34 h bytes per token and layer in 16 bits, 42 h under autocast (an attention
                         kernel saves queries, keys, values and output). A model that fails on fake tensors counts as a BERT of
                         its size. Autocast adds 16-bit copies of the weights. A compiled encoder keeps the share k of it
-                        (`compiling._KEPT`; 0 with gradient_checkpointing), of the rest each layer's input, and the values of
+                        (`compiling._KEPT`), one with gradient_checkpointing nothing, of the rest each layer's input, and the values of
                         one layer, which its backward pass computes again
     head                the buffers of `FixedFanInHead`, counted on the meta device, and what kernels cache of the index
     head, working       workspace of the kernel that `kernels.dispatch` chooses; see `working_bytes`
@@ -50,6 +51,7 @@ from transformers import AttentionInterface
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data.generated import PUBLISHED, Shape
 from xmc_trainer.encoder import compiling
+from xmc_trainer.encoder.adapters import add_adapters, is_adapter
 from xmc_trainer.encoder.loading import backbone_without_weights
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
@@ -65,6 +67,7 @@ STAGES = (None, 0, 1, 2, 3)  # None: without DeepSpeed
 CONTEXT = 1 << 30  # bytes of a process outside torch's allocator: CUDA, NCCL (assumed)
 SLACK = 0.05  # share of memory lost to fragmentation (assumed)
 _BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size
+_LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
 _MULTIPROCESSORS = 132  # of an H100 or H200
 _STATES = {"adamw": 2, "adam": 2, "sgd": 1}
 _LABELS_A_CLUSTER = 64  # as `xmc-trainer clusters` makes them
@@ -79,10 +82,11 @@ class EncoderPlan:
 
     Attributes:
         groups: trained parameters of each optimizer group, which are the lengths of the engine's flat tensors.
-        tensors: entries of the state dict.
+        tensors: trained parameters, and entries of a saved model's file.
         fixed: frozen parameters.
+        adapters: trained parameters that a saved model has merged into others.
         features: d.
-        matrices: trained parameters of matrices other than embeddings, which every token is multiplied with.
+        matrices: parameters of trained, and of frozen matrices that every token is multiplied with. Not embeddings and poolers.
         layers, hidden: layers and hidden size of the backbone.
         text_bytes: bytes that autograd saves per text of `tokens` tokens.
         cast_bytes: bytes that it saves once, independent of the texts.
@@ -90,10 +94,11 @@ class EncoderPlan:
     """
 
     groups: tuple[int, ...]
-    tensors: int
+    tensors: tuple[int, int]
     fixed: int
+    adapters: int
     features: int
-    matrices: int
+    matrices: tuple[int, int]
     layers: int
     hidden: int
     tokens: int
@@ -106,9 +111,14 @@ class EncoderPlan:
         return sum(self.groups)
 
     def flops(self, texts: float, tokens: float, *, backward: bool = True) -> float:
-        """Count the operations of a pass over `texts` texts of `tokens` tokens: 2 per weight and token, 4 T h per layer for attention."""
-        forward = texts * tokens * (2 * self.matrices + 4 * self.layers * self.hidden * tokens)
-        return (3 if backward else 1) * forward
+        """Count the operations of a pass over `texts` texts of `tokens` tokens: 2 per weight and token, 4 T h per layer for attention.
+
+        The backward pass takes as many for the gradients of inputs, and again as many for those of trained weights and of attention.
+        """
+        trained, frozen = self.matrices
+        attention = 4 * self.layers * self.hidden * tokens
+        passes = (3, 2) if backward else (1, 1)
+        return texts * tokens * (passes[0] * (2 * trained + attention) + passes[1] * 2 * frozen)
 
     @classmethod
     def of(cls, config: Config) -> EncoderPlan:
@@ -124,16 +134,26 @@ class EncoderPlan:
             except RuntimeError:  # fake tensors have no values to branch on, and some models do not run in 16 bits
                 text_bytes[sixteen], cast_bytes[sixteen] = _closed_form(encoder, tokens, autocast), 0
                 traced = False
-        parameters = list(encoder.parameters())
+        named = dict(encoder.named_parameters())
         groups = encoder.parameter_groups(0.0, 0.0, 0.0)
         embeddings = {id(m.weight) for m in encoder.modules() if isinstance(m, torch.nn.Embedding)}
+        matrices = [
+            p for name, p in named.items() if p.dim() > 1 and id(p) not in embeddings and ".pooler." not in name
+        ]
         shape = encoder.backbone.config
         return cls(
             groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
-            tensors=len(encoder.state_dict()),
-            fixed=sum(p.numel() for p in parameters if not p.requires_grad),
+            tensors=(
+                sum(len(group["params"]) for group in groups),
+                sum(not is_adapter(name) for name in encoder.state_dict()),
+            ),
+            fixed=sum(p.numel() for p in named.values() if not p.requires_grad),
+            adapters=sum(p.numel() for name, p in named.items() if is_adapter(name)),
             features=encoder.out_features,
-            matrices=sum(p.numel() for p in parameters if p.requires_grad and p.dim() > 1 and id(p) not in embeddings),
+            matrices=(
+                sum(p.numel() for p in matrices if p.requires_grad),
+                sum(p.numel() for p in matrices if not p.requires_grad),
+            ),
             layers=shape.num_hidden_layers,
             hidden=shape.hidden_size,
             tokens=tokens,
@@ -147,18 +167,32 @@ class EncoderPlan:
 def encoder_without_weights(config: Config, dtype: torch.dtype) -> TextEncoder:
     """Build the encoder of a configuration from fake tensors. Raises UserError like `load_backbone`."""
     chosen, penultimate = config.model.encoder, config.model.penultimate
-    with FakeTensorMode():
-        encoder = TextEncoder(
-            backbone_without_weights(chosen.encoder_model, dtype=dtype, trust_remote_code=chosen.trust_remote_code),
-            pool_mode=chosen.pool_mode,
-            feature_layers=chosen.feature_layers,
-            embed_dropout=chosen.embed_dropout,
-            penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
-            penultimate_activation=penultimate.penultimate_activation,
+    with FakeTensorMode() as mode:
+        backbone = backbone_without_weights(
+            chosen.encoder_model, dtype=dtype, trust_remote_code=chosen.trust_remote_code
         )
-        if encoder.penultimate is not None:
-            for parameter in encoder.penultimate.parameters():
-                parameter.data = parameter.data.to(dtype)
+    if chosen.lora_rank:  # peft cannot make fake tensors
+        add_adapters(
+            backbone,
+            rank=chosen.lora_rank,
+            alpha=chosen.lora_alpha,
+            dropout=chosen.lora_dropout,
+            target=chosen.lora_target,
+        )
+    encoder = TextEncoder(
+        backbone,
+        pool_mode=chosen.pool_mode,
+        feature_layers=chosen.feature_layers,
+        embed_dropout=chosen.embed_dropout,
+        penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
+        penultimate_activation=penultimate.penultimate_activation,
+    )
+    for module in encoder.modules():  # the adapters and the penultimate layer
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(parameter, FakeTensor):
+                with mode:
+                    fake = torch.empty(parameter.shape, dtype=dtype)
+                module.register_parameter(name, torch.nn.Parameter(fake, parameter.requires_grad))
     config.check_fan_in(encoder.out_features)
     return encoder
 
@@ -450,10 +484,12 @@ def memory_of(
     stage: int | None,
     gpu_bytes: int,
     parts: int | None = None,
+    offload: bool = False,
 ) -> Memory:
     """Compute the GPU memory of each of `gpus` processes.
 
     Args:
+        offload: ZeRO 2 and 3: whether the optimizer's state, and under ZeRO 3 the parameters, are in host memory.
         gpu_bytes: memory of a GPU, which data.micro_batches=auto fits a step into.
         parts: micro-batches per step; default: as configured.
     """
@@ -470,21 +506,24 @@ def memory_of(
         if config.data.micro_batches != "auto":
             parts = int(config.data.micro_batches)
         else:
-            free = int((1 - SPARED) * gpu_bytes) - CONTEXT - head - (4 + BYTES_A_PARAMETER) * (P + U)
+            free = int((1 - SPARED) * gpu_bytes) - CONTEXT - head - 4 * (P + U) - BYTES_A_PARAMETER * P
             # A training measures before the engine prepares the encoder: in float32 or under autocast.
             parts = fewest_parts(texts, gpus, encoder.text_bytes[False], free)
     largest = max(encoder.groups)
     kept = 0 if parts == 1 else w * P // (share if stage in (2, 3) else 1)
     compiled = stage != 3 and config.model.encoder.use_torch_compile != "false"
     a_text = encoder.text_bytes[sixteen]
-    if compiled:
-        share_kept = 0.0 if config.model.encoder.gradient_checkpointing else compiling._KEPT
+    recompute = config.model.encoder.gradient_checkpointing
+    if compiled or recompute:
+        share_kept = 0.0 if recompute else compiling._KEPT
         inputs = encoder.layers * encoder.tokens * encoder.hidden * (2 if sixteen else 4)
         a_text = int(share_kept * a_text + (1 - share_kept) * inputs + a_text / encoder.layers)
+    own = 0 if offload and stage == 3 else w * (P + U) // (gpus if stage == 3 else 1)
+    states = 4 * s if stage is None or not sixteen and stage == 0 else 4 + 4 * s
     terms = {
-        "weights": w * (P + U) // (gpus if stage == 3 else 1) + (w * (P + U) if stage == 3 else 0),
-        "optimizer": (4 * s if stage is None or not sixteen and stage == 0 else 4 + 4 * s) * P // share,
-        "gradients": kept + compiled * w * P if stage != 3 else w * P // gpus + w * _BUCKET,
+        "weights": own + (w * min(P + U, _LIVE) if stage == 3 else 0),
+        "optimizer": 0 if offload else states * P // share,
+        "gradients": kept + compiled * w * P if stage != 3 else (0 if offload else w * P // gpus) + w * _BUCKET,
         "activations": -(-texts // (parts * gpus)) * a_text + encoder.cast_bytes[sixteen],
         "head": head,
         "head, working": working,
@@ -497,7 +536,7 @@ def memory_of(
     static = terms["weights"] + terms["optimizer"] + terms["gradients"] + head
     in_head = static + terms["activations"] + terms["head, working"] + terms["exchange"]
     # A gradient per parameter, the flat one of the largest group, and under DeepSpeed its float32 copy.
-    in_backward = static + (4 * P // share if stage is not None else 0)
+    in_backward = static + (4 * P // share if stage is not None and not offload else 0)
     in_backward += terms["activations"] if compiled else 0 if stage == 3 else w * (P + largest)
     return Memory(gpus, stage, parts, terms, max(in_head, in_backward))
 
@@ -527,7 +566,7 @@ def checkpoint_bytes(config: Config, encoder: EncoderPlan, facts: Facts) -> int:
     ffi = config.model.ffi
     recent = ffi.growth_batches if ffi.growth_mode == "gradient" else 0
     recent *= int(config.texts_a_step * (encoder.features * heads[0].product_dtype.itemsize + 16 * facts.positives))
-    return (1 + s) * (4 * encoder.trained + _HEADER * encoder.tensors) + state + recent
+    return (1 + s) * (4 * encoder.trained + _HEADER * encoder.tensors[0]) + state + recent
 
 
 def model_bytes(config: Config, encoder: EncoderPlan, facts: Facts, stage: int | None) -> int:
@@ -537,18 +576,24 @@ def model_bytes(config: Config, encoder: EncoderPlan, facts: Facts, stage: int |
     tensors = [head.tensors() for head in heads]
     kept = sum(t.nbytes for head in tensors for t in (head.weight_LF, head.index_RF, head.bias_L) if t is not None)
     names = int(facts.labels * facts.name_bytes * 2)
-    return w * (encoder.trained + encoder.fixed) + _HEADER * encoder.tensors + kept + names
+    return w * (encoder.trained - encoder.adapters + encoder.fixed) + _HEADER * encoder.tensors[1] + kept + names
 
 
-def host_terms(config: Config, encoder: EncoderPlan, facts: Facts, gpus: int) -> dict[str, int]:
+def host_terms(
+    config: Config, encoder: EncoderPlan, facts: Facts, gpus: int, stage: int | None = None, offload: bool = False
+) -> dict[str, int]:
     """Count the host memory of rank 0 that grows with data and model, in bytes by term.
 
     The terms: label names while raw files are read; lengths, order and plan of an epoch's texts; counts and propensities of
-    labels; a checkpoint's tensors while they are written. Python and its libraries are not included.
+    labels; a checkpoint's tensors while they are written. Python and its libraries are not included. What is offloaded: float32
+    weights, gradients and states of this rank's share, and under ZeRO 3 the share of the weights.
     """
     s = _STATES[config.training.optimization.encoder_optimizer]
     heads = heads_of(config, encoder.features, facts.labels, gpus)
-    return {
+    shares = (8 + 4 * s) * encoder.trained
+    if stage == 3:
+        shares += (2 if config.training.amp.enabled else 4) * (encoder.trained + encoder.fixed)
+    return ({"offloaded": shares // gpus} if offload else {}) | {
         "reading labels": int(facts.labels * (_NAME + facts.name_bytes)),
         "plan of an epoch": 4 * 8 * facts.texts,
         "label counts": 3 * 8 * facts.labels,

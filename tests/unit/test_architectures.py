@@ -183,7 +183,7 @@ def test_merged_adapters_compute_the_same(name, folders, tmp_path):
     encoder = TextEncoder(load_backbone(str(folder)), pool_mode="last_token").eval()
     ids = torch.tensor([[4, 5, 6, 7]])
     plain = encoder(ids, torch.ones_like(ids))
-    add_adapters(encoder.backbone, rank=3, alpha=6.0, dropout=0.5, target="all-linear")
+    add_adapters(encoder.backbone, rank=3, alpha=6, dropout=0.5, target="all-linear")
     torch.testing.assert_close(encoder.eval()(ids, torch.ones_like(ids)), plain)
     trained = [(key, p) for key, p in encoder.named_parameters() if p.requires_grad]
     assert all(".lora_" in key and "pooler" not in key for key, _ in trained)
@@ -204,7 +204,7 @@ def test_adapters_that_cannot_be_are_refused(folders, monkeypatch):
         encoder_with(folders, "llama", "model.encoder.lora_rank=2", "model.encoder.lora_target=q_proj,up")
     with pytest.raises(UserError, match="lora_target=norm: not for LlamaModel"):
         encoder_with(folders, "llama", "model.encoder.lora_rank=2", "model.encoder.lora_target=norm")
-    with pytest.raises(UserError, match="lora_alpha=4.0: has no effect with model.encoder.lora_rank=0"):
+    with pytest.raises(UserError, match="lora_alpha=4: has no effect with model.encoder.lora_rank=0"):
         load_config(["dataset=wordnet", "model.encoder.lora_alpha=4"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     config = load_config(["dataset=wordnet", "model.encoder.lora_rank=2"])

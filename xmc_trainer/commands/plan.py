@@ -4,6 +4,7 @@ xmc-trainer plan dataset=amazon3m                              # 1, 2, 4 and 8 G
 xmc-trainer plan dataset=amazon3m --gpus 2 --gpu-gib 80 model.ffi.weight_dtype=bfloat16
 xmc-trainer plan dataset=amazon3m --gpus 1 --chart cost.svg         # memory and time over labels and fan-in; needs matplotlib
 xmc-trainer plan dataset=mine.yaml --texts 500000 --test-texts 50000 --tokens 80 --positives 4
+xmc-trainer plan dataset=amazon3m --gpus 2 --offload              # with ds_configs/zero2_offload.json and zero3_offload.json
 
 It takes the settings of a training. It reads only the encoder's config.json and no data. Sizes of published data sets are built in;
 give those of others. Times are scaled from the CSV files of xmc-trainer bench. To use rates of your own machine, run
@@ -30,6 +31,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--gpus", type=int, help="plan only for this number of GPUs (default: 1, 2, 4 and 8)")
     parser.add_argument("--gpu-gib", type=float, help="memory of a GPU in GiB (default: this machine's, or 80)")
+    parser.add_argument(
+        "--offload", action="store_true", help="plan ds_configs/zero2_offload.json and zero3_offload.json"
+    )
     parser.add_argument("--cores", type=int, help="CPU cores for tokenising (default: this machine's, at most 16)")
     parser.add_argument("--texts", type=int, help="training texts (default: the published number)")
     parser.add_argument("--test-texts", type=int)
@@ -80,18 +84,18 @@ def report(config: Any, options: argparse.Namespace) -> dict[str, Any]:
     cores = options.cores or min(16, len(os.sched_getaffinity(0)))
     rows = []
     for gpus in [options.gpus] if options.gpus else [1, 2, 4, 8]:
-        for stage in plan.STAGES:
+        for stage in (2, 3) if options.offload else plan.STAGES:
             row: dict[str, Any] = {
                 "gpus": gpus,
-                "stage": plan.stage_name(stage),
+                "stage": plan.stage_name(stage) + " offload" * options.offload,
                 "refused": plan.refusal(config, gpus, stage),
             }
             if row["refused"] is None:
-                memory = plan.memory_of(config, encoder, facts, gpus, stage, gpu_bytes)
+                memory = plan.memory_of(config, encoder, facts, gpus, stage, gpu_bytes, offload=options.offload)
                 phases = plan.phases_of(config, encoder, facts, gpus, stage, rates, cores)
                 row |= {
                     "micro_batches": memory.parts, "terms": memory.terms, "peak": memory.peak, "device": memory.device,
-                    "fits": memory.device <= gpu_bytes, "host": plan.host_terms(config, encoder, facts, gpus),
+                    "fits": memory.device <= gpu_bytes, "host": plan.host_terms(config, encoder, facts, gpus, stage, options.offload),
                     "phases": [vars(phase) for phase in phases],
                 }  # fmt: skip
             rows.append(row)

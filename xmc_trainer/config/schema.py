@@ -242,7 +242,7 @@ class EncoderConfig(Section, prefix="model.encoder."):
         "Train adapters of this rank beside the encoder's frozen weights (LoRA; needs the package peft); 0: train all weights.",
         "[0, 4096]",
     )
-    lora_alpha: float = option(16.0, "Adapters' products are multiplied by lora_alpha / lora_rank.", "(0, 1e6]")
+    lora_alpha: int = option(16, "Adapters' products are multiplied by lora_alpha / lora_rank.", "[1, 1000000]")
     lora_dropout: float = option(0.0, "Dropout on the adapters' input.", "[0, 1)")
     lora_target: str = option(
         "all-linear",
@@ -261,7 +261,7 @@ class EncoderConfig(Section, prefix="model.encoder."):
         super().__post_init__()
         if self.pool_mode != "last_nhidden_conlast" and self.feature_layers != 1:
             raise UserError(f"model.encoder.feature_layers: must be 1 with pool_mode={self.pool_mode}")
-        for name, default in (("lora_alpha", 16.0), ("lora_dropout", 0.0), ("lora_target", "all-linear")):
+        for name, default in (("lora_alpha", 16), ("lora_dropout", 0.0), ("lora_target", "all-linear")):
             if not self.lora_rank and getattr(self, name) != default:
                 raise UserError(
                     f"model.encoder.{name}={shown(getattr(self, name))}: has no effect with model.encoder.lora_rank=0; set that too"

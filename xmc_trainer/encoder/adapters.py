@@ -21,7 +21,7 @@ def require_peft() -> None:
         raise UserError("`lora_rank`: needs the package peft; run pip install 'xmc_trainer[lora]', or set it to 0")
 
 
-def add_adapters(backbone: PreTrainedModel, *, rank: int, alpha: float, dropout: float, target: str) -> None:
+def add_adapters(backbone: PreTrainedModel, *, rank: int, alpha: int, dropout: float, target: str) -> None:
     """Freeze a backbone's weights and add trained adapters, in place. The features stay the same.
 
     Args:
@@ -59,6 +59,11 @@ def add_adapters(backbone: PreTrainedModel, *, rank: int, alpha: float, dropout:
         raise UserError(f"`lora_target`={target}: not for {type(backbone).__name__} ({reason(error)})") from None
 
 
+def is_adapter(name: str) -> bool:
+    """Tell whether a parameter of this name belongs to an adapter."""
+    return ".lora_" in name
+
+
 def merged(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a backbone's state dict with the adapters' products added to the weights, under the names without adapters.
 
@@ -74,6 +79,6 @@ def merged(backbone: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
             down, up = (state[f"{owner}.lora_{each}.{_NAME}.weight"].float() for each in "AB")
             change = layer.scaling[_NAME] * (up @ down)
             value = (value.float() + (change.T if layer.fan_in_fan_out else change)).to(value.dtype)
-        if ".lora_" not in name:
+        if not is_adapter(name):
             found[name.replace(".base_layer.", ".")] = value
     return found
