@@ -19,6 +19,7 @@ from fastapi.testclient import TestClient
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from tests import encoders
 from tests.data_helpers import tiny_tokenizer
 from tests.encoders import WORDS, save_encoder, save_untrained
 from tests.head_helpers import dense_of
@@ -26,6 +27,7 @@ from xmc_trainer import XMCModel
 from xmc_trainer.checkpoint.saved_model import save_model
 from xmc_trainer.commands import export, extend
 from xmc_trainer.data import batch_of_texts
+from xmc_trainer.data.texts import set_instruction
 from xmc_trainer.encoder.loading import load_backbone
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.errors import UserError
@@ -107,6 +109,23 @@ def test_the_encoder_as_sentence_transformers_stores_one(model, tmp_path, monkey
     dense = load_file(out / "2_Dense/model.safetensors")
     features = torch.tanh((hidden * mask).sum(1) / mask.sum(1) @ dense["linear.weight"].T + dense["linear.bias"])
     assert features.numpy() == pytest.approx(model.embed(TEXTS), abs=1e-5)
+
+
+def test_a_decoder_as_sentence_transformers_stores_one(tmp_path, monkeypatch):
+    told = tiny_tokenizer(WORDS)
+    set_instruction(told, "w1 w2 ")
+    monkeypatch.setattr(encoders, "tiny_tokenizer", lambda words: told)
+    folder = save_untrained("llama", tmp_path, pool_mode="last_token")
+    run(monkeypatch, export, folder, tmp_path / "st", "--format", "sentence-transformers")
+    pooling = json.loads((tmp_path / "st/1_Pooling/config.json").read_text())
+    assert [name for name, value in pooling.items() if value is True] == ["pooling_mode_lasttoken"]
+    prompts = json.loads((tmp_path / "st/config_sentence_transformers.json").read_text())
+    assert prompts["prompts"][prompts["default_prompt_name"]] == "w1 w2 "
+    model, config, arguments = encoders.DECODERS["llama"]
+    monkeypatch.setitem(encoders.DECODERS, "llama", (model, config, arguments | {"is_causal": False}))
+    both_ways = save_untrained("llama", tmp_path / "b")
+    with pytest.raises(UserError, match="bidirectional attention, which sentence-transformers would not keep"):
+        run(monkeypatch, export, both_ways, tmp_path / "other", "--format", "sentence-transformers")
 
 
 def test_the_whole_in_onnx(model, tmp_path, monkeypatch):

@@ -60,19 +60,12 @@ _POOLINGS = {
 
 
 def write_sentence_transformers(saved: SavedModel, out: Path) -> None:
-    """Write the encoder as a folder of sentence-transformers, which has no pooling of several layers.
-
-    Raises UserError for a decoder with bidirectional attention.
-    """
+    """Write the encoder as a folder of sentence-transformers, which has no pooling of several layers."""
     from safetensors.torch import save_file
 
     from xmc_trainer.data.texts import instruction_of
 
     encoder = saved.encoder
-    if getattr(encoder.backbone.config, "is_causal", None) is False:
-        raise UserError(
-            f"{saved.folder}: is a decoder with bidirectional attention, which sentence-transformers would not keep; use --format onnx"
-        )
     encoder.backbone.save_pretrained(out)
     saved.tokenizer.padding_side = "right"
     saved.tokenizer.save_pretrained(out)
@@ -211,6 +204,11 @@ def _check(model: Path, form: str, k: int | None) -> None:
     if form == "sentence-transformers" and facts.feature_layers > 1:
         raise UserError(
             f"{model}: concatenates {facts.feature_layers} layers, which sentence-transformers cannot; use --format onnx"
+        )
+    backbone = json.loads((model / "encoder" / "config.json").read_bytes())
+    if form == "sentence-transformers" and backbone.get("is_causal") is False:
+        raise UserError(
+            f"{model}: its decoder has bidirectional attention, which sentence-transformers would not keep; use --format onnx"
         )
     if form == "onnx":
         missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
