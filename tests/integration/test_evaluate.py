@@ -113,6 +113,10 @@ def test_tables_intervals_and_the_file_of_labels(trained, command, tmp_path):
         assert [int(row[name]) for name in ("correct@threshold", "predicted@threshold", "relevant")] == [tp, p, g]
         assert float(row["F1@threshold"]) == pytest.approx(2 * tp / (p + g) if p + g else 0, abs=1e-6)
         assert row["text"] == f"name of {int(label[3:])}" and row["bucket"] in ("head", "middle", "tail")
+    few = json.loads(command("evaluate", folder, "--samples=0", "--threshold=0", "-k3", "--json"))
+    assert few["micro-F1@threshold"] == few["micro-F1@3"]  # every label scores at least 0
+    with pytest.raises(UserError, match="-k=7: says how many labels a threshold can let through"):
+        command("evaluate", folder, "-k7")
     tp, p = (sum(int(row[f"{name}@threshold"]) for row in rows.values()) for name in ("correct", "predicted"))
     assert found["micro-F1@threshold"] == pytest.approx(2 * tp / (p + sum(map(len, gold))))
 
@@ -180,6 +184,11 @@ def test_calibrated_models_predict_by_their_thresholds(trained, command, tmp_pat
     average = "macro" if words else "micro"
     assert found[f"{average}-F1@threshold"] > max(found[f"{average}-F1@{k}"] for k in (1, 3, 5))
     assert found["P@5"] == pytest.approx(json.loads(command("evaluate", original, "--json", "--samples=0"))["P@5"])
+    every = json.loads(command("evaluate", folder, "--json", "--samples=0", "-k", "15", "--threshold=0"))
+    assert every["micro-R@threshold"] == pytest.approx(
+        sum(len(gold & {f"tag{n:02d}" for n in row}) for gold, row in zip(gold_of(data), labels))
+        / sum(map(len, gold_of(data)))
+    )
     said = command("adjust", folder, "--keep", "0.1")
     assert "its calibration is removed, run xmc-trainer calibrate again" in said and not (folder / FILE).exists()
     assert XMCModel.load(folder, "cpu").saved.calibration is None

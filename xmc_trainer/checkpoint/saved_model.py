@@ -16,6 +16,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,16 +189,18 @@ class SavedModel:
 
         Args:
             scores, labels: [texts, k].
-            threshold: a score, "fitted" for those of `xmc-trainer calibrate`, or None for no threshold. Raises UserError if the model has
-                no fitted ones.
+            threshold: a score, "fitted" for those of `xmc-trainer calibrate`, or None for no threshold. Raises UserError for others, and if
+                the model has no fitted ones.
         """
-        if isinstance(threshold, str):
-            if threshold != "fitted":
-                raise UserError(f"threshold={threshold}: must be a number or 'fitted'")
+        if threshold is None:
+            return np.full(scores.shape, True)
+        if isinstance(threshold, str) and threshold == "fitted":
             if self.calibration is None:
                 raise UserError(f"{self.folder}: has no fitted thresholds; run xmc-trainer calibrate on it")
             return self.calibration.chosen(scores, labels)
-        return np.full(scores.shape, True) if threshold is None else scores >= np.float32(threshold)
+        if not isinstance(threshold, Real) or threshold != threshold:
+            raise UserError(f"threshold={threshold}: must be a number or 'fitted'")
+        return scores >= np.float32(threshold)
 
 
 def replace_model(saved: SavedModel, change: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
