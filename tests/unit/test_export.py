@@ -59,7 +59,7 @@ def model(tmp_path_factory) -> XMCModel:
         tokenizer=tiny_tokenizer(WORDS),
         head=head,
         labels=Dataset.from_dict({"id": labels, "text": labels}),
-        max_len=20,
+        max_len=7,
         step=0,
         config_yaml="dataset: toy\n",
     )
@@ -116,7 +116,7 @@ def test_the_whole_in_onnx(model, tmp_path, monkeypatch):
     for name, tolerance in (("model.onnx", 1e-4), ("model.int8.onnx", 0.2)):
         session = onnxruntime.InferenceSession(tmp_path / "onnx" / name)
         for start, stop in ((0, 1), (1, 40), (40, 61)):
-            batch = batch_of_texts(model.saved.tokenizer, TEXTS[start:stop], 20)
+            batch = batch_of_texts(model.saved.tokenizer, TEXTS[start:stop], 7)
             found, numbers = session.run(None, {key: value.numpy() for key, value in batch.items()})
             assert found == pytest.approx(scores[start:stop], abs=tolerance)
             if name == "model.onnx":
@@ -124,6 +124,32 @@ def test_the_whole_in_onnx(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="-k=14: must be 1 to 13"):
         run(monkeypatch, export, model.saved.folder, tmp_path / "more", "--format", "onnx", "-k", "14")
     assert not (tmp_path / "more").exists()
+
+    def cannot(*words, **options):
+        raise torch.onnx.errors.OnnxExporterError("no operator") from ValueError("no such view")
+
+    monkeypatch.setattr(torch.onnx, "export", cannot)
+    with pytest.raises(UserError, match=r"cannot write its encoder, BertModel, as ONNX \(no such view\); use another"):
+        run(monkeypatch, export, model.saved.folder, tmp_path / "more", "--format", "onnx")
+    assert not (tmp_path / "more").exists()
+
+
+def test_encoders_that_sentence_transformers_would_load_otherwise(tmp_path, monkeypatch):
+    for name in ("bart", "big bird"):
+        (tmp_path / name).mkdir()
+    bart = save_untrained("bart", tmp_path / "bart")
+    with pytest.raises(UserError, match="cannot load its encoder, BartEncoder, without a decoder; use --format onnx"):
+        run(monkeypatch, export, bart, tmp_path / "out", "--format", "sentence-transformers")
+    # BigBird's full attention in place of the sparse one of its config.json; and a tokenizer that cannot pad.
+    model = XMCModel.load(save_untrained("big bird", tmp_path / "big bird", pad_token=None), "cpu")
+    run(monkeypatch, export, model.saved.folder, tmp_path / "out", "--format", "sentence-transformers")
+    batch = AutoTokenizer.from_pretrained(tmp_path / "out")(
+        TEXTS[20:30], padding=True, truncation=True, max_length=20, return_tensors="pt"
+    )
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(tmp_path / "out").eval()(**batch).last_hidden_state
+    mask = batch["attention_mask"][:, :, None]
+    assert (hidden * mask).sum(1).div(mask.sum(1)).numpy() == pytest.approx(model.embed(TEXTS[20:30]), abs=1e-5)
 
 
 @pytest.mark.parametrize("fan_in, group_size", [(5, 4), (None, 1)])
