@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.calibration import FILE
+from xmc_trainer.checkpoint.saved_model import replace_model
 from xmc_trainer.commands import adjust, calibrate, evaluate, predict
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
@@ -192,6 +193,8 @@ def test_calibrated_models_predict_by_their_thresholds(trained, command, tmp_pat
     said = command("adjust", folder, "--keep", "0.1")
     assert "its calibration is removed, run xmc-trainer calibrate again" in said and not (folder / FILE).exists()
     assert XMCModel.load(folder, "cpu").saved.calibration is None
+    with pytest.raises(UserError, match="was replaced while this command ran; run it again"):
+        replace_model(saved, lambda copy, manifest: {})  # `saved` has the biases before
 
 
 def test_wrong_arguments(trained, command):
@@ -206,8 +209,10 @@ def test_wrong_arguments(trained, command):
     ):
         with pytest.raises(SystemExit):
             command("evaluate", one, *words)
-    for words in (["--fewest=0"], ["-k", "0"], ["--method=none"]):
+    for words in (["--thresholds=label", "--fewest=0"], ["--fewest=5"], ["-k", "0"], ["--method=none"]):
         with pytest.raises(SystemExit):
             command("calibrate", one, *words)
+    with pytest.raises(SystemExit):
+        command("adjust", one, "--keep=0.1", "--json")
     with pytest.raises(SystemExit):
         command("predict", one, "--threshold=nan")

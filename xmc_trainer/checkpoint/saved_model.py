@@ -176,6 +176,7 @@ class SavedModel:
     label_texts: Any
     max_len: int
     folder: Path
+    manifest: dict[str, Any]  # of the folder when it was loaded
     calibration: calibration.Calibration | None = None
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
@@ -208,11 +209,14 @@ def replace_model(saved: SavedModel, change: Callable[[Path, dict[str, Any]], di
 
     Args:
         change: gets the copy and its manifest, edits the files, and returns entries of the manifest to replace.
-    Raises UserError if the folder contains a file that does not belong to the model, or cannot be replaced.
+    Raises UserError if the folder contains a file that does not belong to the model, cannot be replaced, or holds another model than
+    `saved`, for which the change was not made.
     """
     folder = saved.folder
     require_replaceable(folder)
     manifest = read_folder(folder, MODEL)
+    if manifest != saved.manifest:
+        raise UserError(f"{folder}: was replaced while this command ran; run it again")
 
     def write(partial: Path) -> dict[str, Any]:
         shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
@@ -269,6 +273,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
         label_texts=labels["text"],
         max_len=manifest["max_len"],
         folder=folder,
+        manifest=manifest,
         calibration=found,
     )
 
