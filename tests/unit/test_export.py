@@ -175,9 +175,7 @@ def test_labels_added_later_score_as_known_ones_do(fan_in, group_size, dtype, tm
         own = loaded.embed([text for text, labels in zip(*new[:2]) if number in labels]).astype(np.float64)
         row, bias = dense_of(part)[0].numpy()[7 + number], float(part.bias[7 + number])
         assert (background @ row + bias).mean() == pytest.approx(known.mean(), abs=1e-3)
-        assert (own @ row + bias).mean() == pytest.approx(
-            known.max(1).mean(), abs=1e-3 if dtype == "float32" else 0.05
-        )
+        assert (own @ row + bias).mean() == pytest.approx(known.max(1).mean(), abs=1e-3 if dtype == "float32" else 0.05)
 
 
 def test_files_that_cannot_extend_a_model_are_refused(tmp_path, monkeypatch):
