@@ -16,7 +16,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +198,7 @@ class SavedModel:
             if self.calibration is None:
                 raise UserError(f"{self.folder}: has no fitted thresholds; run xmc-trainer calibrate on it")
             return self.calibration.chosen(scores, labels)
-        if not isinstance(threshold, Real) or threshold != threshold:
+        if not isinstance(threshold, (int, float, np.number)) or threshold != threshold:
             raise UserError(f"threshold={threshold}: must be a number or 'fitted'")
         return scores >= np.float32(threshold)
 

@@ -71,6 +71,12 @@ def main() -> None:
     if most < 1 or arguments.samples < 0 or (len(folders) == 2 and not arguments.samples):
         parser.error("-k must be at least 1, and --samples at least 0; a comparison needs samples")
     configs = [config_of_model(folder, settings) for folder in folders]
+    rules = {(each.training.evaluation.A, each.training.evaluation.B, each.data.use_filter_eval) for each in configs}
+    if len(rules) > 1:
+        raise UserError(
+            f"{folders[0]} and {folders[1]}: differ in training.evaluation.A, training.evaluation.B or data.use_filter_eval, by which "
+            "metrics are computed; give these settings"
+        )
     facts = [facts_of_model(folder) for folder in folders]
     if arguments.k is not None and arguments.threshold is None and not any(each.is_calibrated for each in facts):
         raise UserError(f"-k={arguments.k}: says how many labels a threshold can let through; give a --threshold, too")
@@ -132,10 +138,12 @@ def main() -> None:
 
 def _require_same_texts(first: Corpus, second: Corpus, folders: list[Path]) -> None:
     """Raise UserError unless both data sets have the same labels and, for each test text, the same relevant ones."""
-    place = {name: number for number, name in enumerate(second.label_ids())}
-    same = place.keys() == set(first.label_ids()) and len(first.test) == len(second.test)
+    names, others = first.label_ids(), second.label_ids()
+    place = {name: number for number, name in enumerate(others)}
+    same = place.keys() == set(names) and len(first.test) == len(second.test)
     if same:
-        second = second.reordered(np.array([place[name] for name in first.label_ids()]))
+        if names != others:
+            second = second.reordered(np.array([place[name] for name in names]))
         same = np.array_equal(_pairs(first), _pairs(second))
     if not same:
         raise UserError(

@@ -31,7 +31,7 @@ class Run:
 
 def find_runs(folders: list[Path]) -> list[Run]:
     """Find the finished runs in and below the folders. Raises UserError if there are none, or if one is damaged."""
-    runs = {}
+    runs: dict[Path, Run] = {}  # by log file
     for folder in folders:
         for file in sorted(folder.rglob("log.jsonl")):
             log, config = read_log(file), file.with_name("config.yaml")
