@@ -80,10 +80,11 @@ def fit_isotonic(logits: np.ndarray, correct: np.ndarray) -> dict[str, np.ndarra
     """Fit the ascending step function with the least squared error; its steps become points at their mean logits."""
     from scipy.optimize import isotonic_regression  # slow, and needed to fit alone
 
-    order = np.argsort(logits, kind="stable")
-    found = isotonic_regression(correct[order].astype(np.float64))
+    # Equal logits, as of a text that occurs twice, get one probability whatever their order.
+    levels, level, pairs = np.unique(logits, return_inverse=True, return_counts=True)
+    found = isotonic_regression(np.bincount(level, correct) / pairs, weights=pairs)
     starts = found.blocks[:-1]
-    means = np.add.reduceat(logits[order].astype(np.float64), starts) / np.diff(found.blocks)
+    means = np.add.reduceat(levels.astype(np.float64) * pairs, starts) / np.add.reduceat(pairs, starts)
     return {"logits": means.astype(np.float32), "probabilities": found.x[starts].astype(np.float32)}
 
 

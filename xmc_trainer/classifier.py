@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.config import load_config
 from xmc_trainer.data.tables import names_in_cell
 from xmc_trainer.errors import UserError, reason, shown
+from xmc_trainer.files import require_new_folder, writing
 from xmc_trainer.model import XMCModel, checked_texts, device_of
 
 _ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -101,6 +103,10 @@ class XMCClassifier:
                 device = device_of(self.device)
                 own |= {"environment.device": device.type, "environment.cuda_device_id": device.index or 0}
             more = {name: value for name, value in settings.items() if not name.endswith(_COLUMNS)}
+            if taken := own.keys() & more.keys():
+                raise UserError(
+                    f"settings: {min(taken)} comes from the arguments of XMCClassifier and of fit; give it there"
+                )
             words = [f"{name}={'null' if value is None else value}" for name, value in (own | more).items()]
             trainer = build_trainer(load_config(words))
             try:
@@ -153,16 +159,16 @@ class XMCClassifier:
     def save_pretrained(self, folder: str | Path) -> None:
         """Copy the model to a new folder, for `from_pretrained`, `XMCModel.load` and the commands of xmc-trainer.
 
-        The folder's README.md is a model card, written from the run.
+        The folder's README.md is a model card, written from the run. Raises UserError if the folder exists or cannot be written.
         """
-        try:
-            shutil.copytree(self._fitted().saved.folder, folder)
-        except FileExistsError:
-            raise UserError(f"{folder}: exists already; name a new folder") from None
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{error.filename}: no such file; the model's folder was removed or replaced; fit again"
-            ) from None
+        source, folder = self._fitted().saved.folder, Path(folder)
+        if not source.is_dir():
+            raise UserError(f"{source}: no such folder; it was removed or replaced; fit again")
+        require_new_folder(folder)
+        with writing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
+                os.replace(shutil.copytree(source, Path(partial, folder.name)), folder)
 
     def push_to_hub(
         self,
@@ -259,7 +265,8 @@ class XMCClassifier:
 
     def _topk(self, texts: Any, k: int, batch_size: int, show_progress: bool) -> tuple[np.ndarray, np.ndarray]:
         model = self._fitted()
-        return model.topk(self._texts(texts), min(k, len(self.classes_)), batch_size, show_progress)
+        k = min(k, len(self.classes_)) if isinstance(k, (int, np.integer)) else k  # `topk` refuses others
+        return model.topk(self._texts(texts), k, batch_size, show_progress)
 
     def _column(self, frame: Any, setting: str, default: str) -> Iterable[Any]:
         """Return the column of a frame that a setting names. Raises UserError if there is none."""
@@ -268,7 +275,9 @@ class XMCClassifier:
         name = (self.settings or {}).get(setting, default)
         columns = list(frame.columns if hasattr(frame, "columns") else frame.column_names)
         if name not in columns:
-            raise UserError(f"the frame has no column {name!r}, only {', '.join(map(str, columns))}; set {setting}")
+            raise UserError(
+                f"the frame has no column {name!r}, only {shown(', '.join(map(str, columns)))}; set {setting}"
+            )
         return frame[name]
 
     def _texts(self, texts: Any) -> Iterable[str]:

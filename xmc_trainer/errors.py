@@ -45,7 +45,7 @@ def naming(settings: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return the first line of an exception's message without terminal codes, or the name of its type."""
     lines = _TERMINAL_CODES.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

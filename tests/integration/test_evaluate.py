@@ -12,8 +12,10 @@ import pytest
 import scipy.sparse as sp
 from accelerate.state import AcceleratorState
 
+from tests.saved_folders import forge
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.calibration import FILE
+from xmc_trainer.checkpoint.saved_model import replace_model
 from xmc_trainer.commands import adjust, calibrate, evaluate, predict
 from xmc_trainer.config import load_config
 from xmc_trainer.errors import UserError
@@ -113,6 +115,8 @@ def test_tables_intervals_and_the_file_of_labels(trained, command, tmp_path):
         assert [int(row[name]) for name in ("correct@threshold", "predicted@threshold", "relevant")] == [tp, p, g]
         assert float(row["F1@threshold"]) == pytest.approx(2 * tp / (p + g) if p + g else 0, abs=1e-6)
         assert row["text"] == f"name of {int(label[3:])}" and row["bucket"] in ("head", "middle", "tail")
+    few = json.loads(command("evaluate", folder, "--samples=0", "--threshold=0", "-k3", "--json"))
+    assert few["micro-F1@threshold"] == few["micro-F1@3"]  # every label scores at least 0
     tp, p = (sum(int(row[f"{name}@threshold"]) for row in rows.values()) for name in ("correct", "predicted"))
     assert found["micro-F1@threshold"] == pytest.approx(2 * tp / (p + sum(map(len, gold))))
 
@@ -131,8 +135,15 @@ def test_two_models_are_compared(trained, command, tmp_path):
     other = shutil.copytree(data, tmp_path / data.parent.name / "toy")
     lines = (other / "test_labels.txt").read_text().splitlines()
     (other / "test_labels.txt").write_text("\n".join([lines[1], lines[0], *lines[2:]]) + "\n")
-    # The settings hold for both models, so only a run's own data can differ.
+    # The settings hold for both models, so only a run's own data and metrics can differ.
     moved = shutil.copytree(one.parent, tmp_path / "run")
+    (moved / "model/config.yaml").write_text((one / "config.yaml").read_text().replace("A: 0.55", "A: 0.6"))
+    forge(moved / "model")
+    with pytest.raises(
+        UserError, match="differ in training.evaluation.A, training.evaluation.B or data.use_filter_eval"
+    ):
+        command("evaluate", one, moved / "model")
+    shutil.copytree(one, moved / "model", dirs_exist_ok=True)
     config = (moved / "config.yaml").read_text()
     (moved / "config.yaml").write_text(config.replace(str(data.parent), str(other.parent)))
     with pytest.raises(UserError, match="their test sets differ in texts or labels"):
@@ -180,9 +191,16 @@ def test_calibrated_models_predict_by_their_thresholds(trained, command, tmp_pat
     average = "macro" if words else "micro"
     assert found[f"{average}-F1@threshold"] > max(found[f"{average}-F1@{k}"] for k in (1, 3, 5))
     assert found["P@5"] == pytest.approx(json.loads(command("evaluate", original, "--json", "--samples=0"))["P@5"])
+    every = json.loads(command("evaluate", folder, "--json", "--samples=0", "-k", "15", "--threshold=0"))
+    assert every["micro-R@threshold"] == pytest.approx(
+        sum(len(gold & {f"tag{n:02d}" for n in row}) for gold, row in zip(gold_of(data), labels))
+        / sum(map(len, gold_of(data)))
+    )
     said = command("adjust", folder, "--keep", "0.1")
     assert "its calibration is removed, run xmc-trainer calibrate again" in said and not (folder / FILE).exists()
     assert XMCModel.load(folder, "cpu").saved.calibration is None
+    with pytest.raises(UserError, match="was replaced while this command ran; run it again"):
+        replace_model(saved, lambda copy, manifest: {})  # `saved` has the biases before
 
 
 def test_wrong_arguments(trained, command):
@@ -197,7 +215,7 @@ def test_wrong_arguments(trained, command):
     ):
         with pytest.raises(SystemExit):
             command("evaluate", one, *words)
-    for words in (["--fewest=0"], ["-k", "0"], ["--method=none"]):
+    for words in (["--thresholds=label", "--fewest=0"], ["-k", "0"], ["--method=none"]):
         with pytest.raises(SystemExit):
             command("calibrate", one, *words)
     with pytest.raises(SystemExit):

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from scipy.special import expit
+from sklearn.isotonic import IsotonicRegression
 
 from xmc_trainer.calibration import (
     FILE,
@@ -38,6 +39,23 @@ def test_isotonic_follows_any_ascending_curve():
     assert probabilities.dtype == np.float32 and (np.diff(probabilities) >= 0).all()
     assert np.abs(fitted.scores(np.float32([-9, -1, 0.2, 0.8, 9])) - [0.2, 0.2, 0.2, 0.9, 0.9]).max() < 0.25
     assert calibration_error(fitted.scores(logits), correct) < 0.01
+
+
+def test_isotonic_gives_equal_logits_one_probability():
+    rng = np.random.default_rng(2)
+    for _ in range(30):
+        logits = rng.integers(-3, 4, 40).astype(np.float32)
+        correct = rng.random(40) < expit(logits)
+        fitted = fit_isotonic(logits, correct)
+        # A step holds whole levels, and its probability is the share of its pairs that are right.
+        levels = np.unique(logits)
+        oracle = IsotonicRegression().fit(logits, correct).predict(levels)
+        assert (np.diff(fitted["logits"]) > 0).all() and fitted["probabilities"] == pytest.approx(np.unique(oracle))
+        steps = [logits[np.isin(logits, levels[oracle == value])].mean() for value in np.unique(oracle)]
+        assert fitted["logits"] == pytest.approx(steps)
+        order = rng.permutation(40)
+        again = fit_isotonic(logits[order], correct[order])
+        assert all(again[name] == pytest.approx(fitted[name]) for name in fitted)
 
 
 def test_the_calibration_error_by_hand():

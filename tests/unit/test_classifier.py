@@ -81,6 +81,15 @@ def test_a_saved_model_predicts_the_same(fitted, tmp_path):
     ] == again.predict(texts)
     with pytest.raises(UserError, match="exists already"):
         fitted.save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match="manifest.json/model: cannot be written"):
+        fitted.save_pretrained(tmp_path / "model/manifest.json/model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    for k in ("3", None, 0):
+        with pytest.raises(UserError, match=f"k={k!r}: must be a whole number, 1 to 8"):
+            again.predict(texts, k=k)
+    for threshold in (float("nan"), "0.5", [0.5]):
+        with pytest.raises(UserError, match="must be a number or 'fitted'"):
+            again.predict(texts, threshold=threshold)
 
 
 def test_it_is_tuned_as_the_last_step_of_a_pipeline(tiny_encoder, tmp_path):
@@ -110,6 +119,9 @@ def test_files_of_others_are_left_alone(tiny_encoder, tmp_path):
     assert len(model.predict(["w1"], k=1)) == 1  # the model of before
     with pytest.raises(UserError, match="text 1 is None"):  # an eval_set may be pairs
         model.fit(*rows(60), eval_set=[(None, "label 1")])
+    for name in ("data.source", "model.ffi.fan_in", "output_dir"):
+        with pytest.raises(UserError, match=f"settings: {name} comes from the arguments of XMCClassifier"):
+            model.set_params(settings=settings | {name: 8}).fit(*rows(60))
     with pytest.raises(UserError, match="give only one of them"):
         model.set_params(settings=settings | {"data.test_share": 0.5}).fit(*rows(60), eval_set=rows(5))
 

@@ -52,7 +52,7 @@ ALLOWED = {
     "hooks.logging": {"", "engine", "errors", "evaluation", "files", "head", "hooks.base", "metrics", "run_folder", "version"},
     "hooks.rewire": {"head", "hooks.base"},
     "hooks.schedule": {"hooks.base", "schedules"},
-    "classifier": {"builders.training", "config", "data.tables", "errors", "model"},
+    "classifier": {"builders.training", "config", "data.tables", "errors", "files", "model"},
     "model": {"checkpoint.saved_model", "data", "errors"},
     "evaluation": {"data", "errors", "head", "metrics", "step_clock"},
     "measures": {"metrics"},

@@ -57,6 +57,7 @@ def test_seeds_make_a_line_and_differences_name_it(make_run, tmp_path):
     for old, new in ("a", "narrow-1"), ("b", "narrow-2"), ("c", "wide"):
         (tmp_path / old).rename(tmp_path / new)
     assert list(lines_of(find_runs([tmp_path]))) == ["narrow", "wide"]
+    assert len(find_runs([tmp_path, tmp_path / "wide"])) == 3  # a run counts once
     minutes, values = curve(next(iter(lines.values())), "P@1")
     assert minutes.tolist() == [1, 2]
     np.testing.assert_allclose(values, [[10, 30], [20, 50]])

@@ -175,6 +175,7 @@ class SavedModel:
     label_texts: Any
     max_len: int
     folder: Path
+    manifest: dict[str, Any]  # of the folder when it was loaded
     calibration: calibration.Calibration | None = None
 
     def scores(self, logits: np.ndarray) -> np.ndarray:
@@ -188,16 +189,18 @@ class SavedModel:
 
         Args:
             scores, labels: [texts, k].
-            threshold: a score, "fitted" for those of `xmc-trainer calibrate`, or None for no threshold. Raises UserError if the model has
-                no fitted ones.
+            threshold: a score, "fitted" for those of `xmc-trainer calibrate`, or None for no threshold. Raises UserError for others, and if
+                the model has no fitted ones.
         """
-        if isinstance(threshold, str):
-            if threshold != "fitted":
-                raise UserError(f"threshold={threshold}: must be a number or 'fitted'")
+        if threshold is None:
+            return np.full(scores.shape, True)
+        if isinstance(threshold, str) and threshold == "fitted":
             if self.calibration is None:
                 raise UserError(f"{self.folder}: has no fitted thresholds; run xmc-trainer calibrate on it")
             return self.calibration.chosen(scores, labels)
-        return np.full(scores.shape, True) if threshold is None else scores >= np.float32(threshold)
+        if not isinstance(threshold, (int, float, np.number)) or threshold != threshold:
+            raise UserError(f"threshold={threshold}: must be a number or 'fitted'")
+        return scores >= np.float32(threshold)
 
 
 def replace_model(saved: SavedModel, change: Callable[[Path, dict[str, Any]], dict[str, Any]]) -> None:
@@ -205,11 +208,14 @@ def replace_model(saved: SavedModel, change: Callable[[Path, dict[str, Any]], di
 
     Args:
         change: gets the copy and its manifest, edits the files, and returns entries of the manifest to replace.
-    Raises UserError if the folder contains a file that does not belong to the model, or cannot be replaced.
+    Raises UserError if the folder contains a file that does not belong to the model, cannot be replaced, or holds another model than
+    `saved`, for which the change was not made.
     """
     folder = saved.folder
     require_replaceable(folder)
     manifest = read_folder(folder, MODEL)
+    if manifest != saved.manifest:
+        raise UserError(f"{folder}: was replaced while this command ran; run it again")
 
     def write(partial: Path) -> dict[str, Any]:
         shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
@@ -266,6 +272,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> SavedM
         label_texts=labels["text"],
         max_len=manifest["max_len"],
         folder=folder,
+        manifest=manifest,
         calibration=found,
     )
 

@@ -132,6 +132,8 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, strength -> metrics as fractions")
     options = parser.parse_intermixed_args()
+    if options.json and options.keep is not None:
+        parser.error("--json: prints metrics, which --keep does not compute")
     try:
         strengths = [float(word) for word in options.strengths.split(",")]
     except ValueError:

@@ -65,11 +65,14 @@ def main() -> None:
     parser.add_argument(
         "--fewest",
         type=int,
-        default=5,
-        help="labels that are relevant for fewer texts share the threshold of all labels (default 5)",
+        help="with --thresholds label: labels that are relevant for fewer texts share the threshold of all labels (default 5)",
     )
     parser.add_argument("-k", type=int, default=20, help="labels per text to fit on (default 20)")
     options = parser.parse_intermixed_args()
+    if options.fewest is None:
+        options.fewest = 5
+    elif options.thresholds == "one":
+        parser.error("--fewest: applies to --thresholds label only")
     if options.k < 1 or options.fewest < 1:
         parser.error("-k and --fewest: must be at least 1")
     config = config_of_model(options.model, options.settings)

@@ -57,9 +57,7 @@ def main() -> None:
         type=threshold,
         help="also measure the labels that score at least this, or `fitted` (default: fitted if there are any)",
     )
-    parser.add_argument(
-        "-k", type=int, default=20, help="labels of a text that a threshold can let through (default 20)"
-    )
+    parser.add_argument("-k", type=int, help="labels of a text that a threshold can let through (default 20)")
     parser.add_argument(
         "--samples", type=int, default=1000, help="bootstrap samples; 0 for no intervals (default 1000)"
     )
@@ -69,11 +67,21 @@ def main() -> None:
     folders = [Path(word) for word in (arguments.model, *arguments.settings) if word not in settings]
     if len(folders) > 2 or (len(folders) == 2 and arguments.labels):
         parser.error("name one or two models; --labels takes one")
-    if arguments.k < 1 or arguments.samples < 0 or (len(folders) == 2 and not arguments.samples):
+    most = 20 if arguments.k is None else arguments.k
+    if most < 1 or arguments.samples < 0 or (len(folders) == 2 and not arguments.samples):
         parser.error("-k must be at least 1, and --samples at least 0; a comparison needs samples")
     configs = [config_of_model(folder, settings) for folder in folders]
-    for folder, config in zip(folders, configs):
-        require_thresholds(folder, facts_of_model(folder), arguments.threshold)
+    rules = {(each.training.evaluation.A, each.training.evaluation.B, each.data.use_filter_eval) for each in configs}
+    if len(rules) > 1:
+        raise UserError(
+            f"{folders[0]} and {folders[1]}: differ in training.evaluation.A, training.evaluation.B or data.use_filter_eval, by which "
+            "metrics are computed; give these settings"
+        )
+    facts = [facts_of_model(folder) for folder in folders]
+    if arguments.k is not None and arguments.threshold is None and not any(each.is_calibrated for each in facts):
+        raise UserError(f"-k={arguments.k}: says how many labels a threshold can let through; give a --threshold, too")
+    for folder, config, each in zip(folders, configs, facts):
+        require_thresholds(folder, each, arguments.threshold)
         require_data(config, folder)
     if arguments.labels:
         require_writable(arguments.labels, "--labels", [".csv"])
@@ -94,11 +102,13 @@ def main() -> None:
 
     def measured(folder: Path, config: Config, device: torch.device) -> tuple[Measures, Corpus]:
         saved = XMCModel.load(folder, device).saved
-        limit = arguments.threshold if saved.calibration is None else arguments.threshold or "fitted"
+        limit = "fitted" if arguments.threshold is None and saved.calibration is not None else arguments.threshold
         corpus = corpus_of_saved(saved, config)
-        k = 5 if limit is None else max(arguments.k, 5)
-        best = best_of_saved(saved, config, corpus, k, device, unseen)
-        chosen = None if limit is None else saved.chosen(saved.scores(best.logits), best.labels, limit)
+        best = best_of_saved(saved, config, corpus, 5 if limit is None else max(most, 5), device, unseen)
+        if limit is None:
+            return measures_of(config, corpus, best, unseen), corpus
+        chosen = saved.chosen(saved.scores(best.logits), best.labels, limit)
+        chosen[:, most:] = False  # the metrics at 5 need more labels than a -k below 5
         return measures_of(config, corpus, best, unseen, chosen), corpus
 
     with joined_ranks(device, timeout, "environment.timeout_minutes") as own_device:
@@ -128,10 +138,12 @@ def main() -> None:
 
 def _require_same_texts(first: Corpus, second: Corpus, folders: list[Path]) -> None:
     """Raise UserError unless both data sets have the same labels and, for each test text, the same relevant ones."""
-    place = {name: number for number, name in enumerate(second.label_ids())}
-    same = place.keys() == set(first.label_ids()) and len(first.test) == len(second.test)
+    names, others = first.label_ids(), second.label_ids()
+    place = {name: number for number, name in enumerate(others)}
+    same = place.keys() == set(names) and len(first.test) == len(second.test)
     if same:
-        second = second.reordered(np.array([place[name] for name in first.label_ids()]))
+        if names != others:
+            second = second.reordered(np.array([place[name] for name in names]))
         same = np.array_equal(_pairs(first), _pairs(second))
     if not same:
         raise UserError(

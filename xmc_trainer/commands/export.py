@@ -32,8 +32,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from xmc_trainer.checkpoint.folder import verify_file
 from xmc_trainer.checkpoint.model_manifest import facts_of_model
-from xmc_trainer.errors import UserError
+from xmc_trainer.errors import UserError, reason
 from xmc_trainer.files import require_new_folder
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ def write_sentence_transformers(saved: SavedModel, out: Path) -> None:
     from xmc_trainer.data.texts import instruction_of
 
     encoder = saved.encoder
+    if hasattr(encoder.backbone, "attention_type"):  # BigBird's, which `load_backbone` sets
+        encoder.backbone.config.attention_type = encoder.backbone.attention_type
     encoder.backbone.save_pretrained(out)
-    saved.tokenizer.padding_side = "right"
-    saved.tokenizer.save_pretrained(out)
+    _save_tokenizer(saved, out)
     modules = ["", "1_Pooling"]
     hidden = encoder.pooled_features
     _write_json(out / "sentence_bert_config.json", {"max_seq_length": saved.max_len, "do_lower_case": False})
@@ -160,27 +162,43 @@ def write_onnx(saved: SavedModel, out: Path, k: int, int8: bool) -> None:
             scores, labels = self.linear(self.encoder(input_ids, attention_mask)).topk(k, dim=1)
             return scores.sigmoid() if saved.head.loss_name == "bce" else scores, labels
 
-    ids, mask = torch.ones(2, 2, 8, dtype=torch.int64)
-    mask[1, 4:] = 0  # for a batch without padding, transformers leaves the mask out of the graph
+    tokens = min(8, saved.max_len)
+    ids, mask = torch.ones(2, 2, tokens, dtype=torch.int64)
+    mask[1, tokens // 2 :] = 0  # for a batch without padding, transformers leaves the mask out of the graph
     size = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens", max=saved.max_len)}
+    whole = Whole().eval()
     with _quiet():
-        torch.onnx.export(
-            Whole().eval(),
-            (ids, mask),
-            out / "model.onnx",
-            input_names=["input_ids", "attention_mask"],
-            output_names=["scores", "labels"],
-            dynamic_shapes={"input_ids": size, "attention_mask": size},
-            dynamo=True,
-            external_data=weight.shape[0] * weight.shape[1] > 1 << 28,  # one file holds 2 GiB
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                whole,
+                (ids, mask),
+                out / "model.onnx",
+                input_names=["input_ids", "attention_mask"],
+                output_names=["scores", "labels"],
+                dynamic_shapes={"input_ids": size, "attention_mask": size},
+                dynamo=True,
+                external_data=sum(each.numel() for each in whole.parameters()) > 1 << 28,  # one file holds 2 GiB
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            kind, why = type(saved.encoder.backbone).__name__, error.__cause__ or error
+            raise UserError(
+                f"{saved.folder}: torch {torch.__version__} cannot write its encoder, {kind}, as ONNX ({reason(why)}); use another "
+                "--format"
+            ) from error
         if int8:
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             quantize_dynamic(out / "model.onnx", out / "model.int8.onnx", weight_type=QuantType.QInt8)
+    _save_tokenizer(saved, out / "tokenizer")
+
+
+def _save_tokenizer(saved: SavedModel, out: Path) -> None:
+    """Write a tokenizer that pads as the exported encoder needs it."""
     saved.tokenizer.padding_side = "right"
-    saved.tokenizer.save_pretrained(out / "tokenizer")
+    if saved.tokenizer.pad_token is None:
+        saved.tokenizer.pad_token = saved.tokenizer.convert_ids_to_tokens(0)  # the mask hides padding
+    saved.tokenizer.save_pretrained(out)
 
 
 @contextmanager
@@ -201,15 +219,20 @@ def _write_json(path: Path, content: object) -> None:
 def _check(model: Path, form: str, k: int | None) -> None:
     """Raise UserError if a model cannot be written in a format, or the format's packages are missing."""
     facts = facts_of_model(model)
-    if form == "sentence-transformers" and facts.feature_layers > 1:
-        raise UserError(
-            f"{model}: concatenates {facts.feature_layers} layers, which sentence-transformers cannot; use --format onnx"
-        )
-    backbone = json.loads((model / "encoder" / "config.json").read_bytes())
-    if form == "sentence-transformers" and backbone.get("is_causal") is False:
-        raise UserError(
-            f"{model}: its decoder has bidirectional attention, which sentence-transformers would not keep; use --format onnx"
-        )
+    if form == "sentence-transformers":
+        if facts.feature_layers > 1:
+            raise UserError(
+                f"{model}: concatenates {facts.feature_layers} layers, which sentence-transformers cannot; use --format onnx"
+            )
+        encoder = json.loads(verify_file(model, "encoder/config.json").read_bytes())
+        if encoder.get("is_causal") is False:
+            raise UserError(
+                f"{model}: its decoder has bidirectional attention, which sentence-transformers would not keep; use --format onnx"
+            )
+        if (kind := (encoder.get("architectures") or [""])[0]).endswith("Encoder"):
+            raise UserError(
+                f"{model}: sentence-transformers cannot load its encoder, {kind}, without a decoder; use --format onnx"
+            )
     if form == "onnx":
         missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
         if missing:

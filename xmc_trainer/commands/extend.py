@@ -121,7 +121,7 @@ def extended_part(model: XMCModel, new: NewLabels, background: list[str]) -> Fix
         weight = torch.linalg.solve(shrunk_dd[reads][:, reads], apart.double()).float()
         weight *= (best - average) / (weight @ apart).clamp_min(1e-12)
         head.weight[label] = weight * inverse_d[reads]
-        head.bias[label] = average - (weight * inverse_d[reads]) @ mean_d[reads]
+        head.bias[label] = average - head.weight[label].float() @ mean_d[reads]  # the stored weights may be rounded
     return head
 
 

@@ -31,7 +31,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from xmc_trainer.checkpoint.model_manifest import facts_of_model
-from xmc_trainer.commands.prediction_files import EXTENSIONS, Writer, read_texts, require_thresholds, threshold
+from xmc_trainer.commands.prediction_files import (
+    EXTENSIONS,
+    Writer,
+    has_columns,
+    read_texts,
+    require_thresholds,
+    threshold,
+)
 from xmc_trainer.errors import UserError
 from xmc_trainer.files import replacing, require_writable
 
@@ -123,6 +130,11 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.k > facts.labels:
         raise UserError(f"-k={arguments.k}: the model has {facts.labels} labels; lower it")
     require_thresholds(Path(arguments.model), facts, arguments.threshold)
+    if arguments.text_column != "text" and not has_columns(source):
+        name = "standard input" if source == "-" else source
+        raise UserError(
+            f"--text-column={arguments.text_column}: {name} has one text per line and no columns; leave it out"
+        )
     if source != "-" and "RANK" not in os.environ:  # of several ranks only the first reads it
         if not os.path.exists(source):
             raise UserError(f"{source}: cannot be read ({os.strerror(errno.ENOENT)}); name another file")

@@ -33,6 +33,13 @@ EXTENSIONS = {".jsonl": "jsonl", ".json": "jsonl", ".tsv": "tsv", ".csv": "csv",
 # Reading ---------------------------------------------------------------------------------------------------------------
 
 
+def has_columns(path: str) -> bool:
+    """Tell files with a column or field of texts from those with one text per line, by their name."""
+    from xmc_trainer.data.tables import is_table
+
+    return is_table(Path(path)) or path.endswith((".jsonl", ".json", ".parquet"))
+
+
 def read_texts(path: str, text_column: str = "text") -> Iterator[str]:
     """Yield the texts of the input, decoded like training files. Raises UserError that names a faulty line.
 

@@ -31,18 +31,18 @@ class Run:
 
 def find_runs(folders: list[Path]) -> list[Run]:
     """Find the finished runs in and below the folders. Raises UserError if there are none, or if one is damaged."""
-    runs = []
+    runs: dict[Path, Run] = {}  # by log file
     for folder in folders:
         for file in sorted(folder.rglob("log.jsonl")):
             log, config = read_log(file), file.with_name("config.yaml")
             if log is not None and config.is_file():
-                runs.append(Run(file.parent, _settings(config), log))
+                runs.setdefault(file.resolve(), Run(file.parent, _settings(config), log))  # folders may overlap
     if not runs:
         raise UserError(
             f"{', '.join(map(str, folders))}: no finished run (a folder with config.yaml and log.jsonl); name the "
             "output_dir of a training"
         )
-    return runs
+    return list(runs.values())
 
 
 def _settings(file: Path) -> dict[str, Any]:
