@@ -14,7 +14,7 @@ from tqdm import tqdm
 from xmc_trainer.data import Corpus
 from xmc_trainer.errors import UserError
 from xmc_trainer.head import Head
-from xmc_trainer.metrics import RankingMetrics
+from xmc_trainer.metrics import RankingMetrics, correct
 from xmc_trainer.step_clock import StepClock
 
 
@@ -138,8 +138,16 @@ def most_popular(corpus: Corpus, metrics: RankingMetrics, unseen: bool = False) 
     Args:
         unseen: count labels that training lacks as missed; see `Corpus.test_rows`.
     """
-    popular = np.argsort(-corpus.label_counts(), kind="stable")[: metrics.k]
-    relevant = corpus.test_labels(unseen).rows(corpus.test_rows(unseen))
+    popular, rows = np.argsort(-corpus.label_counts(), kind="stable"), corpus.test_rows(unseen)
+    relevant = corpus.test_labels(unseen).rows(rows)
     counts = np.diff(relevant.offsets)
-    metrics.add(np.broadcast_to(popular, (len(counts), len(popular))), relevant.ids, counts)
+    predicted = np.broadcast_to(popular[: metrics.k], (len(rows), min(metrics.k, len(popular))))
+    if corpus.filter_pairs is not None:  # rank the labels of each text that it does not exclude, as `Head.topk` does
+        pairs = corpus.filter_pairs.rows(rows)
+        excluded = np.diff(pairs.offsets)
+        most = metrics.k + int(excluded.max(initial=0))
+        predicted = np.tile(popular[:most], (len(rows), 1))
+        predicted[correct(predicted, pairs.ids.astype(np.int64), excluded)] = -1
+        predicted = np.take_along_axis(predicted, np.argsort(predicted < 0, axis=1, kind="stable"), 1)
+    metrics.add(predicted, relevant.ids, counts)
     return metrics.result()

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+from tests.data_helpers import instance, tiny_tokenizer, write_lf
+from xmc_trainer.data import load_corpus, open_source
+from xmc_trainer.evaluation import most_popular
 from xmc_trainer.metrics import RankingMetrics, inverse_propensity, table
 
 
@@ -114,3 +117,17 @@ def test_no_texts_are_an_error():
 def test_table_is_in_per_cent():
     text = table({"ours": {"P@1": 0.5, "P@3": 0.25, "P@5": 0.125}, "floor": {"P@1": 0.01, "P@3": 0.0, "P@5": 0.0}})
     assert text.splitlines()[1].split() == ["ours", "50.00", "25.00", "12.50"] and "PSP" not in text
+
+
+def test_the_most_popular_labels_leave_out_filter_pairs(tmp_path):
+    train = [instance("w0", [0, 1, 2]), instance("w1", [0, 1]), instance("w2", [0])]
+    write_lf(tmp_path, train, [instance("w3", [1, 2]), instance("w4", [0])])
+    found = {}
+    for filtered in (False, True):
+        (tmp_path / "filter_labels_test.txt").write_text("0 0\n0 1\n")
+        source = open_source(None, tmp_path, is_lf_data=True, use_filter_eval=filtered)
+        corpus = load_corpus(source, tiny_tokenizer(), max_len=8, cache_dir=tmp_path / "cache", progress=False)
+        found[filtered] = most_popular(corpus, RankingMetrics())
+    # Text 0 is ranked 0, 1, 2; filtered it is 2 alone. Text 1 is ranked 0, 1, 2.
+    assert (found[False]["P@1"], found[True]["P@1"]) == (0.5, 1)
+    assert (found[False]["P@3"], found[True]["P@3"]) == pytest.approx((1 / 2, 1 / 3))

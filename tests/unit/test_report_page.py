@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from xmc_trainer.builders.training import build_trainer
 from xmc_trainer.commands import report
-from xmc_trainer.commands.report_page import _labels_of_features, _seconds
+from xmc_trainer.commands.report_page import Sample, _labels_of_features, _samples, _seconds
 from xmc_trainer.commands.runs import find_runs
 from xmc_trainer.commands.samples import samples_of
 from xmc_trainer.commands.svg import line_chart, thinned, ticks
@@ -91,6 +91,8 @@ def test_its_numbers_are_those_of_log_and_model(runs):
 def test_samples_are_marked_as_the_evaluation_counts(runs):
     (run, _) = find_runs([runs])
     every = samples_of(run.folder / "model", 101)
+    nothing_left = [Sample("a text whose labels are all filter pairs", ["tag00"], [])]
+    assert "is right for 0 of 1 test texts" in _samples("one", nothing_left)
     assert len(every) == 101 and all(len(sample.predicted) == 5 for sample in every)
     for k, right in (1, [s.predicted[0][1] for s in every]), (5, [r for s in every for _, r in s.predicted]):
         assert np.mean(right) == pytest.approx(run.evaluations()[-1][f"P@{k}"], abs=1e-9)

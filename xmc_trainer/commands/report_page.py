@@ -243,7 +243,7 @@ def _seconds(run: Run) -> dict[str, float]:
 
 
 def _samples(name: str, samples: list[Sample]) -> str:
-    best = sum(sample.predicted[0][1] for sample in samples)
+    best = sum(right for sample in samples for _, right in sample.predicted[:1])  # filter pairs may leave no label
     rows = ""
     for sample in samples:
         marked = "<br>".join(
