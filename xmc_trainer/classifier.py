@@ -43,7 +43,8 @@ class XMCClassifier:
     Args:
         encoder: Hugging Face model: hub id or folder.
         fan_in: features that each label reads.
-        settings: more settings of a training, name -> value, for example {"training.optimization.epochs": 5}.
+        settings: more settings of a training, name -> value, for example {"training.optimization.epochs": 5}. Those that
+            the other arguments set are refused.
         output_dir: folder for the run, `output_dir/run`. An earlier run there is replaced only with training.overwrite in `settings`.
             None: a temporary folder, deleted with this object; see `save_pretrained`.
         device: cpu, cuda, cuda:1 ...; None for the GPU if there is one.
@@ -140,7 +141,7 @@ class XMCClassifier:
     def predict_scores(
         self, texts: Any, k: int = 100, batch_size: int = 256, show_progress: bool = False
     ) -> csr_matrix:
-        """Return the scores of the k best labels of each text, float32 [texts, L], sparse."""
+        """Return the scores of the k best labels of each text, float32 [texts, L], sparse. Other labels have no entry, which reads as 0."""
         scores, labels = self._topk(texts, k, batch_size, show_progress)
         offsets = np.arange(len(scores) + 1) * scores.shape[1]
         return csr_matrix((scores.ravel(), labels.ravel(), offsets), (len(scores), len(self.classes_)))

@@ -23,6 +23,7 @@ from tests import encoders
 from tests.data_helpers import tiny_tokenizer
 from tests.encoders import WORDS, save_encoder, save_untrained
 from tests.head_helpers import dense_of
+from tests.saved_folders import no_file_longer_than
 from xmc_trainer import XMCModel
 from xmc_trainer.checkpoint.saved_model import save_model
 from xmc_trainer.commands import export, extend
@@ -89,6 +90,9 @@ def test_the_head_in_scipy_and_in_torch(model, tmp_path, monkeypatch):
     assert "xmc_trainer import" not in (tmp_path / "torch/head.py").read_text()
     found, numbers = module.Head(str(tmp_path / "torch/head.safetensors")).topk(torch.from_numpy(features), 5)
     assert np.array_equal(numbers.numpy(), labels[:, :5]) and found.numpy() == pytest.approx(scores[:, :5], abs=1e-5)
+    with no_file_longer_than(500), pytest.raises(UserError, match="full: cannot be written"):
+        run(monkeypatch, export, model.saved.folder, tmp_path / "full", "--format", "scipy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scipy", "torch"]
     with pytest.raises(UserError, match="torch: exists already"):
         run(monkeypatch, export, model.saved.folder, tmp_path / "torch", "--format", "torch")
 

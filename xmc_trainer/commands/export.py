@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 from xmc_trainer.checkpoint.folder import verify_file
 from xmc_trainer.checkpoint.model_manifest import facts_of_model
 from xmc_trainer.errors import UserError, reason
-from xmc_trainer.files import require_new_folder
+from xmc_trainer.files import require_new_folder, writing
 
 if TYPE_CHECKING:
     import torch
@@ -263,12 +263,13 @@ def main() -> None:
         "onnx": lambda saved, out: write_onnx(saved, out, options.k or min(5, saved.head.num_labels), options.int8),
     }
     saved = load_model(options.model)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}.") as partial:
-        folder = Path(partial) / options.out.name
-        folder.mkdir()
-        writers[options.format](saved, folder)
-        if options.format != "sentence-transformers":
-            shutil.copy(options.model / "labels.parquet", folder)
-        os.replace(folder, options.out)
+    with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=options.out.parent, prefix=f".{options.out.name}.") as partial:
+            folder = Path(partial) / options.out.name
+            folder.mkdir()
+            writers[options.format](saved, folder)
+            if options.format != "sentence-transformers":
+                shutil.copy(options.model / "labels.parquet", folder)
+            os.replace(folder, options.out)
     print(f"{options.out}: {', '.join(sorted(path.name for path in options.out.iterdir()))}")
