@@ -289,7 +289,7 @@ class XMCClassifier:
         if labels is None and _is_frame(texts):
             separator = (self.settings or {}).get("data.label_separator", ";")
             cells = self._column(texts, "data.label_column", "labels")
-            labels = [_names_in_cell(cell, separator) for cell in cells]
+            labels = [_names_in_cell(cell, separator, number) for number, cell in enumerate(cells, start=1)]
         elif labels is None:
             pairs = list(texts)
             if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
@@ -310,10 +310,10 @@ def _is_frame(data: Any) -> bool:
     return any(hasattr(data, name) for name in ("collect", "columns", "column_names"))
 
 
-def _names_in_cell(cell: Any, separator: str) -> Any:
-    """Return the label names in a cell of a frame."""
+def _names_in_cell(cell: Any, separator: str, number: int) -> Any:
+    """Return the label names in a cell of a frame. `number`: of its text, from 1, for messages."""
     if isinstance(cell, str):
-        return names_in_cell(cell, separator)
+        return names_in_cell(cell, separator, f"text {number}")
     is_missing = cell is None or type(cell).__name__ == "NAType" or (isinstance(cell, float) and cell != cell)
     return [] if is_missing else cell
 

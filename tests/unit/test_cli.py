@@ -58,12 +58,15 @@ def test_the_shell_completes_commands_options_settings_and_choices(monkeypatch, 
     typed = {
         "tr": ["train"], "bench h": ["head"], "train --z": ["--zero"], "train dataset=wik": ["wiki31k", "wiki500k"],
         "train seed=1 model.ffi.fan_": ["model.ffi.fan_in="], "adjust m training.evaluation.eval_p": ["training.evaluation.eval_psp="],
-        "plan model.ffi.index_init=d": ["discriminant"], "train data.is_lf_data=": ["true", "false"], "train my": [], "doctor model.f": [],
+        "plan model.ffi.index_init=d": ["discriminant"], "train data.is_lf_data=": ["true", "false"], "train my": [], "doctor model.f": [], "train data.source=my\\ da": [],
     }  # fmt: skip
     script = (
         capsys.readouterr().out
         + """
-        for COMP_LINE; do COMP_POINT=${#COMP_LINE}; _xmc_trainer; echo ${COMPREPLY[*]}; done"""
+        COMP_CWORD=0
+        for COMP_LINE; do
+            word="${COMP_LINE##*[!\\\\] }"; COMP_POINT=${#COMP_LINE} COMP_WORDS=("${word##*=}") COMPREPLY=(); _xmc_trainer; echo ${COMPREPLY[*]}
+        done"""
     )
     words = [f"xmc-trainer {line}" for line in typed]
     done = subprocess.run(["bash", "-uc", script, "-", *words], text=True, capture_output=True)
@@ -91,8 +94,12 @@ def test_train_starts_the_deepspeed_launcher(words, processes, config, toy_setti
         call(monkeypatch, "train", *toy_settings, *words, "log_fname=a")
     chosen = started.pop()
     assert chosen[chosen.index("--include") + 1] == "localhost:" + ",".join("7531"[: int(processes)])
-    (command,) = started
-    assert command[command.index("--num_gpus") + 1] == processes
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match="0"):
+        call(monkeypatch, "train", *toy_settings, *words, "log_fname=a", "environment.device=cpu")
+    command, on_cpu = started
+    for each in (command, on_cpu):
+        assert each[each.index("--num_gpus") + 1] == processes
     given = Path(command[command.index("--deepspeed_config") + 1])
     assert given.name == config and command[-len(toy_settings) - 1 :] == [*toy_settings, "log_fname=a"]
     if config != "mine.json":

@@ -105,6 +105,24 @@ def test_dev_test_and_training_part_of_a_file(tmp_path):
     assert [sorted(part) for part in parts(stratify=True)[1:]] == [sorted(part) for part in strata]
 
 
+@pytest.mark.parametrize("stratify", [False, True])
+def test_the_order_of_the_rows_does_not_matter(tmp_path, stratify):
+    rng = random.Random(1)
+    labels = [[f"l{int(rng.paretovariate(0.7)) % 60}" for _ in range(rng.randint(1, 4))] for _ in range(300)]
+    rows = [{"text": f"text {n}", "labels": names} for n, names in enumerate(labels)]
+
+    def held_out() -> list[str]:
+        path = str(write_lines(tmp_path / "t.jsonl", rows))
+        return sorted(
+            text for text, _ in read_all(rows_source(path, test_share=0.2, dev_share=0.1, stratify=stratify))[2]
+        )
+
+    first = held_out()
+    for _ in range(3):
+        rng.shuffle(rows)
+        assert held_out() == first
+
+
 def test_a_changed_file_is_divided_as_before(tmp_path):
     rows = [{"text": f"text {n}", "labels": ["a", f"l{n % 3}"]} for n in range(100)]
     first = rows_source(str(write_lines(tmp_path / "t.jsonl", rows)), test_share=0.2).read()

@@ -115,6 +115,13 @@ def test_every_layout_is_recognised_and_gives_the_same_rows(tmp_path):
     assert [len(rows) for rows in read_all(opened(tmp_path / "one"))[1:]] == [18, 2]
 
 
+def test_values_that_repeat_and_sum_to_zero_are_labels(tmp_path):
+    dexml(tmp_path)
+    values, columns, starts = np.array([100, 100, 56, 1], np.int8), np.array([2, 2, 2, 0]), np.array([0, 3, 3, 4])
+    save_npz(tmp_path / "Y.trn.npz", csr_matrix((values, columns, starts), (3, 3)))
+    assert [labels for _, labels in read_all(opened(tmp_path))[1]] == [[2], [], [0]]
+
+
 @pytest.mark.parametrize("break_it, said", [
     (lambda d: (d / "trn_X_Y.txt").write_text("3\n0:1\n\n1:1\n"), "trn_X_Y.txt, line 1: must be the numbers of texts and of labels, not '3'"),
     (lambda d: (d / "trn_X_Y.txt").write_text("3 3\n0:1\n\n3:1\n"), "trn_X_Y.txt, line 4: label 3 is out of range: line 1 says 3 labels"),
@@ -138,6 +145,8 @@ def test_what_is_wrong_with_sparse_files(tmp_path, break_it, said):
     (renee, {"test_share": 0.1}, "`test_share`: applies to rows with columns (CSV"), (renee, {"test_split": "dev"}, "`test_split`: applies to"),
     (renee, {"label_text_file": "x"}, "`label_text_file`: applies to the raw layout"), (write_raw, {"augment_label_data": True}, "set `label_text_file`"),
     (write_raw, {"is_lf_data": True}, "set `is_lf_data`=false"), (write_raw, {"train_split": "dev"}, "`train_split`: applies to rows"),
+    (write_raw, {"text_column": "title"}, "`text_column`: applies to rows"), (renee, {"label_column": "y"}, "`label_column`: applies to rows"),
+    (pecos, {"label_separator": "|"}, "`label_separator`: applies to rows"),
     (pecos, {"use_filter_eval": True}, "filter_labels_test.txt or tst_filter_labels.txt is missing"),
     (lambda folder: write_raw(folder / "inner"), {}, "/inner; name that folder"),
 ])  # fmt: skip

@@ -671,6 +671,14 @@ def test_hf_incomplete_or_ambiguous_parts(tmp_path):
     write_parts(tmp_path / "two", ["en/train-00000-of-00001.parquet", "de/train-00000-of-00001.parquet"])
     message = message_of(lambda: read_hf(tmp_path / "two"))
     assert f"train may be {tmp_path}/two/de/*.parquet or {tmp_path}/two/en/*.parquet; name the folder of one" in message
+    for name in ("train.jsonl", "train-00000-of-00001.parquet"):
+        write_parts(tmp_path / name, ["train.parquet", name, "test.parquet"])
+        message = message_of(lambda name=name: read_hf(tmp_path / name))
+        assert f"train may be {tmp_path}/{name}/train.parquet or {tmp_path}/{name}/{name}; name" in message
+    columns = pa.array(["a"]), pa.array([["b"]]), pa.array(["c"])
+    pq.write_table(pa.Table.from_arrays(columns, ["text", "labels", "text"]), tmp_path / "twice.parquet")
+    message = message_of(lambda: read_hf(tmp_path / "twice.parquet"))
+    assert "twice.parquet: two columns are named 'text'; rename one" in message
 
 
 def test_hf_reads_only_two_columns(tmp_path):

@@ -65,6 +65,7 @@ def test_tsv_gzip_byte_order_mark_and_another_separator(tmp_path):
         (b"text,labels\nx,y\n\xff,z\n", "not UTF-8"),
         (b"text,text\nx,y\n", "two columns are named 'text'"),
         (b"body,labels\nx,y\n", "row 1: has no column 'text', only body, labels; set `text_column`"),
+        (b"text,labels\nx,\"['y', 'z']\"\n", "row 1: the labels are a list as Python prints it, ['y', 'z']; write it as JSON"),
         (b"text,labels\n", "train has no rows"),
         (b"", "train has no rows"),
     ],
@@ -72,6 +73,12 @@ def test_tsv_gzip_byte_order_mark_and_another_separator(tmp_path):
 def test_what_is_wrong_with_a_table(tmp_path, content, message):
     (tmp_path / "t.csv").write_bytes(content)
     assert message in message_of(lambda: read_all(opened(tmp_path / "t.csv")))
+
+
+def test_options_that_a_single_file_ignores_are_refused(tmp_path):
+    file = write_lines(tmp_path / "t.jsonl", records(20))
+    assert "`train_split`=fit: " in message_of(lambda: opened(file, train_split="fit"))
+    assert "`label_separator`=|: applies to .csv and .tsv" in message_of(lambda: opened(file, label_separator="|"))
 
 
 def test_damaged_gzip(tmp_path):
@@ -136,12 +143,19 @@ def test_options_that_change_what_is_read_change_the_identity(tmp_path):
     (tmp_path / "t.csv").write_text("text,labels\nx,a\n")
 
     def identities(path):
-        return [opened(path, **o).identity for o in ({}, {"test_share": 0.2}, {"label_separator": "|"})]
+        return [opened(path, **o).identity for o in options]
 
-    plain, held_out, separated = identities(tmp_path)
-    assert plain == separated != held_out
+    options: list[dict] = [{}, {"test_share": 0.2}]
+    plain, held_out = identities(tmp_path)
+    assert plain != held_out
     assert json.loads(plain) == [None, "train", "test", "text", "labels", None]  # as earlier versions wrote it
+    options.append({"label_separator": "|"})
     assert len(set(identities(tmp_path / "t.csv"))) == 3
+    # The same files in the same order, but the second one is in another split.
+    for name in ("a/train/1", "a/train/2", "a/test/3", "b/train/1", "b/test/2", "b/test/3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_lines(tmp_path / f"{name}.jsonl", records(1))
+    assert opened(tmp_path / "a").identity != opened(tmp_path / "b").identity
 
 
 def test_every_class_of_a_multi_hot_column_keeps_a_training_text(tmp_path):

@@ -26,6 +26,7 @@ from xmc_trainer.config.fields import settings_of
 _SCRIPT = """\
 _xmc_trainer() {
     local line word words="" settings="%s"
+    [[ ${COMP_WORDS[COMP_CWORD]-} == *[[:blank:]]* ]] && return  # quoted: only a file's name
     line="${COMP_LINE:0:$COMP_POINT}"
     word="${line##*[[:blank:]]}"
     line="${line%%"$word"}"

@@ -50,7 +50,10 @@ def compiler_version(name: str, marker: str) -> str:
     path = shutil.which(name)
     if path is None:
         return "not found on PATH"
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, errors="replace", timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"cannot be run: {reason(error)} ({path})"
     line = next((line for line in done.stdout.splitlines() if marker in line), "no version printed")
     return f"{line} ({path})"
 

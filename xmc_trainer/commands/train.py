@@ -51,7 +51,8 @@ def main() -> None:
     if arguments.print_config:
         print(to_yaml(config), end="")
         return
-    launcher = _launcher(arguments) if arguments.gpus is not None or arguments.zero is not None else None
+    on_cpu = config.environment.device == "cpu"
+    launcher = _launcher(arguments, on_cpu) if arguments.gpus is not None or arguments.zero is not None else None
     # These take a second; importing torch and the engine takes many.
     from xmc_trainer.builders.inputs import require_clusters, require_data, require_encoder
     from xmc_trainer.run_folder import require_free
@@ -62,7 +63,7 @@ def main() -> None:
     require_clusters(config)
     require_encoder(config)
     if launcher is not None:
-        if config.environment.device == "cpu":
+        if on_cpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed looks for a GPU, and warns that there is none
         os.execv(sys.executable, launcher)  # replaces this process
 
@@ -80,7 +81,7 @@ def main() -> None:
             trainer.close()
 
 
-def _launcher(arguments: argparse.Namespace) -> list[str]:
+def _launcher(arguments: argparse.Namespace, on_cpu: bool) -> list[str]:
     """Return the command of the deepspeed launcher, which runs this module once for each GPU. Raises UserError."""
     if "RANK" in os.environ:
         raise UserError("--gpus, --zero: a launcher has started this process already; remove them")
@@ -91,7 +92,7 @@ def _launcher(arguments: argparse.Namespace) -> list[str]:
     stage = _ZERO if arguments.zero is None else arguments.zero
     shipped = resources.files("xmc_trainer") / "ds_configs" / f"zero{stage}.json"
     processes, visible = arguments.gpus or 1, os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
+    if visible is None or on_cpu:
         where = ["--num_gpus", str(processes)]
     else:  # with --num_gpus the launcher ignores the variable
         numbers = [number.strip() for number in visible.split(",") if number.strip()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from xmc_trainer.data.rows import rows_source
+from xmc_trainer.data.rows import SEPARATOR, rows_source
 from xmc_trainer.data.sources import Source, lf_source, raw_source
 from xmc_trainer.data.sparse import LABEL_FILES, sparse_source
 from xmc_trainer.errors import UserError
@@ -20,6 +20,9 @@ _MEANT_FOR = {
     "group_column": ("rows",),
     "stratify": ("rows",),
     "train_split": ("rows",),
+    "text_column": ("rows",),
+    "label_column": ("rows",),
+    "label_separator": ("rows",),
     "test_split": ("rows", "raw"),
 }
 _WORDS = {
@@ -53,7 +56,7 @@ def open_source(
     test_split: str = "test",
     text_column: str = "text",
     label_column: str = "labels",
-    label_separator: str = ";",
+    label_separator: str = SEPARATOR,
     test_share: float | None = None,
     dev_share: float | None = None,
     group_column: str | None = None,
@@ -76,7 +79,8 @@ def open_source(
     given = {
         "label_text_file": label_text_file, "use_filter_eval": use_filter_eval, "augment_label_data": augment_label_data,
         "test_share": test_share, "dev_share": dev_share, "group_column": group_column, "stratify": stratify,
-        "train_split": train_split != "train", "test_split": test_split != "test",
+        "train_split": train_split != "train", "test_split": test_split != "test", "text_column": text_column != "text",
+        "label_column": label_column != "labels", "label_separator": label_separator != SEPARATOR,
     }  # fmt: skip
     for name, value in given.items():
         if value and layout not in _MEANT_FOR[name]:

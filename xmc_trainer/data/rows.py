@@ -37,10 +37,12 @@ from xmc_trainer.data.split import DEV, TEST, TRAIN, Split, divided
 from xmc_trainer.data.texts import check_unicode
 from xmc_trainer.errors import UserError, reason, shown
 
+SEPARATOR = ";"  # default of `label_separator`
 _ROWS_PER_READ = 2000
 _EXTENSIONS = (".parquet", ".jsonl", ".jsonl.gz", *tables.EXTENSIONS)
 _CONVERT = f"convert it to one of {', '.join(_EXTENSIONS)}"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_DIVISION = 2  # increase when `split.divided` divides the same texts in another way
 _DEPTH = 3  # levels of folders searched, including the named one
 _TEST_SHARE = 0.1  # of a single file's texts
 # If more than this share of the rows that are strings has a comma, warn.
@@ -66,7 +68,7 @@ def rows_source(
     test_split: str = "test",
     text_column: str = "text",
     label_column: str = "labels",
-    label_separator: str = ";",
+    label_separator: str = SEPARATOR,
     *,
     test_share: float | None = None,
     dev_share: float | None = None,
@@ -92,8 +94,11 @@ def rows_source(
         one = "`label_column`" if text_column == label_column else "`group_column`"
         raise UserError(f"{one}: is also the name of another column; name the right one")
     columns = _Columns(text_column, label_column, label_separator, group_column)
+    one_split = _is_one_split(name)
+    if one_split and train_split != "train":
+        raise UserError(f"`train_split`={train_split}: {name} is all in one split; remove it")
     whole = _open_split(name, "train_split", train_split, columns)
-    if test_share is None and _is_one_split(name):
+    if test_share is None and one_split:
         test_share = _TEST_SHARE
     evaluated = {"dev": DEV if dev_share else None, "test": TEST if test_share else None}.get(test_split)
     if evaluated is None and test_share is not None:
@@ -109,7 +114,8 @@ def rows_source(
         column = _LabelColumn(label_column, whole.class_names)
         seen = column.scan(whole)
         if not column.rows:
-            raise UserError(f"`source`={name}: {train_split} has no rows; write it again, or set `train_split`")
+            remedy = "" if one_split else ", or set `train_split`"
+            raise UserError(f"`source`={name}: {train_split} has no rows; write it again{remedy}")
         if apart and apart.class_names != whole.class_names:
             raise UserError(
                 f"`source`={name}: the class labels of {label_column!r} in {test_split} differ from those in "
@@ -151,6 +157,11 @@ def rows_source(
 
     # Without files, the name identifies the data set. Class names may be stored outside the files with the rows.
     files = [*whole.files, *(apart.files if apart else [])]
+    is_table = any(map(tables.is_table, files))
+    if label_separator != SEPARATOR and not is_table:
+        raise UserError(
+            f"`label_separator`={label_separator}: applies to .csv and .tsv files only; set it to {SEPARATOR}"
+        )
     has_files = whole.files and (apart is None or apart.files)
     identity: list[Any] = [
         None if has_files else name,
@@ -161,9 +172,16 @@ def rows_source(
         whole.class_names,
     ]
     # Appended only where they matter, so that caches and checkpoints of earlier versions are found.
-    identity += [label_separator] * any(map(tables.is_table, files)) + [test_share] * (test_share is not None)
+    identity += [label_separator] * is_table + [test_share] * (test_share is not None)
     more = {"dev_share": dev_share, "group_column": group_column, "stratify": stratify or None}
     identity += [more] * any(value is not None for value in more.values())
+    identity += [_DIVISION] * holds_out
+    if (
+        apart
+        and len(files) > 2
+        and [train_split in path.name for path in files] != [path in whole.files for path in files]
+    ):
+        identity.append(len(whole.files))  # the names of the files do not say which split they belong to
     if split_file is not None:
         files.append(split_file)
     return Source(name, files, "hf", json.dumps(identity), read)
@@ -191,7 +209,9 @@ def _hold_out(
         row = {numbers.setdefault(label, len(numbers)) for label in column.names(record[columns.labels], where)}
         ids.extend(row)
         counts.append(len(row))
-    labels = Ragged(np.array(ids, np.int32), np.r_[0, np.cumsum(np.array(counts, np.int64))])
+    names = sorted(numbers)  # by name, so that the order of the rows does not matter
+    place = np.argsort([numbers[label] for label in names]).astype(np.int32)
+    labels = Ragged(place[np.array(ids, np.int32)], np.r_[0, np.cumsum(np.array(counts, np.int64))])
     hashes = np.array(keys, np.uint64)
     if given is not None and np.isin(hashes, given.keys).any():
         split = given.repeated(hashes)
@@ -208,8 +228,7 @@ def _hold_out(
                 f"write a folder with a train and a {called} file"
             )
     trained = np.unique(labels.ids[np.repeat(split.parts == TRAIN, np.diff(labels.offsets))])
-    names = np.array(list(numbers), dtype=object)
-    return split, set(names[trained])
+    return split, {names[label] for label in trained}
 
 
 def _held_out_note(split: Split, columns: _Columns, stratify: bool) -> str:
@@ -244,7 +263,7 @@ def _group(record: Record, column: str, where: str) -> str:
 class _Columns(NamedTuple):
     text: str
     labels: str
-    separator: str = ";"  # of labels in a cell of a table
+    separator: str = SEPARATOR  # of labels in a cell of a table
     group: str | None = None
 
     @property
@@ -468,15 +487,17 @@ def _unsplit_files(folder: Path, split: str) -> list[Path]:
 def _find_files(folder: Path, split: str) -> list[Path]:
     """Return the files of a split in row order, or [].
 
-    First choice: <split>.parquet, <split>.jsonl or <split>.jsonl.gz in the folder. Otherwise parts such as
-    <split>-00000-of-00005.parquet, or files in a folder named <split> or <split>.parquet, on the first level of folders
-    that has any. UserError if a level has several such sets, or if parts are missing.
+    First choice: a file such as <split>.parquet in the folder. Otherwise parts such as <split>-00000-of-00005.parquet, or
+    files in a folder named <split> or <split>.parquet, on the first level of folders that has any. UserError if a level
+    has several such sets, or if parts are missing.
     """
-    for path in _unsplit_files(folder, split):
-        if path.is_file():
-            return [path]
     name = re.escape(split)
     part = re.compile(rf"{name}[-_.](\d+)(?:-of-(\d+))?(?:-[0-9A-Za-z]+)?(\.parquet|\.jsonl|\.jsonl\.gz)")
+    if whole := [path for path in _unsplit_files(folder, split) if path.is_file()]:
+        others = [*whole[1:], *(path for path in sorted(folder.iterdir()) if part.fullmatch(path.name))]
+        if others:
+            raise _ambiguous(folder, split, [str(whole[0]), str(others[0])])
+        return whole
     sets: dict[tuple[Path, str], list[tuple[int, str, Path, int | None]]] = {}
     level = [folder]
     for _ in range(_DEPTH):
@@ -501,10 +522,7 @@ def _find_files(folder: Path, split: str) -> list[Path]:
             if path.is_dir() and not path.name.startswith(".")
         ]
     if len(sets) > 1:
-        candidates = " or ".join(f"{parent}/*{extension}" for parent, extension in sorted(sets))
-        raise UserError(
-            f"`source`={folder}: {split} may be {candidates}; name the folder of one, or move the others away"
-        )
+        raise _ambiguous(folder, split, [f"{parent}/*{extension}" for parent, extension in sorted(sets)])
     parts = sorted(next(iter(sets.values()), []), key=lambda part: part[:2])
     counts = {count for *_, count in parts}
     known = [count for count in counts if count is not None]
@@ -515,6 +533,12 @@ def _find_files(folder: Path, split: str) -> list[Path]:
             "those of another set"
         )
     return [path for _, _, path, _ in parts]
+
+
+def _ambiguous(folder: Path, split: str, candidates: list[str]) -> UserError:
+    return UserError(
+        f"`source`={folder}: {split} may be {' or '.join(candidates)}; name the folder of one, or move the others away"
+    )
 
 
 def _rows_of_files(paths: list[Path], columns: _Columns) -> Iterator[tuple[str, Record]]:
@@ -550,6 +574,8 @@ def _open_parquet(paths: list[Path], columns: _Columns) -> _Split:
         except _UNREADABLE as error:
             raise UserError(f"{path}: cannot be read ({reason(error)}); write it again") from None
         columns.check(names, str(path))
+        if repeated := [name for name in columns.read if names.count(name) > 1]:
+            raise UserError(f"{path}: two columns are named {repeated[0]!r}; rename one")
         # Only for the label column: the datasets library may not know the types of other columns.
         class_names.append(_class_names_in(schema, columns.labels))
         if class_names[0] != class_names[-1]:

@@ -111,7 +111,9 @@ def _from_npz(path: Path) -> tuple[Ragged, int]:
     from scipy.sparse import csr_matrix, load_npz  # slow, and most runs do not come here
 
     try:
-        matrix = csr_matrix(load_npz(path))
+        loaded = load_npz(path)
+        loaded.data = loaded.data != 0  # the sum of values that repeat could be 0
+        matrix = csr_matrix(loaded)
         matrix.check_format(full_check=True)
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: is not a sparse matrix of scipy ({reason(error)}); write it with save_npz") from None

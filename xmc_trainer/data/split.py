@@ -87,11 +87,11 @@ def _keep_labels(part_of: np.ndarray, unit_of: np.ndarray, labels: Ragged, num_l
     texts = np.bincount(labels.ids[part_of[unit_of[row_of]] == TRAIN], minlength=num_labels)
     by_unit = np.argsort(unit_of, kind="stable")
     first = np.searchsorted(unit_of[by_unit], np.arange(len(part_of) + 1))
-    for row in np.unique(row_of[texts[labels.ids] == 0]):
-        unit = unit_of[row]
-        if part_of[unit] != TRAIN and (texts[labels.ids[labels.offsets[row] : labels.offsets[row + 1]]] == 0).any():
+    for unit in np.unique(unit_of[row_of[texts[labels.ids] == 0]]):
+        found = labels.rows(by_unit[first[unit] : first[unit + 1]]).ids
+        if (texts[found] == 0).any():
             part_of[unit] = TRAIN
-            np.add.at(texts, labels.rows(by_unit[first[unit] : first[unit + 1]]).ids, 1)
+            np.add.at(texts, found, 1)
 
 
 def stratified(labels: Ragged, num_labels: int, test_share: float, dev_share: float) -> np.ndarray:

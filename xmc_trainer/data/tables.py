@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from xmc_trainer.errors import UserError, reason
+from xmc_trainer.errors import UserError, reason, shown
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 EXTENSIONS = tuple(f"{extension}{packed}" for extension in _DELIMITERS for packed in ("", ".gz"))
+_PYTHON_LIST = re.compile(r"\s*\[\s*'.*'\s*,?\s*\]\s*", re.DOTALL)  # pandas writes lists so
 _LONGEST_CELL = 1 << 27  # characters; the csv module's own limit is 131,072
 
 
@@ -28,8 +30,8 @@ def table_records(path: Path, label_column: str, separator: str) -> Iterator[tup
     A cell is a string, except in the label column. There, a JSON list becomes that list. Any other cell is split at
     `separator`; spaces around names and empty names are removed.
 
-    Raises UserError, which names the file and the row, for a file that cannot be read, is not UTF-8, or has a row whose
-    number of cells differs from the header's.
+    Raises UserError, which names the file and the row, for a file that cannot be read, is not UTF-8, has a row whose number of
+    cells differs from the header's, or has lists of labels in Python's spelling.
     """
     number = 0
     csv.field_size_limit(_LONGEST_CELL)
@@ -53,7 +55,7 @@ def table_records(path: Path, label_column: str, separator: str) -> Iterator[tup
                     )
                 record: dict[str, Any] = dict(zip(header, cells))
                 if label_column in record:
-                    record[label_column] = names_in_cell(record[label_column], separator)
+                    record[label_column] = names_in_cell(record[label_column], separator, where)
                 yield where, record
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, after row {number}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
@@ -67,8 +69,16 @@ def _open(path: Path) -> TextIO:
     return opened(path, "rt", encoding="utf-8-sig", newline="")
 
 
-def names_in_cell(cell: str, separator: str) -> list[Any]:
-    """Return the labels in a cell: a JSON list as it is, anything else split at `separator`; see `table_records`."""
+def names_in_cell(cell: str, separator: str, where: str) -> list[Any]:
+    """Return the labels in a cell: a JSON list as it is, anything else split at `separator`; see `table_records`.
+
+    Raises UserError, which begins with `where`, for a list as Python prints it.
+    """
+    if _PYTHON_LIST.fullmatch(cell):
+        raise UserError(
+            f"{where}: the labels are a list as Python prints it, {shown(cell)}; write it as JSON (json.dumps), or "
+            f"the names with {separator!r} between them"
+        )
     if cell.lstrip().startswith("["):
         try:
             listed = json.loads(cell)
