@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from xmc_trainer.builders.recipe import configured
 from xmc_trainer.builders.training import build_trainer
-from xmc_trainer.config import load_config
 from xmc_trainer.data.tables import names_in_cell
 from xmc_trainer.errors import UserError, reason, shown
 from xmc_trainer.files import require_new_folder, writing
@@ -42,9 +42,9 @@ class XMCClassifier:
 
     Args:
         encoder: Hugging Face model: hub id or folder.
-        fan_in: features that each label reads.
-        settings: more settings of a training, name -> value, for example {"training.optimization.epochs": 5}. Those that
-            the other arguments set are refused.
+        fan_in: features that each label reads; None: 64, or as the recipe chooses.
+        settings: more settings of a training, name -> value, for example {"recipe": "auto"}. Those that the other arguments set are
+            refused.
         output_dir: folder for the run, `output_dir/run`. An earlier run there is replaced only with training.overwrite in `settings`.
             None: a temporary folder, deleted with this object; see `save_pretrained`.
         device: cpu, cuda, cuda:1 ...; None for the GPU if there is one.
@@ -59,7 +59,7 @@ class XMCClassifier:
     def __init__(
         self,
         encoder: str = _ENCODER,
-        fan_in: int = 64,
+        fan_in: int | None = None,
         settings: dict[str, Any] | None = None,
         output_dir: str | Path | None = None,
         device: str | None = None,
@@ -96,10 +96,11 @@ class XMCClassifier:
                 "data.text_column": "text",
                 "data.label_column": "labels",
                 "model.encoder.encoder_model": self.encoder,
-                "model.ffi.fan_in": self.fan_in,
                 "output_dir": self.output_dir or temporary.name,
                 "log_fname": "run",
             }
+            if self.fan_in is not None:
+                own["model.ffi.fan_in"] = self.fan_in
             if self.device is not None:
                 device = device_of(self.device)
                 own |= {"environment.device": device.type, "environment.cuda_device_id": device.index or 0}
@@ -109,7 +110,7 @@ class XMCClassifier:
                     f"settings: {min(taken)} comes from the arguments of XMCClassifier and of fit; give it there"
                 )
             words = [f"{name}={'null' if value is None else value}" for name, value in (own | more).items()]
-            trainer = build_trainer(load_config(words))
+            trainer = build_trainer(configured(words)[0])
             try:
                 trainer.train()
                 metrics, saved = trainer.metrics["test"], trainer.run_folder / "model"

@@ -32,6 +32,7 @@ ALLOWED = {
     },
     "builders.head": {"builders", "config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "labels", "parallel"},
     "builders.hooks": {"config", "errors", "head", "hooks", "schedules"},
+    "builders.recipe": {"builders.inputs", "config"},
     "builders.saved_model": {"builders", "checkpoint", "config", "data", "errors", "evaluation", "measures"},
     "builders.training": {
         "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",
@@ -52,7 +53,7 @@ ALLOWED = {
     "hooks.logging": {"", "engine", "errors", "evaluation", "files", "head", "hooks.base", "metrics", "run_folder", "version"},
     "hooks.rewire": {"head", "hooks.base"},
     "hooks.schedule": {"hooks.base", "schedules"},
-    "classifier": {"builders.training", "config", "data.tables", "errors", "files", "model"},
+    "classifier": {"builders.recipe", "builders.training", "config", "data.tables", "errors", "files", "model"},
     "model": {"checkpoint.saved_model", "data", "errors"},
     "evaluation": {"data", "errors", "head", "metrics", "step_clock"},
     "measures": {"metrics"},

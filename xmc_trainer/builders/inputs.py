@@ -129,6 +129,28 @@ def require_encoder(config: Config) -> None:
         raise UserError(f"data.max_len={config.data.max_len}: the encoder reads at most {longest} tokens; lower it")
 
 
+def width_and_positions(config: Config) -> tuple[int, int | None]:
+    """Return the encoder's number of features, and how many tokens it can read; None: not limited.
+
+    A hub id's config.json is downloaded. Raises UserError if it does not say the width.
+    """
+    chosen = config.model.encoder
+    where = f"model.encoder.encoder_model={chosen.encoder_model}"
+    facts = _facts_of_model(chosen.encoder_model, where)
+    if not facts:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            facts = json.loads(Path(hf_hub_download(chosen.encoder_model, "config.json")).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where}: its config.json cannot be read ({reason(error)}); try again") from None
+    width = chosen.encoder_ftr_dim or next((facts[name] for name in _WIDTHS if isinstance(facts.get(name), int)), None)
+    if width is None:
+        raise UserError(f"{where}: config.json does not say its width; set model.encoder.encoder_ftr_dim")
+    positions = facts.get("max_position_embeddings")
+    return width * chosen.feature_layers, positions if isinstance(positions, int) and positions > 0 else None
+
+
 def require_tokenizer(config: Config) -> None:
     """Raise UserError if there is no tokenizer."""
     chosen = config.model.encoder

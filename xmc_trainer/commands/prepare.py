@@ -90,7 +90,9 @@ def main() -> None:
     require_tokenizer(config)
     from xmc_trainer.builders.data import corpus_of
     from xmc_trainer.builders.encoder import tokenizer_of
+    from xmc_trainer.builders.recipe import configured
 
+    config, _ = configured(options.settings)
     tokenizer = tokenizer_of(config)
     begin = time.perf_counter()
     with PeakMemory() as peak:

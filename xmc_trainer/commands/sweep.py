@@ -105,7 +105,12 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
                 words = ["training.resume=true", *words, f"training.seed={seed}", f"log_fname={name}-{seed}"]
                 splits: list[str | None] = [*grid.splits]
                 for split in splits or [None]:  # find errors before anything runs
-                    load_config([*words, *([] if split is None else [f"data.test_split={split}"])])
+                    config = load_config([*words, *([] if split is None else [f"data.test_split={split}"])])
+                    if config.recipe != "none":
+                        raise UserError(
+                            f"recipe={config.recipe}: a sweep applies no recipe; write the settings that xmc-trainer train "
+                            "--print-config shows"
+                        )
             except UserError as error:
                 raise UserError(f"{file}: row {shown(repr(row))}: {error}") from None
             runs.append((row, seed, words))

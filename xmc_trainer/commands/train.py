@@ -49,7 +49,11 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.settings)
     if arguments.print_config:
+        from xmc_trainer.builders.recipe import configured
+
+        config, choices = configured(arguments.settings)
         print(to_yaml(config), end="")
+        _say(choices)
         return
     on_cpu = config.environment.device == "cpu"
     launcher = _launcher(arguments, on_cpu) if arguments.gpus is not None or arguments.zero is not None else None
@@ -68,17 +72,26 @@ def main() -> None:
         os.execv(sys.executable, launcher)  # replaces this process
 
     from xmc_trainer import signals
+    from xmc_trainer.builders.recipe import configured
     from xmc_trainer.builders.training import build_trainer
     from xmc_trainer.library_log import libraries_log_to
     from xmc_trainer.plan import explained
     from xmc_trainer.run_folder import LIBRARY_LOG
 
+    config, choices = configured(arguments.settings)
+    if os.environ.get("RANK", "0") == "0":
+        _say(choices)
     log = config.run_folder / LIBRARY_LOG if os.environ.get("RANK", "0") == "0" else None
     with libraries_log_to(log), explained(config):
         trainer = build_trainer(config, deepspeed_config=arguments.deepspeed_config)
         with signals.deferred():
             trainer.train()
             trainer.close()
+
+
+def _say(choices: list[str]) -> None:
+    for line in choices:
+        print(f"recipe: {line}", file=sys.stderr, flush=True)
 
 
 def _launcher(arguments: argparse.Namespace, on_cpu: bool) -> list[str]:

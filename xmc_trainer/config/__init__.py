@@ -1,7 +1,7 @@
 """The configuration of a run: typed and checked sections, loaded from YAML files and `key=value` words."""
 
 from xmc_trainer.config.fields import names_of_parameters
-from xmc_trainer.config.load import load_config, saved_settings, shipped_configs
+from xmc_trainer.config.load import load_config, saved_settings, shipped_configs, stated_settings
 from xmc_trainer.config.model_card import changed_card, model_card
 from xmc_trainer.config.schema import Config
 from xmc_trainer.config.write import flatten, portable, portable_yaml, to_yaml
@@ -20,5 +20,6 @@ __all__ = [
     "portable_yaml",
     "saved_settings",
     "shipped_configs",
+    "stated_settings",
     "to_yaml",
 ]

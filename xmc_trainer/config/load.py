@@ -261,6 +261,13 @@ def load_config(overrides: list[str]) -> Config:
     return build(Config, values)
 
 
+def stated_settings(overrides: list[str]) -> set[str]:
+    """Return the names of the settings that `key=value` words, or the YAML file that they name, state."""
+    words = _with_new_names(pair for word in overrides for pair in _read_word(word))
+    dataset = words.get("dataset", _NOTHING).text
+    return {*words, *(_read_dataset_file(typing.cast(str, dataset)) if dataset is not None else ())}
+
+
 def saved_settings(file: Path) -> dict[str, Any]:
     """Read a config.yaml that any version wrote: dotted name -> value. Raises UserError if it is damaged."""
     root = yaml_nodes.read_file(file, "settings")

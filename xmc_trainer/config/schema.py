@@ -651,6 +651,12 @@ class TrainingConfig(Section, prefix="training."):
 @dataclass
 class Config(Section):
     dataset: str = option(REQUIRED, "Name of a shipped data set, or path of a YAML file.")
+    recipe: str = option(
+        "none",
+        "Choose the settings that you leave open: auto (by data, encoder and machine), spartex, or none (the defaults in this "
+        "list). train, prepare and XMCClassifier apply it; without dataset= they take auto.",
+        choices=("auto", "spartex", "none"),
+    )
     dataset_path: str | None = option(None, "Folder that contains the data set folders.")
     log_fname: str | None = option(None, "Short for training.verbose.log_fname.")
     output_dir: str = option("./outputs", "Folder in which run folders are created.")
