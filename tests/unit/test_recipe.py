@@ -89,7 +89,7 @@ def test_precedence(words, tmp_path):
     assert (ffi.index_init, ffi.fan_in, ffi.weight_init, ffi.rewire_interval) == ("informed", 7, "zero", 0)
     assert configured([*words, "recipe=none"])[0] == load_config(words)
     assert configured([*words, "recipe=spartex"])[0].training.optimization.loss_fn == "squared_hinge"
-    with pytest.raises(UserError, match="recipe=best"):
+    with pytest.raises(UserError, match="choose one of auto, spartex, none"):
         configured([*words, "recipe=best"])
 
 
