@@ -53,7 +53,7 @@ ALLOWED = {
     "hooks.logging": {"", "engine", "errors", "evaluation", "files", "head", "hooks.base", "metrics", "run_folder", "version"},
     "hooks.rewire": {"head", "hooks.base"},
     "hooks.schedule": {"hooks.base", "schedules"},
-    "classifier": {"builders.recipe", "builders.training", "config", "data.tables", "errors", "files", "model"},
+    "classifier": {"builders.recipe", "builders.training", "data.tables", "errors", "files", "model"},
     "model": {"checkpoint.saved_model", "data", "errors"},
     "evaluation": {"data", "errors", "head", "metrics", "step_clock"},
     "measures": {"metrics"},
