@@ -63,6 +63,7 @@ def test_later_choices_follow_what_the_user_states():
     found = chosen(SID, "data.batch_size=1000", f"{OPT}.epochs=10")
     assert f"{OPT}.epochs" not in found and "data.batch_size" not in found
     assert found[f"{OPT}.lr"] == 1e-2 and found[f"{FFI}.logit_adjustment"] == 0.0
+    assert chosen(replace(SID, features=768), "model.encoder.lora_rank=8")[f"{OPT}.encoder_lr"] == 2e-4
     # Choices that contradict a stated setting are left out.
     assert f"{OPT}.xmc_optimizer" not in chosen(SID, f"{OPT}.xmc_momentum=0.5")
     assert f"{OPT}.lr" not in chosen(SID, f"{OPT}.xmc_optimizer=sgd")

@@ -181,8 +181,13 @@ def rules(facts: Facts, config: Config, stated: Iterable[str] = ()) -> dict[str,
         choose(f"{_FFI}.weight_init", "zero", "the most accurate one in a long training")
     # After few steps all logits are alike, and an adjustment would rank the rarest labels first.
     choose(f"{_FFI}.logit_adjustment", 0.3 if steps >= 1000 else 0.0, taken)
-    width = facts.features if not config.model.penultimate.use_penultimate_layer else 768
-    choose(f"{_OPT}.encoder_lr", float(f"{2e-4 * min(1.0, 384 / width) ** 2:.2g}"), f"the encoder has {width} features")
+    if config.model.encoder.lora_rank:
+        choose(f"{_OPT}.encoder_lr", 2e-4, "only adapters are trained")
+    else:
+        width = facts.features if not config.model.penultimate.use_penultimate_layer else 768
+        choose(
+            f"{_OPT}.encoder_lr", float(f"{2e-4 * min(1.0, 384 / width) ** 2:.2g}"), f"the head reads {width} features"
+        )
     if choose("training.amp.enabled", facts.gpu, f"on {machine}"):
         choose("training.amp.dtype", "bfloat16", f"on {machine}")
     return found
