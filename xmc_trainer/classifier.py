@@ -99,8 +99,8 @@ class XMCClassifier:
                 "output_dir": self.output_dir or temporary.name,
                 "log_fname": "run",
             }
-            if self.fan_in is not None:
-                own["model.ffi.fan_in"] = self.fan_in
+            if self.fan_in is not None or "recipe" not in settings:
+                own["model.ffi.fan_in"] = 64 if self.fan_in is None else self.fan_in
             if self.device is not None:
                 device = device_of(self.device)
                 own |= {"environment.device": device.type, "environment.cuda_device_id": device.index or 0}

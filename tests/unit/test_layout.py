@@ -32,7 +32,7 @@ ALLOWED = {
     },
     "builders.head": {"builders", "config", "data", "encoder", "engine", "errors", "head", "kernels.dispatch", "labels", "parallel"},
     "builders.hooks": {"config", "errors", "head", "hooks", "schedules"},
-    "builders.recipe": {"builders.inputs", "config"},
+    "builders.recipe": {"builders.inputs", "config", "errors"},
     "builders.saved_model": {"builders", "checkpoint", "config", "data", "errors", "evaluation", "measures"},
     "builders.training": {
         "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",

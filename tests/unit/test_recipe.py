@@ -74,24 +74,26 @@ def test_later_choices_follow_what_the_user_states():
 def words(tiny_encoder, tmp_path):
     data = write_raw(tmp_path / "data", [(f"w{n} w{n + 1}", f"l{n % 7}") for n in range(40)], [("w1 w2", "l1")] * 5)
     return [f"data.source={data}", f"model.encoder.encoder_model={tiny_encoder}", "environment.device=cpu",
-            f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'out'}", "data.num_workers=0"]  # fmt: skip
+            f"data.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'out'}", "data.num_workers=0", "recipe=auto"]  # fmt: skip
 
 
 def test_precedence(words, tmp_path):
     config, lines = configured([*words, "model.ffi.fan_in=5"])
-    assert config.recipe == "auto" and config.model.ffi.fan_in == 5 and config.model.ffi.index_init == "discriminant"
+    assert config.recipe == "none" and config.model.ffi.fan_in == 5 and config.model.ffi.index_init == "discriminant"
     assert "training.optimization.lr=0.01: 60 optimizer steps" in lines and not any("fan_in" in line for line in lines)
     # A file wins over the recipe, and the command line over the file.
     file = tmp_path / "mine.yaml"
-    file.write_text("model: {ffi: {index_init: informed, fan_in: 6}}")
-    assert configured([*words, f"dataset={file}"])[0] == load_config([*words, f"dataset={file}"])
-    config, _ = configured([*words, f"dataset={file}", "recipe=auto", "model.ffi.fan_in=7"])
+    file.write_text("{recipe: auto, model: {ffi: {index_init: informed, fan_in: 6}}}")
+    plain = words[:-1]
+    config, _ = configured([*plain, f"dataset={file}", "model.ffi.fan_in=7"])
     ffi = config.model.ffi
     assert (ffi.index_init, ffi.fan_in, ffi.weight_init, ffi.rewire_interval) == ("informed", 7, "zero", 0)
-    assert configured([*words, "recipe=none"])[0] == load_config(words)
-    assert configured([*words, "recipe=spartex"])[0].training.optimization.loss_fn == "squared_hinge"
+    assert configured(plain) == (load_config(plain), [])
+    assert configured([*plain, "recipe=spartex"])[0].training.optimization.loss_fn == "squared_hinge"
     with pytest.raises(UserError, match="choose one of auto, spartex, none"):
-        configured([*words, "recipe=best"])
+        configured([*plain, "recipe=best"])
+    with pytest.raises(UserError, match="recipe=auto: only train, prepare, clusters and XMCClassifier apply a recipe"):
+        build_trainer(load_config(words))
 
 
 def test_shipped_files_take_no_recipe():

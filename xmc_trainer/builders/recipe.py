@@ -16,6 +16,7 @@ import numpy as np
 
 from xmc_trainer.builders.inputs import names_in, source_of, width_and_positions
 from xmc_trainer.config import Config, flatten, load_config, saved_settings, stated_settings
+from xmc_trainer.errors import UserError
 
 _FFI, _OPT = "model.ffi", "training.optimization"
 # Settings of recipe=spartex: those that most of the six files published with Spartex share.
@@ -64,16 +65,12 @@ class Facts:
 def configured(words: list[str]) -> tuple[Config, list[str]]:
     """Build the configuration of a training, with the recipe applied.
 
-    Without `recipe`, data.source alone means recipe=auto, and a YAML file means recipe=none.
-
     Args:
         words: `key=value`.
-    Returns the configuration and, for each setting that the recipe chose, a line "name=value: why".
-    Raises UserError as `load_config` does, and for data that cannot be read.
+    Returns the configuration, whose `recipe` is none because its settings now say everything, and, for each setting that the
+    recipe chose, a line "name=value: why". Raises UserError as `load_config` does, and for data that cannot be read.
     """
     stated = stated_settings(words)
-    if not stated & {"dataset", "recipe"}:
-        words = [*words, "recipe=auto"]
     config = load_config(words)
     if config.recipe == "none":
         return config, []
@@ -86,8 +83,18 @@ def configured(words: list[str]) -> tuple[Config, list[str]]:
         choices = rules(facts_of(config), config, stated)
     choices = {name: choice for name, choice in choices.items() if name not in stated}
     text = {name: "null" if value is None else str(value).lower() for name, (value, _) in choices.items()}
-    config = load_config([*words, *(f"{name}={value}" for name, value in text.items())])
+    words = [word for word in words if not word.startswith("recipe=")]
+    config = load_config([*words, "recipe=none", *(f"{name}={value}" for name, value in text.items())])
     return config, [f"{name}={text[name]}: {choice.why}" for name, choice in choices.items()]
+
+
+def require_applied(config: Config) -> None:
+    """Raise UserError if the configuration names a recipe that has not been applied."""
+    if config.recipe != "none":
+        raise UserError(
+            f"recipe={config.recipe}: only train, prepare, clusters and XMCClassifier apply a recipe; write the settings that "
+            "xmc-trainer train --print-config shows, or call xmc_trainer.builders.recipe.configured in place of load_config"
+        )
 
 
 def _of_run(file: Path) -> dict[str, Choice]:

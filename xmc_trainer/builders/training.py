@@ -25,6 +25,7 @@ from xmc_trainer.builders.engine import accelerator_of, micro_batches_of
 from xmc_trainer.builders.head import head_of, meta_branch_of, require_backend, start_head_from_texts
 from xmc_trainer.builders.hooks import default_hooks, require_tracker
 from xmc_trainer.builders.inputs import require_clusters, require_data, require_encoder
+from xmc_trainer.builders.recipe import require_applied
 from xmc_trainer.checkpoint import resume
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data import Batches, Corpus
@@ -76,6 +77,7 @@ def build_trainer(
         load: loads tokenizer, encoder and data; a benchmark passes a function that generates them.
     Raises UserError if settings, files and machine do not fit each other.
     """
+    require_applied(config)
     clock = StartClock()
     accelerator = accelerator_of(config, deepspeed_config)
     ranks, device = Ranks(config.environment.timeout), accelerator.device

@@ -81,7 +81,10 @@ def main() -> None:
         require_tokenizer(config)
     else:
         require_encoder(config)
+    from xmc_trainer.builders.recipe import configured
     from xmc_trainer.commands import label_clusters
+
+    config, _ = configured(options.settings)
 
     report: dict[str, Any] = {}
     if options.import_npy:

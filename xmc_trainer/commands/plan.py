@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    from xmc_trainer.builders.recipe import require_applied
     from xmc_trainer.config import load_config
     from xmc_trainer.errors import UserError
 
@@ -57,6 +58,7 @@ def main() -> None:
         if value is not None and not 0 < value < 1e10:
             raise UserError(f"--{name.replace('_', '-')}={value}: must be above 0 and below 1e10")
     config = load_config(options.settings)
+    require_applied(config)
     for path in options.rates or ():
         if not path.is_file():
             raise UserError(f"--rates={path}: no such file; name a CSV file of xmc-trainer bench or prepare")

@@ -42,6 +42,7 @@ from typing import Any
 from yaml.nodes import MappingNode, Node, SequenceNode
 
 from xmc_trainer import signals
+from xmc_trainer.builders.recipe import require_applied
 from xmc_trainer.checkpoint.model_config import config_of_model
 from xmc_trainer.commands.cli import USAGE
 from xmc_trainer.config import Config, flatten, load_config, saved_settings, yaml_nodes
@@ -106,11 +107,7 @@ def plan(file: Path, more: list[str]) -> tuple[list[tuple[str, int, list[str]]],
                 splits: list[str | None] = [*grid.splits]
                 for split in splits or [None]:  # find errors before anything runs
                     config = load_config([*words, *([] if split is None else [f"data.test_split={split}"])])
-                    if config.recipe != "none":
-                        raise UserError(
-                            f"recipe={config.recipe}: a sweep applies no recipe; write the settings that xmc-trainer train "
-                            "--print-config shows"
-                        )
+                    require_applied(config)
             except UserError as error:
                 raise UserError(f"{file}: row {shown(repr(row))}: {error}") from None
             runs.append((row, seed, words))

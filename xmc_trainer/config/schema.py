@@ -654,7 +654,7 @@ class Config(Section):
     recipe: str = option(
         "none",
         "Choose the settings that you leave open: auto (by data, encoder and machine), spartex, or none (the defaults in this "
-        "list). train, prepare and XMCClassifier apply it; without dataset= they take auto.",
+        "list). train, prepare, clusters and XMCClassifier apply it.",
         choices=("auto", "spartex", "none"),
     )
     dataset_path: str | None = option(None, "Folder that contains the data set folders.")

@@ -25,6 +25,7 @@ import argparse
 from pathlib import Path
 
 from xmc_trainer.builders.inputs import require_clusters, require_data, require_encoder
+from xmc_trainer.builders.recipe import require_applied
 from xmc_trainer.commands.bench.arguments import count
 from xmc_trainer.commands.cli import run
 from xmc_trainer.config import load_config
@@ -64,6 +65,7 @@ def main() -> None:
     )
     warm = min(options.steps, 10)
     config = load_config([*settings, f"training.optimization.max_steps={warm + options.steps + _COUNTED}"])
+    require_applied(config)
     require_writable(options.csv, "--csv")
     require_clusters(config)
     generated = config.data.source is None and not config.data_folder.is_dir()
