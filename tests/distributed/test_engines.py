@@ -133,13 +133,13 @@ def test_one_process_trains_in_bfloat16_under_deepspeed(short, plain, folder, tm
         }
         for stage in stages
     ]
-    # Signal the process and both launchers, as Ctrl-C does; they end at once.
+    # Signal the process and both launchers, which end at once.
     ending = {
         "settings": [*short, "log_fname=signal"],
         "deepspeed_config": "ds_configs/zero2.json",
-        "signal": [signal.SIGINT, "group", 5],
+        "signal": [signal.SIGUSR1, "group", 5],
     }
-    assert_ended(train_in_turn("deepspeed", 1, [*trainings, ending], tmp_path), signal.SIGINT, 5)
+    assert_ended(train_in_turn("deepspeed", 1, [*trainings, ending], tmp_path), signal.SIGUSR1, 5)
     for stage in stages:
         found = losses_of(folder / f"one-{stage}")
         assert found == pytest.approx(plain("bfloat16"), rel=0.05) and found[-1] < 0.95 * found[0], stage
