@@ -19,7 +19,7 @@ from xmc_trainer.config import Config, flatten, load_config, saved_settings, sta
 from xmc_trainer.errors import UserError
 
 _FFI, _OPT = "model.ffi", "training.optimization"
-# Settings of recipe=spartex: those that most of the six files published with Spartex share.
+# Settings of recipe=spartex, picked from the six files published with Spartex, which differ.
 _SPARTEX: dict[str, Any] = {
     f"{_FFI}.fan_in": 128, f"{_FFI}.rewire_interval": 800, "model.encoder.embed_dropout": 0.6, "data.batch_size": 128,
     f"{_OPT}.loss_fn": "squared_hinge", f"{_OPT}.xmc_optimizer": "adamw", f"{_OPT}.lr": 0.01, f"{_OPT}.encoder_lr": 1e-5,
