@@ -48,10 +48,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AttentionInterface
 
+from xmc_trainer.builders.encoder import text_encoder_of
 from xmc_trainer.config import SETTINGS, Config
 from xmc_trainer.data.generated import PUBLISHED, Shape
 from xmc_trainer.encoder import compiling
-from xmc_trainer.encoder.adapters import add_adapters, is_adapter
+from xmc_trainer.encoder.adapters import is_adapter
 from xmc_trainer.encoder.loading import backbone_without_weights
 from xmc_trainer.encoder.text_encoder import TextEncoder
 from xmc_trainer.engine.micro_batches import BYTES_A_PARAMETER, SPARED, fewest_parts
@@ -166,27 +167,12 @@ class EncoderPlan:
 @naming(SETTINGS)
 def encoder_without_weights(config: Config, dtype: torch.dtype) -> TextEncoder:
     """Build the encoder of a configuration from fake tensors. Raises UserError like `load_backbone`."""
-    chosen, penultimate = config.model.encoder, config.model.penultimate
+    chosen = config.model.encoder
     with FakeTensorMode() as mode:
         backbone = backbone_without_weights(
             chosen.encoder_model, dtype=dtype, trust_remote_code=chosen.trust_remote_code
         )
-    if chosen.lora_rank:  # peft cannot make fake tensors
-        add_adapters(
-            backbone,
-            rank=chosen.lora_rank,
-            alpha=chosen.lora_alpha,
-            dropout=chosen.lora_dropout,
-            target=chosen.lora_target,
-        )
-    encoder = TextEncoder(
-        backbone,
-        pool_mode=chosen.pool_mode,
-        feature_layers=chosen.feature_layers,
-        embed_dropout=chosen.embed_dropout,
-        penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
-        penultimate_activation=penultimate.penultimate_activation,
-    )
+    encoder = text_encoder_of(config, backbone)  # outside of the mode, because peft cannot make fake tensors
     for module in encoder.modules():  # the adapters and the penultimate layer
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(parameter, FakeTensor):

@@ -38,7 +38,7 @@ ALLOWED = {
         "builders", "checkpoint", "config", "data", "encoder", "encoder_step", "errors", "hooks.base", "parallel", "run_folder",
         "step_clock", "trainer",
     },
-    "plan": {"config", "data", "encoder", "engine", "errors", "head", "kernels.arguments", "kernels.dispatch", "parallel"},
+    "plan": {"builders.encoder", "config", "data", "encoder", "engine", "errors", "head", "kernels.arguments", "kernels.dispatch", "parallel"},
     "trainer": {
         "checkpoint.finite", "checkpoint.saved_model", "config", "data", "encoder", "encoder_step", "engine", "errors", "evaluation",
         "head", "hooks.base", "metrics", "parallel", "run_folder", "signals", "step_records",

@@ -82,10 +82,34 @@ def backbone_of(config: Config, tokenizer: PreTrainedTokenizerBase, device: torc
     return backbone
 
 
+def text_encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
+    """Add what the configuration puts on a backbone: adapters, in place, pooling and the penultimate layer.
+
+    Raises UserError if the backbone cannot have the adapters.
+    """
+    chosen, penultimate = config.model.encoder, config.model.penultimate
+    if chosen.lora_rank:
+        add_adapters(
+            backbone,
+            rank=chosen.lora_rank,
+            alpha=chosen.lora_alpha,
+            dropout=chosen.lora_dropout,
+            target=chosen.lora_target,
+        )
+    return TextEncoder(
+        backbone,
+        pool_mode=chosen.pool_mode,
+        feature_layers=chosen.feature_layers,
+        embed_dropout=chosen.embed_dropout,
+        penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
+        penultimate_activation=penultimate.penultimate_activation,
+    )
+
+
 @naming(SETTINGS)
 def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
     """Build the encoder around `backbone`, on the CPU, with its initial weights. Raises UserError if settings contradict it."""
-    chosen, penultimate, ffi = config.model.encoder, config.model.penultimate, config.model.ffi
+    chosen, ffi = config.model.encoder, config.model.ffi
     where = f"model.encoder.encoder_model={chosen.encoder_model}"
     if chosen.use_ngame_encoder_weights:
         assert chosen.ngame_checkpoint is not None  # the settings are refused without
@@ -102,22 +126,7 @@ def encoder_of(config: Config, backbone: PreTrainedModel) -> TextEncoder:
             f"model.encoder.feature_layers={chosen.feature_layers}: the encoder has only "
             f"{backbone.config.num_hidden_layers} layers; lower it"
         )
-    if chosen.lora_rank:
-        add_adapters(
-            backbone,
-            rank=chosen.lora_rank,
-            alpha=chosen.lora_alpha,
-            dropout=chosen.lora_dropout,
-            target=chosen.lora_target,
-        )
-    encoder = TextEncoder(
-        backbone,
-        pool_mode=chosen.pool_mode,
-        feature_layers=chosen.feature_layers,
-        embed_dropout=chosen.embed_dropout,
-        penultimate_size=penultimate.penultimate_size if penultimate.use_penultimate_layer else None,
-        penultimate_activation=penultimate.penultimate_activation,
-    )
+    encoder = text_encoder_of(config, backbone)
     with whole_weights(encoder):
         check_padding_is_hidden(encoder, config.data.max_len, where)
         both_ways = sees_later_tokens(backbone)
